@@ -1,0 +1,59 @@
+"""The `dino2` executable: gathers the commands and turns errors into one message and an exit code."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from dinov2cli import __version__
+from dinov2cli.errors import Dino2Error
+
+app = typer.Typer(
+    name="dino2",
+    help="DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
+COMMANDS: dict[str, Callable[..., Any]] = {}
+# Groups of commands: name -> Typer app.
+GROUPS: dict[str, typer.Typer] = {}
+
+for _name, _function in COMMANDS.items():
+    app.command(_name)(_function)
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dino2 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 2 the user's input, 1 a failure of ours, 130 interrupted."""
+    try:
+        app(argv)
+    except Dino2Error as error:
+        from dinov2cli.console import err
+
+        err.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            err.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""What a person sees: rich consoles, logging, progress bars; and the JSON lines that programs read."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+out = Console()
+"""Standard output: results."""
+err = Console(stderr=True)
+"""Standard error: everything else, so that `--json` output can be piped."""
+logger = logging.getLogger("dino2")
+
+
+def set_up_logging(log_file: Path | None = None, *, verbose: bool = False) -> None:
+    """Send the `dino2` logger to standard error and, where given, append it to `log_file`."""
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.addHandler(RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False))
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(log_file, delay=True)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(to_file)
+
+
+def progress(**kwargs: Any) -> Progress:
+    """A progress display on standard error with count, elapsed and remaining time; silent when not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
+        **kwargs,
+    )
+
+
+def print_json(value: Any) -> None:
+    """Print exactly one JSON object on standard output, unwrapped and uncoloured."""
+    print(json.dumps(value, allow_nan=False, default=str), flush=True)
+
+
+class MetricLogger:
+    """Appends one JSON object a line to a metrics file (`training_metrics.json`).
+
+    On resuming at iteration `k`, lines of iterations `>= k` are dropped first: they belong to work that was lost and
+    is done again, so each iteration stands in the file once. The rewritten file replaces the old one atomically.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _iteration_of(line) < resume_at]
+            aside = path.with_name(path.name + ".tmp")
+            aside.write_text("".join(line + "\n" for line in kept))
+            aside.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, metrics: dict[str, float | int | str]) -> None:
+        """Append one line; non-finite numbers become null, which every JSON reader takes."""
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
+        self._file.write(json.dumps(clean) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a kill: drop it
