@@ -1,0 +1,82 @@
+"""From the teacher's prototype scores to target distributions that do not collapse.
+
+Shape legend: B samples of this process, K prototypes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dinov2cli import distributed
+
+
+class SoftmaxCentering(nn.Module):
+    """Softmax of scores less their running mean (DINO paper, section 3.1).
+
+    The center is a buffer, so that it is saved and restored with the model. Its update from one step's scores takes
+    effect at the next step.
+
+    Args:
+        out_dim: K.
+        momentum: of the running mean.
+    """
+
+    center: Tensor
+
+    def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    @torch.no_grad()
+    def forward(self, scores_BK: Tensor, temperature: float) -> Tensor:
+        """Target probabilities, float32 [B, K]; then moves the center by the scores of all processes."""
+        scores_BK = scores_BK.float()
+        targets_BK = torch.softmax((scores_BK - self.center) / temperature, dim=-1)
+        self._update(scores_BK)
+        return targets_BK
+
+    def _update(self, scores_BK: Tensor) -> None:
+        # Weighted by each process's number of samples, so that the split over processes does not matter.
+        total = distributed.all_reduce_sum(scores_BK.sum(0, keepdim=True))
+        count = distributed.all_reduce_sum(torch.full((1, 1), float(scores_BK.shape[0]), device=scores_BK.device))
+        moved = torch.lerp(total / count.clamp(min=1), self.center, self.momentum)
+        # One batch with non-finite scores must not spoil the center for good; the trainer reports such a batch.
+        self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
+
+
+class SinkhornKnoppCentering(nn.Module):
+    """Sinkhorn-Knopp normalisation (SwAV paper; DINOv2 paper, section 4): no state."""
+
+    @torch.no_grad()
+    def forward(self, scores_BK: Tensor, temperature: float) -> Tensor:
+        """Target probabilities, float32 [B, K]."""
+        return sinkhorn_knopp(scores_BK, temperature)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Assign samples to prototypes so that, over the samples of all processes, every prototype is used equally.
+
+    exp(scores / temperature) is scaled to row sums (prototypes) of 1/K and column sums (samples) of 1/B in turn. The
+    matrix itself is never rewritten: only its scaling factors are, by matrix-vector products.
+
+    Args:
+        scores_BK: teacher scores [B, K]; B may differ between processes, and be 0.
+        temperature: of the exponential.
+        iterations: of the alternating normalisation.
+
+    Returns:
+        float32 [B, K]; each row sums to 1.
+    """
+    scaled_BK = scores_BK.float() / temperature
+    # A common shift leaves the result as it is and keeps exp in range.
+    highest = scaled_BK.max() if scaled_BK.numel() else scaled_BK.new_tensor(-torch.inf)
+    assign_BK = (scaled_BK - distributed.all_reduce_max(highest.reshape(1))).exp_()
+    tiny = torch.finfo(torch.float32).tiny
+    sample_scale_B = assign_BK.new_ones(assign_BK.shape[0])
+    for _ in range(iterations):
+        mass_K = distributed.all_reduce_sum(sample_scale_B @ assign_BK)
+        prototype_scale_K = 1 / mass_K.clamp_(min=tiny)
+        # The constants 1/K and 1/B cancel: in the end each sample's row is wanted to sum to 1.
+        sample_scale_B = 1 / (assign_BK @ prototype_scale_K).clamp_(min=tiny)
+    return assign_BK.mul_(prototype_scale_K).mul_(sample_scale_B[:, None])

@@ -1,0 +1,150 @@
+"""Attention over packed token streams: one layout, one signature, one table of backends.
+
+Shape legend: T tokens of all sequences together, H heads, C channels a head.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a packed stream `[tokens, dim]` falls into sequences.
+
+    Args:
+        groups: `(number of sequences, tokens a sequence)` for each run of equally long sequences, in stream order;
+            for example `((2 * B, 257), (8 * B, 50))` for the global and local crops of B images.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the stream."""
+        return sum(count * length for count, length in self.groups)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence, in stream order."""
+        return [length for count, length in self.groups for _ in range(count)]
+
+    def split(self, stream: Tensor) -> Iterator[Tensor]:
+        """Views `[sequences, length, ...]` of the stream `[tokens, ...]`, one for each group."""
+        start = 0
+        for count, length in self.groups:
+            part = stream[start : start + count * length]
+            yield part.view(count, length, *stream.shape[1:])
+            start += count * length
+
+
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+    """PyTorch's scaled dot-product attention, one batched call for each group of equal lengths. [T, H, C] each."""
+    outputs = [
+        F.scaled_dot_product_attention(q_g.transpose(1, 2), k_g.transpose(1, 2), v_g.transpose(1, 2))
+        .transpose(1, 2)
+        .reshape(-1, *q.shape[1:])
+        for q_g, k_g, v_g in zip(layout.split(q), layout.split(k), layout.split(v), strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+    """xFormers' memory-efficient attention with a block-diagonal mask. [T, H, C] each."""
+    from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal_mask(layout, q.device)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+    """PyTorch's variable-length flash attention. [T, H, C] each, half precision, CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = _sequence_starts(layout, q.device)
+    longest = max(length for _, length in layout.groups)
+    return varlen_attn(q, k, v, starts, starts, longest, longest)
+
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+    "xformers": xformers_attention,
+    "varlen": varlen_attention,
+    "sdpa": sdpa_attention,
+}
+
+
+def choose_attention_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend to build the model with, and the reason in words. Decided once; never changed during a run.
+
+    Args:
+        requested: `auto` or a key of `ATTENTION_BACKENDS`.
+        device: where the model will run.
+        dtype: dtype of the attention inputs (under autocast, the autocast dtype).
+
+    Raises:
+        ValueError: the requested backend cannot run there.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    refusal = {
+        "xformers": _why_not_xformers(device, half),
+        "varlen": _why_not_varlen(device, half),
+        "sdpa": None,
+    }
+    if requested != "auto":
+        if requested not in refusal:
+            raise ValueError(f"attention backend {requested!r} is unknown; known: auto, {', '.join(refusal)}")
+        if refusal[requested]:
+            raise ValueError(f"attention backend {requested!r} cannot be used: {refusal[requested]}")
+        return requested, "as configured"
+    if device.type == "cpu":
+        return "sdpa", "the CPU's backend: equal lengths batched"
+    for name in ("xformers", "varlen"):
+        if refusal[name] is None:
+            return name, f"{device.type} has a kernel for packed {dtype}".replace("torch.", "")
+    return "sdpa", f"xformers: {refusal['xformers']}; varlen: {refusal['varlen']}"
+
+
+def _why_not_xformers(device: torch.device, half: bool) -> str | None:
+    # xFormers is imported only once a CUDA device is asked for: on a CPU-only machine its import warns.
+    if device.type != "cuda":
+        return f"xFormers has CUDA kernels only, and the device is {device.type}"
+    if not half:
+        return "its kernels need float16 or bfloat16"
+    try:
+        import xformers.ops  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"xFormers does not import ({error})"
+    return None
+
+
+def _why_not_varlen(device: torch.device, half: bool) -> str | None:
+    if device.type != "cuda":
+        return f"varlen attention needs CUDA, and the device is {device.type}"
+    if not half:
+        return "its kernels need float16 or bfloat16"
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError as error:
+        return f"this PyTorch has no varlen attention ({error})"
+    return None
+
+
+# A run meets a handful of layouts (full batch, kept subset, evaluation); building masks anew would copy to the device.
+@lru_cache(maxsize=64)
+def _sequence_starts(layout: TokenLayout, device: torch.device) -> Tensor:
+    lengths = torch.tensor([0, *layout.lengths], dtype=torch.int32)
+    return lengths.cumsum(0, dtype=torch.int32).to(device)
+
+
+@lru_cache(maxsize=64)
+def _block_diagonal_mask(layout: TokenLayout, device: torch.device) -> object:
+    from xformers.ops.fmha import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(layout.lengths, device=device)

@@ -1,0 +1,175 @@
+"""The parts of a transformer block, working on packed token streams `[tokens, dim]`.
+
+Shape legend: T tokens, D dim, H heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens by a strided convolution. [B, C, h*p, w*p] -> [B, h*w, D]."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image of {height}x{width} pixels: both must be multiples of patch size {self.patch_size}")
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within the sequences of a packed stream. [T, D] -> [T, D]."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, proj_bias: bool, backend: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        return self.proj(ATTENTION_BACKENDS[self.backend](q, k, v, layout).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between. [T, D] -> [T, D]."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLUFFN(nn.Module):
+    """Gated feed-forward layer: w3(silu(a) * b) with a, b the halves of w12(x). [T, D] -> [T, D].
+
+    `hidden_dim` is the width an MLP would have; two thirds of it, rounded up to a multiple of 8, keep the parameters
+    about equal.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
+        super().__init__()
+        width = (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * width, bias=bias)
+        self.w3 = nn.Linear(width, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFN,
+    "swiglufused": SwiGLUFFN,
+}
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel, small at first so that a deep network starts near the identity."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+@dataclass(frozen=True)
+class KeptSequences:
+    """The random sequences on which one residual branch runs in this step (stochastic depth).
+
+    Args:
+        index: int64 [T'], the kept tokens' places in the stream.
+        layout: the kept tokens as a stream of their own.
+        scale: float32 [T', 1], batch size over kept sequences, for each token (crop sizes differ in it).
+    """
+
+    index: Tensor
+    layout: TokenLayout
+    scale: Tensor
+
+
+def draw_kept_sequences(
+    layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
+) -> KeptSequences:
+    """Draw, for each crop size by itself, max(int(b * (1 - rate)), 1) of its b sequences to keep.
+
+    The draw is made on the CPU, so that it is the same on every device.
+    """
+    index, groups, scale, start = [], [], [], 0
+    for count, length in layout.groups:
+        kept = max(int(count * (1 - drop_rate)), 1)
+        chosen = torch.randperm(count, generator=generator)[:kept]
+        index.append((start + chosen[:, None] * length + torch.arange(length)).flatten())
+        groups.append((kept, length))
+        scale.append(torch.full((kept * length, 1), count / kept))
+        start += count * length
+    return KeptSequences(
+        torch.cat(index).to(device, non_blocking=True),
+        TokenLayout(tuple(groups)),
+        torch.cat(scale).to(device, non_blocking=True),
+    )
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        ffn_layer: str,
+        qkv_bias: bool,
+        proj_bias: bool,
+        ffn_bias: bool,
+        layerscale: float | None,
+        attention_backend: str,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend)
+        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio), ffn_bias)
+        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+
+    def forward(
+        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D]. With `kept`, each branch runs on its own random sequences alone, which saves their cost."""
+        if kept is None:
+            x = x + self.attention_branch(x, layout)
+            return x + self.mlp_branch(x, layout)
+        for branch, drawn in zip((self.attention_branch, self.mlp_branch), kept, strict=True):
+            residual = branch(x.index_select(0, drawn.index), drawn.layout) * drawn.scale
+            x = x.index_add(0, drawn.index, residual.to(x.dtype))
+        return x
+
+    def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """The first residual, [T, D] -> [T, D]."""
+        return self.ls1(self.attn(self.norm1(x), layout))
+
+    def mlp_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """The second residual, [T, D] -> [T, D]; tokens are independent, so the layout does not matter."""
+        return self.ls2(self.mlp(self.norm2(x)))

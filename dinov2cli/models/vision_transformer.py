@@ -1,0 +1,247 @@
+"""The DINOv2 vision transformer: names, outputs and state dict of the reference, computed on packed tokens.
+
+Shape legend: B images, N = h*w patches of an image, R registers, D embedding dimension, T tokens of all sequences.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinov2cli.models.attention import TokenLayout
+from dinov2cli.models.layers import FFN_LAYERS, Block, KeptSequences, PatchEmbed, draw_kept_sequences
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer with registers, SwiGLU, LayerScale and batch-subset stochastic depth as in DINOv2.
+
+    Args:
+        img_size: side in pixels of the square images that the position embeddings are for.
+        patch_size: side of a patch in pixels.
+        in_chans: image channels.
+        embed_dim, depth, num_heads: the architecture; see `dinov2cli.config` for the named ones.
+        mlp_ratio: hidden width of the feed-forward layer over `embed_dim`.
+        ffn_layer: `mlp` or `swiglu` (`swiglufused` names the same layer).
+        qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
+        layerscale: initial LayerScale factor; None leaves LayerScale out.
+        drop_path_rate: share of the sequences that a residual branch skips in training.
+        drop_path_uniform: the same rate for every block; else it grows linearly from 0 to the rate.
+        num_register_tokens: R, learned tokens without a place in the image ("Vision Transformers Need Registers").
+        interpolate_antialias, interpolate_offset: how position embeddings are resized to other image sizes.
+        attention_backend: a key of `attention.ATTENTION_BACKENDS`; `auto` means `sdpa`, which runs everywhere.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or an unknown `ffn_layer`.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        ffn_layer: str = "mlp",
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        layerscale: float | None = None,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = True,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if ffn_layer not in FFN_LAYERS:
+            raise ValueError(f"ffn_layer {ffn_layer!r} is unknown; known: {', '.join(FFN_LAYERS)}")
+        self.embed_dim = self.num_features = embed_dim
+        self.depth = self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+        self.activation_checkpointing = False
+        self.drop_path_rates = [
+            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
+        ]
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        backend = "sdpa" if attention_backend == "auto" else attention_backend
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, ffn_layer, qkv_bias, proj_bias, ffn_bias, layerscale, backend)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw fresh weights: truncated normal 0.02 for linear layers and position embeddings, as the reference."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The normalised class token: [B, C, H, W] -> [B, D]."""
+        return self.forward_features(x, masks)["x_norm_clstoken"]
+
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Any:
+        """Features of a batch, or of several batches of different image sizes in one packed pass.
+
+        Args:
+            x: images [B, C, H, W], H and W multiples of the patch size; or a list of such batches.
+            masks: bool [B, N], True where a patch is replaced by the mask token; for a list, one (or None) each.
+
+        Returns:
+            A dict (for a list, a list of dicts) with `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D],
+            `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1+R+N, D] and `masks`.
+        """
+        if isinstance(x, Tensor):
+            assert masks is None or isinstance(masks, Tensor)
+            return self._forward_list([x], [masks])[0]
+        return self._forward_list(x, masks if masks is not None else [None] * len(x))
+
+    def _forward_list(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | Tensor
+    ) -> list[dict[str, Tensor | None]]:
+        stream, layout = self.prepare_tokens(images, list(masks))
+        prenorm = self.forward_blocks(stream, layout)
+        patches_from = 1 + self.num_register_tokens
+        return [
+            {
+                "x_norm_clstoken": normed[:, 0],
+                "x_norm_regtokens": normed[:, 1:patches_from],
+                "x_norm_patchtokens": normed[:, patches_from:],
+                "x_prenorm": raw,
+                "masks": mask,
+            }
+            for normed, raw, mask in zip(layout.split(self.norm(prenorm)), layout.split(prenorm), masks, strict=True)
+        ]
+
+    def prepare_tokens(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, TokenLayout]:
+        """Embed batches of images as one packed stream [T, D] of (cls, registers, patches) sequences."""
+        batches = [self._embed(batch, mask) for batch, mask in zip(images, masks, strict=True)]
+        layout = TokenLayout(tuple((tokens.shape[0], tokens.shape[1]) for tokens in batches))
+        return torch.cat([tokens.flatten(0, 1) for tokens in batches]), layout
+
+    def forward_blocks(
+        self, stream: Tensor, layout: TokenLayout, drop_generator: torch.Generator | None = None
+    ) -> Tensor:
+        """All blocks, before the final norm. [T, D] -> [T, D].
+
+        In training mode with a drop path rate, each residual branch draws its own sequences from `drop_generator`
+        (a CPU generator; the global one if None).
+        """
+        for block, kept in zip(self.blocks, self.draw_stochastic_depth(stream, layout, drop_generator), strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                stream = checkpoint(block, stream, layout, kept, use_reentrant=False)
+            else:
+                stream = block(stream, layout, kept)
+        return stream
+
+    def draw_stochastic_depth(
+        self, stream: Tensor, layout: TokenLayout, generator: torch.Generator | None
+    ) -> list[tuple[KeptSequences, KeptSequences] | None]:
+        """For each block the sequences that its two branches keep, or None where nothing is dropped."""
+        generator = torch.default_generator if generator is None else generator
+        return [
+            (
+                draw_kept_sequences(layout, rate, generator, stream.device),
+                draw_kept_sequences(layout, rate, generator, stream.device),
+            )
+            if self.training and rate > 0
+            else None
+            for rate in self.drop_path_rates
+        ]
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens (without registers) after chosen blocks, in block order.
+
+        Args:
+            x: images [B, C, H, W].
+            n: the last `n` blocks, or the blocks' indices.
+            reshape: give patch tokens as [B, D, h, w] instead of [B, N, D].
+            return_class_token: give pairs (patch tokens, class token [B, D]).
+            norm: apply the final norm.
+
+        Raises:
+            ValueError: a block that the model does not have.
+        """
+        wanted = set(range(self.depth - n, self.depth)) if isinstance(n, int) else set(n)
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
+            raise ValueError(f"n={n}: the model has blocks 0 to {self.depth - 1}")
+        stream, layout = self.prepare_tokens([x], [None])
+        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            stream = block(stream, layout)
+            if i in wanted:
+                tokens = next(layout.split(self.norm(stream) if norm else stream))
+                patches = tokens[:, 1 + self.num_register_tokens :]
+                if reshape:
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                outputs.append((patches, tokens[:, 0]))
+        return tuple(outputs) if return_class_token else tuple(patches for patches, _ in outputs)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
+        """Position embeddings for an image of `height` x `width` pixels: float32 [1, 1+h*w, D]."""
+        h, w = height // self.patch_size, width // self.patch_size
+        native = self.pos_embed.float()
+        side = round((native.shape[1] - 1) ** 0.5)
+        if (h, w) == (side, side):
+            return native
+        grid = native[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if self.interpolate_offset:
+            # The small offset is historical; with it, scale factors rather than sizes set the sampling positions.
+            factors = ((h + self.interpolate_offset) / side, (w + self.interpolate_offset) / side)
+            target: dict[str, Any] = {"scale_factor": factors}
+        else:
+            target = {"size": (h, w)}
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        assert grid.shape[-2:] == (h, w), (grid.shape, h, w)
+        return torch.cat([native[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, C, H, W] -> [B, 1+R+N, D]. Registers have no position, so they join after it is added."""
+        patches = self.patch_embed(images)
+        if mask is not None:
+            patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        tokens = torch.cat([cls, patches], dim=1)
+        tokens = tokens + self.interpolate_pos_encoding(*images.shape[-2:]).to(tokens.dtype)
+        if self.num_register_tokens:
+            registers = self.register_tokens.expand(patches.shape[0], -1, -1).to(tokens.dtype)
+            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+        return tokens
