@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dinov2cli import __version__
+from dinov2cli.cli.presets import presets
 from dinov2cli.errors import Dino2Error
 
 app = typer.Typer(
@@ -21,7 +22,9 @@ app = typer.Typer(
 # Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
 COMMANDS: dict[str, Callable[..., Any]] = {}
 # Groups of commands: name -> Typer app.
-GROUPS: dict[str, typer.Typer] = {}
+GROUPS: dict[str, typer.Typer] = {
+    "presets": presets,
+}
 
 for _name, _function in COMMANDS.items():
     app.command(_name)(_function)

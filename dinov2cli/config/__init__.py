@@ -1,0 +1,7 @@
+"""Configuration: a frozen, validated tree with the key names of the DINOv2 reference. Imports no torch."""
+
+from dinov2cli.config.loading import load_config
+from dinov2cli.config.presets import Preset, find_preset, list_presets
+from dinov2cli.config.schema import ARCHITECTURES, Architecture, Config
+
+__all__ = ["ARCHITECTURES", "Architecture", "Config", "Preset", "find_preset", "list_presets", "load_config"]

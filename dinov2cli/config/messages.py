@@ -1,0 +1,127 @@
+"""Validation errors as a person wants to read them: one line each, with the key, the value and the remedy."""
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from dinov2cli.config.tree import FIELDS, GROUPS, choices, expectation
+from dinov2cli.errors import ConfigError
+
+# Names that people try, which no spelling distance would lead to the right key.
+_OTHER_NAMES = {
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "batch_size": "train.batch_size_per_gpu",
+    "data": "train.dataset_path",
+    "dataset": "train.dataset_path",
+    "dim": "student.embed_dim",
+    "heads": "student.num_heads",
+    "model": "student.arch",
+    "workers": "train.num_workers",
+    "accumulation_steps": "train.gradient_accumulation",
+    "image_size": "crops.global_crops_size",
+    "dtype": "compute_precision.precision",
+    "fp16": "compute_precision.precision",
+    "bf16": "compute_precision.precision",
+    "registers": "student.num_register_tokens",
+}
+_NEVER_SUGGESTED = {"optim.lr"}
+
+
+def explain(error: ValidationError, *, base: dict[str, Any], given: dict[str, Any], source: str = "") -> ConfigError:
+    """All problems of a failed validation in one `ConfigError`, one line each.
+
+    Args:
+        base: the layer that came from a file or preset, named by `source`.
+        given: the layer of overrides, which wins over `base`.
+    """
+    lines: list[str] = []
+    unknown = False
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+        unknown = unknown or problem["type"] == "extra_forbidden"
+        for line in _lines(problem, path, base, given):
+            from_file = _lookup(given, path) is _ABSENT and _lookup(base, path) is not _ABSENT
+            line = f"{line} (in {source})" if from_file and path and source else line
+            if line not in lines:
+                lines.append(line)
+    hint = "Every key, with its default: dino2 presets show vitl16_short --full" if unknown else None
+    return ConfigError("\n".join(lines), hint=hint)
+
+
+def suggest(key: str) -> str | None:
+    """The known key that an unknown one most likely means, or None: a right name in a wrong group, or a misspelling."""
+    leaf = key.rsplit(".", 1)[-1].lower()
+    if leaf in _OTHER_NAMES:
+        return _OTHER_NAMES[leaf]
+    candidates = [known for known in FIELDS if known not in _NEVER_SUGGESTED]
+    best = max(candidates, key=lambda known: _likeness(key, known))
+    return best if _likeness(key, best) >= 0.7 else None
+
+
+_ABSENT = object()
+
+
+def _lines(problem: Any, path: list[str], base: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+    key = ".".join(path)
+    if not path:  # contradictions between keys, already in words
+        yield from str(problem["ctx"]["error"]).splitlines()
+        return
+    value = _lookup(given, path)
+    value = _lookup(base, path) if value is _ABSENT else value
+    if problem["type"] == "extra_forbidden":
+        yield _unknown_key(key, value)
+    elif key in FIELDS:
+        known = choices(FIELDS[key])
+        close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.6) if known else []
+        guess = f"; did you mean {close[0]}?" if close else ""
+        yield f"{key}={_shown(value)}: must be {expectation(FIELDS[key])}{guess}"
+    else:
+        example = next(iter(name for name in FIELDS if name.startswith(f"{path[0]}.")))
+        yield f"{key}={_shown(value)}: is a group of keys; name one of them, such as {example}"
+
+
+def _unknown_key(key: str, value: Any) -> str:
+    if "." not in key and isinstance(value, dict):
+        close = difflib.get_close_matches(key.lower(), GROUPS, n=1, cutoff=0.6)
+        guess = f"did you mean {close[0]}?" if close else f"groups: {', '.join(GROUPS)}"
+        return f"{key}: no such group; {guess}"
+    closest = suggest(key)
+    shown = key if isinstance(value, dict) else f"{key}={_shown(value)}"
+    if closest:
+        return f"{shown}: no such key; did you mean {closest}?"
+    group = key.split(".")[0]
+    known = [name.split(".")[1] for name in FIELDS if name.startswith(f"{group}.")]
+    there = f"{group} has {', '.join(known)}" if known else f"groups: {', '.join(GROUPS)}"
+    return f"{shown}: no such key; {there}"
+
+
+def _likeness(key: str, known: str) -> float:
+    key, known = key.lower(), known.lower()
+    leaf, known_leaf = key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]
+    same_group = key.split(".")[0] == known.split(".")[0]
+    likeness = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
+    if len(leaf) >= 3 and (leaf in known_leaf or known_leaf in leaf):
+        likeness = max(likeness, 0.8)
+    return likeness + (0.1 if same_group else 0.0)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value if value and value == value.strip() else repr(value)
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _lookup(layer: Any, path: list[str]) -> Any:
+    for name in path:
+        if not isinstance(layer, dict) or name not in layer:
+            return _ABSENT
+        layer = layer[name]
+    return layer

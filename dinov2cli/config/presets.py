@@ -1,0 +1,79 @@
+"""The presets: YAML files that state their difference from the defaults and open with a comment on their use."""
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+
+from dinov2cli.errors import ConfigError
+
+# Inside the package in an installed wheel, beside it in a source checkout.
+_FOLDERS = (Path(__file__).parents[1] / "presets", Path(__file__).parents[2] / "presets")
+
+
+class Preset:
+    """A preset file.
+
+    Attributes:
+        name: what `--preset` takes, such as `vitl16_short`.
+        path: the YAML file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.stem
+
+    @cached_property
+    def text(self) -> str:
+        """The file as it is, comments included."""
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def kind(self) -> str:
+        """`training`, or `weights` for the architectures of released weights."""
+        return "weights" if self.name.endswith("_pretrain") else "training"
+
+    @property
+    def comment(self) -> list[str]:
+        """Lines of the opening comment, without the `#`."""
+        lines = []
+        for line in self.text.splitlines():
+            if not line.startswith("#"):
+                break
+            lines.append(line.removeprefix("#").strip())
+        return lines
+
+    @property
+    def summary(self) -> str:
+        """First line of the opening comment."""
+        return self.comment[0] if self.comment else ""
+
+    def __repr__(self) -> str:
+        return f"Preset({self.name!r})"
+
+
+def list_presets() -> list[Preset]:
+    """All presets, those for training first, each kind in order of name.
+
+    Raises:
+        ConfigError: the installation holds no presets.
+    """
+    for folder in _FOLDERS:
+        paths = sorted(folder.glob("*.yaml"))
+        if paths:
+            return sorted((Preset(path) for path in paths), key=lambda preset: (preset.kind, preset.name))
+    raise ConfigError("no presets found: this installation of dinov2cli is incomplete", hint="Install it again.")
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name; `train/vitl14`, `eval/vitl14_pretrain` and a `.yaml` ending are taken as well.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    presets = {preset.name: preset for preset in list_presets()}
+    wanted = name.removesuffix(".yaml").removeprefix("train/").removeprefix("eval/")
+    if wanted in presets:
+        return presets[wanted]
+    close = difflib.get_close_matches(wanted.lower(), presets, n=1, cutoff=0.6)
+    guess = f" Did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"no preset named '{name}'.{guess}", hint=f"Presets: {', '.join(presets)}")

@@ -1,0 +1,349 @@
+"""The configuration tree: every key with its type, bounds, default and meaning.
+
+Groups and keys carry the names of the DINOv2 reference, and the defaults are its `vitl16_short` run; keys of our own
+are marked "(dino2)" in their description. The tree is frozen, and derived values (learning rate after scaling,
+iterations, periods) are methods, so that nothing derived is stored.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dinov2cli.config.checks import contradictions
+from dinov2cli.errors import ConfigError
+
+
+class Architecture(NamedTuple):
+    """Size of a vision transformer."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+ARCHITECTURES = {
+    "vit_tiny": Architecture(192, 12, 3),
+    "vit_small": Architecture(384, 12, 6),
+    "vit_base": Architecture(768, 12, 12),
+    "vit_large": Architecture(1024, 24, 16),
+    "vit_giant2": Architecture(1536, 40, 24),
+}
+
+
+class Group(BaseModel):
+    """A group of keys: immutable, no unknown keys, no silent conversion (`"64"` or `true` is not a number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _tuple_from_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _without_memeff(value: Any) -> Any:
+    # The reference takes `vit_large_memeff` for `vit_large`: the suffix once chose an attention implementation.
+    return value.removesuffix("_memeff") if isinstance(value, str) else value
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AreaRange = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+                      BeforeValidator(_tuple_from_list)]  # fmt: skip
+FractionRange = Annotated[tuple[Fraction, Fraction], BeforeValidator(_tuple_from_list)]
+ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_tuple_from_list)]
+
+
+class ComputePrecision(Group):
+    """Arithmetic of the forward and backward passes; losses and softmaxes are float32 whatever is chosen."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="(dino2) Autocast type; auto: bf16 on CUDA, fp32 on CPU. CPU runs are always fp32."
+    )
+    grad_scaler: bool = Field(True, description="Scale the loss when precision is fp16; no effect otherwise.")
+
+
+class Dino(Group):
+    """Loss and head on the class token."""
+
+    loss_weight: float = Field(1.0, ge=0, description="Weight of the class-token loss.")
+    head_n_prototypes: int = Field(65536, ge=2, description="Prototypes, the output size of the head.")
+    head_bottleneck_dim: int = Field(256, ge=1, description="Size of the L2-normalised layer before the prototypes.")
+    head_nlayers: int = Field(3, ge=1, description="Layers of the head's MLP.")
+    head_hidden_dim: int = Field(2048, ge=1, description="Width of the head's MLP.")
+    koleo_loss_weight: float = Field(0.1, ge=0, description="Weight of the KoLeo spread regulariser.")
+
+
+class Ibot(Group):
+    """Loss and head on the masked patch tokens."""
+
+    loss_weight: float = Field(1.0, ge=0, description="Weight of the masked-patch loss; 0 switches masking off.")
+    mask_sample_probability: Fraction = Field(0.5, description="Share of the global crops that are masked.")
+    mask_ratio_min_max: FractionRange = Field(
+        (0.1, 0.5), description="Lowest and highest share of patches masked in a masked crop."
+    )
+    separate_head: bool = Field(False, description="Give the patches a head of their own instead of dino's.")
+    head_n_prototypes: int = Field(65536, ge=2, description="Prototypes; used with separate_head, as those below.")
+    head_bottleneck_dim: int = Field(256, ge=1, description="Size of the L2-normalised layer before the prototypes.")
+    head_nlayers: int = Field(3, ge=1, description="Layers of the head's MLP.")
+    head_hidden_dim: int = Field(2048, ge=1, description="Width of the head's MLP.")
+
+
+class Train(Group):
+    """The run: data, batch, randomness, files."""
+
+    batch_size_per_gpu: int = Field(64, ge=1, description="Images per process in one forward pass.")
+    dataset_path: str = Field(
+        "ImageNet:split=TRAIN", description="Training data: a dataset string or a folder of images."
+    )
+    output_dir: str = Field(".", description="The run folder.")
+    seed: int = Field(0, ge=0, description="Seed of initial weights, data order, augmentation and masks.")
+    num_workers: int | None = Field(
+        None, ge=0, description="Data-loading processes per GPU; null: from the number of cores."
+    )
+    OFFICIAL_EPOCH_LENGTH: int = Field(1250, ge=1, description="Iterations that count as one epoch in all schedules.")
+    centering: Literal["centering", "sinkhorn_knopp"] = Field(
+        "centering", description="How teacher outputs are balanced over prototypes."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="(dino2) Batches of batch_size_per_gpu whose gradients make one optimizer step."
+    )
+    checkpoint_period: int | None = Field(
+        None, ge=1, description="(dino2) Iterations between checkpoints to resume from; null: three epochs."
+    )
+    keep: int = Field(3, ge=1, description="(dino2) Checkpoints kept; older ones are deleted.")
+    log_period: int = Field(10, ge=1, description="(dino2) Iterations between lines of training_metrics.json.")
+    max_nonfinite: int = Field(
+        3, ge=1, description="(dino2) Consecutive iterations with a non-finite loss after which the run stops."
+    )
+    max_bad_fraction: Fraction = Field(
+        0.01, description="(dino2) Share of unreadable images above which the run stops."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
+    )
+
+
+class Student(Group):
+    """The vision transformer that is trained; the teacher has the same architecture."""
+
+    arch: Annotated[
+        Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"], BeforeValidator(_without_memeff)
+    ] = Field("vit_large", description="Named size; embed_dim, depth and num_heads override it.")
+    patch_size: int = Field(16, ge=1, description="Side of a patch in pixels.")
+    drop_path_rate: float = Field(0.3, ge=0, lt=1, description="Stochastic depth: share of samples a block skips.")
+    layerscale: float | None = Field(1e-5, ge=0, description="Initial LayerScale; 0 or null: no LayerScale.")
+    drop_path_uniform: bool = Field(
+        True, description="Same drop_path_rate in all blocks; otherwise it rises linearly with depth."
+    )
+    pretrained_weights: str = Field("", description="Backbone weights to start from; empty: random.")
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = Field(
+        "mlp", description="Feed-forward layer; swiglu and swiglufused are the same."
+    )
+    block_chunks: int = Field(
+        0, ge=0, description="Accepted for compatibility; weights are always written with flat block numbers."
+    )
+    qkv_bias: bool = Field(True, description="Bias in the query, key and value projections.")
+    proj_bias: bool = Field(True, description="Bias in the attention's output projection.")
+    ffn_bias: bool = Field(True, description="Biases in the feed-forward layer.")
+    num_register_tokens: int = Field(0, ge=0, description="Register tokens.")
+    interpolate_antialias: bool = Field(False, description="Antialias when position embeddings are resized.")
+    interpolate_offset: float = Field(
+        0.1, ge=0, lt=1, description="Offset added to the size when position embeddings are resized; 0: exact size."
+    )
+    embed_dim: int | None = Field(None, ge=1, description="(dino2) Token size; null: that of arch.")
+    depth: int | None = Field(None, ge=1, description="(dino2) Transformer blocks; null: those of arch.")
+    num_heads: int | None = Field(None, ge=1, description="(dino2) Attention heads; null: those of arch.")
+    attention_backend: Literal["auto", "xformers", "varlen", "sdpa"] = Field(
+        "auto", description="(dino2) Attention implementation; all give the same result."
+    )
+
+
+class Teacher(Group):
+    """The moving average of the student, and its temperature."""
+
+    momentum_teacher: Fraction = Field(0.992, description="Momentum of the moving average at the start.")
+    final_momentum_teacher: Fraction = Field(1.0, description="Momentum at the end (half cosine in between).")
+    warmup_teacher_temp: float = Field(0.04, gt=0, description="Teacher temperature at the start.")
+    teacher_temp: float = Field(0.07, gt=0, description="Teacher temperature after its warm-up.")
+    warmup_teacher_temp_epochs: int = Field(
+        30, ge=0, description="Epochs of linear temperature warm-up; may exceed the run, which then ends below the top."
+    )
+
+
+class Optim(Group):
+    """AdamW and its schedules."""
+
+    epochs: int = Field(100, ge=1, description="Length of the run in epochs of OFFICIAL_EPOCH_LENGTH iterations.")
+    weight_decay: float = Field(0.04, ge=0, description="Weight decay at the start.")
+    weight_decay_end: float = Field(0.4, ge=0, description="Weight decay at the end (half cosine in between).")
+    base_lr: float = Field(0.004, gt=0, description="Peak learning rate at an effective batch of 1024 images.")
+    lr: float = Field(
+        0.0, ge=0, description="Ignored, as in the reference: the rate used is base_lr after scaling_rule."
+    )
+    warmup_epochs: int = Field(10, ge=0, description="Epochs of linear learning-rate warm-up from 0.")
+    min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end (half cosine after the warm-up).")
+    clip_grad: float = Field(3.0, ge=0, description="Largest gradient norm of each submodule; 0: no clipping.")
+    freeze_last_layer_epochs: int = Field(1, ge=0, description="Epochs in which the prototypes stay as they are.")
+    scaling_rule: Literal["sqrt_wrt_1024", "none"] = Field(
+        "sqrt_wrt_1024", description="Peak rate = base_lr * sqrt(effective batch / 1024), or base_lr itself (none)."
+    )
+    patch_embed_lr_mult: float = Field(0.2, ge=0, description="Learning-rate factor of the patch embedding.")
+    layerwise_decay: float = Field(0.9, gt=0, le=1, description="Learning-rate factor from a block to the one below.")
+    adamw_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta.")
+    adamw_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta.")
+
+
+class Crops(Group):
+    """Multi-crop augmentation. Sizes in pixels, scales as shares of the image's area."""
+
+    global_crops_number: ClassVar[int] = 2
+    """Global crops per image; the losses are defined for two."""
+
+    global_crops_scale: AreaRange = Field((0.32, 1.0), description="Area range of the two global crops.")
+    local_crops_number: int = Field(8, ge=0, description="Local crops per image.")
+    local_crops_scale: AreaRange = Field((0.05, 0.32), description="Area range of the local crops.")
+    global_crops_size: int = Field(224, ge=1, description="Side of the global crops; a multiple of patch_size.")
+    local_crops_size: int = Field(96, ge=1, description="Side of the local crops; a multiple of patch_size.")
+    blur_prob: ThreeFractions = Field(
+        (0.0, 0.9, 0.5),
+        description="(dino2) Blur probability of global crop 1, global crop 2 and the local crops. The published code "
+        "runs the default; what it spells out is [1.0, 0.1, 0.5].",
+    )
+
+
+class Data(Group):
+    """(dino2) How images reach the device."""
+
+    normalize_on_device: bool = Field(
+        True, description="(dino2) Send crops as uint8 and normalise them on the device; the numbers are the same."
+    )
+
+
+class Evaluation(Group):
+    """What is written and measured while training."""
+
+    eval_period_iterations: int = Field(
+        12500, ge=0, description="Iterations between teacher checkpoints in eval/; 0: only at the end."
+    )
+    knn_period: int = Field(0, ge=0, description="(dino2) Iterations between k-NN scores of the teacher; 0: none.")
+    knn_train_dataset: str = Field("", description="(dino2) Labelled data whose neighbours vote, for knn_period.")
+    knn_val_dataset: str = Field("", description="(dino2) Labelled data that is classified, for knn_period.")
+
+
+class Config(Group):
+    """Everything that defines a run. Build it with `load_config`, or `Config()` for the defaults.
+
+    Raises `pydantic.ValidationError` when built directly from wrong values; `load_config` turns that into a
+    `ConfigError` with one line per problem.
+    """
+
+    compute_precision: ComputePrecision = ComputePrecision()
+    dino: Dino = Dino()
+    ibot: Ibot = Ibot()
+    train: Train = Train()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    crops: Crops = Crops()
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Config":
+        problems = contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def arch(self) -> Architecture:
+        """`(embed_dim, depth, num_heads)` of the backbone: those of `student.arch` where not given one by one."""
+        named, student = ARCHITECTURES[self.student.arch], self.student
+        return Architecture(
+            student.embed_dim or named.embed_dim, student.depth or named.depth, student.num_heads or named.num_heads
+        )
+
+    def iterations(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._epochs_to_iterations(self.optim.epochs)
+
+    def warmup_iterations(self) -> int:
+        """Iterations of the learning rate's linear warm-up."""
+        return self._epochs_to_iterations(self.optim.warmup_epochs)
+
+    def teacher_temp_warmup_iterations(self) -> int:
+        """Iterations of the teacher temperature's linear warm-up; may exceed `iterations()`."""
+        return self._epochs_to_iterations(self.teacher.warmup_teacher_temp_epochs)
+
+    def freeze_last_layer_iterations(self) -> int:
+        """Iterations in which the prototypes' learning rate is 0."""
+        return self._epochs_to_iterations(self.optim.freeze_last_layer_epochs)
+
+    def checkpoint_period(self) -> int:
+        """Iterations between checkpoints to resume from: `train.checkpoint_period`, or three epochs."""
+        return self.train.checkpoint_period or self._epochs_to_iterations(3)
+
+    def effective_batch(self, world_size: int = 1) -> int:
+        """Images per optimizer step over all processes and accumulated batches."""
+        return self.train.batch_size_per_gpu * world_size * self.train.gradient_accumulation
+
+    def scaled_lr(self, world_size: int = 1) -> float:
+        """Peak learning rate: `base_lr * sqrt(effective batch / 1024)`, as in the reference implementation."""
+        if self.optim.scaling_rule == "none":
+            return self.optim.base_lr
+        return self.optim.base_lr * math.sqrt(self.effective_batch(world_size) / 1024.0)
+
+    def deviations(self) -> list[str]:
+        """In which of its switches this run departs from what the published reference code does, one line each."""
+        return list(_deviations(self))
+
+    def to_yaml(self) -> str:
+        """The complete configuration, every key written out: it alone reproduces the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10_000)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_yaml()` to `path`, creating its folder. The file appears complete or not at all.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        path = Path(path)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(self.to_yaml(), encoding="utf-8")
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise ConfigError(f"{path}: cannot write the configuration: {error.strerror or error}") from error
+
+    def _epochs_to_iterations(self, epochs: int) -> int:
+        return epochs * self.train.OFFICIAL_EPOCH_LENGTH
+
+
+def _deviations(config: Config) -> Iterable[str]:
+    precision, train = config.compute_precision, config.train
+    if precision.precision != "fp16":
+        used = {"auto": "bf16 on CUDA, fp32 on CPU"}.get(precision.precision, precision.precision)
+        yield f"compute_precision.precision={precision.precision}: {used}; the reference runs fp16 with a scaler"
+    elif not precision.grad_scaler:
+        yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
+    if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
+        yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
+    if train.gradient_accumulation > 1:
+        yield (
+            f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "
+            f"{train.batch_size_per_gpu} images per process at a time; the reference has no accumulation"
+        )
+    if config.optim.scaling_rule != "sqrt_wrt_1024":
+        yield f"optim.scaling_rule={config.optim.scaling_rule}: the reference knows only sqrt_wrt_1024"
+    if train.max_nonfinite > 1:
+        yield f"train.max_nonfinite={train.max_nonfinite}: the reference stops at the first non-finite loss"
+    if train.max_bad_fraction > 0:
+        yield (
+            f"train.max_bad_fraction={train.max_bad_fraction}: an unreadable image is logged and replaced; "
+            "the reference stops at the first"
+        )

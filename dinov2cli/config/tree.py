@@ -1,0 +1,69 @@
+"""The keys of the configuration as one flat table, and what each of them takes, in words."""
+
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dinov2cli.config.schema import Config
+
+
+def _groups() -> dict[str, type[BaseModel]]:
+    groups = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        groups[name] = field.annotation
+    return groups
+
+
+GROUPS = _groups()
+FIELDS: dict[str, FieldInfo] = {
+    f"{group}.{key}": field for group, model in GROUPS.items() for key, field in model.model_fields.items()
+}
+"""Every key, dotted, in the order of the file: `"optim.base_lr"` and so on."""
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether the key's values are text (free, or one of a few words)."""
+    return field.annotation is str or get_origin(field.annotation) is Literal
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words a key takes, empty for any other kind of key."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def expectation(field: FieldInfo) -> str:
+    """What the key takes, in words: `a whole number, at least 1`."""
+    return _in_words(field.annotation, field.metadata)
+
+
+def _in_words(annotation: Any, metadata: list[Any]) -> str:
+    if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):  # Annotated[...]
+        return _in_words(get_args(annotation)[0], [*_flat(annotation.__metadata__), *metadata])
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [part for part in get_args(annotation) if part is not NoneType]
+        return f"{_in_words(inner[0], metadata)}, or null"
+    if get_origin(annotation) is tuple:
+        parts = get_args(annotation)
+        return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+    return kind + _bounds(metadata)
+
+
+def _flat(metadata: Any) -> list[Any]:
+    return [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+def _bounds(metadata: list[Any]) -> str:
+    limits = {
+        name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)
+    }
+    if "ge" in limits and "le" in limits:
+        return f", from {limits['ge']} to {limits['le']}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    texts = [f"{words[name]} {limits[name]}" for name in words if name in limits]
+    return f", {' and '.join(texts)}" if texts else ""
