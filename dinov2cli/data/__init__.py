@@ -1,0 +1,1 @@
+"""From files to multi-crop batches: datasets, sampling order, augmentation, masks, collation and loaders."""

@@ -1,0 +1,113 @@
+"""Multi-crop augmentation (DINOv2 paper, section 4 and appendix): two global and several local views of an image."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.data import pixels
+from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, Jitter, draw_crops
+
+GLOBAL_CROPS = 2
+SOLARIZE_PROBABILITY = 0.2
+
+
+class Crops(NamedTuple):
+    """Views of one image: uint8 arrays [S, S, 3], larger S for the global ones."""
+
+    global_crops: list[np.ndarray]
+    local_crops: list[np.ndarray]
+
+
+class MultiCropAugmentation:
+    """The augmentation of DINOv2: random resized crop, flip, colour jitter, grayscale, blur, solarize.
+
+    Args:
+        recipes: one a view, the two global ones first. They differ in size, scale and the probabilities of blur
+            and solarization; everything else is common to all views.
+    """
+
+    def __init__(self, recipes: tuple[CropRecipe, ...]) -> None:
+        self.recipes = recipes
+
+    @classmethod
+    def from_config(cls, config: Any) -> "MultiCropAugmentation":
+        """The recipes that `config.crops` describes; solarization is for the second global view alone."""
+        crops = config.crops
+        blur_global1, blur_global2, blur_local = crops.blur_prob
+        global_scale, local_scale = tuple(crops.global_crops_scale), tuple(crops.local_crops_scale)
+        return cls(
+            (
+                CropRecipe(crops.global_crops_size, global_scale, blur_global1),
+                CropRecipe(crops.global_crops_size, global_scale, blur_global2, SOLARIZE_PROBABILITY),
+                *[CropRecipe(crops.local_crops_size, local_scale, blur_local)] * crops.local_crops_number,
+            )
+        )
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Crops:
+        """Views of `image` (uint8 [H, W, 3]); all that is random comes from `rng`."""
+        views = [render_crop(image, parameters) for parameters in self.draw(*image.shape[:2], rng)]
+        return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> list[CropParameters]:
+        """The decisions for an image of this size, one record a view."""
+        return draw_crops(self.recipes, height, width, rng)
+
+
+def render_crop(image: np.ndarray, parameters: CropParameters) -> np.ndarray:
+    """The view that `parameters` describe, uint8 [S, S, 3]."""
+    return color_crop(cut_crop(image, parameters), parameters)
+
+
+def cut_crop(image: np.ndarray, parameters: CropParameters) -> np.ndarray:
+    """The geometric half: random resized crop and flip."""
+    crop = pixels.resized_crop(image, *parameters.box, parameters.size)
+    return pixels.flip(crop) if parameters.flip else crop
+
+
+def color_crop(crop: np.ndarray, parameters: CropParameters) -> np.ndarray:
+    """The photometric half: jitter, grayscale, blur, solarize, in this order."""
+    if parameters.jitter is not None:
+        crop = color_jitter(crop, parameters.jitter)
+    if parameters.grayscale:
+        crop = pixels.grayscale(crop)
+    if parameters.blur_sigma > 0:
+        crop = pixels.gaussian_blur(crop, parameters.blur_sigma)
+    if parameters.solarize:
+        crop = pixels.solarize(crop)
+    return crop
+
+
+def color_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, in the order drawn."""
+    for operation in jitter.order:
+        image = _JITTER_STEPS[operation](image, jitter[1 + operation])
+    return image
+
+
+_JITTER_STEPS = (pixels.adjust_brightness, pixels.adjust_contrast, pixels.adjust_saturation, pixels.adjust_hue)
+
+
+def normalize(crops: Tensor) -> Tensor:
+    """Crops as a network takes them: float32 [N, 3, H, W] with ImageNet's mean and standard deviation.
+
+    Args:
+        crops: uint8 [N, H, W, 3], on any device; or float [N, 3, H, W], normalised already and passed through.
+    """
+    if crops.dtype != torch.uint8:
+        return crops
+    mean = torch.tensor(pixels.IMAGENET_MEAN, device=crops.device) * 255
+    std = torch.tensor(pixels.IMAGENET_STD, device=crops.device) * 255
+    return ((crops.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def shrunk_box(box: Box, shrink: int, height: int, width: int) -> Box:
+    """`box` on an image that was decoded at 1/`shrink` of its size, to [height, width]."""
+    top, left = min(round(box.top / shrink), height - 1), min(round(box.left / shrink), width - 1)
+    return Box(
+        top,
+        left,
+        max(1, min(round(box.height / shrink), height - top)),
+        max(1, min(round(box.width / shrink), width - left)),
+    )

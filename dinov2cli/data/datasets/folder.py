@@ -1,0 +1,65 @@
+"""A folder of images, with class subfolders or without."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
+from dinov2cli.data.datasets.listing import list_images
+from dinov2cli.data.decoding import UnreadableImage
+from dinov2cli.errors import DataError
+
+
+class FolderDataset(ImageDataset):
+    """All images under `root`, sorted by path.
+
+    The class of an image is the first folder below `root` on its path, however deep it lies; images directly in
+    `root` have no label, and if all lie there the dataset has no classes. Hidden files and folders are ignored,
+    symlinks are followed.
+
+    Raises:
+        DataError: `root` is not a folder or holds no image.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
+                            "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
+        listing = list_images(self.root)
+        self._paths = listing.paths
+        self._classes = listing.classes
+        self.class_names = listing.class_names
+        require_images(len(self._paths), str(self.root), "Files are recognised by their extension (.jpg, .png, ...).")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.path(index))
+
+    def path(self, index: int) -> str:
+        self._check_index(index)
+        return str(self.root / self._paths[index])
+
+    def targets(self) -> np.ndarray:
+        return self._classes.astype(np.int64)
+
+    def describe(self) -> str:
+        classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
+        unlabelled = int((self._classes == UNLABELLED).sum())
+        partly = f" ({unlabelled} images directly in the folder have no label)" if self.class_names and unlabelled else ""
+        return f"folder {self.root}: {len(self)} images{classes}{partly}"
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        return (self[index] for index in range(len(self)))
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes; raises `UnreadableImage` with the operating system's reason."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error

@@ -1,0 +1,115 @@
+"""Image files to RGB pixels."""
+
+import io
+import struct
+import warnings
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dinov2cli.errors import DataError
+
+
+class UnreadableImage(DataError):
+    """A file that is no image, or a damaged one."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return UnreadableImage, (self.path, self.reason)
+
+
+class ImageSize(NamedTuple):
+    """Of the stored pixels, before any EXIF rotation."""
+
+    height: int
+    width: int
+
+
+def decode_image(data: bytes | memoryview, path: str, *, shrink: int = 1) -> np.ndarray:
+    """RGB pixels of an encoded image, uint8 [H, W, 3].
+
+    EXIF rotation is not applied, as in the reference implementation. Grayscale, palette, CMYK, alpha and 16-bit
+    images become RGB. With `shrink` 2, 4 or 8, a JPEG is decoded directly at that fraction of its size.
+
+    Raises:
+        UnreadableImage: what `path` holds is not an image or is damaged or cut short.
+    """
+    header = jpeg_header(data)
+    if header is not None and header.components in (1, 3) and _ends_as_jpeg(data):
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS[shrink])
+        if image is not None:
+            return image
+    return _decode_with_pillow(data, path, shrink)
+
+
+class JpegHeader(NamedTuple):
+    height: int
+    width: int
+    components: int  # 1 grayscale, 3 colour, 4 CMYK
+
+
+def jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
+    """Size and components from a JPEG's frame header; None if it is not a JPEG of 8 bits a component."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    position = 2
+    while position + 10 <= len(data):
+        marker, kind = data[position], data[position + 1]
+        if marker != 0xFF:
+            return None
+        if kind == 0xFF:  # padding before a marker
+            position += 1
+            continue
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            bits, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
+            return JpegHeader(height, width, components) if bits == 8 and height and width else None
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return None
+
+
+_CV2_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+}
+
+
+def _ends_as_jpeg(data: bytes | memoryview) -> bool:
+    # libjpeg fills what is missing with gray and only warns, so OpenCV would pass a truncated file off as an image.
+    # Tars pad members with up to 511 zero bytes.
+    return b"\xff\xd9" in bytes(data[-2:]) or b"\xff\xd9" in bytes(data[-1024:])
+
+
+def _decode_with_pillow(data: bytes | memoryview, path: str, shrink: int) -> np.ndarray:
+    from PIL import Image
+
+    if len(data) == 0:
+        raise UnreadableImage(path, "the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF blocks and the like: the pixels decide
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if shrink > 1:
+                    image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
+                return np.array(_as_rgb(image))
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage(path, "not an image of any type that Pillow reads") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UnreadableImage(path, f"damaged image ({error})") from error
+
+
+def _as_rgb(image):  # noqa: ANN001, ANN202  (PIL is imported late)
+    if image.mode.startswith("I;16"):
+        from PIL import Image
+
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

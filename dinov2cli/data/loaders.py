@@ -1,0 +1,201 @@
+"""Batches in the background: what a training or an evaluation iterates over."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dinov2cli.data.augmentations import Crops, MultiCropAugmentation
+from dinov2cli.data.collate import MultiCropBatch, collate
+from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
+from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
+from dinov2cli.data.randomness import mask_rng, sample_rng
+from dinov2cli.data.sampler import SampleOrder
+from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
+from dinov2cli.errors import DataError, Dino2Error
+
+MAX_REPLACEMENTS = 100
+"""So many unreadable images in a row end a run: the data are not there any more."""
+
+
+def make_train_loader(
+    config: Any,
+    *,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    dataset: ImageDataset | None = None,
+) -> "TrainLoader":
+    """Batches of process `rank` for micro steps `start` to `stop` - 1.
+
+    Their content depends on the config's seed, the step, `rank` and `world_size` alone, not on the number of workers
+    or on where the run was interrupted. `dataset` replaces the one that `config.train.dataset_path` names.
+
+    Raises:
+        DataError: no readable dataset.
+        EnvironmentProblem: while iterating, if a worker process died.
+    """
+    dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
+    batches = _TrainBatches(dataset, config, rank=rank, world_size=world_size)
+    return TrainLoader(batches, range(start, stop), choose_workers(config.train.num_workers), pin_memory)
+
+
+class TrainLoader:
+    """Iterable over `MultiCropBatch`; see `make_train_loader`."""
+
+    def __init__(self, batches: "_TrainBatches", steps: range, num_workers: int, pin_memory: bool) -> None:
+        self.dataset = batches.dataset
+        self.num_workers = num_workers
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole batch, so nothing depends on which worker makes it
+            sampler=steps,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=set_up_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[MultiCropBatch]:
+        with loader_errors():
+            for batch in self._loader:
+                if isinstance(batch, WorkerError):
+                    raise batch.error
+                yield batch
+
+
+class _TrainBatches(Dataset):
+    """Item s is the batch of micro step s."""
+
+    def __init__(self, dataset: ImageDataset, config: Any, *, rank: int, world_size: int) -> None:
+        self.dataset = dataset
+        self.rank, self.world_size = rank, world_size
+        self.seed = config.train.seed
+        self.batch_size = config.train.batch_size_per_gpu
+        self.order = SampleOrder(len(dataset), self.seed)
+        self.augmentation = MultiCropAugmentation.from_config(config)
+        size, patch = config.crops.global_crops_size, config.student.patch_size
+        self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
+        self.mask_probability = config.ibot.mask_sample_probability
+        self.mask_ratios = tuple(config.ibot.mask_ratio_min_max)
+
+    def __getitem__(self, step: int) -> MultiCropBatch | WorkerError:
+        try:
+            return self.batch(step)
+        except Dino2Error as error:
+            return WorkerError(error)
+
+    def batch(self, step: int) -> MultiCropBatch:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        bad: list[str] = []
+        drawn = [self.sample(k, bad) for k in range(first, first + self.batch_size)]
+        masks = make_masks(
+            2 * self.batch_size,
+            self.masking,
+            mask_rng(self.seed, step, self.rank),
+            sample_probability=self.mask_probability,
+            ratio_range=self.mask_ratios,
+        )
+        samples, crops = [index for index, _ in drawn], [crops for _, crops in drawn]
+        return collate(crops, masks, iteration=step, samples=samples, bad=bad)
+
+    def sample(self, k: int, bad: list[str]) -> tuple[int, Crops]:
+        """Dataset index and crops of the run's k-th sample.
+
+        An unreadable image is replaced by the next in the run's order, and its path is added to `bad`.
+        """
+        for replacement in range(MAX_REPLACEMENTS):
+            index = self.order.index(k + replacement)
+            try:
+                image = self.dataset.image(index)
+            except UnreadableImage as error:
+                bad.append(str(error))
+                continue
+            return index, self.augmentation(image, sample_rng(self.seed, k))
+        raise DataError(f"{MAX_REPLACEMENTS} images in a row could not be read, the last: {bad[-1]}")
+
+
+def make_eval_loader(
+    dataset: ImageDataset,
+    transform: Callable[[np.ndarray], Tensor],
+    batch_size: int,
+    num_workers: int | None = None,
+    indices: Sequence[int] | None = None,
+    *,
+    pin_memory: bool = False,
+) -> "EvalLoader":
+    """(images float32 [B, 3, H, W], targets int64 [B], dataset indices int64 [B]) in the order of `indices`.
+
+    By default all images in the dataset's order; the last batch may be smaller.
+
+    Raises:
+        UnreadableImage: while iterating; an evaluation leaves nothing out silently.
+    """
+    order = range(len(dataset)) if indices is None else indices
+    return EvalLoader(dataset, transform, batch_size, choose_workers(num_workers), order, pin_memory)
+
+
+class EvalLoader:
+    """Iterable over batches; see `make_eval_loader`."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[np.ndarray], Tensor],
+        batch_size: int,
+        num_workers: int,
+        order: Sequence[int],
+        pin_memory: bool,
+    ) -> None:
+        self._loader = DataLoader(
+            _EvalBatches(dataset, transform, order, batch_size),
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=set_up_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        with loader_errors():
+            for batch in self._loader:
+                if isinstance(batch, WorkerError):
+                    raise batch.error
+                yield batch
+
+
+class _EvalBatches(Dataset):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[np.ndarray], Tensor],
+        order: Sequence[int],
+        batch_size: int,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.order = order if isinstance(order, range) else np.asarray(order, dtype=np.int64)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor] | WorkerError:
+        if not 0 <= batch < len(self):
+            raise IndexError(batch)
+        indices = [int(i) for i in self.order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        try:
+            images = torch.stack([self.transform(self.dataset.image(index)) for index in indices])
+        except Dino2Error as error:
+            return WorkerError(error)
+        targets = torch.tensor([self.dataset.target(index) for index in indices])
+        return images, targets, torch.tensor(indices)

@@ -1,0 +1,47 @@
+"""Image transforms of the evaluations."""
+
+import numpy as np
+from torch import Tensor
+
+from dinov2cli.data import pixels
+from dinov2cli.data.crop_parameters import CROP_TRIES, random_box
+
+
+class EvalTransform:
+    """Resize the short side to `resize` (bicubic, antialiased), cut the central `crop` x `crop` square, normalise."""
+
+    def __init__(self, resize: int = 256, crop: int = 224) -> None:
+        self.resize = resize
+        self.crop = crop
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """uint8 [H, W, 3] -> float32 [3, crop, crop]. A side shorter than `crop` is padded with black."""
+        height, width = image.shape[:2]
+        short = min(height, width)
+        image = pixels.resize(image, int(self.resize * height / short), int(self.resize * width / short))
+        return pixels.normalize_image(_center_crop(image, self.crop))
+
+
+class RandomResizedCrop:
+    """Augmentation of linear probing: a random box of 8 to 100 % of the area resized to `size`, flip, normalise."""
+
+    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.08, 1.0)) -> None:
+        self.size = size
+        self.scale = scale
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 [H, W, 3] -> float32 [3, size, size]."""
+        *tries, down, right, mirror = rng.random(2 * CROP_TRIES + 3).tolist()
+        box = random_box(self.scale, *image.shape[:2], tries, down, right)
+        crop = pixels.resized_crop(image, *box, self.size)
+        return pixels.normalize_image(pixels.flip(crop) if mirror < 0.5 else crop)
+
+
+def _center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if height < size or width < size:
+        down, right = max(0, size - height), max(0, size - width)
+        image = np.pad(image, ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
+        height, width = image.shape[:2]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]

@@ -1,0 +1,76 @@
+"""Loader processes: how many, how they are set up, and what to say when one dies."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from dinov2cli.errors import Dino2Error, EnvironmentProblem
+
+MAX_WORKERS = 16
+"""Beyond this, one process's loaders no longer speed up: its own collation and copies are the limit."""
+
+
+class WorkerError(NamedTuple):
+    """An error that a worker hands to the main process as an item, so that it is raised there without traceback."""
+
+    error: Dino2Error
+
+
+def choose_workers(wanted: int | None, *, processes_on_machine: int | None = None) -> int:
+    """Number of loader processes: `wanted`, or from the cores that this process may use.
+
+    Cores are shared between the training processes of a machine, and each keeps one core for itself.
+    """
+    if wanted is not None:
+        return wanted
+    processes = processes_on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_WORKERS, available_cores() // processes - 1))
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def set_up_worker(worker: int) -> None:
+    """One thread a worker: parallelism comes from their number. Ctrl-C is for the main process to handle."""
+    import cv2
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """Turn torch's message about a dead worker into one that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" not in text:
+            raise
+        raise EnvironmentProblem(_explain(text), _REMEDY) from error
+
+
+def _explain(text: str) -> str:
+    if "Bus error" in text or "shared memory" in text or "shm" in text:
+        return "a data loader process died because shared memory (/dev/shm) is full"
+    if "Killed" in text:
+        return "a data loader process was killed by the system, most likely because memory ran out"
+    return f"a data loader process died: {text.splitlines()[0]}"
+
+
+_REMEDY = (
+    "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
+    "(--shm-size=8g or --ipc=host)."
+)
