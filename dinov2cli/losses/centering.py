@@ -68,15 +68,21 @@ def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -
     Returns:
         float32 [B, K]; each row sums to 1.
     """
-    scaled_BK = scores_BK.float() / temperature
-    # A common shift leaves the result as it is and keeps exp in range.
-    highest = scaled_BK.max() if scaled_BK.numel() else scaled_BK.new_tensor(-torch.inf)
-    assign_BK = (scaled_BK - distributed.all_reduce_max(highest.reshape(1))).exp_()
-    tiny = torch.finfo(torch.float32).tiny
-    sample_scale_B = assign_BK.new_ones(assign_BK.shape[0])
+    log_BK = scores_BK.float() / temperature
+    # Shifting a prototype's or a sample's scores only changes its scaling factor; with every prototype's and then every
+    # sample's largest entry at 1, nothing that matters can overflow or vanish, at any temperature.
+    log_BK -= distributed.all_reduce_max(_largest(log_BK, dim=0))
+    sample_shift_B = _largest(log_BK, dim=1)
+    assign_BK = log_BK.sub_(sample_shift_B[:, None]).exp_()
+    sample_scale_B = sample_shift_B.exp()
     for _ in range(iterations):
-        mass_K = distributed.all_reduce_sum(sample_scale_B @ assign_BK)
-        prototype_scale_K = 1 / mass_K.clamp_(min=tiny)
-        # The constants 1/K and 1/B cancel: in the end each sample's row is wanted to sum to 1.
-        sample_scale_B = 1 / (assign_BK @ prototype_scale_K).clamp_(min=tiny)
+        # The constants 1/K and 1/B cancel, as in the end each sample's row sums to 1.
+        prototype_scale_K = 1 / distributed.all_reduce_sum(sample_scale_B @ assign_BK)
+        sample_scale_B = 1 / (assign_BK @ prototype_scale_K)
     return assign_BK.mul_(prototype_scale_K).mul_(sample_scale_B[:, None])
+
+
+def _largest(values: Tensor, dim: int) -> Tensor:
+    if values.numel():
+        return values.amax(dim)
+    return values.new_full((values.shape[1 - dim],), -torch.inf)  # a process without samples

@@ -33,6 +33,14 @@ class TokenLayout:
         """Tokens of every sequence, in stream order."""
         return [length for count, length in self.groups for _ in range(count)]
 
+    def sequence_starts(self, device: torch.device) -> Tensor:
+        """Place in the stream of every sequence's first token, int64 [sequences]."""
+        starts, place = [], 0
+        for count, length in self.groups:
+            starts.append(torch.arange(place, place + count * length, length, device=device))
+            place += count * length
+        return torch.cat(starts)
+
     def split(self, stream: Tensor) -> Iterator[Tensor]:
         """Views `[sequences, length, ...]` of the stream `[tokens, ...]`, one for each group."""
         start = 0
@@ -68,9 +76,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
     """PyTorch's variable-length flash attention. [T, H, C] each, half precision, CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = _sequence_starts(layout, q.device)
+    cumulative = _cumulative_lengths(layout, q.device)
     longest = max(length for _, length in layout.groups)
-    return varlen_attn(q, k, v, starts, starts, longest, longest)
+    return varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
 
 
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
@@ -138,7 +146,7 @@ def _why_not_varlen(device: torch.device, half: bool) -> str | None:
 
 # A run meets a handful of layouts (full batch, kept subset, evaluation); building masks anew would copy to the device.
 @lru_cache(maxsize=64)
-def _sequence_starts(layout: TokenLayout, device: torch.device) -> Tensor:
+def _cumulative_lengths(layout: TokenLayout, device: torch.device) -> Tensor:
     lengths = torch.tensor([0, *layout.lengths], dtype=torch.int32)
     return lengths.cumsum(0, dtype=torch.int32).to(device)
 

@@ -164,6 +164,38 @@ class VisionTransformer(nn.Module):
                 stream = block(stream, layout, kept)
         return stream
 
+    def forward_tokens(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        mask_indices: Tensor,
+        drop_generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What training needs of one packed pass: the normed class tokens, and the normed masked patches.
+
+        Args:
+            images: batches [B_i, C, H_i, W_i]; patches are taken from the first.
+            masks: one for each batch, as in `forward_features`.
+            mask_indices: int64 [M], patches of the first batch, counted through as image * N + patch.
+            drop_generator: as in `forward_blocks`.
+
+        Returns:
+            class tokens of all images in order [sum B_i, D], and patch tokens [M, D].
+        """
+        stream, layout = self.prepare_tokens(images, masks)
+        used = torch.cat([layout.sequence_starts(stream.device), self._patch_positions(layout, mask_indices)])
+        stream = self.forward_blocks(stream, layout, drop_generator)
+        n_cls = sum(count for count, _ in layout.groups)
+        cls, patches = self.norm(stream.index_select(0, used)).split([n_cls, mask_indices.shape[0]])
+        return cls, patches
+
+    def _patch_positions(self, layout: TokenLayout, patch_indices: Tensor) -> Tensor:
+        """Places in the stream of patches of the first group, given as image * N + patch."""
+        length = layout.groups[0][1]
+        special = 1 + self.num_register_tokens
+        image = patch_indices // (length - special)
+        return patch_indices + (image + 1) * special
+
     def draw_stochastic_depth(
         self, stream: Tensor, layout: TokenLayout, generator: torch.Generator | None
     ) -> list[tuple[KeptSequences, KeptSequences] | None]:
