@@ -1,0 +1,186 @@
+"""Checkpoints that appear complete or not at all: training state to resume from, and teachers to evaluate.
+
+A training checkpoint is a folder `checkpoints/iteration_00000120` (120 iterations done) in the format of
+torch.distributed.checkpoint, so that it can be loaded on another number of processes, with a manifest of sizes and
+checksums beside the data.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dinov2cli import distributed
+from dinov2cli.console import logger
+from dinov2cli.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+PREFIX = "iteration_"
+
+
+class Checkpointer:
+    """Writes, finds and loads the training checkpoints of a run.
+
+    Args:
+        folder: holds one folder for each checkpoint.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+        """Write `state` (nested dicts of tensors and plain values) as the checkpoint after `iteration` iterations.
+
+        Written aside, flushed to disk, then renamed: a run killed at any moment leaves only complete checkpoints under
+        their names. Older ones beyond `keep` are deleted afterwards.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
+        """
+        final = self.folder / f"{PREFIX}{iteration:08d}"
+        aside = self.folder / f".{final.name}.incomplete"
+        try:
+            if distributed.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            distributed.barrier()
+            dcp.save(state, checkpoint_id=aside, no_dist=not distributed.is_initialized())
+            if distributed.is_main():
+                _write_manifest(aside, iteration)
+                if final.exists():
+                    shutil.rmtree(final)
+                aside.rename(final)
+                _flush_folder(self.folder)
+                self._delete_old()
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"{final}: the checkpoint could not be written: {_innermost(error)}",
+                "Earlier checkpoints are intact. Make space (or make the folder writable) and run the same command "
+                "again: training resumes from the newest of them.",
+            ) from error
+        distributed.barrier()
+        return final
+
+    def load_latest(self, state: dict[str, Any]) -> int | None:
+        """Load the newest checkpoint that is whole into the tensors of `state`, in place.
+
+        A damaged one is passed over for the one before, with a warning that says so.
+
+        Returns:
+            its iteration, or None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be loaded.
+        """
+        damaged = []
+        for iteration, path in self.list():
+            problem = distributed.broadcast_object(_damage(path) if distributed.is_main() else None)
+            if problem is None:
+                try:
+                    dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
+                except Exception as error:
+                    problem = _innermost(error)
+                else:
+                    return iteration
+            damaged.append(f"{path}: {problem}")
+            logger.warning("checkpoint passed over: %s: %s", path, problem)
+        if damaged:
+            raise CheckpointError(
+                "no checkpoint of this run can be loaded: " + "; ".join(damaged),
+                "Start over with --no-resume, or choose another --output-dir.",
+            )
+        return None
+
+    def list(self) -> list[tuple[int, Path]]:
+        """(iteration, folder) of the complete checkpoints, newest first."""
+        found = [(int(p.name.removeprefix(PREFIX)), p) for p in self.folder.glob(f"{PREFIX}*") if p.is_dir()]
+        return sorted(found, reverse=True)
+
+    def _delete_old(self) -> None:
+        for _, path in self.list()[self.keep :]:
+            # Renamed first: a kill during the deletion must not leave half a checkpoint under a good name.
+            doomed = path.with_name(f".{path.name}.incomplete")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        for leftover in self.folder.glob(f".{PREFIX}*.incomplete"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
+    """Write `{"teacher": {"backbone.*", "dino_head.*", ...}}`, the reference's teacher checkpoint, atomically.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.incomplete")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            torch.save({"teacher": {key: value.detach().cpu() for key, value in teacher_state.items()}}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
+
+
+def _write_manifest(folder: Path, iteration: int) -> None:
+    """Sizes and checksums of all files; its presence says that the rest is complete."""
+    files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir())}
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({"iteration": iteration, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if _crc32(folder / name) != expected["crc32"]:
+                return f"{name} is damaged (checksum)"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"incomplete ({_innermost(error)})"
+    return None
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _innermost(error: BaseException) -> str:
+    """The message of the error that started it: torch wraps a full disk in errors of its own."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint.CheckpointException
+    if failures:
+        error = next(iter(failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

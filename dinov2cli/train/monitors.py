@@ -1,0 +1,81 @@
+"""Numbers that tell a collapsed run from a healthy one, from the teacher's view of one batch.
+
+Shape legend: S teacher crops (2B), D embedding dimension, K prototypes.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2cli.train.ssl_meta_arch import TeacherTargets
+
+
+class TeacherHealth(NamedTuple):
+    """Logged every `train.log_period`.
+
+    Args:
+        teacher_entropy: mean entropy of a crop's target distribution over its maximum log K: 1 is uniform, 0 is one-hot.
+        prototypes_in_use: how many prototypes the batch spreads over: exp of the entropy of the mean target.
+        feature_std: standard deviation over the batch of the L2-normalised class tokens, times sqrt(D): about 1 for
+            features spread over the sphere, 0 for identical ones.
+        effective_rank: exp of the entropy of the normalised singular values of the class tokens (RankMe).
+    """
+
+    teacher_entropy: float
+    prototypes_in_use: float
+    feature_std: float
+    effective_rank: float
+
+
+@torch.no_grad()
+def teacher_health(targets: TeacherTargets) -> TeacherHealth:
+    """Health of the teacher on a batch: class tokens [S, D], targets [S, K]."""
+    cls_SD, probs_SK = targets.cls.float(), targets.cls_targets.float()
+    unit_SD = F.normalize(cls_SD, dim=-1)
+    singular = torch.linalg.svdvals(cls_SD)
+    return TeacherHealth(
+        teacher_entropy=entropy(probs_SK).mean().item() / math.log(probs_SK.shape[1]),
+        prototypes_in_use=entropy(probs_SK.mean(0)).exp().item(),
+        feature_std=unit_SD.std(0).mean().item() * math.sqrt(cls_SD.shape[1]),
+        effective_rank=entropy(singular / singular.sum().clamp(min=1e-12)).exp().item(),
+    )
+
+
+def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:
+    """A plain sentence if the numbers say collapse, else None.
+
+    Args:
+        health: of a batch.
+        samples: S, the crops in it; with few, low numbers mean little.
+    """
+    if samples < 8:
+        return None
+    if health.feature_std < 0.02:
+        return (
+            f"all images get nearly the same feature (feature_std {health.feature_std:.2g}): the run has collapsed. "
+            "Lower optim.base_lr, raise optim.warmup_epochs, or raise dino.koleo_loss_weight"
+        )
+    if health.effective_rank < 1.5:
+        return (
+            f"features vary along one direction only (effective_rank {health.effective_rank:.2f}): the run is "
+            "collapsing. Lower optim.base_lr or raise dino.koleo_loss_weight"
+        )
+    if health.prototypes_in_use < 1.5:
+        return (
+            f"the teacher maps all images to one prototype (prototypes_in_use {health.prototypes_in_use:.2f}): the run "
+            "has collapsed. Lower teacher.teacher_temp less far, or use train.centering=sinkhorn_knopp"
+        )
+    if health.teacher_entropy > 0.9999:
+        return (
+            f"the teacher's targets are uniform (teacher_entropy {health.teacher_entropy:.5f} of 1): nothing is "
+            "learned. Lower teacher.warmup_teacher_temp and teacher.teacher_temp"
+        )
+    return None
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """-sum p log p over the last dimension, in nats; zeros count as 0."""
+    return -torch.xlogy(probabilities, probabilities).sum(-1)
