@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dinov2cli.config import find_preset, list_presets, load_config
+from dinov2cli.config import annotated_yaml, find_preset, list_presets, load_config
 from dinov2cli.console import out, print_json
 
 presets = typer.Typer(
@@ -50,7 +50,7 @@ def show_command(
     ],
     full: Annotated[
         bool,
-        typer.Option("--full", help="Print the complete configuration, defaults included, not only the difference."),
+        typer.Option("--full", help="Print every key, with its meaning and what it takes, not only the differences."),
     ] = False,
 ) -> None:
     """Print a preset as YAML: its difference from the defaults, or everything.
@@ -61,7 +61,11 @@ def show_command(
 
         dino2 train --config-file mine.yaml --output-dir RUN
     """
-    text = load_config(preset=find_preset(name).name).to_yaml() if full else find_preset(name).text
+    preset = find_preset(name)
+    text = preset.text
+    if full:
+        opening = "".join(f"# {line}".rstrip() + "\n" for line in preset.comment)
+        text = opening + annotated_yaml(load_config(preset=preset.name))
     if not out.is_terminal:
         print(text, end="")
         return

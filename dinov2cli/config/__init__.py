@@ -3,5 +3,15 @@
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
 from dinov2cli.config.schema import ARCHITECTURES, Architecture, Config
+from dinov2cli.config.tree import annotated_yaml
 
-__all__ = ["ARCHITECTURES", "Architecture", "Config", "Preset", "find_preset", "list_presets", "load_config"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Config",
+    "Preset",
+    "annotated_yaml",
+    "find_preset",
+    "list_presets",
+    "load_config",
+]

@@ -47,8 +47,11 @@ def load_config(
     given, given_notes = translate(given)
     for origin, note in [*((source, note) for note in notes), *(("overrides", note) for note in given_notes)]:
         logger.info("%s: %s", origin, note)
+    tree = merge(base, given)
+    _refuse_unresolved(tree)
     try:
-        return Config.model_validate(merge(base, given))
+        # A group that is written without keys ("optim:") is empty, not null.
+        return Config.model_validate({group: {} if keys is None else keys for group, keys in tree.items()})
     except ValidationError as error:
         raise explain(error, base=base, given=given, source=source) from None
 
@@ -91,7 +94,7 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
-        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
             raise ConfigError(f"override '{override}': must have the form group.key=value, such as optim.base_lr=0.001")
         layer = merge(layer, _nest(key.split("."), _override_value(key, text)))
     return layer
@@ -103,8 +106,7 @@ def merge(lower: Layer, upper: Layer) -> Layer:
     for key, value in upper.items():
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    # A group that is written without keys ("optim:") is empty, not null.
-    return {key: {} if value is None and key in Config.model_fields else value for key, value in merged.items()}
+    return merged
 
 
 def _override_value(key: str, text: str) -> Any:
@@ -124,6 +126,14 @@ def _nest(path: Sequence[str], value: Any) -> Layer:
     for name in reversed(path):
         value = {name: value}
     return value
+
+
+def _refuse_unresolved(tree: Layer, prefix: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _refuse_unresolved(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and (value == "???" or re.search(r"\$\{.+\}", value)):
+            raise ConfigError(f"{prefix}{key}={value}: OmegaConf placeholders are not resolved; write the value itself")
 
 
 def _locate(path: Path) -> Path:

@@ -78,6 +78,7 @@ def _lines(problem: Any, path: list[str], base: dict[str, Any], given: dict[str,
         known = choices(FIELDS[key])
         close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.6) if known else []
         guess = f"; did you mean {close[0]}?" if close else ""
+        guess = "; write it in quotes" if problem["type"] == "string_type" else guess
         yield f"{key}={_shown(value)}: must be {expectation(FIELDS[key])}{guess}"
     else:
         example = next(iter(name for name in FIELDS if name.startswith(f"{path[0]}.")))

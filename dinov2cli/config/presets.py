@@ -39,7 +39,7 @@ class Preset:
         for line in self.text.splitlines():
             if not line.startswith("#"):
                 break
-            lines.append(line.removeprefix("#").strip())
+            lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
         return lines
 
     @property

@@ -5,6 +5,7 @@ are marked "(dino2)" in their description. The tree is frozen, and derived value
 iterations, periods) are methods, so that nothing derived is stored.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable
@@ -80,7 +81,7 @@ class Dino(Group):
 class Ibot(Group):
     """Loss and head on the masked patch tokens."""
 
-    loss_weight: float = Field(1.0, ge=0, description="Weight of the masked-patch loss; 0 switches masking off.")
+    loss_weight: float = Field(1.0, ge=0, description="Weight of the masked-patch loss; 0: no such loss.")
     mask_sample_probability: Fraction = Field(0.5, description="Share of the global crops that are masked.")
     mask_ratio_min_max: FractionRange = Field(
         (0.1, 0.5), description="Lowest and highest share of patches masked in a masked crop."
@@ -140,6 +141,9 @@ class Student(Group):
         True, description="Same drop_path_rate in all blocks; otherwise it rises linearly with depth."
     )
     pretrained_weights: str = Field("", description="Backbone weights to start from; empty: random.")
+    freeze_backbone_epochs: int = Field(
+        0, ge=0, description="(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights."
+    )
     ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = Field(
         "mlp", description="Feed-forward layer; swiglu and swiglufused are the same."
     )
@@ -282,6 +286,10 @@ class Config(Group):
         """Iterations in which the prototypes' learning rate is 0."""
         return self._epochs_to_iterations(self.optim.freeze_last_layer_epochs)
 
+    def freeze_backbone_iterations(self) -> int:
+        """Iterations in which the backbone's learning rate is 0."""
+        return self._epochs_to_iterations(self.student.freeze_backbone_epochs)
+
     def checkpoint_period(self) -> int:
         """Iterations between checkpoints to resume from: `train.checkpoint_period`, or three epochs."""
         return self.train.checkpoint_period or self._epochs_to_iterations(3)
@@ -317,7 +325,8 @@ class Config(Group):
             aside.write_text(self.to_yaml(), encoding="utf-8")
             aside.replace(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
             raise ConfigError(f"{path}: cannot write the configuration: {error.strerror or error}") from error
 
     def _epochs_to_iterations(self, epochs: int) -> int:

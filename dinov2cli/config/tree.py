@@ -3,6 +3,7 @@
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -22,6 +23,18 @@ FIELDS: dict[str, FieldInfo] = {
     f"{group}.{key}": field for group, model in GROUPS.items() for key, field in model.model_fields.items()
 }
 """Every key, dotted, in the order of the file: `"optim.base_lr"` and so on."""
+
+
+def annotated_yaml(config: Config) -> str:
+    """`config` as YAML that loads back to it, with every key's meaning and what it takes in a comment above it."""
+    lines = []
+    for group, keys in config.model_dump(mode="json").items():
+        lines.append(f"{group}:  # {(GROUPS[group].__doc__ or '').splitlines()[0]}")
+        for key, value in keys.items():
+            field = FIELDS[f"{group}.{key}"]
+            shown = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+            lines += [f"  # {field.description} Takes {expectation(field)}.", f"  {key}: {shown}"]
+    return "\n".join(lines) + "\n"
 
 
 def takes_text(field: FieldInfo) -> bool:

@@ -1,0 +1,116 @@
+"""Presets: complete, valid, documented, and shown by `dino2 presets`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dinov2cli.config import Preset, find_preset, list_presets, load_config
+from dinov2cli.config.tree import FIELDS
+from dinov2cli.errors import ConfigError
+
+NAMES = {
+    "vitl16_short", "vitl14", "vitg14", "vits14", "vitb14", "single_gpu", "demo",
+    *(f"vit{size}14{registers}_pretrain" for size in "sblg" for registers in ("", "_reg4")),
+}  # fmt: skip
+
+
+def dino2(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "dinov2cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_all_presets_are_there() -> None:
+    assert {preset.name for preset in list_presets()} >= NAMES
+
+
+@pytest.mark.parametrize("preset", list_presets(), ids=lambda preset: preset.name)
+def test_preset_states_only_differences_and_is_documented(preset: Preset) -> None:
+    config = load_config(preset=preset.name)
+    short_run = load_config()
+    for group, keys in yaml.safe_load(preset.text).items():
+        for key, value in keys.items():
+            if f"{group}.{key}" not in {"student.arch", "train.dataset_path", "train.batch_size_per_gpu"}:
+                default = getattr(getattr(short_run, group), key)
+                assert value != default, f"{group}.{key} repeats the default"
+    command = next(line for line in preset.comment if line.startswith("  dino2 "))
+    assert f"--preset {preset.name} " in command or preset.kind == "weights"
+    assert any(line.startswith("Hardware: ") for line in preset.comment)
+    assert any("xpected" in line for line in preset.comment)
+    assert len(preset.summary) <= 80
+    assert config.crops.global_crops_size % config.student.patch_size == 0
+
+
+def test_training_recipes_of_the_paper() -> None:
+    large, giant = load_config(preset="vitl14"), load_config(preset="vitg14")
+    assert large.arch() == (1024, 24, 16)
+    assert (large.student.patch_size, large.student.ffn_layer) == (14, "swiglufused")
+    assert large.ibot.separate_head
+    assert (large.dino.head_bottleneck_dim, large.ibot.head_bottleneck_dim) == (384, 256)
+    assert large.iterations() == 625_000
+    assert giant.arch() == (1536, 40, 24)
+    differences = {
+        key for key in FIELDS if getattr(getattr(large, key.split(".")[0]), key.split(".")[1])
+        != getattr(getattr(giant, key.split(".")[0]), key.split(".")[1])
+    }  # fmt: skip
+    assert differences == {"student.arch", "train.batch_size_per_gpu"}
+    assert load_config(preset="vits14").effective_batch(8) == load_config(preset="vitb14").effective_batch(8) == 1024
+
+
+@pytest.mark.parametrize("size", "sblg")
+def test_released_architectures(size: str) -> None:
+    plain, registers = load_config(preset=f"vit{size}14_pretrain"), load_config(preset=f"vit{size}14_reg4_pretrain")
+    assert plain.arch() == registers.arch()
+    assert plain.arch().embed_dim == {"s": 384, "b": 768, "l": 1024, "g": 1536}[size]
+    for config in (plain, registers):
+        assert config.student.patch_size == 14
+        assert config.crops.global_crops_size == 518
+        assert config.student.ffn_layer == ("swiglufused" if size == "g" else "mlp")
+    assert (plain.student.num_register_tokens, registers.student.num_register_tokens) == (0, 4)
+    assert (plain.student.interpolate_offset, registers.student.interpolate_offset) == (0.1, 0.0)
+    assert (plain.student.interpolate_antialias, registers.student.interpolate_antialias) == (False, True)
+
+
+def test_names_as_the_reference_writes_them() -> None:
+    assert find_preset("eval/vitl14_pretrain").name == "vitl14_pretrain"
+    assert find_preset("train/vitl14.yaml").name == "vitl14"
+
+
+def test_unknown_name_gets_a_guess_and_the_list() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(preset="vitl16-short")
+    assert caught.value.message == "no preset named 'vitl16-short'. Did you mean vitl16_short?"
+    assert all(name in str(caught.value.hint) for name in NAMES)
+
+
+def test_list_prints_a_table_or_json() -> None:
+    table = dino2("presets", "list")
+    assert table.returncode == 0, table.stderr
+    assert all(name in table.stdout for name in NAMES)
+    listed = json.loads(dino2("presets", "list", "--json").stdout)["presets"]
+    assert {entry["name"] for entry in listed} >= NAMES
+    assert {entry["kind"] for entry in listed} == {"training", "weights"}
+
+
+def test_show_prints_a_file_that_loads(tmp_path: Path) -> None:
+    shown = dino2("presets", "show", "demo")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == find_preset("demo").text
+    full = dino2("presets", "show", "demo", "--full")
+    assert {f"{group}.{key}" for group, keys in yaml.safe_load(full.stdout).items() for key in keys} == set(FIELDS)
+    for text in (shown.stdout, full.stdout):
+        (tmp_path / "mine.yaml").write_text(text)
+        assert load_config(config_file=tmp_path / "mine.yaml") == load_config(preset="demo")
+
+
+def test_show_of_an_unknown_preset_is_one_message() -> None:
+    shown = dino2("presets", "show", "dmo")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert "Did you mean demo?" in shown.stderr
+    assert "Traceback" not in shown.stderr
