@@ -1,0 +1,1 @@
+"""Pictures of what a model sees: PCA of patch features, attention maps, plots of runs."""

@@ -1,0 +1,240 @@
+"""From patch features to colours: a foreground and three components of it, fitted once for all pictures.
+
+The recipe of the DINOv2 paper's PCA figures (section 7.5): the first component of all patches separates the main
+objects from the background by a threshold; a second PCA over the foreground gives three components, shown as RGB.
+
+Shape legend: F pictures, h x w patches of a picture, D feature dimension.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.visualize.pca import FloatArray, PrincipalComponents, StreamingCovariance, StreamingHistogram
+
+Features = NDArray[np.float32]
+FeatureStream = Callable[[], Iterable[Features]]
+"""A function that starts the stream of feature maps [h, w, D] anew: fitting reads it several times."""
+
+AUTO_LEAST_SHARE = 0.02
+AUTO_LEAST_SEPARATION = 0.5
+SOFT_EDGE = 0.04
+"""Width of the foreground's soft edge, as a share of the first component's range. A hard edge flickers in video where
+sensor noise moves a patch back and forth over the threshold."""
+RANGE_PERCENTILES = (1.0, 99.0)
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """Which patches belong to the main objects, by the first component of all patches.
+
+    Args:
+        separation: that one component, positive towards the foreground.
+        score_range: its values that scores 0 and 1 stand for.
+        threshold: foreground above this score; None: everything is foreground.
+    """
+
+    separation: PrincipalComponents
+    score_range: tuple[float, float]
+    threshold: float | None
+
+    def score(self, features: NDArray[np.floating]) -> FloatArray:
+        """First component over its robust range: [..., D] -> float64 [...], mostly within 0 to 1."""
+        low, high = self.score_range
+        return (self.separation.project(features)[..., 0] - low) / max(high - low, 1e-12)
+
+    def select(self, features: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The foreground's features: [..., D] -> [N, D]."""
+        vectors = features.reshape(-1, features.shape[-1])
+        return vectors if self.threshold is None else vectors[self.score(vectors) > self.threshold]
+
+    def opacity(self, features: NDArray[np.floating]) -> FloatArray:
+        """Above 1 foreground, below 0 background, between them the soft edge: [..., D] -> float64 [...]."""
+        if self.threshold is None:
+            return np.ones(features.shape[:-1])
+        return (self.score(features) - self.threshold) / SOFT_EDGE + 0.5
+
+
+@dataclass(frozen=True)
+class ColorBasis:
+    """A fixed map from a patch feature to a colour and an opacity.
+
+    Args:
+        foreground: where there is colour.
+        colors: three components of the foreground's features.
+        low, high: float64 [3], coordinates shown as 0 and 1.
+    """
+
+    foreground: Foreground
+    colors: PrincipalComponents
+    low: FloatArray
+    high: FloatArray
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of the features that the basis is for."""
+        return len(self.colors.mean)
+
+    def rgb(self, features: NDArray[np.floating]) -> FloatArray:
+        """Unclipped colours, ready to be resized: [..., D] -> float64 [..., 3], mostly within 0 to 1."""
+        spread = self.high - self.low
+        centred = self.colors.project(features) - (self.low + self.high) / 2
+        # A component without spread (a picture of one colour) is shown as mid-grey, not as amplified rounding noise.
+        return 0.5 + centred / np.where(spread > 1e-9, spread, np.inf)
+
+    def save(self, path: Path) -> None:
+        """Write an `.npz` that `ColorBasis.load` reads, atomically.
+
+        Raises:
+            EnvironmentProblem: the file cannot be written.
+        """
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                np.savez(
+                    file,
+                    format="dino2-color-basis-1",
+                    separation_mean=self.foreground.separation.mean,
+                    separation_components=self.foreground.separation.components,
+                    separation_variance=self.foreground.separation.variance,
+                    threshold=np.nan if self.foreground.threshold is None else self.foreground.threshold,
+                    score_range=self.foreground.score_range,
+                    colors_mean=self.colors.mean,
+                    colors_components=self.colors.components,
+                    colors_variance=self.colors.variance,
+                    low=self.low,
+                    high=self.high,
+                )
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise EnvironmentProblem(f"{path}: the basis cannot be written ({error.strerror or error})") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "ColorBasis":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: no such file, or not a basis.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if str(data["format"]) != "dino2-color-basis-1":
+                    raise ValueError(f"format {data['format']}")
+                threshold = float(data["threshold"])
+                low, high = (float(value) for value in data["score_range"])
+                parts = {
+                    name: PrincipalComponents(
+                        data[f"{name}_mean"], data[f"{name}_components"], data[f"{name}_variance"]
+                    )
+                    for name in ("separation", "colors")
+                }
+                return cls(
+                    Foreground(parts["separation"], (low, high), None if np.isnan(threshold) else threshold),
+                    parts["colors"],
+                    low=data["low"],
+                    high=data["high"],
+                )
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file; a basis is written by `--save-basis`") from error
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise DataError(f"{path}: not a basis that `--save-basis` wrote ({error})") from error
+
+
+def parse_foreground(text: str) -> str | float:
+    """`auto`, `none` or a threshold between 0 and 1.
+
+    Raises:
+        DataError: anything else.
+    """
+    if text in ("auto", "none"):
+        return text
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = float("nan")
+    if not 0 <= threshold <= 1:
+        raise DataError(f"--foreground {text}: give auto, none or a number from 0 to 1 (such as 0.5)")
+    return threshold
+
+
+def fit_color_basis(stream: FeatureStream, foreground: str | float = "auto") -> ColorBasis:
+    """Fit foreground and colours to a stream of feature maps in constant memory. Reads the stream four times.
+
+    Args:
+        stream: starts the stream of float32 [h, w, D] maps; each start must give the same maps.
+        foreground: `auto` (Otsu's threshold, or none where the split explains little), `none`, or a number from 0
+            to 1 over the robust range of the first component.
+
+    Raises:
+        DataError: an empty stream.
+    """
+    moments: StreamingCovariance | None = None
+    for features in stream():
+        if moments is None:
+            moments = StreamingCovariance(features.shape[-1])
+        moments.update(features.reshape(-1, features.shape[-1]))
+    if moments is None:
+        raise DataError("no picture to fit colours to")
+    kept = _find_foreground(stream, moments.principal_components(1), foreground)
+
+    chosen = StreamingCovariance(len(moments.mean))
+    for features in stream():
+        chosen.update(kept.select(features))
+    colors = chosen.principal_components(3)
+    histograms = [_histogram_for(variance) for variance in colors.variance]
+    for features in stream():
+        for histogram, values in zip(histograms, colors.project(kept.select(features)).T, strict=True):
+            histogram.update(values)
+    low, high = (np.array([h.percentile(percent) for h in histograms]) for percent in RANGE_PERCENTILES)
+    return ColorBasis(kept, colors, low, high)
+
+
+def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wanted: str | float) -> Foreground:
+    """Sign of the first component, its robust range, and the threshold as a share of that range."""
+    histogram, at_border = _histogram_for(separation.variance[0]), _histogram_for(separation.variance[0])
+    for features in stream():
+        values = separation.project(features)[..., 0]
+        histogram.update(values)
+        at_border.update(np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]]))
+    cut, explained = histogram.otsu()
+    # Objects sit in the middle, background reaches the border: the foreground is the side that the border shows less.
+    if _share_above(at_border, cut) > _share_above(histogram, cut):
+        separation = PrincipalComponents(separation.mean, -separation.components, separation.variance)
+        histogram.counts = histogram.counts[::-1].copy()
+        cut = -cut
+    low, high = (histogram.percentile(percent) for percent in RANGE_PERCENTILES)
+    everything = Foreground(separation, (low, high), None)
+    if wanted == "none":
+        return everything
+    if wanted == "auto":
+        share = _share_above(histogram, cut)
+        if explained < AUTO_LEAST_SEPARATION or not AUTO_LEAST_SHARE < share < 1 - AUTO_LEAST_SHARE:
+            logger.info("foreground: the first component does not split the patches in two; all are shown")
+            return everything
+        logger.info("foreground: %.0f %% of the patches", 100 * share)
+        return Foreground(separation, (low, high), (cut - low) / (high - low))
+    threshold = float(wanted)
+    if _share_above(histogram, low + threshold * (high - low)) < 1e-4:
+        raise DataError(f"--foreground {wanted}: no patch lies above it; give a lower threshold")
+    return Foreground(separation, (low, high), threshold)
+
+
+def _histogram_for(variance: float) -> StreamingHistogram:
+    """For coordinates of mean 0 and the given variance."""
+    # By Chebyshev's inequality at most 1 % of any distribution lies beyond ten standard deviations.
+    reach = 10 * max(float(variance), 1e-24) ** 0.5
+    return StreamingHistogram(-reach, reach, bins=8192)
+
+
+def _share_above(histogram: StreamingHistogram, value: float) -> float:
+    edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+    below = np.interp(value, edges, np.concatenate([[0], np.cumsum(histogram.counts)]))
+    return float(1 - below / max(histogram.counts.sum(), 1))

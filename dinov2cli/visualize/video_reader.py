@@ -1,0 +1,239 @@
+"""Frames of a video file or of a folder of images, upright, in 8-bit RGB, with their own times."""
+
+import math
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError
+from dinov2cli.visualize.tone_mapping import HLG, PQ, tone_map
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+UNSPECIFIED_COLORSPACE = 2
+
+
+class Frame(NamedTuple):
+    """One frame of a source."""
+
+    image: NDArray[np.uint8]
+    """RGB [H, W, 3]; every frame of a source has the size of its first."""
+    time: Fraction
+    """Seconds from the first frame."""
+    duration: Fraction
+    """Seconds."""
+
+
+class FrameSource(Protocol):
+    """What is rendered: a video file or a folder of images."""
+
+    path: Path
+    time_base: Fraction
+    """All times are multiples of it, in seconds."""
+    rate: Fraction
+    """Average frames per second."""
+    pixel_aspect: Fraction
+    """Width over height of a pixel."""
+    size: tuple[int, int]
+    """Height and width in pixels, upright."""
+
+    def count(self) -> int:
+        """Number of frames, without decoding them; an upper bound where the file is damaged."""
+        ...
+
+    def frames(self, every: int = 1) -> Iterator[Frame]:
+        """Frames 0, `every`, 2 * `every`, ... from the start; may be called again."""
+        ...
+
+
+def open_source(path: Path, fps: float | None = None) -> FrameSource:
+    """Open a video file (anything FFmpeg reads) or a folder of images (in natural order of names).
+
+    Args:
+        fps: frames per second of an image folder (default 10). A video keeps its own times.
+
+    Raises:
+        DataError: nothing there, no video stream, no frame that can be decoded, no images.
+    """
+    if path.is_dir():
+        return ImageFolder(path, Fraction(fps if fps is not None else 10).limit_denominator(1001))
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if fps is not None:
+        raise DataError(f"--fps: {path} is a video and has its own times; --fps is for folders of images")
+    return VideoFile(path)
+
+
+class VideoFile:
+    """A video file. Rotation metadata is applied; alpha is laid over black; HDR is mapped to the standard range."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as container:
+            stream = _video_stream(container, path)
+            self.time_base = stream.time_base or Fraction(1, 90000)
+            self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+        first = next(self.frames(), None)
+        if first is None:
+            raise DataError(f"{path}: no frame can be decoded; the file is empty or damaged")
+        self.size = first.image.shape[:2]
+        quarter_turned = self._turns % 2 == 1
+        self.pixel_aspect = 1 / aspect if quarter_turned else aspect
+
+    def count(self) -> int:
+        with self._open() as container:
+            stream = _video_stream(container, self.path)
+            try:
+                return max(sum(1 for packet in container.demux(stream) if packet.size), 1)
+            except av.error.FFmpegError:
+                return max(stream.frames, 1)
+
+    def frames(self, every: int = 1) -> Iterator[Frame]:
+        with self._open() as container:
+            stream = _video_stream(container, self.path)
+            stream.thread_type = "AUTO"
+            start: int | None = None
+            last = -1
+            size: tuple[int, int] | None = None
+            for index, frame in enumerate(self._decode(container, stream)):
+                ticks = frame.pts if frame.pts is not None else frame.dts
+                usual = max(round(1 / (self.rate * self.time_base)), 1)
+                if start is None:
+                    start = ticks if ticks is not None else 0
+                    self._turns = round(getattr(frame, "rotation", 0) / 90) % 4
+                # Times must grow, or no container takes them; damaged files and old AVIs have gaps and repeats.
+                at = max(ticks - start if ticks is not None else last + usual, last + 1)
+                last = at
+                if index % every:
+                    continue
+                image = _upright_rgb(frame, self._turns)
+                size = size or image.shape[:2]
+                if image.shape[:2] != size:
+                    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
+                yield Frame(image, at * self.time_base, (frame.duration or usual) * self.time_base)
+
+    def _open(self) -> Any:
+        try:
+            return av.open(str(self.path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError(f"{self.path}: not a video that can be read ({_reason(error)})") from error
+
+    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Decoded frames; a damaged packet is passed over, a damaged end is the end. Both are logged once."""
+        damaged = 0
+        packets = iter(container.demux(stream))
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                yield from packet.decode()
+            except (av.error.EOFError, StopIteration):
+                break
+            except av.error.InvalidDataError:
+                damaged += 1
+            except av.error.FFmpegError as error:
+                logger.warning("%s: ends early (%s)", self.path, _reason(error))
+                break
+        if damaged:
+            logger.warning("%s: %d damaged packets passed over", self.path, damaged)
+
+
+class ImageFolder:
+    """The images of a folder as a video of constant frame rate, at the size of the first one."""
+
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        if rate <= 0:
+            raise DataError("--fps must be above 0")
+        self.path = path
+        self.rate = rate
+        self.time_base = 1 / rate
+        self.pixel_aspect = Fraction(1)
+        self.paths = list_images(path)
+        self.size = read_image(self.paths[0]).shape[:2]
+
+    def count(self) -> int:
+        return len(self.paths)
+
+    def frames(self, every: int = 1) -> Iterator[Frame]:
+        height, width = self.size
+        for index in range(0, len(self.paths), every):
+            image = read_image(self.paths[index])
+            if image.shape[:2] != (height, width):
+                image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
+            yield Frame(image, index * self.time_base, self.time_base)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Images of a folder in natural order (`frame2` before `frame10`).
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    if not found:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
+    return sorted(found, key=lambda p: [int(s) if s.isdigit() else s.lower() for s in re.split(r"(\d+)", p.name)])
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """An image file as upright 8-bit RGB [H, W, 3], alpha laid over black.
+
+    Raises:
+        DataError: no such file, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or upright.mode == "I":
+                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if "A" in upright.mode or "transparency" in upright.info:
+                return _over_black(np.asarray(upright.convert("RGBA")))
+            return np.asarray(upright.convert("RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not an image that can be read ({error})") from error
+
+
+def sampling_step(count: int, wanted: int) -> int:
+    """The step at which at most `wanted` of `count` frames are taken, evenly over all."""
+    return max(math.ceil(count / wanted), 1)
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    pictures = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not pictures:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise DataError(f"{path}: no video stream in this file, only {', '.join(kinds)}")
+    return pictures[0]
+
+
+def _upright_rgb(frame: Any, quarter_turns: int) -> NDArray[np.uint8]:
+    conversion: dict[str, str] = {}
+    if not frame.format.is_rgb and frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
+        conversion["src_colorspace"] = "ITU709"  # what untagged high-definition video means
+    if frame.color_trc in (PQ, HLG):
+        image = tone_map(frame.to_ndarray(format="rgb48le", **conversion), frame.color_trc)
+    elif any(component.is_alpha for component in frame.format.components):
+        image = _over_black(frame.to_ndarray(format="rgba", **conversion))
+    else:
+        image = frame.to_ndarray(format="rgb24", **conversion)
+    return np.ascontiguousarray(np.rot90(image, quarter_turns))
+
+
+def _over_black(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return ((rgba[..., :3].astype(np.uint16) * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,297 @@
+"""Rendered frames to an H.264 video, a GIF or a folder of PNG files, which appears complete or not at all."""
+
+import os
+import re
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.visualize.audio import AudioTracks
+
+VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+PNG_NAME = "frame_{:06d}.png"
+
+
+def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction = Fraction(1)) -> "Writer":
+    """A writer for what the name says: `.mp4`, `.mov`, `.mkv` (H.264), `.gif`, or, without a suffix, a PNG folder.
+
+    It is a context manager: leaving it normally moves the finished output into place, leaving it by an exception
+    (Ctrl-C too) removes what was written and leaves an earlier output as it was.
+
+    Args:
+        time_base, rate, pixel_aspect: as in `FrameSource`.
+
+    Raises:
+        DataError: an unknown suffix.
+        EnvironmentProblem: a place that cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_FORMATS:
+        return VideoWriter(path, time_base, rate, pixel_aspect)
+    if suffix == ".gif":
+        return GifWriter(path)
+    if suffix:
+        known = ", ".join([*VIDEO_FORMATS, ".gif"])
+        raise DataError(f"{path}: unknown output type {suffix!r}; give {known}, or a name without suffix (PNG folder)")
+    return PngFolderWriter(path)
+
+
+class Writer:
+    """What the three writers share: an output prepared aside under a hidden name, then renamed."""
+
+    square_pixels = True
+    """Whether the output cannot say that its pixels are not square."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.aside = path.with_name(f".{path.name}.partial")
+        self.frames_written = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_place()
+            self._create()
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
+
+    def write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
+        """Append a frame: RGB [H, W, 3], with its time and duration in seconds; times must grow."""
+        try:
+            self._write(image, time, duration)
+        except OSError as error:  # FFmpeg's errors of the file system are OSErrors as well
+            raise EnvironmentProblem(f"{self.path}: writing failed ({error.strerror or error})") from error
+        self.frames_written += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None or not self.frames_written:
+            self._abandon()
+            return
+        try:
+            self._finish()
+            os.replace(self.aside, self.path)
+        except OSError as failure:
+            self._abandon()
+            raise EnvironmentProblem(
+                f"{self.path}: writing failed ({failure.strerror or failure})"
+            ) from failure
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _check_place(self) -> None:
+        if self.path.is_dir():
+            raise EnvironmentProblem(f"{self.path}: is a folder; give a file name")
+
+    def _create(self) -> None:
+        self.aside.touch()
+
+    def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
+        raise AssertionError("each writer has its own")
+
+    def _finish(self) -> None:
+        """Complete the output aside."""
+
+    def _abandon(self) -> None:
+        self.aside.unlink(missing_ok=True)
+
+
+class VideoWriter(Writer):
+    """H.264, yuv420p, BT.709: plays everywhere. An odd side is extended by repeating its last row or column."""
+
+    square_pixels = False
+
+    def __init__(self, path: Path, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction) -> None:
+        self._time_base = time_base
+        self._rate = rate
+        self._pixel_aspect = pixel_aspect
+        self._stream: Any = None
+        self._audio: AudioTracks | None = None
+        self._durations: dict[int, int] = {}
+        super().__init__(path)
+
+    def add_audio(self, source: Path, start: Fraction) -> None:
+        """Carry over the sound of a file; call before the first frame. `start` as in `AudioTracks`."""
+        self._audio = AudioTracks(source, self._container, start)
+
+    def _create(self) -> None:
+        super()._create()
+        suffix = self.path.suffix.lower()
+        # The index first, so that the video plays while it downloads.
+        options = {"movflags": "+faststart"} if suffix != ".mkv" else {}
+        self._container = av.open(str(self.aside), "w", format=VIDEO_FORMATS[suffix], options=options)
+        self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18"})
+
+    def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
+        height, width = image.shape[:2]
+        image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if not self.frames_written:
+            context = self._stream.codec_context
+            context.height, context.width = image.shape[:2]
+            context.pix_fmt = "yuv420p"
+            context.time_base = self._time_base
+            context.sample_aspect_ratio = self._pixel_aspect
+            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            context.color_range = 1  # limited
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24").reformat(
+            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+        )
+        frame.time_base = self._time_base
+        frame.pts = round(time / self._time_base)
+        frame.duration = max(round(duration / self._time_base), 1)
+        self._durations[frame.pts] = frame.duration
+        self._mux(self._stream.encode(frame))
+        if self._audio:
+            self._audio.write_until(time + duration)
+
+    def _mux(self, packets: list[Any]) -> None:
+        for packet in packets:
+            # The encoder would give the last frame the average duration, and the video a wrong length.
+            packet.duration = self._durations.pop(packet.pts, packet.duration)
+            self._container.mux(packet)
+
+    def _finish(self) -> None:
+        self._mux(self._stream.encode(None))
+        if self._audio:
+            self._audio.write_until(None)
+            self._audio.close()
+        self._container.close()
+
+    def _abandon(self) -> None:
+        if self._audio:
+            self._audio.close()
+        try:
+            self._container.close()
+        except (av.error.FFmpegError, OSError):
+            pass  # a file without frames has no valid header to complete, and it is removed next
+        finally:
+            super()._abandon()
+
+
+class GifWriter(Writer):
+    """A looping GIF with a palette for every frame. Its clock ticks in 1/100 s, and viewers slow down frames shorter
+    than two ticks, so above 50 frames a second some are left out."""
+
+    SHORTEST = 2
+
+    def __init__(self, path: Path) -> None:
+        self._stream: Any = None
+        self._graph: Any = None
+        self._last_tick = -self.SHORTEST
+        self._duration = self.SHORTEST
+        super().__init__(path)
+
+    def _create(self) -> None:
+        super()._create()
+        self._container = av.open(str(self.aside), "w", format="gif")
+
+    def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
+        tick = round(time * 100)
+        if tick < self._last_tick + self.SHORTEST:
+            return
+        if self._graph is None:
+            self._start(*image.shape[:2])
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+        frame.pts, frame.time_base = tick, Fraction(1, 100)
+        self._duration = max(round(duration * 100), self.SHORTEST)
+        self._last_tick = tick
+        self._graph.push(frame)
+        self._drain()
+
+    def _start(self, height: int, width: int) -> None:
+        self._stream = self._container.add_stream("gif", rate=100)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "pal8"
+        self._stream.codec_context.time_base = Fraction(1, 100)
+        graph = av.filter.Graph()
+        source = graph.add_buffer(
+            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 100)
+        )
+        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+        # Ordered dithering stays put from frame to frame, where error diffusion would crawl.
+        use, sink = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=4"), graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(palette, 0, 0)
+        split.link_to(use, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        graph.configure()
+        self._graph = graph
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                frame = self._graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return
+            for packet in self._stream.encode(frame):
+                packet.duration = self._duration  # matters for the last frame: the others end where the next begins
+                self._container.mux(packet)
+
+    def _finish(self) -> None:
+        self._graph.push(None)
+        self._drain()
+        self._container.close()
+
+    def _abandon(self) -> None:
+        try:
+            self._container.close()
+        except (av.error.FFmpegError, OSError):
+            pass  # as in VideoWriter: it is removed next
+        finally:
+            super()._abandon()
+
+
+class PngFolderWriter(Writer):
+    """`frame_000001.png`, `frame_000002.png`, ... A folder that holds anything else is never replaced."""
+
+    def _check_place(self) -> None:
+        if self.path.is_file():
+            raise EnvironmentProblem(f"{self.path}: is a file; a name without suffix means a folder of PNG files")
+        foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        foreign = [name for name in foreign if not re.fullmatch(r"frame_\d{6,}\.png", name)]
+        if foreign:
+            raise EnvironmentProblem(
+                f"{self.path}: holds other files ({sorted(foreign)[0]}); give a new or empty folder for the frames"
+            )
+
+    def _create(self) -> None:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir()
+
+    def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
+        write_png(self.aside / PNG_NAME.format(self.frames_written + 1), image)
+
+    def _finish(self) -> None:
+        # A rename replaces an empty folder only; what is there was rendered before (see _check_place).
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def write_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write RGB [H, W, 3] as a PNG file, atomically.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    written, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    assert written
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_bytes(data.tobytes())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
