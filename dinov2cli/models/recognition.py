@@ -1,0 +1,203 @@
+"""From whatever a weights file holds to canonical DINOv2 weights, or a refusal that says what it is instead."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2cli.errors import WeightsError
+from dinov2cli.models.conversion import LAYOUTS, State
+
+# Where a checkpoint keeps the weights: the first that is there is taken. A teacher comes before its student.
+_CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "backbone", "student")
+# Wrappers of PyTorch that lengthen names.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_PREFIXES = ("module.", "model.", "teacher.", "student.", "backbone.", "dinov2.", "dinov2_with_registers.")
+# Parts of a checkpoint that are known and not part of the backbone.
+_EXPECTED_LEFTOVERS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.", "head.")
+
+
+@dataclass
+class LoadReport:
+    """What was read from where, and what became of every tensor."""
+
+    source: str
+    layout: str = ""
+    read: int = 0
+    renamed: int = 0
+    left_out: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people: one line a fact."""
+        lines = [f"read {self.read} tensors from {self.source} ({self.layout} layout, {self.renamed} renamed)"]
+        if self.left_out:
+            groups: dict[str, int] = {}
+            for name in self.left_out:
+                groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
+            lines.append("left out: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
+        if self.filled:
+            lines.append("not in the file, set to zeros: " + ", ".join(self.filled))
+        return lines + self.notes
+
+
+def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
+    """Canonical float32 weights of what `torch.load` or safetensors read, with the report of how.
+
+    Raises:
+        WeightsError: it is not a DINOv2 backbone, and what it is instead, where that is known.
+    """
+    report = LoadReport(source)
+    tensors = _unwrap(content, source, report)
+    tensors = _strip_names(tensors)
+    tensors = _choose_teacher(tensors, report)
+    tensors = _strip_prefixes(tensors, source)
+    for known in NOT_DINOV2:
+        if known.matches(set(tensors)):
+            raise WeightsError(f"{source}: {known.what}")
+    backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(_EXPECTED_LEFTOVERS)}
+    report.left_out += tuple(name for name in tensors if name.startswith(_EXPECTED_LEFTOVERS))
+    layout = next((layout for layout in LAYOUTS if layout.matches(set(backbone))), None)
+    if layout is None:
+        raise WeightsError(f"{source}: {_what_is_missing(set(backbone))}")
+    try:
+        state = layout.to_canonical(backbone)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error.message}") from None
+    report.layout, report.read = layout.name, len(backbone)
+    report.renamed = len(set(backbone) - set(state))
+    report.filled = ("mask_token",) if "mask_token" in state and layout.name == "timm" else ()
+    return _as_float32(state, source, report), report
+
+
+def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
+    """The dictionary of tensors inside a checkpoint's nested dictionaries."""
+    path: list[str] = []
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            if any(key.startswith("optimizer") or key == "param_groups" for key in map(str, content)):
+                raise WeightsError(f"{source}: an optimizer state without a model")
+            keys = ", ".join(sorted(map(str, content))[:6]) or "nothing"
+            raise WeightsError(f"{source}: no model weights in it (it holds {keys})")
+        left = [str(key) for key in content if key != inner]
+        if left:
+            report.notes.append(f"took '{inner}', left {', '.join(left[:6])}")
+        path.append(inner)
+        content = content[inner]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{source}: a {type(content).__name__} instead of a dictionary of weights")
+    if {"exp_avg", "exp_avg_sq"} & set(map(str, content)):
+        raise WeightsError(f"{source}: an optimizer state without a model")
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        report.notes.append(f"ignored what is no tensor: {', '.join(others[:6])}")
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _strip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stripped = {}
+    for name, tensor in tensors.items():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        stripped[name] = tensor
+    return stripped
+
+
+def _choose_teacher(tensors: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """From a whole training model (`student.*` and `teacher.*`) the teacher, which is what DINOv2 evaluates."""
+    teacher = {name: tensor for name, tensor in tensors.items() if name.startswith("teacher.")}
+    if not teacher or len(teacher) == len(tensors):
+        return tensors
+    report.left_out += tuple(name for name in tensors if name not in teacher)
+    return teacher
+
+
+def _strip_prefixes(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Take off `module.`, `teacher.`, `backbone.` and the like, one after the other, where the backbone lies under."""
+    while True:
+        prefix = next(
+            (p for p in _PREFIXES if any(name.startswith(p) for name in tensors) and not _has_patch_embedding(tensors)),
+            None,
+        )
+        if prefix is None:
+            return tensors
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if len(stripped) != len(tensors):
+            raise WeightsError(f"{source}: two tensors of the same name once the prefix '{prefix}' is taken off")
+        tensors = stripped
+
+
+def _has_patch_embedding(tensors: Mapping[str, Tensor]) -> bool:
+    return any(
+        name in tensors for name in ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+    )
+
+
+def _as_float32(state: State, source: str, report: LoadReport) -> State:
+    dtypes = {tensor.dtype for tensor in state.values()}
+    for dtype in dtypes:
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise WeightsError(f"{source}: weights of type {dtype}; float32, bfloat16 and float16 can be read")
+    if dtypes - {torch.float32}:
+        report.notes.append("converted to float32 from " + ", ".join(sorted(str(t) for t in dtypes - {torch.float32})))
+    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class _Known:
+    matches: Callable[[set[str]], bool]
+    what: str
+
+
+def _any(pattern: str) -> Callable[[set[str]], bool]:
+    return lambda names: any(re.search(pattern, name) for name in names)
+
+
+NOT_DINOV2 = (
+    _Known(
+        _any(r"(^|\.)_?flat_param(_\d+)?$"),
+        "one rank's shard of an FSDP training checkpoint: flattened pieces of the weights, without their shapes. "
+        "Use the run's eval/training_<iteration>/teacher_checkpoint.pth, which holds the whole teacher",
+    ),
+    _Known(_any(r"storage_tokens$|rope_embed\.periods$"), "a DINOv3 model; dino2 loads DINOv2 models"),
+    _Known(
+        lambda names: _any(r"^layer\.\d+\.attention\.q_proj|^model\.layer\.\d+\.")(names)
+        or (_any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names)),
+        "a DINOv3 model (no position embeddings); dino2 loads DINOv2 models",
+    ),
+    _Known(_any(r"^decoder_(embed|blocks|pos_embed)"), "a masked autoencoder (MAE); dino2 loads DINOv2 models"),
+    _Known(_any(r"^masked_embed$"), "an iBOT model; dino2 loads DINOv2 models"),
+    _Known(
+        _any(r"^(visual\.|text_model\.|vision_model\.|transformer\.resblocks|logit_scale)"),
+        "a CLIP-like model; dino2 loads DINOv2 models",
+    ),
+    _Known(_any(r"^(layer[1-4]\.\d+\.conv1|stages\.\d+\.)"), "a convolutional network; dino2 loads DINOv2 models"),
+    _Known(_any(r"\blora_[AB]\b"), "LoRA adapters without the model they adapt; merge them first"),
+    _Known(_any(r"(^|\.)(quantized|absmax|quant_map|weight_scale)"), "quantised weights; export them unquantised"),
+    _Known(
+        lambda names: names <= {"weight", "bias", "linear.weight", "linear.bias"} and len(names) > 0,
+        "a linear head without a backbone; give it as the linear head of a backbone",
+    ),
+    _Known(
+        lambda names: bool(names) and all(re.match(r"(dino_head|ibot_head|mlp|last_layer)\.", name) for name in names),
+        "a projection head without a backbone",
+    ),
+    _Known(
+        lambda names: "patch_embed.proj.weight" in names and "mask_token" not in names
+        and not _any(r"\.ls1\.gamma$")(names) and "blocks.0.norm1.weight" in names,
+        "a vision transformer without mask token and LayerScale (DINO, DeiT or a supervised one); "
+        "dino2 loads DINOv2 models",
+    ),
+)  # fmt: skip
+
+
+def _what_is_missing(names: set[str]) -> str:
+    if "patch_embed.proj.weight" not in names and any(name.startswith("blocks.") for name in names):
+        return "incomplete weights, 'patch_embed.proj.weight' is missing"
+    some = ", ".join(sorted(names)[:4]) or "nothing"
+    return f"not a DINOv2 backbone in any layout that dino2 knows (it holds {some})"

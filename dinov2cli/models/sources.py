@@ -1,0 +1,171 @@
+"""Where weights come from: a run folder, a file, a Hugging Face or timm folder, a URL or a released name."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinov2cli.config import ARCHITECTURES
+from dinov2cli.console import logger
+from dinov2cli.errors import WeightsError
+from dinov2cli.models import zoo
+from dinov2cli.models.download import fetch, is_url
+from dinov2cli.models.tensor_files import is_complete
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "teacher_checkpoint.pth")
+_SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that have been found on disk.
+
+    Args:
+        files: the files that hold them (several for a sharded Hugging Face folder).
+        hints: what is known beside the weights; keys of `VitArchitecture`, and `from`, the file that says so.
+        run: the run folder they belong to, if any.
+        iteration: the training iteration, if the place says it.
+        released: the released model they are, if asked for by name.
+    """
+
+    files: tuple[Path, ...]
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    run: Path | None = None
+    iteration: int | None = None
+    released: zoo.Released | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+
+def locate(source: str | Path) -> Source:
+    """Find the weights that a name, path or URL means, downloading them if needed.
+
+    Raises:
+        WeightsError: nothing of the kind is there; the message says what was looked for.
+    """
+    text = str(source)
+    path = Path(source).expanduser()
+    if is_url(text):
+        return _in_file(fetch(text))
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return _in_file(path)
+    if text in zoo.RELEASED:
+        released = zoo.RELEASED[text]
+        return Source((fetch(released.backbone_url, expect_bytes=released.backbone_bytes),), released=released)
+    raise WeightsError(_nothing_there(text))
+
+
+def newest_teacher(run: Path) -> Path | None:
+    """The newest complete `eval/training_<iteration>/teacher_checkpoint.pth` of a run, by iteration number."""
+    for folder in sorted(run.glob("eval/training_*"), key=_iteration, reverse=True):
+        file = folder / "teacher_checkpoint.pth"
+        if _iteration(folder) >= 0 and is_complete(file):
+            return file
+        if file.exists():
+            logger.warning("%s is cut short: passed over for the one before", file)
+    return None
+
+
+def _in_folder(folder: Path) -> Source:
+    teacher = newest_teacher(folder)
+    if teacher is not None:
+        return _in_file(teacher)
+    for index in _SHARD_INDEXES:
+        if (folder / index).is_file():
+            return _sharded(folder, folder / index)
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return _in_file(folder / name)
+    if (folder / "checkpoints").is_dir():
+        raise WeightsError(
+            f"{folder}: a run that has not written a teacher yet (no eval/training_*/teacher_checkpoint.pth); its "
+            "training checkpoints are for resuming"
+        )
+    raise WeightsError(
+        f"{folder}: no weights in this folder; looked for eval/training_*/teacher_checkpoint.pth (a run) and "
+        + ", ".join(_WEIGHT_FILES)
+    )
+
+
+def _sharded(folder: Path, index: Path) -> Source:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(f"{folder}: {index.name} names {missing[0]}, which is not there")
+    return Source(tuple(folder / name for name in names), _config_json_hints(folder / "config.json"))
+
+
+def _in_file(path: Path) -> Source:
+    run = path.parent.parent.parent if path.parent.parent.name == "eval" else None
+    iteration = _iteration(path.parent) if run else None
+    for candidate in (path.with_suffix(".yaml"), path.with_name("config.yaml"), run and run / "config.yaml"):
+        if candidate and candidate.is_file():
+            return Source((path,), config_yaml_hints(candidate), run, iteration)
+    return Source((path,), _config_json_hints(path.with_name("config.json")), run, iteration)
+
+
+def _iteration(folder: Path) -> int:
+    found = re.fullmatch(r"training_(\d+)", folder.name)
+    return int(found[1]) if found else -1
+
+
+def config_yaml_hints(path: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` (ours or the reference's) says of the backbone.
+
+    Only the keys that matter here are read, so that a config with keys of another version does not stand in the way.
+
+    Raises:
+        WeightsError: it is no readable YAML mapping.
+    """
+    try:
+        student = (yaml.safe_load(path.read_text()) or {}).get("student") or {}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
+    hints: dict[str, Any] = {"from": str(path)}
+    arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
+    for i, key in enumerate(("embed_dim", "depth", "num_heads")):
+        if student.get(key) is not None:
+            hints[key] = student[key]
+        elif arch is not None:
+            hints[key] = arch[i]
+    for key in ("patch_size", "num_register_tokens", "interpolate_antialias", "interpolate_offset"):
+        if student.get(key) is not None:
+            hints[key] = student[key]
+    if student.get("ffn_layer") in ("mlp", "swiglu", "swiglufused"):
+        hints["ffn_layer"] = student["ffn_layer"].removesuffix("fused")
+    return hints
+
+
+def _config_json_hints(path: Path) -> dict[str, Any]:
+    """What a Hugging Face or timm `config.json` says, if there is one."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise WeightsError(f"{path}: not readable JSON (it lies beside the weights)") from None
+    kind = config.get("model_type")
+    if kind is None:  # timm's: the architecture's name only, and the weights show all of it
+        return {}
+    if kind not in ("dinov2", "dinov2_with_registers"):
+        raise WeightsError(f"{path.parent}: a model of type '{kind}'; dino2 loads dinov2 and dinov2_with_registers")
+    for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
+        if config.get(key, needed) != needed:
+            raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")
+    heads = config.get("num_attention_heads", 12)
+    return {"from": str(path), "num_heads": heads, **config.get("dino2", {})}
+
+
+def _nothing_there(text: str) -> str:
+    if re.match(r"dinov[13]_|dino_", text):
+        return f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(zoo.BACKBONES)}"
+    return f"'{text}' is neither a file or folder nor a released name; released: {', '.join(zoo.BACKBONES)}"

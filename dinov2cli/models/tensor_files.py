@@ -1,0 +1,124 @@
+"""Reading weights from disk without running anything that the file brings along."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2cli.errors import WeightsError
+
+# Files that start like this are known, and are no weights; said so that the right file is fetched.
+_FIRST_BYTES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"<!DOCTYPE", "an HTML page, not weights: the download led to a web page"),
+    (b"<html", "an HTML page, not weights: the download led to a web page"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\x89HDF", "an HDF5 (Keras) file"),
+    (b"GGUF", "a GGUF file"),
+)
+
+
+def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+    """The content of a `.safetensors` or PyTorch file and its metadata (empty for PyTorch files).
+
+    Only tensors and plain containers are unpickled (`weights_only`), so a hostile file cannot run code.
+
+    Raises:
+        WeightsError: the file is missing, empty, cut short, something else, or asks to run code.
+    """
+    refuse_other_files(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".onnx", ".pt2"):
+        raise WeightsError(f"{path}: an exported graph cannot be read back as weights; give the weights it came from")
+    return _read_pickle(path), {}
+
+
+def refuse_other_files(path: Path) -> None:
+    """Refuse what its first bytes show to be no weights: web pages, images, pointers, empty files.
+
+    Raises:
+        WeightsError: saying what the file is.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise WeightsError(f"{path}: the file is empty")
+    for start, what in _FIRST_BYTES:
+        if head.lstrip().lower().startswith(start.lower()):
+            raise WeightsError(f"{path}: {what}")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a file written by `torch.save` has its end: a cut zip archive has lost its directory."""
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    archive = zipfile.is_zipfile(path)
+    if archive and (graph := _torchscript_or_other(path)):
+        raise WeightsError(f"{path}: {graph}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        wanted = _unsafe_names(path)
+        if wanted:
+            raise WeightsError(
+                f"{path}: holds more than tensors (it asks for {', '.join(wanted)}), which could run code; refused"
+                + _about_rank_files(path, wanted),
+                hint="Ask its author for a file of tensors only (a state dict, or safetensors).",
+            ) from None
+        if "legacy" in str(error).lower() or "magic" in str(error).lower() or not archive:
+            raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
+        raise WeightsError(f"{path}: cannot be read as tensors ({_first_line(error)})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not a PyTorch file, or cut short ({_first_line(error)})") from None
+
+
+def _torchscript_or_other(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("constants.pkl") for name in names):
+        return "a TorchScript model; dino2 reads state dicts"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive that torch.save did not write"
+    return None
+
+
+def _unsafe_names(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError):  # no zip archive: the old format has no index
+        return []
+
+
+def _about_rank_files(path: Path, wanted: list[str]) -> str:
+    if ".rank_" in path.name or any("ShardedTensor" in name or "_shard" in name for name in wanted):
+        return (
+            ". It looks like one rank's file of an FSDP training checkpoint, which holds pieces of the weights without "
+            "their shapes: use the run's eval/training_<iteration>/teacher_checkpoint.pth"
+        )
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,237 @@
+"""Load DINOv2 weights from anywhere: `load_model`, and what training needs to start from them.
+
+Recognition is strict. Every tensor of the backbone is either used or the load fails; what is not of the backbone
+(projection heads, classifiers) is left out and reported.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2cli.console import logger
+from dinov2cli.errors import WeightsError
+from dinov2cli.models import zoo
+from dinov2cli.models.adapt import (
+    SIZE_POLICIES,
+    AnySizeVisionTransformer,
+    adapt_patch_embedding,
+    resize_position_embeddings,
+)
+from dinov2cli.models.architecture import VitArchitecture, check_complete, infer_architecture
+from dinov2cli.models.conversion import State, restore_from_timm
+from dinov2cli.models.recognition import LoadReport, recognise
+from dinov2cli.models.sources import Source, config_yaml_hints, locate
+from dinov2cli.models.tensor_files import read_tensors
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+__all__ = ["RecognisedWeights", "load_backbone_into", "load_model", "read_backbone_state", "read_weights"]
+
+
+@dataclass(frozen=True)
+class RecognisedWeights:
+    """Canonical weights and what is known of them.
+
+    Args:
+        state: flat float32 state dict (`blocks.0.attn.qkv.weight`, ...).
+        architecture: inferred from it and from what lies beside it.
+        report: what was read, renamed, left out.
+        source: the files, and the run they belong to.
+        metadata: of a safetensors file.
+    """
+
+    state: State
+    architecture: VitArchitecture
+    report: LoadReport
+    source: Source
+    metadata: dict[str, str]
+
+
+def load_model(
+    name_or_path: str | Path,
+    pretrained: bool = True,
+    *,
+    config_file: str | Path | None = None,
+    num_heads: int | None = None,
+    interpolate_antialias: bool | None = None,
+    interpolate_offset: float | None = None,
+    in_chans: int | None = None,
+    size_policy: str = "error",
+    **overrides: Any,
+) -> VisionTransformer:
+    """A DINOv2 backbone with its weights, on the CPU, in eval mode.
+
+    Args:
+        name_or_path: a released name (`dinov2_vitb14_reg`), an http(s) or file URL, a run folder (its newest complete
+            teacher), a teacher checkpoint, a `.pth` or `.safetensors` file, a Hugging Face or timm folder.
+        pretrained: False gives a released name's architecture with random weights.
+        config_file: a run's config.yaml, where none lies beside the weights.
+        num_heads: attention heads, where neither the width nor a config tells.
+        interpolate_antialias, interpolate_offset: how position embeddings are resized. No weights show it: by default
+            as the config says, else as the released models do it (with registers antialiased and exact, without them
+            neither, with an offset of 0.1).
+        in_chans: image channels other than the weights' three. One channel sums the patch filters, so that a grey
+            image gives the features of its colour version; C channels repeat them cyclically, times 3/C.
+        size_policy: what to do with images whose sides are no multiples of the patch size: `error`, `pad` (zeros to
+            the right and below, on the normalised image) or `crop` (the centre).
+        overrides: further arguments of `VisionTransformer`, such as `attention_backend`.
+
+    Raises:
+        WeightsError: the weights are missing, incomplete, of another model, or do not fit the config.
+    """
+    if size_policy not in SIZE_POLICIES:
+        raise WeightsError(f"size_policy={size_policy!r} is unknown; known: {', '.join(SIZE_POLICIES)}")
+    given: dict[str, Any] = {
+        "num_heads": num_heads,
+        "interpolate_antialias": interpolate_antialias,
+        "interpolate_offset": interpolate_offset,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if not pretrained:
+        architecture = replace(_released(str(name_or_path)).architecture, **given)
+        return _build(architecture, size_policy, in_chans=in_chans or architecture.in_chans, **overrides).eval()
+    weights = read_weights(name_or_path, config_file=config_file, **given)
+    for line in weights.report.lines():
+        logger.info("%s", line)
+    return build_from(weights, in_chans=in_chans, size_policy=size_policy, **overrides).eval()
+
+
+def build_from(
+    weights: RecognisedWeights, *, in_chans: int | None = None, size_policy: str = "error", **overrides: Any
+) -> VisionTransformer:
+    """A model of the weights' architecture that holds them; arguments as in `load_model`."""
+    architecture, state = weights.architecture, dict(weights.state)
+    if in_chans is not None and in_chans != architecture.in_chans:
+        state["patch_embed.proj.weight"] = adapt_patch_embedding(state["patch_embed.proj.weight"], in_chans)
+        architecture = replace(architecture, in_chans=in_chans)
+    with torch.device("meta"):  # the random initialisation would be thrown away: 1.1 billion draws for the giant
+        model = _build(architecture, size_policy, **overrides)
+    assert not list(model.buffers()), "buffers would stay uninitialised"
+    state["pos_embed"] = resize_position_embeddings(state["pos_embed"], architecture, model.patch_embed.num_patches)
+    model.to_empty(device="cpu").load_state_dict(state, strict=True)
+    return model
+
+
+def _build(architecture: VitArchitecture, size_policy: str, **overrides: Any) -> VisionTransformer:
+    try:
+        if size_policy == "error":
+            return architecture.build(**overrides)
+        return AnySizeVisionTransformer(size_policy, **{**architecture.arguments(), **overrides})
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"these arguments do not make a model: {error}") from None
+
+
+def read_weights(
+    name_or_path: str | Path, *, config_file: str | Path | None = None, **given: Any
+) -> RecognisedWeights:
+    """Find, read, convert and check weights without building a model. Arguments and errors as in `load_model`."""
+    asked = zoo.RELEASED.get(str(name_or_path))
+    if asked and asked.classifier:
+        raise WeightsError(
+            f"'{asked.name}' has a linear classifier; as a backbone alone it is '{asked.name.removesuffix('_lc')}'",
+            hint="dinov2cli.models.classifier.load_classifier gives both.",
+        )
+    source = locate(name_or_path)
+    content: Any = None
+    metadata: dict[str, str] = {}
+    for file in source.files:
+        part, metadata = read_tensors(file)
+        content = part if content is None else {**content, **part}
+    state, report = recognise(content, source.name)
+    if report.layout == "timm" and (lost := read_lost_tensors(metadata)):
+        state = restore_from_timm(state, lost)
+        report.filled = ()
+    hints = dict(source.hints)
+    if "dino2.architecture" in metadata:
+        hints |= {"from": f"the metadata of {source.name}", **json.loads(metadata["dino2.architecture"])}
+    if config_file is not None:
+        hints |= config_yaml_hints(Path(config_file))
+    if source.released:
+        hints |= {"from": f"the name {source.released.name}", **source.released.architecture.as_dict()}
+    architecture = infer_architecture(state, {**hints, **given}, source.name)
+    check_complete(state, architecture, source.name)
+    return RecognisedWeights(state, architecture, report, source, metadata)
+
+
+def read_backbone_state(source: str | Path) -> tuple[State, dict[str, Any], LoadReport]:
+    """Canonical flat float32 weights, the inferred architecture as plain values, and the report."""
+    weights = read_weights(source)
+    return weights.state, weights.architecture.as_dict(), weights.report
+
+
+@torch.no_grad()
+def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadReport:
+    """Start `model` from weights made elsewhere, in place.
+
+    Position embeddings for another image size are resized to the model's native grid as the source would resize them,
+    so that at that size the model gives the source's features. Everything else must agree.
+
+    Raises:
+        WeightsError: another width, depth, patch size, number of registers or feed-forward layer; the message names
+            the config key that would make the model fit. The model is then unchanged.
+    """
+    weights = read_weights(source)
+    theirs = weights.architecture
+    ours = infer_architecture(model.state_dict(), {"num_heads": model.num_heads}, "the model")
+    for attribute, key in _MUST_AGREE.items():
+        if getattr(ours, attribute) != getattr(theirs, attribute):
+            raise WeightsError(
+                f"{weights.source.name} cannot start this model: it has {key}={_spell(getattr(theirs, attribute))}, "
+                f"the model {_spell(getattr(ours, attribute))}",
+                hint=f"Set {key}={_spell(getattr(theirs, attribute))}, or start from other weights.",
+            )
+    state = dict(weights.state)
+    if ours.grid != theirs.grid:
+        state["pos_embed"] = resize_position_embeddings(state["pos_embed"], theirs, ours.grid**2)
+        weights.report.notes.append(
+            f"position embeddings resized from {theirs.grid}x{theirs.grid} patches ({theirs.img_size} pixels) to "
+            f"{ours.grid}x{ours.grid} ({ours.img_size} pixels)"
+        )
+    model.load_state_dict(state, strict=True)
+    return weights.report
+
+
+# What a model and the weights it starts from must share, and the config key that sets it.
+_MUST_AGREE = {
+    "embed_dim": "student.embed_dim",
+    "depth": "student.depth",
+    "num_heads": "student.num_heads",
+    "patch_size": "student.patch_size",
+    "ffn_layer": "student.ffn_layer",
+    "hidden_dim": "the hidden width of the feed-forward layer",
+    "num_register_tokens": "student.num_register_tokens",
+    "in_chans": "the number of image channels",
+    "layerscale": "student.layerscale",
+    "qkv_bias": "student.qkv_bias",
+    "proj_bias": "student.proj_bias",
+    "ffn_bias": "student.ffn_bias",
+}
+
+
+def read_lost_tensors(metadata: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors that an export to timm keeps in its file's metadata (float32, as hexadecimal)."""
+    if "dino2.lost" not in metadata:
+        return {}
+    return {
+        name: torch.frombuffer(bytearray.fromhex(data), dtype=torch.float32).reshape(shape)
+        for name, (shape, data) in json.loads(metadata["dino2.lost"]).items()
+    }
+
+
+def write_lost_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata from which `read_lost_tensors` reads `tensors` back, bit for bit."""
+    plain = {name: (list(t.shape), t.contiguous().numpy().tobytes().hex()) for name, t in tensors.items()}
+    return {"dino2.lost": json.dumps(plain)}
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _released(name: str) -> zoo.Released:
+    if name not in zoo.RELEASED:
+        raise WeightsError(f"'{name}' is no released name; released: {', '.join(zoo.BACKBONES)}")
+    return zoo.RELEASED[name]
