@@ -7,7 +7,7 @@ from dinov2cli.models.architecture import VitArchitecture, swiglu_width
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _SIZES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
-_IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Released:
 
     def head_bytes(self, layers: int) -> int:
         """Bytes of the head's float32 tensors."""
-        return 4 * _IMAGENET_CLASSES * ((layers + 1) * self.architecture.embed_dim + 1)
+        return 4 * IMAGENET_CLASSES * ((layers + 1) * self.architecture.embed_dim + 1)
 
     @property
     def _registers(self) -> str:

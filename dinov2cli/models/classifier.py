@@ -1,0 +1,125 @@
+"""A backbone with a linear classifier on its features, as released for ImageNet-1k.
+
+Shape legend: B images, D width, K classes, n blocks, F features of the head.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2cli.errors import WeightsError
+from dinov2cli.models import zoo
+from dinov2cli.models.download import fetch, is_url
+from dinov2cli.models.tensor_files import read_tensors
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.weights import load_model
+
+# Blocks and mean of the patch tokens that a head's input is made of, in the order tried: F = (n + avgpool) * D.
+_HEAD_INPUTS = ((1, True), (4, True), (1, False), (4, False))
+
+
+class LinearClassifier(nn.Module):
+    """Logits from the class tokens of the last n blocks (earliest first) and the mean patch token of the last.
+
+    Args:
+        backbone: the feature extractor.
+        linear_head: F -> K, with F = n*D, or (n+1)*D with the mean patch token.
+
+    Raises:
+        WeightsError: F fits no such features.
+    """
+
+    def __init__(self, backbone: VisionTransformer, linear_head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.linear_head = linear_head
+        self.layers, self.avgpool = head_input(linear_head.in_features, backbone.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, K]."""
+        return self.linear_head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: [B, C, H, W] -> [B, F]."""
+        outputs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
+        return pool_features(outputs, self.avgpool)
+
+
+def pool_features(outputs: Any, avgpool: bool) -> Tensor:
+    """Pairs (patch tokens [B, N, D], class token [B, D]) of successive blocks -> [B, F]."""
+    parts = [cls for _, cls in outputs]
+    return torch.cat([*parts, outputs[-1][0].mean(dim=1)] if avgpool else parts, dim=-1)
+
+
+def head_input(features: int, embed_dim: int) -> tuple[int, bool]:
+    """The number of blocks and whether the mean patch token is in the input of a head with `features` inputs.
+
+    Raises:
+        WeightsError: no such input.
+    """
+    for blocks, avgpool in _HEAD_INPUTS:
+        if features == (blocks + avgpool) * embed_dim:
+            return blocks, avgpool
+    sizes = ", ".join(str((blocks + avgpool) * embed_dim) for blocks, avgpool in _HEAD_INPUTS)
+    raise WeightsError(
+        f"a linear head with {features} inputs does not fit a backbone {embed_dim} wide (it would take {sizes})"
+    )
+
+
+def read_linear_head(path: str | Path) -> nn.Linear:
+    """A linear head from a file of `weight` [K, F] and `bias` [K] (the released layout), or a URL of one.
+
+    Raises:
+        WeightsError: the file holds something else.
+    """
+    file = fetch(str(path)) if is_url(str(path)) else Path(path)
+    content, _ = read_tensors(file)
+    tensors = {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+    tensors = {name.removeprefix("linear."): value for name, value in tensors.items()}
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or set(tensors) != {"weight", "bias"}:
+        raise WeightsError(f"{file}: no linear head; it would hold 'weight' and 'bias', it holds {sorted(tensors)[:4]}")
+    if weight.ndim != 2 or tuple(bias.shape) != (weight.shape[0],):
+        raise WeightsError(f"{file}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no linear layer")
+    with torch.device("meta"):
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.to_empty(device="cpu").load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return head.requires_grad_(False)
+
+
+def load_classifier(
+    name_or_path: str | Path,
+    head: str | Path | None = None,
+    *,
+    layers: int = 4,
+    pretrained: bool = True,
+    **arguments: Any,
+) -> LinearClassifier:
+    """A backbone and its linear head, in eval mode.
+
+    Args:
+        name_or_path: a released name with or without `_lc`, or anything that `load_model` takes.
+        head: a file of `weight` and `bias`; by default the released head of a released name.
+        layers: 1 or 4, the released head to use.
+        pretrained: False gives random weights.
+        arguments: to `load_model`.
+
+    Raises:
+        WeightsError: there is no such head, or it does not fit.
+    """
+    if layers not in (1, 4):
+        raise WeightsError(f"layers={layers}: heads are released for 1 and for 4 layers")
+    released = zoo.RELEASED.get(str(name_or_path))
+    if released is None and head is None:
+        raise WeightsError(f"{name_or_path}: only released names have a released head; give the head's file")
+    backbone = load_model(str(name_or_path).removesuffix("_lc") if released else name_or_path, pretrained, **arguments)
+    if head is not None:
+        linear = read_linear_head(head)
+    elif pretrained:
+        assert released is not None
+        linear = read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
+    else:
+        linear = nn.Linear((layers + 1) * backbone.embed_dim, zoo.IMAGENET_CLASSES)
+    return LinearClassifier(backbone, linear).eval()

@@ -1,0 +1,65 @@
+"""torch.hub entry points, with the names and arguments of the reference implementation.
+
+    model = torch.hub.load("path/to/this/repository", "dinov2_vits14", source="local")
+"""
+
+from collections.abc import Callable as _Callable
+from typing import Any as _Any
+
+from torch import nn as _nn
+
+dependencies = ["torch", "numpy", "yaml", "pydantic", "rich", "filelock", "safetensors"]
+
+
+def _backbone(name: str) -> _Callable[..., _nn.Module]:
+    def entry(*, pretrained: bool = True, weights: str = "LVD142M", **kwargs: _Any) -> _nn.Module:
+        from dinov2cli.models.weights import load_model
+
+        return load_model(name if weights == "LVD142M" else weights, pretrained, **kwargs)
+
+    entry.__name__ = name
+    entry.__doc__ = f"""{name.replace("_reg", " with 4 registers")}: a DINOv2 backbone, in eval mode.
+
+    Args:
+        pretrained: load weights; else the architecture with random ones.
+        weights: `LVD142M`, the released weights, or a file, folder or address of others.
+        kwargs: to `dinov2cli.load_model`.
+    """
+    return entry
+
+
+def _classifier(name: str) -> _Callable[..., _nn.Module]:
+    def entry(*, layers: int = 4, pretrained: bool = True, weights: str = "IMAGENET1K", **kwargs: _Any) -> _nn.Module:
+        from dinov2cli.models.classifier import load_classifier
+
+        head = None if weights == "IMAGENET1K" else weights
+        return load_classifier(name, head, layers=layers, pretrained=pretrained, **kwargs)
+
+    entry.__name__ = name
+    entry.__doc__ = f"""{name.removesuffix("_lc")} with a linear classifier for ImageNet-1k, in eval mode.
+
+    Args:
+        layers: 1 or 4, the blocks whose class tokens the classifier sees.
+        pretrained: load weights; else random ones.
+        weights: `IMAGENET1K`, the released head, or a file or address of another.
+        kwargs: to `dinov2cli.load_model`, for the backbone.
+    """
+    return entry
+
+
+dinov2_vits14 = _backbone("dinov2_vits14")
+dinov2_vitb14 = _backbone("dinov2_vitb14")
+dinov2_vitl14 = _backbone("dinov2_vitl14")
+dinov2_vitg14 = _backbone("dinov2_vitg14")
+dinov2_vits14_reg = _backbone("dinov2_vits14_reg")
+dinov2_vitb14_reg = _backbone("dinov2_vitb14_reg")
+dinov2_vitl14_reg = _backbone("dinov2_vitl14_reg")
+dinov2_vitg14_reg = _backbone("dinov2_vitg14_reg")
+dinov2_vits14_lc = _classifier("dinov2_vits14_lc")
+dinov2_vitb14_lc = _classifier("dinov2_vitb14_lc")
+dinov2_vitl14_lc = _classifier("dinov2_vitl14_lc")
+dinov2_vitg14_lc = _classifier("dinov2_vitg14_lc")
+dinov2_vits14_reg_lc = _classifier("dinov2_vits14_reg_lc")
+dinov2_vitb14_reg_lc = _classifier("dinov2_vitb14_reg_lc")
+dinov2_vitl14_reg_lc = _classifier("dinov2_vitl14_reg_lc")
+dinov2_vitg14_reg_lc = _classifier("dinov2_vitg14_reg_lc")
