@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dinov2cli import __version__
+from dinov2cli.cli.pca_video import pca_video
 from dinov2cli.cli.presets import presets
 from dinov2cli.errors import Dino2Error
 
@@ -20,7 +21,9 @@ app = typer.Typer(
 )
 
 # Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
-COMMANDS: dict[str, Callable[..., Any]] = {}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "pca-video": pca_video,
+}
 # Groups of commands: name -> Typer app.
 GROUPS: dict[str, typer.Typer] = {
     "presets": presets,

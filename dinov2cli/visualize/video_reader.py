@@ -44,6 +44,8 @@ class FrameSource(Protocol):
     """Width over height of a pixel."""
     size: tuple[int, int]
     """Height and width in pixels, upright."""
+    start: Fraction
+    """The file's own time of the first frame, in seconds; the sound is cut there."""
 
     def count(self) -> int:
         """Number of frames, without decoding them; an upper bound where the file is damaged."""
@@ -109,6 +111,7 @@ class VideoFile:
                 usual = max(round(1 / (self.rate * self.time_base)), 1)
                 if start is None:
                     start = ticks if ticks is not None else 0
+                    self.start = start * self.time_base
                     self._turns = round(getattr(frame, "rotation", 0) / 90) % 4
                 # Times must grow, or no container takes them; damaged files and old AVIs have gaps and repeats.
                 at = max(ticks - start if ticks is not None else last + usual, last + 1)
@@ -158,6 +161,7 @@ class ImageFolder:
         self.rate = rate
         self.time_base = 1 / rate
         self.pixel_aspect = Fraction(1)
+        self.start = Fraction(0)
         self.paths = list_images(path)
         self.size = read_image(self.paths[0]).shape[:2]
 

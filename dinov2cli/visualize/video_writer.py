@@ -44,6 +44,12 @@ def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect
     return PngFolderWriter(path)
 
 
+def check_output(path: Path) -> None:
+    """Raise what `open_writer` and a write would raise, before hours of work."""
+    with open_writer(path, time_base=Fraction(1, 25), rate=Fraction(25)):
+        pass  # leaving a writer without a frame removes what it prepared
+
+
 class Writer:
     """What the three writers share: an output prepared aside under a hidden name, then renamed."""
 

@@ -1,0 +1,159 @@
+"""Patch features of pictures of any size, batch by batch, in memory that does not depend on how many there are.
+
+Shape legend: H x W pixels, h x w patches, D feature dimension.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinov2cli.console import logger
+from dinov2cli.data.augmentations import normalize
+from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+Picture = NDArray[np.uint8]
+"""RGB [H, W, 3]."""
+FeatureMap = NDArray[np.float32]
+"""[h, w, D]."""
+
+Item = TypeVar("Item")
+
+LARGEST_BATCH = 64
+CPU_TOKENS_PER_BATCH = 4096
+"""More tokens at once only cost memory on a CPU: its cores are busy by then."""
+
+
+class PatchFeatures:
+    """Normalised patch tokens of pictures, each resized to whole patches.
+
+    Args:
+        model: in evaluation mode, on the device to be used.
+        resolution: patches along the short side of a picture.
+        batch_size: pictures of equal size at a time; None: from the device's free memory.
+    """
+
+    def __init__(self, model: VisionTransformer, resolution: int, batch_size: int | None = None) -> None:
+        self.model = model
+        self.resolution = resolution
+        self._batch_size = batch_size
+        self._by_grid: dict[tuple[int, int], int] = {}
+        self.device = next(model.parameters()).device
+
+    def grid(self, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
+        """Patches (h, w) of a picture of `size` (H, W) pixels, as near to its shape as whole patches allow."""
+        height, width = float(size[0]), float(size[1] * pixel_aspect)
+        scale = self.resolution / min(height, width)
+        return max(round(height * scale), 1), max(round(width * scale), 1)
+
+    def maps(
+        self, items: Iterable[tuple[Item, Picture]], pixel_aspect: Fraction = Fraction(1)
+    ) -> Iterator[tuple[Item, FeatureMap]]:
+        """Feature maps float32 [h, w, D] in order, each with the item that came with its picture."""
+        batch: list[tuple[Item, Picture]] = []
+        for item, picture in items:
+            grid = self.grid((picture.shape[0], picture.shape[1]), pixel_aspect)
+            fitted = resize(picture, (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size))
+            if batch and batch[0][1].shape != fitted.shape:
+                yield from self._run(batch)
+                batch = []
+            batch.append((item, fitted))
+            if len(batch) >= self.batch_size(grid):
+                yield from self._run(batch)
+                batch = []
+        if batch:
+            yield from self._run(batch)
+
+    def batch_size(self, grid: tuple[int, int]) -> int:
+        """Pictures at a time: as given, else from the memory that was free at the first picture of this grid."""
+        if self._batch_size is not None:
+            return self._batch_size
+        if grid not in self._by_grid:
+            self._by_grid[grid] = self._fitting(grid)
+        return self._by_grid[grid]
+
+    def _fitting(self, grid: tuple[int, int]) -> int:
+        tokens = grid[0] * grid[1] + 1 + self.model.num_register_tokens
+        # Live at once in a block: the residual stream, qkv, attention output, the 4-fold hidden layer and its gate.
+        bytes_per_picture = tokens * self.model.embed_dim * 4 * 20
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            return min(max(free // (2 * bytes_per_picture), 1), LARGEST_BATCH)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(max(free // (4 * bytes_per_picture), 1), max(CPU_TOKENS_PER_BATCH // tokens, 1))
+
+    def _run(self, batch: list[tuple[Item, Picture]]) -> Iterator[tuple[Item, FeatureMap]]:
+        pictures = np.stack([picture for _, picture in batch])
+        for (item, _), features in zip(batch, self._features(pictures), strict=True):
+            yield item, features
+
+    def _features(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, H, W, 3] -> [B, h, w, D]. Where the device's memory does not do, in halves from then on."""
+        patch = self.model.patch_size
+        grid = pictures.shape[1] // patch, pictures.shape[2] // patch
+        try:
+            images = normalize(torch.from_numpy(pictures).to(self.device))
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                tokens = self.model.forward_features(images)["x_norm_patchtokens"]
+            return tokens.float().cpu().numpy().reshape(len(pictures), *grid, -1)
+        except torch.OutOfMemoryError as error:
+            if len(pictures) == 1:
+                raise EnvironmentProblem(
+                    f"one picture of {grid[0]}x{grid[1]} patches does not fit into the memory of {self.device}; "
+                    "give a smaller --resolution"
+                ) from error
+        half = len(pictures) // 2
+        self._batch_size = half
+        torch.cuda.empty_cache()
+        logger.warning("out of memory: %d pictures at a time from here on", half)
+        return np.concatenate([self._features(pictures[:half]), self._features(pictures[half:])])
+
+
+class FeatureSpool:
+    """Feature maps kept in an unnamed temporary file, read back in order as often as needed.
+
+    Fitting colours reads them four times; running the model once and spooling keeps both time and memory small.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="dino2-")  # noqa: SIM115  # closed by close()
+        self._shapes: list[tuple[int, ...]] = []
+
+    def append(self, features: FeatureMap) -> None:
+        """Keep one map.
+
+        Raises:
+            EnvironmentProblem: the temporary folder is full.
+        """
+        try:
+            self._file.write(np.ascontiguousarray(features, dtype=np.float32).data)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{tempfile.gettempdir()}: no room for features ({error.strerror or error})",
+                "Give a smaller --fit-frames or --resolution, or set TMPDIR to a folder with more space.",
+            ) from error
+        self._shapes.append(features.shape)
+
+    def __call__(self) -> Iterator[FeatureMap]:
+        """All maps from the first one on."""
+        self._file.seek(0)
+        for shape in self._shapes:
+            yield np.frombuffer(self._file.read(4 * int(np.prod(shape))), dtype=np.float32).reshape(shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def resize(picture: NDArray, size: tuple[int, int]) -> NDArray:
+    """Resize [H, W, C] to `size` (H, W): averaging where it shrinks, bicubic where it grows."""
+    if picture.shape[:2] == size:
+        return picture
+    shrinks = size[0] * size[1] < picture.shape[0] * picture.shape[1]
+    return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -1,0 +1,75 @@
+"""`dino2 pca-image`: patch features of photos in colours that all of them share."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
+from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture
+from dinov2cli.visualize.rendering import render, sheet
+
+
+class PCAPictures(NamedTuple):
+    """What `pca_images` gives."""
+
+    pictures: list[Picture]
+    """uint8 [H, W, 3] each, the size of its photo (twice as wide side by side)."""
+    basis: ColorBasis
+
+
+def pca_images(
+    model: VisionTransformer,
+    photos: Iterable[Picture],
+    *,
+    resolution: int = 32,
+    foreground: str | float = "auto",
+    layout: str = "pca",
+    upsampling: str = "bicubic",
+    basis: ColorBasis | None = None,
+) -> PCAPictures:
+    """PCA pictures of photos in memory, by one basis fitted to all of them (or a given one).
+
+    Args:
+        model: in evaluation mode.
+        photos: RGB uint8 [H, W, 3] of any sizes.
+        resolution: patches along the short side.
+        foreground: as in `fit_color_basis`.
+        layout, upsampling: as in `rendering.render`.
+
+    Raises:
+        DataError: no photo; a foreground without a patch.
+    """
+    photos = list(photos)
+    extractor = PatchFeatures(model, resolution)
+    if basis is None:
+        basis = fit_image_basis(extractor, lambda: photos, foreground=foreground)
+    return PCAPictures(
+        list(render_images(extractor, basis, photos, layout=layout, upsampling=upsampling)),
+        basis,
+    )
+
+
+def pca_sheet(model: VisionTransformer, photos: Iterable[Picture], *, resolution: int = 32) -> Picture:
+    """Each photo beside its PCA picture, one row a photo: uint8 [H, 1280, 3]. See `pca_images`."""
+    photos = list(photos)
+    drawn = pca_images(model, photos, resolution=resolution).pictures
+    return sheet([[photo, picture] for photo, picture in zip(photos, drawn, strict=True)])
+
+
+def fit_image_basis(
+    extractor: PatchFeatures, photos: Callable[[], Iterable[Picture]], *, foreground: str | float = "auto"
+) -> ColorBasis:
+    """A basis for all photos, read one after the other; `photos` starts them."""
+    with closing(FeatureSpool()) as spool:
+        for _, features in extractor.maps((None, photo) for photo in photos()):
+            spool.append(features)
+        return fit_color_basis(spool, foreground)
+
+
+def render_images(
+    extractor: PatchFeatures, basis: ColorBasis, photos: Iterable[Picture], *, layout: str, upsampling: str
+) -> Iterator[Picture]:
+    """PCA pictures in the order of the photos, one after the other."""
+    for photo, features in extractor.maps((photo, photo) for photo in photos):
+        yield render(photo, features, basis, layout=layout, upsampling=upsampling)

@@ -1,0 +1,106 @@
+"""`dino2 pca-video`: patch features of a whole video in the colours of one fixed basis, in constant memory.
+
+First pass: features of frames sampled evenly over all inputs fit the basis. Second pass: every frame is rendered.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError
+from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
+from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
+from dinov2cli.visualize.rendering import render
+from dinov2cli.visualize.video_reader import Frame, FrameSource, sampling_step
+from dinov2cli.visualize.video_writer import VideoWriter, Writer, open_writer
+
+Advance = Callable[[int], object]
+"""Called with the number of frames that were just finished."""
+
+
+@dataclass(frozen=True)
+class VideoStyle:
+    """How frames are drawn: see `rendering.render`; `audio` keeps the sound of video inputs."""
+
+    layout: str = "pca"
+    upsampling: str = "bicubic"
+    audio: bool = True
+
+
+def fit_video_basis(
+    extractor: PatchFeatures,
+    sources: Sequence[FrameSource],
+    *,
+    foreground: str | float = "auto",
+    fit_frames: int = 64,
+    advance: Advance = lambda _: None,
+) -> ColorBasis:
+    """One basis for all sources, from at most `fit_frames` frames sampled evenly over them.
+
+    Raises:
+        DataError: a source without a frame; a foreground without a patch.
+    """
+    step = sampling_step(sum(source.count() for source in sources), fit_frames)
+    with closing(FeatureSpool()) as spool:
+        for source in sources:
+            sampled = ((frame, frame.image) for frame in source.frames(step))
+            for _, features in extractor.maps(sampled, source.pixel_aspect):
+                spool.append(features)
+                advance(1)
+        return fit_color_basis(spool, foreground)
+
+
+def render_video(
+    extractor: PatchFeatures,
+    basis: ColorBasis,
+    source: FrameSource,
+    output: Path,
+    style: VideoStyle,
+    *,
+    advance: Advance = lambda _: None,
+) -> int:
+    """Render every frame of a source and return how many there were. The output appears complete or not at all.
+
+    Raises:
+        DataError: a basis for features of another dimension; an unknown output type.
+        EnvironmentProblem: an output that cannot be written.
+    """
+    check_basis(basis, extractor)
+    with ExitStack() as stack:
+        writer = stack.enter_context(
+            open_writer(output, time_base=source.time_base, rate=source.rate, pixel_aspect=source.pixel_aspect)
+        )
+        if style.audio and isinstance(writer, VideoWriter) and source.path.is_file():
+            writer.add_audio(source.path, source.start)
+        size = _output_size(source, writer)
+        for frame, features in extractor.maps(_with_pictures(source), source.pixel_aspect):
+            picture = resize(frame.image, size)
+            image = render(picture, features, basis, layout=style.layout, upsampling=style.upsampling)
+            writer.write(image, frame.time, frame.duration)
+            advance(1)
+    logger.info("%s: %d frames", output, writer.frames_written)
+    return writer.frames_written
+
+
+def check_basis(basis: ColorBasis, extractor: PatchFeatures) -> None:
+    """Raise DataError where a basis is for features of another dimension than the model's."""
+    if basis.dim != extractor.model.embed_dim:
+        raise DataError(
+            f"--basis: it was fitted to {basis.dim}-dimensional features, and the model's have "
+            f"{extractor.model.embed_dim}; fit it with the same model"
+        )
+
+
+def _with_pictures(source: FrameSource) -> Iterator[tuple[Frame, Picture]]:
+    for frame in source.frames():
+        yield frame, frame.image
+
+
+def _output_size(source: FrameSource, writer: Writer) -> tuple[int, int]:
+    height, width = source.size
+    if writer.square_pixels and source.pixel_aspect != Fraction(1):
+        width = round(width * source.pixel_aspect)
+    return height, width

@@ -1,0 +1,82 @@
+"""From feature maps to pictures: upsampling, background, layouts.
+
+Shape legend: H x W pixels, h x w patches, D feature dimension.
+"""
+
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov2cli.visualize.basis import ColorBasis
+from dinov2cli.visualize.features import FeatureMap, Picture, resize
+
+UPSAMPLING = {"nearest": cv2.INTER_NEAREST, "bicubic": cv2.INTER_CUBIC}
+OVERLAY_STRENGTH = 0.65
+
+
+def render(
+    picture: Picture, features: FeatureMap, basis: ColorBasis, *, layout: str = "pca", upsampling: str = "bicubic"
+) -> Picture:
+    """The picture's features in colour, in one of `LAYOUTS`: uint8 [H, W, 3], or [H, 2W, 3] side by side.
+
+    Args:
+        picture: what the features are of; its size is the size of the result.
+        upsampling: a key of `UPSAMPLING`.
+    """
+    return LAYOUTS[layout](picture, *paint(features, basis, (picture.shape[0], picture.shape[1]), upsampling))
+
+
+def paint(
+    features: FeatureMap, basis: ColorBasis, size: tuple[int, int], upsampling: str = "bicubic"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Colours float32 [H, W, 3] and opacity float32 [H, W, 1], both within 0 to 1.
+
+    Coordinates are resized before they are clipped, so that edges of the foreground are drawn finer than patches.
+    """
+    values = np.concatenate([basis.rgb(features), basis.foreground.opacity(features)[..., None]], axis=-1)
+    resized = cv2.resize(values.astype(np.float32), size[::-1], interpolation=UPSAMPLING[upsampling])
+    resized = np.clip(resized, 0, 1, dtype=np.float32)
+    return resized[..., :3], resized[..., 3:]
+
+
+def sheet(rows: Sequence[Sequence[Picture]], *, width: int = 1280, gap: int = 8) -> Picture:
+    """Pictures in rows on white, each row stretched to the same `width` in pixels: uint8 [H, width, 3]."""
+    drawn = []
+    for row in rows:
+        aspects = [picture.shape[1] / picture.shape[0] for picture in row]
+        height = max(round((width - gap * (len(row) - 1)) / sum(aspects)), 1)
+        line = np.full((height, width, 3), 255, dtype=np.uint8)
+        left = 0
+        for index, (picture, aspect) in enumerate(zip(row, aspects, strict=True)):
+            right = width if index == len(row) - 1 else left + max(round(height * aspect), 1)
+            line[:, left:right] = resize(picture, (height, right - left))
+            left = right + gap
+        drawn.append(line)
+    space = np.full((gap, width, 3), 255, dtype=np.uint8)
+    return np.concatenate([part for line in drawn for part in (line, space)][:-1])
+
+
+def _pca(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
+    return _to_bytes(colors * opacity)
+
+
+def _side_by_side(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
+    return np.concatenate([picture, _to_bytes(colors * opacity)], axis=1)
+
+
+def _overlay(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
+    strength = OVERLAY_STRENGTH * opacity
+    return _to_bytes(picture.astype(np.float32) / 255 * (1 - strength) + colors * strength)
+
+
+def _to_bytes(values: NDArray[np.float32]) -> Picture:
+    return (values * 255 + 0.5).astype(np.uint8)
+
+
+LAYOUTS: dict[str, Callable[[Picture, NDArray[np.float32], NDArray[np.float32]], Picture]] = {
+    "pca": _pca,
+    "side-by-side": _side_by_side,
+    "overlay": _overlay,
+}
