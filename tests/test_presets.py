@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,18 @@ def test_show_of_an_unknown_preset_is_one_message() -> None:
     assert shown.stdout == ""
     assert "Did you mean demo?" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_presets_travel_inside_an_installed_package(tmp_path: Path) -> None:
+    # Laid out as pyproject.toml makes the wheel: presets/ goes to dinov2cli/presets.
+    checkout = Path(__file__).parents[1]
+    included = tomllib.loads((checkout / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert included["force-include"]["presets"] == "dinov2cli/presets"
+    installed = tmp_path / "dinov2cli"
+    shutil.copytree(checkout / "dinov2cli", installed, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(checkout / "presets", installed / "presets")
+    code = "import dinov2cli.config as c; print(*(p.path for p in c.list_presets()), sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    paths = [Path(line) for line in result.stdout.splitlines()]
+    assert {path.stem for path in paths} >= NAMES, result.stderr
+    assert {path.parent.resolve() for path in paths} == {(installed / "presets").resolve()}

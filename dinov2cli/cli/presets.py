@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from dinov2cli.cli.completion import complete_preset
 from dinov2cli.config import annotated_yaml, find_preset, list_presets, load_config
 from dinov2cli.console import out, print_json
 
@@ -38,15 +39,11 @@ def list_command(
     out.print(table, markup=False)
 
 
-def _complete_preset(incomplete: str) -> list[tuple[str, str]]:
-    return [(p.name, p.summary) for p in list_presets() if p.name.startswith(incomplete)]
-
-
 @presets.command("show")
 def show_command(
     name: Annotated[
         str,
-        typer.Argument(help="Name of a preset, as `dino2 presets list` prints it.", autocompletion=_complete_preset),
+        typer.Argument(help="Name of a preset, as `dino2 presets list` prints it.", autocompletion=complete_preset),
     ],
     full: Annotated[
         bool,

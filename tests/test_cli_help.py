@@ -1,0 +1,60 @@
+"""Every command explains itself: summary, example that could be typed, and help for each option and argument."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from dinov2cli.cli.command_tree import Command, command_tree
+from dinov2cli.cli.main import app
+
+TREE = command_tree(app)
+COMMANDS = [command for command in TREE.walk() if len(command.path) > 1]
+every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.path[1:]))
+
+
+@every_command
+def test_help_opens_with_a_sentence_and_ends_with_an_example(command: Command) -> None:
+    assert re.match(r"[A-Z].*[.!?]", command.summary), f"no summary: {command.summary!r}"
+    description, found, example = command.help.partition("Example:")
+    assert found, "no 'Example:' block"
+    assert description.strip()
+    assert "dino2 " in example
+
+
+@every_command
+def test_every_parameter_has_help(command: Command) -> None:
+    for parameter in command.parameters:
+        name = "/".join(parameter.flags) or "argument"
+        assert len(parameter.help) > 5, f"{' '.join(command.path)}: {name} has no help"
+
+
+@every_command
+def test_examples_name_commands_and_options_that_exist(command: Command) -> None:
+    lines = [line.strip() for line in command.help.partition("Example:")[2].splitlines()]
+    examples = [line for line in lines if line.startswith("dino2 ")]
+    assert examples, "the example is no command line"
+    for example in examples:
+        _, *words = shlex.split(re.split(r"\s[>|]\s|\s#", example)[0])
+        target = TREE
+        while words and words[0] in target.commands:
+            target = target.commands[words.pop(0)]
+        assert not target.commands, f"{example!r}: no such command"
+        known = {flag for option in target.options for flag in option.flags}
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert used <= known, f"{example!r}: no such option: {used - known}"
+
+
+@every_command
+def test_help_can_be_printed(command: Command) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dinov2cli", *command.path[1:], "--help"],
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for option in command.options:
+        assert option.flags[0] in result.stdout, option.flags
