@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dinov2cli.config import ARCHITECTURES, Config, annotated_yaml, list_presets, load_config
+from dinov2cli.config.messages import suggest
 from dinov2cli.config.tree import FIELDS, expectation
 from dinov2cli.errors import ConfigError
 
@@ -247,6 +248,20 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
 )  # fmt: skip
 def test_one_line_names_key_value_and_remedy(override: str, message: str) -> None:
     assert refused(override) == [message]
+
+
+def test_a_lost_letter_or_a_wrong_group_finds_the_key() -> None:
+    for key in set(FIELDS) - {"optim.lr"}:
+        group, leaf = key.split(".")
+        for at in range(len(leaf)):
+            misspelt = leaf[:at] + leaf[at + 1 :]
+            found = suggest(f"{group}.{misspelt}")
+            assert found == key or misspelt == "adamw_beta", (misspelt, found)
+        namesakes = {known for known in FIELDS if known.split(".")[1] == leaf}
+        elsewhere = "data" if group != "data" else "train"
+        assert suggest(f"{elsewhere}.{leaf}") in namesakes
+    assert suggest("train.zzzz") is None
+    assert suggest("teacher.temp") == "teacher.teacher_temp"
 
 
 def test_all_problems_at_once() -> None:

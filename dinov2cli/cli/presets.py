@@ -68,4 +68,6 @@ def show_command(
         return
     from rich.syntax import Syntax
 
-    out.print(Syntax(text, "yaml", theme="ansi_dark", background_color="default", word_wrap=True))
+    # As text with soft wrapping: a long command in a comment stays one line when it is copied.
+    coloured = Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(text)
+    out.print(coloured, soft_wrap=True, end="")

@@ -20,6 +20,9 @@ _OTHER_NAMES = {
     "dim": "student.embed_dim",
     "heads": "student.num_heads",
     "model": "student.arch",
+    "ffn": "student.ffn_layer",
+    "wd": "optim.weight_decay",
+    "local_crops": "crops.local_crops_number",
     "workers": "train.num_workers",
     "accumulation_steps": "train.gradient_accumulation",
     "image_size": "crops.global_crops_size",
@@ -106,7 +109,7 @@ def _likeness(key: str, known: str) -> float:
     same_group = key.split(".")[0] == known.split(".")[0]
     likeness = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
     if len(leaf) >= 3 and (leaf in known_leaf or known_leaf in leaf):
-        likeness = max(likeness, 0.8)
+        likeness = max(likeness, 0.7 + 0.2 * likeness)
     return likeness + (0.1 if same_group else 0.0)
 
 
