@@ -47,7 +47,8 @@ class MultiCropAugmentation:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Crops:
         """Views of `image` (uint8 [H, W, 3]); all that is random comes from `rng`."""
-        views = [render_crop(image, parameters) for parameters in self.draw(*image.shape[:2], rng)]
+        height, width = image.shape[:2]
+        views = [render_crop(image, parameters) for parameters in self.draw(height, width, rng)]
         return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[CropParameters]:
@@ -82,7 +83,7 @@ def color_crop(crop: np.ndarray, parameters: CropParameters) -> np.ndarray:
 def color_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:
     """Brightness, contrast, saturation and hue, in the order drawn."""
     for operation in jitter.order:
-        image = _JITTER_STEPS[operation](image, jitter[1 + operation])
+        image = _JITTER_STEPS[operation](image, jitter.factors[operation])
     return image
 
 

@@ -1,20 +1,23 @@
 """Crops and masks of several images as one batch of tensors."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from dinov2cli.data.augmentations import Crops
+from dinov2cli.data.augmentations import Crops, normalize
 
 
 @dataclass(frozen=True)
 class MultiCropBatch:
     """One micro step's input for one process. B images, n local crops, N patches of a global crop, M masked patches.
 
-    global_crops: uint8 [2B, H, W, 3], or normalised float32 [2B, 3, H, W]; the first view of all images, then the second.
+    global_crops: uint8 [2B, H, W, 3], or normalised float32 [2B, 3, H, W]; the first view of
+        all images, then the second.
     local_crops: [n*B, ...] likewise, view by view.
     masks: bool [2B, N].
     mask_indices: int64 [M], where `masks` is true, counted over 2B*N.
@@ -40,6 +43,10 @@ class MultiCropBatch:
     def pin_memory(self) -> "MultiCropBatch":
         """The batch with its tensors in page-locked memory, from which copies to a GPU run in the background."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def normalized(self) -> "MultiCropBatch":
+        """The batch with float32 crops, as a network takes them."""
+        return replace(self, global_crops=normalize(self.global_crops), local_crops=normalize(self.local_crops))
 
     def _map(self, function: Any) -> "MultiCropBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -69,4 +76,14 @@ def _stack(views: list[list[np.ndarray]]) -> Tensor:
     in_order = [image[view] for view in range(len(views[0])) for image in views]
     if not in_order:
         return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    return torch.from_numpy(np.stack(in_order))
+    stacked = _empty((len(in_order), *in_order[0].shape))
+    np.stack(in_order, out=stacked.numpy())
+    return stacked
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised uint8 tensor; in a worker process it lies in shared memory at once, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -12,6 +12,7 @@ GRAYSCALE_PROBABILITY = 0.2
 FLIP_PROBABILITY = 0.5
 BLUR_SIGMA = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
+LOG_ASPECT_RATIO = (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1]))
 CROP_TRIES = 10
 
 
@@ -42,13 +43,10 @@ class Box(NamedTuple):
 
 
 class Jitter(NamedTuple):
-    """Colour jitter: `order` is a permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue)."""
+    """Colour jitter: the `factors` of brightness, contrast, saturation and hue; `order` permutes their four places."""
 
     order: tuple[int, ...]
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
+    factors: tuple[float, float, float, float]
 
 
 class CropParameters(NamedTuple):
@@ -81,22 +79,16 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
 
     Every decision has numbers of its own, needed or not, so none depends on how another fell.
     """
-    u = iter(numbers[2 * CROP_TRIES :])
-    box = random_box(recipe.scale, height, width, numbers[: 2 * CROP_TRIES], next(u), next(u))
-    flip = next(u) < FLIP_PROBABILITY
-    jittered = next(u) < JITTER_PROBABILITY
-    jitter = Jitter(
-        order=_permutation(next(u), next(u), next(u)),
-        brightness=_between(1 - BRIGHTNESS, 1 + BRIGHTNESS, next(u)),
-        contrast=_between(1 - CONTRAST, 1 + CONTRAST, next(u)),
-        saturation=_between(1 - SATURATION, 1 + SATURATION, next(u)),
-        hue=_between(-HUE, HUE, next(u)),
-    )
-    grayscale = next(u) < GRAYSCALE_PROBABILITY
-    blurred, sigma = next(u) < recipe.blur, _between(*BLUR_SIGMA, next(u))
-    solarized = next(u) < recipe.solarize
+    tries = numbers[: 2 * CROP_TRIES]
+    down, right, flip, jitter, third, second, first, *factors, gray, blur, sigma, solarize = numbers[2 * CROP_TRIES :]
     return CropParameters(
-        box, recipe.size, flip, jitter if jittered else None, grayscale, sigma if blurred else 0.0, solarized
+        box=random_box(recipe.scale, height, width, tries, down, right),
+        size=recipe.size,
+        flip=flip < FLIP_PROBABILITY,
+        jitter=_jitter((third, second, first), factors) if jitter < JITTER_PROBABILITY else None,
+        grayscale=gray < GRAYSCALE_PROBABILITY,
+        blur_sigma=_between(*BLUR_SIGMA, sigma) if blur < recipe.blur else 0.0,
+        solarize=solarize < recipe.solarize,
     )
 
 
@@ -108,10 +100,9 @@ def random_box(
     The ratio is log-uniform in 3/4..4/3. If no pair gives a box that fits, the largest centred box with an allowed
     ratio is taken.
     """
-    log_low, log_high = math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])
-    for area_number, ratio_number in zip(tries[::2], tries[1::2], strict=True):
-        area = height * width * _between(*scale, area_number)
-        ratio = math.exp(_between(log_low, log_high, ratio_number))
+    for i in range(0, len(tries), 2):
+        area = height * width * _between(*scale, tries[i])
+        ratio = math.exp(_between(*LOG_ASPECT_RATIO, tries[i + 1]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(int((height - h + 1) * down), int((width - w + 1) * right), h, w)
@@ -127,7 +118,20 @@ def _between(low: float, high: float, number: float) -> float:
     return low + (high - low) * number
 
 
-def _permutation(*numbers: float) -> tuple[int, ...]:
+def _jitter(order_numbers: tuple[float, float, float], factors: list[float]) -> Jitter:
+    brightness, contrast, saturation, hue = factors
+    return Jitter(
+        order=_permutation(order_numbers),
+        factors=(
+            _between(1 - BRIGHTNESS, 1 + BRIGHTNESS, brightness),
+            _between(1 - CONTRAST, 1 + CONTRAST, contrast),
+            _between(1 - SATURATION, 1 + SATURATION, saturation),
+            _between(-HUE, HUE, hue),
+        ),
+    )
+
+
+def _permutation(numbers: tuple[float, float, float]) -> tuple[int, ...]:
     """Uniform permutation of range(4) from three uniform numbers (Fisher and Yates)."""
     order = [0, 1, 2, 3]
     for last, number in zip((3, 2, 1), numbers, strict=True):

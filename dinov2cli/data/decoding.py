@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from dinov2cli.errors import DataError
 
 
-class UnreadableImage(DataError):
+class UnreadableImage(DataError):  # noqa: N818  (names the thing at fault, like its siblings)
     """A file that is no image, or a damaged one."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -87,8 +88,6 @@ def _ends_as_jpeg(data: bytes | memoryview) -> bool:
 
 
 def _decode_with_pillow(data: bytes | memoryview, path: str, shrink: int) -> np.ndarray:
-    from PIL import Image
-
     if len(data) == 0:
         raise UnreadableImage(path, "the file is empty")
     try:
@@ -105,10 +104,8 @@ def _decode_with_pillow(data: bytes | memoryview, path: str, shrink: int) -> np.
         raise UnreadableImage(path, f"damaged image ({error})") from error
 
 
-def _as_rgb(image):  # noqa: ANN001, ANN202  (PIL is imported late)
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        from PIL import Image
-
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

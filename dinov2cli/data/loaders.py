@@ -85,6 +85,7 @@ class _TrainBatches(Dataset):
         self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
         self.mask_probability = config.ibot.mask_sample_probability
         self.mask_ratios = tuple(config.ibot.mask_ratio_min_max)
+        self.normalize_here = not config.data.normalize_on_device
 
     def __getitem__(self, step: int) -> MultiCropBatch | WorkerError:
         try:
@@ -104,7 +105,8 @@ class _TrainBatches(Dataset):
             ratio_range=self.mask_ratios,
         )
         samples, crops = [index for index, _ in drawn], [crops for _, crops in drawn]
-        return collate(crops, masks, iteration=step, samples=samples, bad=bad)
+        batch = collate(crops, masks, iteration=step, samples=samples, bad=bad)
+        return batch.normalized() if self.normalize_here else batch
 
     def sample(self, k: int, bad: list[str]) -> tuple[int, Crops]:
         """Dataset index and crops of the run's k-th sample.

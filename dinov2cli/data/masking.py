@@ -50,7 +50,7 @@ class MaskingGenerator:
             top = int((self.height - height + 1) * down)
             left = int((self.width - width + 1) * right)
             block = mask[top : top + height, left : left + width]
-            added = block.size - np.count_nonzero(block)
+            added = block.size - int(np.count_nonzero(block))
             if 0 < added <= most:
                 block[:] = True
                 return added
@@ -58,7 +58,7 @@ class MaskingGenerator:
 
 
 def max_block_patches(image_size: int, patch_size: int) -> int:
-    """Largest block for a square image, in the reference implementation's arithmetic (98 for 224/16, 128 for 224/14)."""
+    """Largest block for a square image, by the reference's arithmetic (98 for 224/16, 128 for 224/14)."""
     return int(0.5 * image_size // patch_size * image_size // patch_size)
 
 

@@ -15,6 +15,7 @@ class Stream(IntEnum):
     MASKS = 2
     SAMPLE_PHOTOS = 3
     LINEAR_PROBE = 4
+    STOCHASTIC_DEPTH = 5
 
 
 def sample_rng(seed: int, k: int) -> np.random.Generator:

@@ -32,7 +32,8 @@ class RandomResizedCrop:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """uint8 [H, W, 3] -> float32 [3, size, size]."""
         *tries, down, right, mirror = rng.random(2 * CROP_TRIES + 3).tolist()
-        box = random_box(self.scale, *image.shape[:2], tries, down, right)
+        height, width = image.shape[:2]
+        box = random_box(self.scale, height, width, tries, down, right)
         crop = pixels.resized_crop(image, *box, self.size)
         return pixels.normalize_image(pixels.flip(crop) if mirror < 0.5 else crop)
 

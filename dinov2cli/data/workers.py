@@ -56,7 +56,7 @@ def loader_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
+        text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
         if "DataLoader worker" not in text:
             raise
         raise EnvironmentProblem(_explain(text), _REMEDY) from error

@@ -49,8 +49,9 @@ class FolderDataset(ImageDataset):
     def describe(self) -> str:
         classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"
         unlabelled = int((self._classes == UNLABELLED).sum())
-        partly = f" ({unlabelled} images directly in the folder have no label)" if self.class_names and unlabelled else ""
-        return f"folder {self.root}: {len(self)} images{classes}{partly}"
+        if self.class_names and unlabelled:
+            classes += f" ({unlabelled} images directly in the folder have no label)"
+        return f"folder {self.root}: {len(self)} images{classes}"
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         return (self[index] for index in range(len(self)))

@@ -1,0 +1,123 @@
+"""The augmentation's random decisions follow the published distributions."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dinov2cli.config import load_config
+from dinov2cli.data.augmentations import MultiCropAugmentation, shrunk_box
+from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, draw_crops, random_box
+from dinov2cli.data.randomness import sample_rng
+
+DRAWS = 8000
+HEIGHT, WIDTH = 375, 500
+SIGNIFICANCE = 1e-4  # of each test below; the draws are seeded, so a pass stays a pass
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[list[CropParameters]]:
+    """[views][DRAWS] parameters of the default recipe."""
+    augmentation = MultiCropAugmentation.from_config(load_config())
+    per_image = [augmentation.draw(HEIGHT, WIDTH, sample_rng(0, k)) for k in range(DRAWS)]
+    return [list(view) for view in zip(*per_image, strict=True)]
+
+
+def same_distribution(a: list[float], b: list[float]) -> None:
+    assert stats.ks_2samp(a, b).pvalue > SIGNIFICANCE
+
+
+def has_probability(flags: list[bool], probability: float) -> None:
+    assert stats.binomtest(sum(flags), len(flags), probability).pvalue > SIGNIFICANCE
+
+
+def usual_random_resized_crop(scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """Written from the definition of the usual random resized crop."""
+    for _ in range(10):
+        area = HEIGHT * WIDTH * rng.uniform(*scale)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if w <= WIDTH and h <= HEIGHT:
+            return Box(int(rng.integers(0, HEIGHT - h + 1)), int(rng.integers(0, WIDTH - w + 1)), h, w)
+    return Box(0, 0, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(("view", "scale"), [(0, (0.32, 1.0)), (1, (0.32, 1.0)), (2, (0.05, 0.32)), (9, (0.05, 0.32))])
+def test_boxes(drawn: list[list[CropParameters]], view: int, scale: tuple[float, float]) -> None:
+    rng = np.random.default_rng(view)
+    expected = [usual_random_resized_crop(scale, rng) for _ in range(DRAWS)]
+    boxes = [p.box for p in drawn[view]]
+    for side in range(4):
+        same_distribution([b[side] for b in boxes], [b[side] for b in expected])
+    same_distribution([b.height * b.width for b in boxes], [b.height * b.width for b in expected])
+    same_distribution([b.width / b.height for b in boxes], [b.width / b.height for b in expected])
+    assert all(b.top + b.height <= HEIGHT and b.left + b.width <= WIDTH and min(b) >= 0 for b in boxes)
+
+
+@pytest.mark.parametrize(("view", "blur", "solarize"), [(0, 0.0, 0.0), (1, 0.9, 0.2), (2, 0.5, 0.0), (9, 0.5, 0.0)])
+def test_probabilities(drawn: list[list[CropParameters]], view: int, blur: float, solarize: float) -> None:
+    crops = drawn[view]
+    has_probability([p.flip for p in crops], 0.5)
+    has_probability([p.jitter is not None for p in crops], 0.8)
+    has_probability([p.grayscale for p in crops], 0.2)
+    has_probability([p.blur_sigma > 0 for p in crops], blur)
+    has_probability([p.solarize for p in crops], solarize)
+
+
+def test_jitter_factors_and_sigma(drawn: list[list[CropParameters]]) -> None:
+    rng = np.random.default_rng(7)
+    jitters = [p.jitter for p in drawn[3] if p.jitter is not None]
+    for i, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        same_distribution([j.factors[i] for j in jitters], rng.uniform(low, high, DRAWS).tolist())
+    counts = np.unique([j.order for j in jitters], axis=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(4)
+    assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+    same_distribution([p.blur_sigma for p in drawn[1] if p.blur_sigma > 0], rng.uniform(0.1, 2.0, DRAWS).tolist())
+
+
+def test_views_and_decisions_are_independent(drawn: list[list[CropParameters]]) -> None:
+    columns = np.array(
+        [
+            [view[k].box.top for view in drawn[:3]]
+            + [float(view[k].flip) for view in drawn[:3]]
+            + [view[k].blur_sigma for view in drawn[1:3]]
+            + [float(view[k].jitter is None) for view in drawn[:3]]
+            for k in range(DRAWS)
+        ]
+    )
+    correlation = np.corrcoef(columns.T) - np.eye(columns.shape[1])
+    assert np.abs(correlation).max() < 5 / math.sqrt(DRAWS)
+
+
+def test_decisions_depend_on_seed_and_sample_alone() -> None:
+    recipes = (CropRecipe(56, (0.3, 1.0), 0.5),)
+    assert draw_crops(recipes, 80, 90, sample_rng(3, 8)) == draw_crops(recipes, 80, 90, sample_rng(3, 8))
+    assert draw_crops(recipes, 80, 90, sample_rng(3, 8)) != draw_crops(recipes, 80, 90, sample_rng(3, 9))
+    assert draw_crops(recipes, 80, 90, sample_rng(3, 8)) != draw_crops(recipes, 80, 90, sample_rng(4, 8))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 300), (300, 2), (7, 5)])
+def test_images_of_awkward_shapes(height: int, width: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    crops = MultiCropAugmentation.from_config(load_config())(image, sample_rng(0, 1))
+    assert [c.shape for c in crops.global_crops] == [(224, 224, 3)] * 2
+    assert [c.shape for c in crops.local_crops] == [(96, 96, 3)] * 8
+    assert all(c.dtype == np.uint8 for c in crops.global_crops + crops.local_crops)
+
+
+def test_a_box_that_cannot_fit_becomes_the_largest_allowed_one_in_the_centre() -> None:
+    assert random_box((1.0, 1.0), 10, 1000, [0.5] * 20, 0.9, 0.9) == Box(0, 493, 10, 13)
+    assert random_box((1.0, 1.0), 1000, 10, [0.5] * 20, 0.9, 0.9) == Box(493, 0, 13, 10)
+
+
+def test_shrunk_boxes_stay_inside() -> None:
+    assert shrunk_box(Box(100, 50, 200, 100), 2, 187, 250) == Box(50, 25, 100, 50)
+    box = shrunk_box(Box(374, 499, 1, 1), 8, 47, 63)
+    assert box.top + box.height <= 47 and box.left + box.width <= 63 and box.height == box.width == 1
+
+
+def test_blur_probabilities_come_from_the_config() -> None:
+    config = load_config(overrides=["crops.blur_prob=[1.0,0.1,0.5]", "crops.local_crops_number=3"])
+    recipes = MultiCropAugmentation.from_config(config).recipes
+    assert [r.blur for r in recipes] == [1.0, 0.1, 0.5, 0.5, 0.5]

@@ -1,0 +1,91 @@
+"""Pixel operations agree with what torchvision makes of Pillow images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2cli.data import pixels
+from dinov2cli.data.augmentations import color_jitter, normalize
+from dinov2cli.data.crop_parameters import Jitter
+from dinov2cli.data.transforms import EvalTransform
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "augment_ops.npz")
+BASE = GOLDEN["base"]
+KEYS = GOLDEN.files
+
+
+def mean_error(actual: np.ndarray, key: str) -> float:
+    assert actual.shape == GOLDEN[key].shape and actual.dtype == np.uint8
+    return float(np.abs(actual.astype(int) - GOLDEN[key]).mean())
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_resized_crop(i: int) -> None:
+    box_and_size = GOLDEN[f"crop{i}/params_top_left_h_w_size"].tolist()
+    assert mean_error(pixels.resized_crop(GOLDEN["image"], *box_and_size), f"crop{i}/out") < 0.05
+
+
+@pytest.mark.parametrize("key", [k for k in KEYS if k.startswith(("brightness", "contrast", "saturation", "hue"))])
+def test_color_adjustments(key: str) -> None:
+    name, factor = key.split("/")
+    assert mean_error(getattr(pixels, f"adjust_{name}")(BASE, float(factor)), key) < 0.5
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_whole_jitters(i: int) -> None:
+    jitter = Jitter(tuple(GOLDEN[f"jitter{i}/order"].tolist()), tuple(GOLDEN[f"jitter{i}/factors_bcsh"].tolist()))
+    assert mean_error(color_jitter(BASE, jitter), f"jitter{i}/out") < 1.0
+
+
+@pytest.mark.parametrize("key", [k for k in KEYS if k.startswith("blur9")])
+def test_blur(key: str) -> None:
+    assert mean_error(pixels.gaussian_blur(BASE, float(key.split("/")[1])), key) < 0.05
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 0.85, 1.5])
+def test_a_narrower_kernel_changes_no_pixel_noticeably(sigma: float) -> None:
+    assert pixels.blur_radius(2.0) == 4 and pixels.blur_radius(0.1) == 1
+    offsets = np.arange(-4, 5)
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = np.pad(BASE.astype(float), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    rows = sum(w * padded[i : i + 64] for i, w in enumerate(kernel))
+    full = sum(w * rows[:, i : i + 64] for i, w in enumerate(kernel))
+    assert np.abs(pixels.gaussian_blur(BASE, sigma) - full).mean() < 0.5
+
+
+@pytest.mark.parametrize(("operation", "key"), [("grayscale", "gray"), ("flip", "flip"), ("solarize", "solarize128")])
+def test_exact_operations(operation: str, key: str) -> None:
+    np.testing.assert_array_equal(getattr(pixels, operation)(BASE), GOLDEN[key])
+
+
+def test_normalization_on_either_side() -> None:
+    golden = torch.from_numpy(GOLDEN["normalized"])
+    torch.testing.assert_close(pixels.normalize_image(BASE), golden, atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalize(torch.from_numpy(BASE)[None])[0], golden, atol=1e-6, rtol=0)
+    assert normalize(golden[None]).data_ptr() == golden.data_ptr(), "normalised crops pass through"
+
+
+@pytest.mark.parametrize("i", range(2))
+def test_eval_transform(i: int) -> None:
+    out = EvalTransform(resize=256, crop=224)(GOLDEN[f"eval{i}/image"])
+    expected = GOLDEN[f"eval{i}/resize256_center224"].astype(np.float32)
+    grey_levels = np.abs(out.numpy() - expected) * np.array(pixels.IMAGENET_STD).reshape(3, 1, 1) * 255
+    assert grey_levels.mean() < 0.1
+
+
+def test_eval_transform_pads_what_is_too_small() -> None:
+    out = EvalTransform(resize=20, crop=32)(np.full((40, 50, 3), 255, np.uint8))
+    assert out.shape == (3, 32, 32)
+    assert out[0, 16, 16] > 2 and out[0, 0, 0] < -2
+
+
+def test_operations_leave_their_input_alone() -> None:
+    before = BASE.copy()
+    for i in range(6):
+        jitter = Jitter(tuple(GOLDEN[f"jitter{i}/order"].tolist()), tuple(GOLDEN[f"jitter{i}/factors_bcsh"].tolist()))
+        color_jitter(BASE, jitter)
+    pixels.resize(BASE, 64, 64)
+    np.testing.assert_array_equal(BASE, before)

@@ -1,0 +1,175 @@
+"""Batches: their layout, their independence of workers and restarts, and what unreadable files do to them."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2cli.config import Config, load_config
+from dinov2cli.data import workers
+from dinov2cli.data.augmentations import normalize
+from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets.sample_photos import SamplePhotos
+from dinov2cli.data.loaders import make_eval_loader, make_train_loader
+from dinov2cli.data.transforms import EvalTransform
+from dinov2cli.errors import DataError, EnvironmentProblem
+
+SMALL = [
+    "train.dataset_path=SamplePhotos:split=TRAIN", "train.batch_size_per_gpu=3", "student.patch_size=8",
+    "crops.global_crops_size=48", "crops.local_crops_size=24", "crops.local_crops_number=2",
+]  # fmt: skip
+
+
+def small_config(*overrides: str) -> Config:
+    return load_config(overrides=[*SMALL, *overrides])
+
+
+def bytes_of(batch: MultiCropBatch) -> tuple[bytes, ...]:
+    tensors = (
+        batch.global_crops,
+        batch.local_crops,
+        batch.masks,
+        batch.masks_weight,
+        batch.mask_indices,
+        batch.samples,
+    )
+    return tuple(tensor.numpy().tobytes() for tensor in tensors)
+
+
+def test_layout() -> None:
+    batch = next(iter(make_train_loader(small_config("train.num_workers=0"), start=7, stop=8)))
+    assert batch.iteration == 7 and batch.bad == []
+    assert batch.global_crops.shape == (6, 48, 48, 3) and batch.global_crops.dtype == torch.uint8
+    assert batch.local_crops.shape == (6, 24, 24, 3)
+    assert batch.masks.shape == (6, 36) and batch.masks.dtype == torch.bool
+    assert (batch.masks.sum(1) > 0).sum() == 3
+    assert torch.equal(batch.masks.flatten()[batch.mask_indices], torch.ones(len(batch.mask_indices), dtype=torch.bool))
+    assert len(batch.mask_indices) == batch.masks.sum() == len(batch.masks_weight)
+    assert batch.masks_weight.sum().item() == pytest.approx(3), "every masked image weighs 1"
+
+
+def test_views_come_view_by_view() -> None:
+    """Crop v of image b stands at v * B + b: each image's two global crops are B apart."""
+    dataset = make_dataset("SamplePhotos:split=TRAIN")
+    config = small_config("train.num_workers=0", "crops.global_crops_scale=[0.9,1.0]")
+    batch = next(iter(make_train_loader(config, start=0, stop=1)))
+    for b, index in enumerate(batch.samples.tolist()):
+        mean = dataset.image(index).mean()
+        for crop in (batch.global_crops[b], batch.global_crops[3 + b]):
+            others = [dataset.image(i).mean() for i in batch.samples.tolist() if i != index]
+            error = abs(crop.float().mean().item() - mean)
+            assert error < 60 or all(error < abs(crop.float().mean().item() - other) for other in others)
+
+
+def test_same_bytes_for_any_number_of_workers_and_after_a_restart() -> None:
+    whole = [bytes_of(b) for b in make_train_loader(small_config("train.num_workers=0"), start=0, stop=6)]
+    assert len(set(whole)) == 6
+    for count in (1, 2, 3):
+        config = small_config(f"train.num_workers={count}")
+        assert [bytes_of(b) for b in make_train_loader(config, start=0, stop=6)] == whole
+        assert [bytes_of(b) for b in make_train_loader(config, start=4, stop=6)] == whole[4:]
+
+
+def test_ranks_share_one_global_order() -> None:
+    config = small_config("train.num_workers=0", "train.batch_size_per_gpu=2")
+    of_ranks = [list(make_train_loader(config, start=0, stop=3, rank=r, world_size=2)) for r in range(2)]
+    alone = list(make_train_loader(small_config("train.num_workers=0", "train.batch_size_per_gpu=4"), start=0, stop=3))
+    for step in range(3):
+        together = torch.cat([of_ranks[r][step].samples for r in range(2)])
+        assert torch.equal(together, alone[step].samples)
+        assert torch.equal(
+            torch.cat([of_ranks[r][step].global_crops[:2] for r in range(2)]), alone[step].global_crops[:4]
+        )
+        assert not torch.equal(of_ranks[0][step].masks, of_ranks[1][step].masks)
+
+
+def test_normalizing_in_the_workers_gives_the_same_numbers() -> None:
+    later = next(iter(make_train_loader(small_config("train.num_workers=0"), start=0, stop=1)))
+    config = small_config("train.num_workers=0", "data.normalize_on_device=false")
+    now = next(iter(make_train_loader(config, start=0, stop=1)))
+    assert now.global_crops.shape == (6, 3, 48, 48)
+    assert torch.equal(now.global_crops, normalize(later.global_crops))
+    assert torch.equal(now.local_crops, normalize(later.local_crops))
+
+
+@pytest.fixture
+def folder_with_damage(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{i}.jpg")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:300])
+    (tmp_path / "5.jpg").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_images_are_replaced_and_named(folder_with_damage: Path, num_workers: int) -> None:
+    overrides = [f"train.dataset_path={folder_with_damage}", f"train.num_workers={num_workers}"]
+    overrides += ["train.batch_size_per_gpu=4"]
+    first, second = list(make_train_loader(small_config(*overrides), start=0, stop=2))
+    assert not {3, 5} & {*first.samples.tolist(), *second.samples.tolist()}
+    bad = sorted(first.bad + second.bad)
+    assert {message.split(":")[0] for message in bad} == {
+        str(folder_with_damage / "3.jpg"), str(folder_with_damage / "5.jpg")
+    }  # fmt: skip
+    again = list(make_train_loader(small_config(*overrides), start=0, stop=2))
+    assert [bytes_of(b) for b in again] == [bytes_of(first), bytes_of(second)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_without_any_readable_image_ends_the_run(tmp_path: Path, num_workers: int) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"not a picture")
+    config = small_config(f"train.dataset_path={tmp_path}", f"train.num_workers={num_workers}")
+    with pytest.raises(DataError, match="could not be read, the last: .*png"):
+        list(make_train_loader(config, start=0, stop=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_eval_loader_keeps_order_and_says_which_file_is_bad(folder_with_damage: Path, num_workers: int) -> None:
+    photos = make_dataset("SamplePhotos:split=VAL")
+    loader = make_eval_loader(photos, EvalTransform(32, 24), 7, num_workers, indices=list(range(0, 300, 10)))
+    batches = list(loader)
+    assert len(loader) == len(batches) == 5 and batches[0][0].shape == (7, 3, 24, 24)
+    assert torch.cat([b[2] for b in batches]).tolist() == list(range(0, 300, 10))
+    assert torch.cat([b[1] for b in batches]).tolist() == photos.targets()[::10].tolist()
+    with pytest.raises(DataError, match=r"3\.jpg"):
+        list(make_eval_loader(make_dataset(str(folder_with_damage)), EvalTransform(32, 24), 4, num_workers))
+
+
+def test_a_worker_that_dies_is_explained() -> None:
+    class Dying(SamplePhotos):
+        def image(self, index: int) -> np.ndarray:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return super().image(index)
+
+    loader = make_train_loader(small_config("train.num_workers=1"), start=0, stop=1, dataset=Dying())
+    with pytest.raises(EnvironmentProblem, match="killed by the system") as caught:
+        list(loader)
+    assert "train.num_workers" in str(caught.value)
+
+
+def test_number_of_workers_comes_from_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "available_cores", lambda: 8)
+    assert workers.choose_workers(None) == 7
+    assert workers.choose_workers(None, processes_on_machine=4) == 1
+    assert workers.choose_workers(0) == 0 and workers.choose_workers(5) == 5
+    monkeypatch.setattr(workers, "available_cores", lambda: 1)
+    assert workers.choose_workers(None) == 1
+    monkeypatch.setattr(workers, "available_cores", lambda: 256)
+    assert workers.choose_workers(None) == workers.MAX_WORKERS
+
+
+def test_a_vanished_folder_is_named(folder_with_damage: Path) -> None:
+    config = small_config(f"train.dataset_path={folder_with_damage}", "train.num_workers=0")
+    loader = make_train_loader(config, start=0, stop=1)
+    shutil.rmtree(folder_with_damage)
+    with pytest.raises(DataError, match="No such file"):
+        list(loader)
