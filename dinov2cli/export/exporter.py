@@ -1,0 +1,254 @@
+"""Export a model: write aside, open in its own ecosystem, compare on random images, and only then move into place."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.export.bundle import Bundle, Runner, random_images
+from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
+from dinov2cli.export.huggingface import hf_differs_away_from_native, open_hf, write_hf
+from dinov2cli.export.timm_file import open_timm, timm_differs_away_from_native, timm_model, write_timm
+from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
+from dinov2cli.models.classifier import head_input, read_linear_head
+from dinov2cli.models.download import fetch
+from dinov2cli.models.sources import architecture_file
+from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
+from dinov2cli.models.zoo import RELEASED
+
+
+class Format(NamedTuple):
+    """How a format is written and opened.
+
+    Args:
+        write: makes the file or folder.
+        open: opens it as its own ecosystem does; raises EnvironmentProblem where that is not installed.
+        tolerance: largest difference allowed, relative to the largest feature if that is above 1.
+        suffixes: what the output's name may end in; empty for a folder.
+        opened_with: for people.
+        differs_away_from_native: why features at other sizes may differ, if the ecosystem resizes in its own way.
+    """
+
+    write: Callable[[Bundle, Path], None]
+    open: Callable[[Bundle, Path], Runner]
+    tolerance: float
+    suffixes: tuple[str, ...]
+    opened_with: str
+    differs_away_from_native: Callable[[Bundle], str | None] = lambda bundle: None
+
+
+FORMATS: dict[str, Format] = {
+    "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
+    "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
+    "hf": Format(write_hf, open_hf, 1e-4, (), "transformers", hf_differs_away_from_native),
+    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors",), "timm", timm_differs_away_from_native),
+    "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
+    "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest difference between an export and our model on one batch of random images.
+
+    Args:
+        shape: [B, C, H, W] of the images.
+        difference: largest absolute difference of any output.
+        scale: largest absolute value of our outputs.
+        binding: whether the tolerance applies.
+    """
+
+    shape: tuple[int, ...]
+    difference: float
+    scale: float
+    binding: bool = True
+
+
+@dataclass
+class ExportResult:
+    """What was written, and how well it agrees."""
+
+    format: str
+    output: str
+    architecture: str
+    files: dict[str, int] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def export_model(
+    source: str | Path,
+    format_name: str,
+    output: str | Path,
+    *,
+    linear_head: str | Path | None = None,
+    layers: int = 4,
+    image_size: tuple[int, int] | None = None,
+    opset: int = 18,
+    config_file: str | Path | None = None,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write the model in another format, once it has been opened there and found to give the same features.
+
+    Args:
+        source: anything that `load_model` takes; a released name with `_lc` brings its linear head.
+        format_name: a key of `FORMATS`.
+        output: the file, or for `hf` the folder.
+        linear_head: a file of a linear classifier to go along.
+        layers: which released head, for a `_lc` name.
+        image_size: (height, width) in pixels, for a graph of one size; by default any multiple of the patch size.
+        opset: ONNX operator set.
+        config_file: the run's config.yaml, where none lies beside the weights.
+        overwrite: replace an existing output.
+
+    Raises:
+        Dino2Error: bad input, a model that the format cannot hold, or outputs that differ. Nothing is left then.
+    """
+    if format_name not in FORMATS:
+        raise WeightsError(f"format '{format_name}' is unknown; known: {', '.join(FORMATS)}")
+    chosen, output = FORMATS[format_name], Path(output)
+    _check_output(output, chosen, format_name, overwrite)
+    released = RELEASED.get(str(source))
+    weights = read_weights(str(source).removesuffix("_lc") if released else source, config_file=config_file)
+    head = read_linear_head(linear_head) if linear_head else None
+    if head is None and released and released.classifier:
+        head = read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
+    bundle = _bundle(weights, head, image_size, opset)
+    result = ExportResult(format_name, str(output), weights.architecture.describe())
+    result.notes += weights.report.lines()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the output, so that moving it there is a rename.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside:
+        staged = Path(aside) / output.name
+        chosen.write(bundle, staged)
+        result.comparisons = _compare(bundle, chosen, staged, result)
+        result.files = _move_into_place(Path(aside), output, overwrite)
+    if format_name == "timm":
+        name, arguments = timm_model(weights.architecture)
+        words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        result.notes.append(f"open with timm.create_model({name!r}, checkpoint_path={str(output)!r}, {words})")
+    return result
+
+
+def compare(bundle: Bundle, run: Runner, shape: tuple[int, int, int], *, binding: bool = True) -> Comparison:
+    """The largest difference between `run` and our model on random images of `shape` (batch, height, width)."""
+    images = random_images(bundle.architecture, *shape)
+    with torch.no_grad():
+        ours, theirs = bundle.reference()(images), run(images)
+    assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
+    for name in ours:
+        assert ours[name].shape == theirs[name].shape, (name, ours[name].shape, theirs[name].shape)
+    difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    scale = max(float(ours[name].abs().max()) for name in ours)
+    return Comparison(tuple(images.shape), difference, scale, binding)
+
+
+def _compare(bundle: Bundle, chosen: Format, staged: Path, result: ExportResult) -> list[Comparison]:
+    try:
+        run = chosen.open(bundle, staged)
+    except EnvironmentProblem as problem:
+        result.notes.append(f"NOT compared: {problem.message}")
+        return []
+    comparisons = []
+    differs = chosen.differs_away_from_native(bundle)
+    for i, shape in enumerate(_shapes(bundle)):
+        binding = i == 0 or differs is None
+        comparison = compare(bundle, run, shape, binding=binding)
+        comparisons.append(comparison)
+        limit = chosen.tolerance * max(1.0, comparison.scale)
+        if not comparison.difference <= limit and binding:  # a NaN is no agreement either
+            raise ExportError(
+                f"{chosen.opened_with} gives other features than dino2: they differ by {comparison.difference:.2e} on "
+                f"images {list(comparison.shape)}, {limit:.2e} is allowed; nothing was written"
+            )
+    if differs:
+        result.notes.append(f"away from the native size the features differ: {differs}")
+    return comparisons
+
+
+class ExportError(Dino2Error):
+    """An export that does not give the model's features."""
+
+    exit_code = 1
+
+
+def _shapes(bundle: Bundle) -> tuple[tuple[int, int, int], ...]:
+    """(batch, height, width) to compare at: the native size first, then another size and batch."""
+    if bundle.image_size is not None:
+        return (1, *bundle.image_size), (3, *bundle.image_size)
+    patch, grid = bundle.architecture.patch_size, bundle.architecture.grid
+    native = bundle.architecture.img_size
+    return (1, native, native), (2, patch * max(2, grid // 2), patch * (grid // 3 + 3))
+
+
+def _bundle(
+    weights: RecognisedWeights, head: nn.Linear | None, image_size: tuple[int, int] | None, opset: int
+) -> Bundle:
+    architecture = weights.architecture
+    if head is not None:
+        head_input(head.in_features, architecture.embed_dim)
+    if image_size is not None and any(side < 1 or side % architecture.patch_size for side in image_size):
+        raise WeightsError(
+            f"image size {image_size[0]}x{image_size[1]}: both must be multiples of patch size "
+            f"{architecture.patch_size}"
+        )
+    provenance = {
+        "source": weights.source.name.rsplit("/", 1)[-1],
+        "source_sha256": sha256(weights.source.files),
+        "iteration": weights.source.iteration,
+    }
+    model = build_from(weights).eval().requires_grad_(False)
+    return Bundle(weights.state, architecture, model, head, provenance, image_size, opset)
+
+
+def _check_output(output: Path, chosen: Format, name: str, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise WeightsError(f"{output} exists; --overwrite replaces it")
+    if chosen.suffixes and output.suffix not in chosen.suffixes:
+        raise WeightsError(f"{output}: format {name} writes a file that ends in {' or '.join(chosen.suffixes)}")
+    if chosen.suffixes and output.is_dir():
+        raise WeightsError(f"{output} is a folder; format {name} writes a file")
+    if not chosen.suffixes and output.is_file():
+        raise WeightsError(f"{output} is a file; format {name} writes a folder")
+
+
+def _move_into_place(aside: Path, output: Path, overwrite: bool) -> dict[str, int]:
+    """Move all that was written beside `output`, which comes last: once it is there, all is. Paths and bytes."""
+    parts = sorted(aside.iterdir(), key=lambda part: part.name == output.name)
+    targets = [output.parent / part.name for part in parts]
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise WeightsError(f"{target} exists; --overwrite replaces it")
+    if architecture_file(output) not in targets:
+        architecture_file(output).unlink(missing_ok=True)  # of an earlier model under this name
+    for part, target in zip(parts, targets, strict=True):
+        if part.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    return {str(target): _size(target) for target in targets}
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def sha256(files: tuple[Path, ...]) -> str:
+    """Of the files' contents, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

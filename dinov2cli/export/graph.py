@@ -1,0 +1,86 @@
+"""The backbone as a graph with images of any size in and class and patch tokens out, for ONNX and torch.export.
+
+Shape legend: B images, h x w patches, N = h*w, M x M patches at the native size, R registers, D width, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dinov2cli.models.classifier import LinearClassifier, pool_features
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+
+class ExportGraph(nn.Module):
+    """What an exported file computes: `images` [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D][, `logits` [B, K]].
+
+    Args:
+        backbone: an `ExportableVisionTransformer`.
+        head: a linear classifier on the backbone's features, if the file shall classify.
+    """
+
+    def __init__(self, backbone: VisionTransformer, head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = LinearClassifier(backbone, head) if head is not None else None
+        self.output_names = ["cls", "patches"] + (["logits"] if head is not None else [])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        blocks = self.classifier.layers if self.classifier is not None else 1
+        outputs = self.backbone.get_intermediate_layers(images, n=blocks, return_class_token=True)
+        patches, cls = outputs[-1]
+        if self.classifier is None:
+            return cls, patches
+        return cls, patches, self.classifier.linear_head(pool_features(outputs, self.classifier.avgpool))
+
+
+class ExportableVisionTransformer(VisionTransformer):
+    """Resizes position embeddings by two matrix products, whose matrices the graph makes from the image's size.
+
+    PyTorch's bicubic resize, at sizes that are known only when the graph runs, has no faithful counterpart in ONNX
+    (antialiasing, the offset). Written as matrices it is plain arithmetic, and one graph serves every size.
+    """
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
+        h, w = height // self.patch_size, width // self.patch_size
+        side = round((self.pos_embed.shape[1] - 1) ** 0.5)
+        native = (torch.scalar_tensor(h) == side) & (torch.scalar_tensor(w) == side)
+        rows = self._resize_matrix(h, side, native)  # [h, M]
+        columns = self._resize_matrix(w, side, native)  # [w, M]
+        grid = self.pos_embed[0, 1:].reshape(side, side * self.embed_dim)  # [M, M*D]
+        grid = (rows @ grid).reshape(h, side, self.embed_dim)
+        grid = (columns @ grid).reshape(1, h * w, self.embed_dim)
+        return torch.cat([self.pos_embed[:, :1], grid], dim=1)
+
+    def _resize_matrix(self, target: int, side: int, native: Tensor) -> Tensor:
+        """[target, side]: the weight of every native position in every target position."""
+        scale = (torch.scalar_tensor(target) + self.interpolate_offset) / side
+        scale = torch.where(native, torch.ones_like(scale), scale)  # the native size is not interpolated at all
+        centre = (torch.arange(target, dtype=torch.float32) + 0.5) / scale - 0.5
+        positions = torch.arange(side, dtype=torch.float32)
+        if self.interpolate_antialias:
+            return _antialiased(centre, positions, torch.clamp(1 / scale, min=1.0))
+        return _clamped(centre, positions)
+
+
+def _antialiased(centre: Tensor, positions: Tensor, stretch: Tensor) -> Tensor:
+    """Cubic filter (a = -0.5), widened when shrinking, cut at the border and normalised: PyTorch's antialias=True."""
+    weights = _cubic(((positions - centre[:, None]) / stretch).abs(), a=-0.5)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _clamped(centre: Tensor, positions: Tensor) -> Tensor:
+    """Cubic filter (a = -0.75) on four neighbours, the border repeated: PyTorch's antialias=False."""
+    first = centre.floor()
+    matrix = torch.zeros_like(positions) * centre[:, None]
+    for tap in (-1, 0, 1, 2):
+        neighbour = torch.clamp(first + tap, min=0, max=positions.shape[0] - 1)
+        weight = _cubic((first + tap - centre).abs(), a=-0.75)
+        matrix = matrix + torch.where(positions == neighbour[:, None], weight[:, None], torch.zeros_like(matrix))
+    return matrix
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel at distances x >= 0."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -1,0 +1,64 @@
+"""Our own layout as safetensors, and the released one (`official`): a flat state dict in a `.pth`."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from dinov2cli import __version__
+from dinov2cli.errors import WeightsError
+from dinov2cli.export.bundle import Bundle, Runner
+from dinov2cli.export.graph import ExportGraph
+from dinov2cli.models.architecture import infer_architecture
+from dinov2cli.models.classifier import head_input, read_linear_head
+from dinov2cli.models.sources import architecture_file
+from dinov2cli.models.weights import build_from, read_weights
+
+
+def write_safetensors(bundle: Bundle, path: Path) -> None:
+    """One file that says by itself how many heads the model has and how it resizes position embeddings."""
+    metadata = {
+        "format": "pt",
+        "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
+        "dino2.provenance": json.dumps({"dino2": __version__, **bundle.provenance}),
+    }
+    save_file({name: tensor.contiguous() for name, tensor in bundle.state.items()}, path, metadata=metadata)
+    if bundle.head is not None:
+        save_file(dict(bundle.head.state_dict()), head_path(bundle, path), metadata={"format": "pt"})
+
+
+def write_official(bundle: Bundle, path: Path) -> None:
+    """The released layout. It holds tensors only, so what they do not show goes into a `.dino2.yaml` beside it."""
+    torch.save({name: tensor.clone() for name, tensor in bundle.state.items()}, path)
+    if bundle.head is not None:
+        torch.save({name: tensor.clone() for name, tensor in bundle.head.state_dict().items()}, head_path(bundle, path))
+    try:
+        understood = infer_architecture(bundle.state, {}, str(path)) == bundle.architecture
+    except WeightsError:
+        understood = False
+    if not understood:
+        keys = ("patch_size", "num_heads", "num_register_tokens", "interpolate_antialias", "interpolate_offset")
+        student = {key: getattr(bundle.architecture, key) for key in keys}
+        architecture_file(path).write_text(yaml.safe_dump({"student": student}, sort_keys=False))
+
+
+def open_ours(bundle: Bundle, path: Path) -> Runner:
+    """Read a weights file back as anyone would, and insist on the very same bits."""
+    weights = read_weights(path)
+    if weights.architecture != bundle.architecture:
+        raise WeightsError(f"{path.name} reads back as {weights.architecture.describe()}")
+    changed = [name for name, tensor in bundle.state.items() if not torch.equal(tensor, weights.state[name])]
+    if changed:
+        raise WeightsError(f"{path.name} reads back with other numbers in {', '.join(changed[:4])}")
+    head = read_linear_head(head_path(bundle, path)) if bundle.head is not None else None
+    graph = ExportGraph(build_from(weights), head).eval()
+    return lambda images: dict(zip(graph.output_names, graph(images), strict=True))
+
+
+def head_path(bundle: Bundle, path: Path) -> Path:
+    """Where the linear head goes: beside the backbone, named as the released heads are."""
+    assert bundle.head is not None
+    blocks, _ = head_input(bundle.head.in_features, bundle.architecture.embed_dim)
+    return path.with_name(f"{path.stem}_linear{'4' if blocks == 4 else ''}_head{path.suffix}")
