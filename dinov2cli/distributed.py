@@ -1,6 +1,8 @@
 """Process group, rank and reductions, all of which are no-ops in a single process."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,21 @@ T = TypeVar("T")
 def is_initialized() -> bool:
     """Whether a process group exists in this process."""
     return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun (or a launcher with its environment variables) started; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:

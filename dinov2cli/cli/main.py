@@ -8,7 +8,9 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.pca_video import pca_video
+from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.presets import presets
+from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
 
 app = typer.Typer(
@@ -22,10 +24,12 @@ app = typer.Typer(
 
 # Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
     "pca-video": pca_video,
 }
 # Groups of commands: name -> Typer app.
 GROUPS: dict[str, typer.Typer] = {
+    "eval": evaluation,
     "presets": presets,
 }
 

@@ -1,0 +1,1 @@
+"""Evaluation of frozen features: k-NN, logistic regression and linear probe, to the published protocols."""

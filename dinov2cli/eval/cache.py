@@ -1,0 +1,181 @@
+"""Extracted features kept on disk, so that k-NN and logistic regression on the same data extract once.
+
+An entry is a folder named after weights, dataset and transform. Its `entry.json` tells everything that the features
+depend on, and the size and checksum of each part; it is written last, so an interrupted write leaves no entry.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dinov2cli import __version__, distributed
+from dinov2cli.console import logger
+
+if TYPE_CHECKING:
+    from dinov2cli.data.datasets import ImageDataset
+    from dinov2cli.eval.features import Extractor, Features
+
+_CHANGED = {
+    "version": "it was written by another version of dino2",
+    "dataset": "the images or labels have changed since",
+    "precision": "it was computed in another precision",
+}
+
+
+class FeatureCache:
+    """Features by weights, dataset, transform, precision and library version.
+
+    Args:
+        folder: where entries live; None for `features/` in `$DINO2_CACHE`, `$XDG_CACHE_HOME/dino2` or `~/.cache/dino2`.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_cache_folder() / "features"
+
+    def load(self, extractor: "Extractor", dataset: "ImageDataset") -> "Features | None":
+        """This process's part of an entry, or None where there is none that still holds; then the log says why."""
+        entry = self._entry(extractor, dataset)
+        reason = None
+        if distributed.is_main():
+            reason = _why_not(entry, self._identity(extractor, dataset))
+        reason = distributed.broadcast_object(reason)
+        if reason is None:
+            logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
+            return _read(entry, len(dataset))
+        if reason:
+            logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
+        return None
+
+    def save(self, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
+        """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
+        entry = self._entry(extractor, dataset)
+        part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
+        tensors = {**features.tensors, "targets": features.targets, "indices": features.indices}
+        try:
+            if distributed.is_main():
+                shutil.rmtree(entry, ignore_errors=True)
+                entry.mkdir(parents=True)
+            distributed.barrier()
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+            problem, facts = "", [part.name, part.stat().st_size, _file_hash(part)]
+        except (OSError, SafetensorError) as error:
+            problem, facts = str(error), []
+        problems = [text for text in distributed.all_gather_objects(problem) if text]
+        parts = distributed.all_gather_objects(facts)
+        if not distributed.is_main():
+            return
+        if problems:
+            logger.warning("features not cached in %s: %s", self.folder, problems[0])
+            return
+        aside = entry / "entry.json.tmp"
+        aside.write_text(json.dumps({**self._identity(extractor, dataset), "parts": parts}, indent=1))
+        os.replace(aside, entry / "entry.json")
+
+    def _entry(self, extractor: "Extractor", dataset: "ImageDataset") -> Path:
+        name = json.dumps([extractor.weights_hash, dataset.describe(), _transform(extractor)])
+        return self.folder / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+    def _identity(self, extractor: "Extractor", dataset: "ImageDataset") -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "weights": extractor.weights_hash,
+            "dataset": dataset_fingerprint(dataset),
+            "precision": str(extractor.autocast_dtype),
+            "transform": _transform(extractor),
+            "of": dataset.describe(),
+        }
+
+
+def default_cache_folder() -> Path:
+    """`$DINO2_CACHE`, else `dino2` in the user's cache folder."""
+    if folder := os.environ.get("DINO2_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino2"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over what a model computes with: its layout and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(repr(model).encode())
+    for key in ("patch_size", "num_heads", "num_register_tokens", "interpolate_antialias", "interpolate_offset"):
+        digest.update(f"{key}={getattr(model, key, None)}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def dataset_fingerprint(dataset: "ImageDataset") -> str:
+    """SHA-256 over labels, paths and, where the paths are files, their sizes and times of change."""
+    digest = hashlib.sha256(f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}".encode())
+    digest.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
+    for i in range(len(dataset)):
+        path = dataset.path(i)
+        digest.update(path.encode())
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue  # an image inside an archive or package: its label and name are all there is
+        digest.update(f" {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _transform(extractor: "Extractor") -> str:
+    detail = "cls, mean_patch, last_cls" if extractor.detailed else "cls"
+    return f"resize {extractor.resize}, crop {extractor.image_size}: {detail}"
+
+
+def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
+    """None if the entry holds, '' if there is none, else what is wrong with it."""
+    try:
+        stored = json.loads((entry / "entry.json").read_text())
+        parts = stored["parts"]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it is damaged ({error})"
+    for key, reason in _CHANGED.items():
+        if stored.get(key) != identity[key]:
+            return reason
+    for name, size, checksum in parts:
+        part = entry / name
+        if not part.is_file() or part.stat().st_size != size or _file_hash(part) != checksum:
+            return f"it is damaged ({part})"
+    return None
+
+
+def _read(entry: Path, size: int) -> "Features":
+    from dinov2cli.eval.features import Features, part_of_this_process
+
+    mine = part_of_this_process(size)
+    rows: dict[str, list[Tensor]] = {}
+    for name, tensor in _parts(entry, int(mine[0]), int(mine[-1]) + 1):
+        rows.setdefault(name, []).append(tensor)
+    tensors = {name: torch.cat(parts) for name, parts in rows.items()}
+    targets, indices = tensors.pop("targets"), tensors.pop("indices")
+    return Features(tensors, targets, indices, size)
+
+
+def _parts(entry: Path, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:
+    """The rows of images start..stop-1, whatever the number of processes that wrote them."""
+    for part in sorted(entry.glob("part-*.safetensors")):
+        with safe_open(part, "pt") as file:
+            indices = file.get_tensor("indices")
+            low, high = (int(torch.searchsorted(indices, edge)) for edge in (start, stop))
+            if low < high:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_slice(name)[low:high]
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,39 @@
+"""Classes of two datasets, brought to one numbering."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError
+
+if TYPE_CHECKING:
+    from dinov2cli.data.datasets import ImageDataset
+
+
+def align_classes(train: "ImageDataset", other: "ImageDataset", other_name: str = "val") -> Tensor | None:
+    """The train set's class index of each class of `other`: int64 [C_other], or None where the numbering is the same.
+
+    Folder datasets number the classes that they hold; a val folder that lacks one would shift all that follow.
+
+    Raises:
+        DataError: `other` has classes that the train set has not, by name or, without names, by number.
+    """
+    known, names = tuple(train.class_names), tuple(other.class_names)
+    if not known or not names:
+        return None
+    if known == names:
+        return None
+    missing = sorted(set(names) - set(known))
+    if missing:
+        raise DataError(
+            f"The {other_name} dataset has {len(missing)} of {len(names)} classes that the train dataset has not: "
+            f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}.",
+            hint=f"train: {train.describe()} ({len(known)} classes). {other_name}: {other.describe()}. "
+            "Both need the same class names (for folders: the same subfolders).",
+        )
+    if len(set(known)) < len(known) or len(set(names)) < len(names):
+        return None  # ambiguous names (ImageNet has two cranes): the numbering is all there is
+    logger.info("%s has %d of the %d classes of train; numbered by name", other_name, len(names), len(known))
+    return torch.tensor([known.index(name) for name in names])

@@ -1,0 +1,189 @@
+"""Features of frozen models: extracted once, in the order of the dataset, by one process or several.
+
+Shapes: N images (of this process), D features, n blocks.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2cli import distributed
+from dinov2cli.console import progress
+from dinov2cli.data.loaders import make_eval_loader
+from dinov2cli.data.transforms import EvalTransform
+from dinov2cli.errors import ConfigError, DataError, WeightsError
+from dinov2cli.eval.cache import FeatureCache, weights_hash
+
+if TYPE_CHECKING:
+    from dinov2cli.data.datasets import ImageDataset
+
+STANDARD_SIZE = 224
+LAST_BLOCKS = 4  # the class tokens kept for linear probes
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the images of this process; the processes' parts are consecutive, in rank order."""
+
+    tensors: dict[str, Tensor]
+    """`cls` float32 [N, D]; where asked for, `mean_patch` [N, D] (of the last block, normalised tokens) and `last_cls`
+    [N, n, D] (class tokens of the last n blocks, earliest first, normalised)."""
+    targets: Tensor
+    """int64 [N], -1 where an image has no class."""
+    indices: Tensor
+    """int64 [N], ascending positions in the dataset."""
+    size: int
+    """Images of all processes together."""
+
+    @property
+    def cls(self) -> Tensor:
+        """The normalised class token of the last block: float32 [N, D]."""
+        return self.tensors["cls"]
+
+    def with_classes(self, mapping: Tensor | None) -> "Features":
+        """The same features with class `mapping[c]` in place of class c; None leaves them."""
+        return self if mapping is None else replace(self, targets=renumber(self.targets, mapping))
+
+
+class Extractor:
+    """Runs a frozen model over datasets: `extractor(dataset) -> Features`.
+
+    Args:
+        model: a vision transformer in eval mode; it is moved to `device`.
+        image_size: side in pixels of the centre crop. None: the model's own size, at most 224 (models with position
+            embeddings for 518 are evaluated at 224, as in the paper).
+        resize_ratio: the short side is resized to this times `image_size` first; 256/224 in the k-NN and linear
+            protocols, 1 in that of logistic regression.
+        num_workers: processes that decode images; None: from the number of cores.
+        device: None for this process's GPU where there is one, else the CPU.
+        autocast_dtype: precision of matrix products; None for bfloat16 on a GPU and float32 on the CPU.
+        detailed: also keep `mean_patch` and `last_cls`.
+        cache: where to look for and keep the features.
+
+    Raises:
+        ConfigError: `image_size` does not fit the model's patches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int | None = None,
+        resize_ratio: float = 256 / 224,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        device: torch.device | str | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        detailed: bool = False,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.device = torch.device(device) if device is not None else default_device()
+        self.model = model.to(self.device)
+        self.image_size = fitting_image_size(model, image_size)
+        self.resize = round(self.image_size * resize_ratio)
+        self.transform = EvalTransform(resize=self.resize, crop=self.image_size)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.autocast_dtype = autocast_dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.detailed = detailed
+        self.cache = cache
+
+    def __call__(self, dataset: "ImageDataset", description: str = "features") -> Features:
+        """Features of all images of `dataset`, or of this process's part of them.
+
+        Raises:
+            DataError: the dataset has no image, or fewer than there are processes.
+        """
+        if len(dataset) < distributed.world_size():
+            raise DataError(f"{dataset.describe()}: {len(dataset)} images, too few to evaluate.")
+        if self.cache is not None and (cached := self.cache.load(self, dataset)) is not None:
+            return cached
+        parts: dict[str, list[Tensor]] = {}
+        targets, indices = [], []
+        mine = part_of_this_process(len(dataset))
+        for images, batch_targets, batch_indices in self._batches(dataset, mine, description):
+            for name, tensor in self.features_of(images).items():
+                parts.setdefault(name, []).append(tensor.cpu())
+            targets.append(batch_targets)
+            indices.append(batch_indices)
+        tensors = {name: torch.cat(rows) for name, rows in parts.items()}
+        features = Features(tensors, torch.cat(targets), torch.cat(indices), len(dataset))
+        if not features.cls.isfinite().all():
+            raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
+        if self.cache is not None:
+            self.cache.save(self, dataset, features)
+        return features
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the model: what tells its features from those of another."""
+        return weights_hash(self.model)
+
+    @torch.inference_mode()
+    def features_of(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
+        images = images.to(self.device, non_blocking=True)
+        with autocast(self.device, self.autocast_dtype):
+            if not self.detailed:
+                return {"cls": self.model(images).float()}
+            return detailed_features(self.model, images)
+
+    def _batches(
+        self, dataset: "ImageDataset", indices: Tensor, description: str
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        loader = make_eval_loader(dataset, self.transform, self.batch_size, self.num_workers, indices=indices.tolist())
+        with progress() as bar:
+            task = bar.add_task(description, total=len(indices))
+            for batch in loader:
+                yield batch
+                bar.advance(task, len(batch[0]))
+
+
+def detailed_features(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """`cls`, `mean_patch` and `last_cls` of a batch, float32; models of fewer than four blocks give all they have."""
+    layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, len(model.blocks)), return_class_token=True)
+    last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
+    return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
+
+
+def fitting_image_size(model: Any, image_size: int | None) -> int:
+    """The side to evaluate at: what was asked for, else the model's own, at most 224.
+
+    Raises:
+        ConfigError: not a multiple of the patch size.
+    """
+    patch = model.patch_size
+    native = round((model.pos_embed.shape[1] - 1) ** 0.5) * patch
+    size = min(native, STANDARD_SIZE // patch * patch) if image_size is None else image_size
+    if size < patch or size % patch:
+        lower = max(1, size // patch) * patch
+        raise ConfigError(
+            f"image size {size} is not a multiple of the model's patch size {patch}; "
+            f"the nearest that fit are {lower} and {lower + patch}."
+        )
+    return size
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Automatic mixed precision, or nothing for float32."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def part_of_this_process(size: int) -> Tensor:
+    """The consecutive positions of `size` images that fall to this process, int64."""
+    return torch.arange(size).tensor_split(distributed.world_size())[distributed.rank()]
+
+
+def renumber(targets: Tensor, mapping: Tensor) -> Tensor:
+    """`mapping[target]`, leaving -1 as it is."""
+    return torch.where(targets < 0, targets, mapping[targets.clamp(min=0)])
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,199 @@
+"""k-NN classification of frozen features, to the protocol of the DINOv2 paper (section 7, "k-NN").
+
+The neighbours of an image vote for their classes with weights softmax(similarity / T) over the cosine similarities of
+the `cls` features. Shapes: Q queries, N train images, D features, C classes, k neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2cli import distributed
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError
+from dinov2cli.eval.classes import align_classes
+from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
+from dinov2cli.eval.nearest import KeyBank, Neighbours
+
+if TYPE_CHECKING:
+    from dinov2cli.data.datasets import ImageDataset
+
+DEFAULT_KS = (10, 20, 100, 200)
+ALL_IMAGES = -1  # in `n_per_class`: the whole train set
+
+KnnResults = dict[tuple[str, int], Accuracy]
+"""(`full` or `<n> per class`, k) -> accuracy."""
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """What may be chosen in the protocol; the defaults are the paper's and the reference implementation's."""
+
+    ks: tuple[int, ...] = DEFAULT_KS
+    temperature: float = 0.07
+    n_per_class: tuple[int, ...] = (ALL_IMAGES,)
+    n_tries: int = 1
+
+
+def evaluate_knn(
+    train: Features,
+    val: Features,
+    settings: KnnSettings | None = None,
+    *,
+    leave_one_out: bool = False,
+    device: torch.device | str = "cpu",
+) -> KnnResults:
+    """Accuracy of k-NN for every number of train images per class and every k; few-shot numbers are means over tries.
+
+    Args:
+        train: features of the train images; with several processes each holds its own part.
+        val: features of the images to classify, likewise.
+        leave_one_out: `val` is the train set itself, and no image may be its own neighbour.
+        device: where similarities are computed. The features may lie elsewhere, and move chunk by chunk.
+
+    Raises:
+        DataError: the two sets share no classes, or no k is at most the number of train images.
+    """
+    settings = settings or KnnSettings()
+    labels = distributed.all_gather_rows(train.targets)
+    val_labels = distributed.all_gather_rows(val.targets)
+    _check_labels(labels, val_labels)
+    n_classes = 1 + int(max(labels.max(), val_labels.max()))
+    keys, queries = F.normalize(train.cls, dim=1), F.normalize(val.cls, dim=1)
+    results: KnnResults = {}
+    for n_per_class in settings.n_per_class:
+        name = "full" if n_per_class < 0 else f"{n_per_class} per class"
+        tries = []
+        for seed in range(1 if n_per_class < 0 else settings.n_tries):
+            chosen = choose_images(labels, n_per_class, seed)
+            ks = usable_ks(settings.ks, n_per_class, len(chosen) - leave_one_out)
+            here = torch.isin(train.indices, chosen)
+            bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
+            exclude = val.indices if leave_one_out else None
+            tries.append(_accuracies(bank, queries, val.targets, ks, settings.temperature, n_classes, exclude))
+        results |= {(name, k): _mean([accuracies[k] for accuracies in tries]) for k in tries[0]}
+    return results
+
+
+def knn_scores(neighbours: Neighbours, ks: Sequence[int], temperature: float, n_classes: int) -> Tensor:
+    """Votes for each class, for each k: float [len(ks), Q, C].
+
+    The weights are a softmax over all given neighbours, then cut to the nearest k, as in the reference implementation.
+    """
+    weights = (neighbours.similarities / temperature).softmax(1)
+    scores = weights.new_zeros((len(ks), len(weights), n_classes))
+    for votes, k in zip(scores, ks, strict=True):
+        votes.scatter_add_(1, neighbours.labels[:, :k], weights[:, :k])
+    return scores
+
+
+def choose_images(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
+    """Positions of `n_per_class` random images of each class (all of a class that has fewer), ascending: int64 [n]."""
+    if n_per_class < 0:
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in labels.unique():
+        images = (labels == label).nonzero()[:, 0]
+        chosen.append(images[torch.randperm(len(images), generator=generator)[:n_per_class]])
+    return torch.cat(chosen).sort().values
+
+
+def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, ...]:
+    """The k that make sense for `n_images`; in few-shot runs those up to n per class, and that number itself.
+
+    A k above the number of train images is left out with a warning.
+    """
+    wanted = sorted({*ks} if n_per_class < 0 else {k for k in (*ks, n_per_class) if k <= n_per_class})
+    usable = tuple(k for k in wanted if k <= n_images)
+    if not usable:
+        raise DataError(
+            f"k-NN with k = {', '.join(map(str, wanted))} needs at least {min(wanted)} train images, "
+            f"but there are {n_images}.",
+            hint="Give a smaller k (--nb-knn) or a larger train dataset.",
+        )
+    if len(usable) < len(wanted):
+        dropped = ", ".join(str(k) for k in wanted if k not in usable)
+        logger.warning("k-NN: left out k = %s, more than the %d train images", dropped, n_images)
+    return usable
+
+
+def online_knn(
+    model: nn.Module,
+    train_dataset: "ImageDataset",
+    val_dataset: "ImageDataset",
+    *,
+    k: int = 20,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+) -> float:
+    """Top-1 accuracy in percent of the k nearest neighbours: one number to follow during a training.
+
+    `model` is left in the mode (training or not) in which it came. A `k` above half the train set is lowered to that.
+    """
+    mapping = align_classes(train_dataset, val_dataset)
+    was_training = model.training
+    model.eval()
+    try:
+        extract = Extractor(model, batch_size=batch_size, num_workers=num_workers, device=device)
+        train = extract(train_dataset)
+        same = train_dataset.describe() == val_dataset.describe()
+        val = train if same else extract(val_dataset).with_classes(mapping)
+    finally:
+        model.train(was_training)
+    k = max(1, min(k, train.size // 2))
+    results = evaluate_knn(train, val, KnnSettings(ks=(k,)), leave_one_out=same, device=extract.device)
+    return results["full", k].top1
+
+
+def _accuracies(
+    bank: KeyBank,
+    queries: Tensor,
+    targets: Tensor,
+    ks: Sequence[int],
+    temperature: float,
+    n_classes: int,
+    exclude: Tensor | None,
+) -> dict[int, Accuracy]:
+    meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
+    block = int(-distributed.all_reduce_max(torch.tensor(-bank.query_block())))  # the smallest of all processes
+    n_blocks = int(distributed.all_reduce_max(torch.tensor(-(-len(queries) // block))))
+    for number in range(n_blocks):
+        here = slice(number * block, (number + 1) * block)
+        # Every process searches its own keys for the queries of all, and then scores its own queries.
+        sizes = distributed.all_gather_objects(len(queries[here]))
+        excluded = None if exclude is None else distributed.all_gather_rows(exclude[here])
+        found = bank.search(distributed.all_gather_rows(queries[here]), max(ks), excluded)
+        mine = slice(sum(sizes[: distributed.rank()]), sum(sizes[: distributed.rank() + 1]))
+        scores = knn_scores(Neighbours(found.similarities[mine], found.labels[mine]), ks, temperature, n_classes)
+        meter.update(scores, targets[here])
+    return dict(zip(ks, meter.compute(), strict=True))
+
+
+def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
+    n = len(accuracies)
+    return Accuracy(sum(a.top1 for a in accuracies) / n, sum(a.top5 for a in accuracies) / n, accuracies[0].images)
+
+
+def _check_labels(train: Tensor, val: Tensor) -> None:
+    for name, labels in (("train", train), ("val", val)):
+        if (labels < 0).any():
+            raise DataError(
+                f"The {name} dataset has {int((labels < 0).sum())} of {len(labels)} images without a class; "
+                "k-NN needs a class for each.",
+                hint="Put the images into one folder per class.",
+            )
+    unknown = sorted(set(val.unique().tolist()) - set(train.unique().tolist()))
+    if len(unknown) == len(val.unique()):
+        raise DataError(
+            f"The train and the val dataset have no class in common (val has the classes {unknown[:5]}...), "
+            "so nothing can be classified."
+        )
+    if unknown:
+        logger.warning("k-NN: %d classes of val are not in train and count as misses: %s", len(unknown), unknown[:10])

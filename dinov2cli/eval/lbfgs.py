@@ -1,0 +1,174 @@
+"""L-BFGS for many independent problems at once: every step evaluates all of them in one call.
+
+Shapes: P problems, n unknowns of each, m remembered steps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ARMIJO, WOLFE = 1e-4, 0.9  # Nocedal and Wright, "Numerical Optimization", section 3.1
+MAX_TRIALS = 30
+
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(points [P', n], which problems int64 [P']) -> (values [P'], gradients [P', n])."""
+
+
+class Solution(NamedTuple):
+    """Minima of all problems."""
+
+    points: Tensor  # [P, n]
+    values: Tensor  # [P]
+    iterations: Tensor  # int64 [P], accepted steps
+    evaluations: int  # calls of the objective
+
+
+class _Run(NamedTuple):
+    """The problems still being solved: a point and direction each, the bracket of its step, what it remembers."""
+
+    which: Tensor  # int64 [P]
+    point: Tensor  # [P, n]
+    value: Tensor  # [P]
+    gradient: Tensor  # [P, n]
+    direction: Tensor  # [P, n]
+    slope: Tensor  # [P] gradient . direction
+    step: Tensor  # [P]
+    low: Tensor  # [P] longest step known to be too short
+    high: Tensor  # [P] shortest step known to be too long
+    trials: Tensor  # int64 [P]
+    iterations: Tensor  # int64 [P]
+    steps: Tensor  # [P, m, n] latest last
+    changes: Tensor  # [P, m, n] of the gradient along `steps`
+    rho: Tensor  # [P, m] 1 / (step . change); 0 where nothing is remembered yet
+
+    def keep(self, mask: Tensor) -> "_Run":
+        return _Run(*(field[mask] for field in self))
+
+
+@torch.no_grad()
+def minimise(
+    objective: Objective,
+    start: Tensor,
+    inverse_hessian: Tensor,
+    *,
+    max_iter: int = 1000,
+    tol: float = 1e-12,
+    ftol: float = 64 * 2.3e-16,
+    memory: int = 10,
+) -> Solution:
+    """Minimise P smooth convex functions side by side.
+
+    Each problem has its own step length and its own memory, and none waits for another: in every call of `objective`
+    one problem may try a shorter step while the next already goes in a new direction. Solved problems drop out.
+
+    Args:
+        start: [P, n].
+        inverse_hessian: [P, n], positive: a rough diagonal of it, which is refined from the steps taken.
+        tol: a problem is solved once no component of its gradient is above this,
+        ftol: or once a step lowers its value by less than this, relatively; as in SciPy's L-BFGS-B.
+    """
+    P = len(start)
+    answer = Solution(start.clone(), start.new_zeros(P), torch.zeros(P, dtype=torch.int64, device=start.device), 0)
+    run = _begin(objective, start, inverse_hessian, memory)
+    evaluations = 1
+    while len(run.which):
+        trial = run.point + run.step[:, None] * run.direction
+        value, gradient = objective(trial, run.which)
+        evaluations += 1
+        slope = (gradient * run.direction).sum(1)
+        # Near the minimum differences of values are rounding errors; slopes decide then.
+        noise = 4 * torch.finfo(value.dtype).eps * run.value.abs()
+        too_long = ~(value <= run.value + ARMIJO * run.step * run.slope + noise)  # also when the value is not finite
+        too_short = ~too_long & (slope < WOLFE * run.slope)
+        exhausted = run.trials + 1 >= MAX_TRIALS
+        accepted = ~(too_long | too_short)
+        lowered = run.value - value
+        run = _narrow(run, too_long, too_short)
+        run = _advance(run, accepted, trial, value, gradient, inverse_hessian)
+        solved = accepted & (
+            (gradient.abs().amax(1) <= tol)
+            | (lowered <= ftol * torch.maximum(run.value.abs(), value.new_ones(())))
+            | (run.iterations >= max_iter)
+        )
+        done = solved | (exhausted & ~accepted)
+        if done.any():
+            finished = run.which[done]
+            answer.points[finished] = run.point[done]
+            answer.values[finished] = run.value[done]
+            answer.iterations[finished] = run.iterations[done]
+            run, inverse_hessian = run.keep(~done), inverse_hessian[~done]
+    return answer._replace(evaluations=evaluations)
+
+
+def _begin(objective: Objective, start: Tensor, inverse_hessian: Tensor, memory: int) -> _Run:
+    P, n = start.shape
+    which = torch.arange(P, device=start.device)
+    value, gradient = objective(start, which)
+    direction = -inverse_hessian * gradient
+    zeros, nothing = start.new_zeros(P), start.new_zeros(P, memory, n)
+    count = torch.zeros_like(which)
+    slope = (gradient * direction).sum(1)
+    high = zeros + torch.inf
+    return _Run(
+        which, start.clone(), value, gradient, direction, slope, zeros + 1, zeros.clone(), high, count, count.clone(),
+        nothing, nothing.clone(), start.new_zeros(P, memory),
+    )  # fmt: skip
+
+
+def _narrow(run: _Run, too_long: Tensor, too_short: Tensor) -> _Run:
+    """Bracket the step of the problems whose trial was refused, and choose the next one inside."""
+    low = torch.where(too_short, run.step, run.low)
+    high = torch.where(too_long, run.step, run.high)
+    inside = torch.where(high.isinf(), 2 * run.step, (low + high) / 2)
+    refused = too_long | too_short
+    return run._replace(
+        low=low, high=high, step=torch.where(refused, inside, run.step), trials=run.trials + refused.long()
+    )
+
+
+def _advance(
+    run: _Run, accepted: Tensor, point: Tensor, value: Tensor, gradient: Tensor, inverse_hessian: Tensor
+) -> _Run:
+    """Move the problems whose trial was accepted, remember their step, and give them a new direction."""
+    if not accepted.any():
+        return run
+    at = accepted.nonzero()[:, 0]
+    step, change = point[at] - run.point[at], gradient[at] - run.gradient[at]
+    curvature = (step * change).sum(1)
+    remembered = at[curvature > 0]  # rounding can hide the curvature of a convex function at its minimum
+    kept = curvature > 0
+    for history, newest in (
+        (run.steps, step[kept]),
+        (run.changes, change[kept]),
+        (run.rho, 1 / curvature[kept]),
+    ):
+        history[remembered] = torch.cat((history[remembered, 1:], newest[:, None]), 1)
+    run.point[at], run.value[at], run.gradient[at] = point[at], value[at], gradient[at]
+    direction = -_inverse_hessian_times(gradient[at], run.steps[at], run.changes[at], run.rho[at], inverse_hessian[at])
+    run.direction[at] = direction
+    run.slope[at] = (gradient[at] * direction).sum(1)
+    run.step[at], run.low[at], run.high[at], run.trials[at] = 1, 0, torch.inf, 0
+    run.iterations[at] += 1
+    return run
+
+
+def _inverse_hessian_times(q: Tensor, steps: Tensor, changes: Tensor, rho: Tensor, diagonal: Tensor) -> Tensor:
+    """The two-loop recursion (Nocedal and Wright, algorithm 7.4) for every problem. q: [P, n] -> [P, n]."""
+    alphas = []
+    for step, change, r in _latest_first(steps, changes, rho):
+        alpha = r * (step * q).sum(1)
+        q = q - alpha[:, None] * change
+        alphas.append(alpha)
+    newest = changes[:, -1]
+    scale = 1 / (rho[:, -1] * (newest * diagonal * newest).sum(1))
+    q = torch.where(rho[:, -1] > 0, scale, 1.0)[:, None] * diagonal * q
+    for (step, change, r), alpha in zip(reversed(_latest_first(steps, changes, rho)), reversed(alphas), strict=True):
+        beta = r * (change * q).sum(1)
+        q = q + (alpha - beta)[:, None] * step
+    return q
+
+
+def _latest_first(steps: Tensor, changes: Tensor, rho: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(steps[:, i], changes[:, i], rho[:, i]) for i in reversed(range(steps.shape[1]))]

@@ -1,0 +1,152 @@
+"""Results of evaluations: files that programs read and tables that people read.
+
+`results_eval_<task>.json` holds the reference implementation's lines and keys. `results.json` gathers all evaluations
+of all checkpoints of a run; it is one well-formed JSON object.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich import box
+from rich.table import Table
+
+from dinov2cli import __version__
+from dinov2cli.errors import DataError
+from dinov2cli.eval.metrics import Accuracy, wilson_interval
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One accuracy of an evaluation, in percent; the interval holds the true top-1 with 95 % confidence."""
+
+    name: str
+    top1: float
+    top5: float
+    images: int
+    interval: tuple[float, float]
+    per_class: dict[str, float] | None = None
+
+    @staticmethod
+    def of(name: str, accuracy: Accuracy, class_names: tuple[str, ...] = ()) -> "Row":
+        """A row for `accuracy`; per-class numbers, if it has them, are named by `class_names`."""
+        per_class = None
+        if accuracy.per_class is not None:
+            named = enumerate(accuracy.per_class)
+            per_class = {class_names[i] if i < len(class_names) else str(i): v for i, v in named if v == v}
+        interval = wilson_interval(accuracy.top1, accuracy.images)
+        return Row(name, accuracy.top1, accuracy.top5, accuracy.images, interval, per_class)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one checkpoint.
+
+    Args:
+        task: `knn`, `logreg` or `linear`.
+        checkpoint: the weights, relative to the run folder where they lie in one.
+        iteration: the training iteration, if known.
+        weights_hash: SHA-256 of the model.
+        train_dataset, val_dataset: dataset strings.
+        settings: what was chosen in the protocol.
+        rows: the accuracies.
+        notes: what a reader must know, such as approximations.
+        extra: further numbers, such as the best C.
+    """
+
+    task: str
+    checkpoint: str
+    iteration: int | None
+    weights_hash: str
+    train_dataset: str
+    val_dataset: str
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    version: str = __version__
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in `results.json`."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Evaluation":
+        """The inverse of `as_dict`."""
+        rows = tuple(Row(**{**row, "interval": tuple(row["interval"])}) for row in values["rows"])
+        return Evaluation(**{**values, "rows": rows, "notes": tuple(values["notes"])})
+
+    def replaces(self, other: "Evaluation") -> bool:
+        """Whether this is the same measurement as `other`, made again."""
+        keys = ("task", "checkpoint", "train_dataset", "val_dataset")
+        same = all(getattr(self, key) == getattr(other, key) for key in keys)
+        return same and self.as_dict()["settings"] == other.as_dict()["settings"]
+
+
+def write_reference_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write `results_eval_<task>.json`: one JSON object a line, as the reference implementation does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add_result(folder: Path, evaluation: Evaluation) -> Path:
+    """Add to `folder`'s `results.json`, in the place of the same measurement made before; returns the file.
+
+    Several processes may add at the same time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RESULTS_FILE
+    with FileLock(path.with_name(f".{RESULTS_FILE}.lock")):
+        others = [other for other in read_results(folder) if not evaluation.replaces(other)] if path.exists() else []
+        gathered = sorted([*others, evaluation], key=lambda e: (e.iteration is None, e.iteration or 0, e.task))
+        _write(path, json.dumps({"format": 1, "evaluations": [e.as_dict() for e in gathered]}, indent=1))
+    return path
+
+
+def read_results(folder: Path) -> list[Evaluation]:
+    """All evaluations in `folder`'s `results.json`.
+
+    Raises:
+        DataError: there is none, or it is not one of ours.
+    """
+    path = folder / RESULTS_FILE if folder.is_dir() else folder
+    try:
+        content = json.loads(path.read_text())
+        return [Evaluation.from_dict(values) for values in content["evaluations"]]
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no evaluation has been written there.",
+            hint=f"Evaluate a run first, for example: dino2 eval knn {folder}",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as evaluation results: {error}") from None
+
+
+def results_table(evaluations: Iterable[Evaluation], title: str | None = None) -> Table:
+    """A table of accuracies with their confidence intervals."""
+    table = Table("checkpoint", "task", "classifier", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("top-1 %", "95 % interval", "top-5 %", "images"):
+        table.add_column(name, justify="right")
+    for evaluation in evaluations:
+        where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
+        for row in evaluation.rows:
+            low, high = row.interval
+            cells = (f"{row.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{row.top5:.2f}", str(row.images))
+            table.add_row(where, evaluation.task, row.name, *cells)
+        for note in evaluation.notes:
+            table.add_row("", "", note, style="dim")
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,100 @@
+"""What is evaluated: a model, where its weights came from, and the data that its configuration names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinov2cli.config import Config, load_config
+from dinov2cli.errors import ConfigError
+from dinov2cli.models.sources import locate
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.weights import load_model
+
+AUTOCAST = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A frozen model to evaluate.
+
+    Args:
+        model: in eval mode, on the CPU.
+        name: as it was asked for.
+        weights: the file, or the first of several.
+        run: the run folder that the weights belong to, if any.
+        iteration: the training iteration, if known.
+        config: the run's, or the one given; None for weights without one.
+    """
+
+    model: VisionTransformer
+    name: str
+    weights: Path
+    run: Path | None = None
+    iteration: int | None = None
+    config: Config | None = None
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Precision as configured; None for the device's default."""
+        return AUTOCAST[self.config.compute_precision.precision] if self.config else None
+
+    def output_dir(self, task: str, wanted: Path | None) -> Path | None:
+        """Where a task's files go: where asked for, else beside a run's teacher, else nowhere."""
+        return wanted or (self.weights.parent / task if self.run else None)
+
+
+def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:
+    """Load whatever `checkpoint` names (see `load_model`) with the configuration that belongs to it.
+
+    Args:
+        config_file: a configuration to use instead of the run's own; its `student` part must describe the weights.
+        overrides: `a.b=value` changes of that configuration.
+
+    Raises:
+        WeightsError: nothing to load there.
+        ConfigError: the configuration cannot be read, or there is none to override.
+    """
+    source = locate(checkpoint.removesuffix("_lc"))
+    beside = source.run / "config.yaml" if source.run and (source.run / "config.yaml").is_file() else None
+    config_file = config_file or beside
+    if config_file is None and overrides:
+        raise ConfigError(
+            f"{overrides[0]}: there is no configuration to override; {checkpoint} comes without a config.yaml.",
+            hint="Give one with --config-file.",
+        )
+    config = load_config(config_file=config_file, overrides=overrides) if config_file else None
+    changed = {item.partition("=")[0] for item in overrides}
+    student = {
+        key: getattr(config.student, key)
+        for key in ("num_heads", "interpolate_antialias", "interpolate_offset")
+        if config and f"student.{key}" in changed
+    }
+    model = load_model(checkpoint.removesuffix("_lc"), config_file=config_file, **student)
+    return Subject(model, checkpoint, source.files[0], source.run, source.iteration, config)
+
+
+def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:
+    """The strings of the train and the val dataset: as given, else from the configuration of a run.
+
+    A run names labelled data for its online k-NN, or else trained on a split TRAIN of a dataset that has a VAL.
+
+    Raises:
+        ConfigError: one of them is not known.
+    """
+    if config is not None:
+        online = config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset
+        trained_on = config.train.dataset_path
+        if all(online):
+            train, val = train or online[0], val or online[1]
+        elif "split=TRAIN" in trained_on:
+            train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
+    if train and val:
+        return train, val
+    options = {"--train-dataset": train, "--val-dataset": val}
+    missing = " and ".join(option for option, given in options.items() if not given)
+    raise ConfigError(
+        f"{missing} missing: evaluation needs labelled images to learn from and labelled images to classify.",
+        hint="For example: --train-dataset photos/train --val-dataset photos/val, folders with a subfolder per class.",
+    )

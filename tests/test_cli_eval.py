@@ -1,0 +1,116 @@
+"""`dino2 eval` from the command line: arguments of ours and of the reference, files, messages."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2cli.cli.main import main
+from dinov2cli.cli.variadic import repeat_names
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+CONFIG = """
+student: {arch: vit_tiny, embed_dim: 24, depth: 4, num_heads: 2, patch_size: 8, layerscale: 1.0}
+crops: {global_crops_size: 32, local_crops_size: 16}
+"""
+DATA = ["--train-dataset", "SamplePhotos:split=TRAIN", "--val-dataset", "SamplePhotos:split=VAL"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
+    yield
+    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
+    logger.propagate = True
+    logger.handlers.clear()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with two teachers."""
+    run = tmp_path / "run"
+    for iteration in (9, 19):
+        torch.manual_seed(iteration)
+        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, layerscale=1.0)
+        state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+        folder = run / "eval" / f"training_{iteration}"
+        folder.mkdir(parents=True)
+        torch.save({"teacher": state}, folder / "teacher_checkpoint.pth")
+    (run / "config.yaml").write_text(CONFIG)
+    return run
+
+
+def dino2(*words: str | Path) -> int:
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_knn_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dino2("eval", "knn", run, *DATA, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["iteration"] == 19 and result["checkpoint"] == "eval/training_19/teacher_checkpoint.pth"
+    lines = (run / "eval/training_19/knn/results_eval_knn.json").read_text().splitlines()
+    reference = {key: value for line in lines for key, value in json.loads(line).items()}
+    assert set(reference) == {f"('full', {k}) Top {n}" for k in (10, 20, 100, 200) for n in (1, 5)}
+    assert reference["('full', 10) Top 1"] == result["rows"][0]["top1"]
+    assert result["rows"][0]["top1"] > 20  # even random features tell photos apart; chance is 8
+
+
+def test_reference_arguments(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run / "eval/training_9/teacher_checkpoint.pth"
+    output = tmp_path / "out"
+    assert dino2(
+        "eval", "knn", "--config-file", run / "config.yaml", "--pretrained-weights", weights, "--output-dir", output,
+        *DATA, "--nb_knn", "5", "7", "--temperature", "0.1", "--gather-on-cpu", "--batch-size", "64",
+        "--n-per-class-list", "6", "-1", "--n-tries", "2",
+    ) == 0  # fmt: skip
+    lines = (output / "results_eval_knn.json").read_text().splitlines()
+    keys = [key for line in lines for key in json.loads(line)]
+    groups = [("6 per class", 5), ("6 per class", 6), ("full", 5), ("full", 7)]
+    assert keys == [f"{group} Top {n}" for group in groups for n in (1, 5)]
+    assert "iteration 9" in capsys.readouterr().out
+
+
+def test_datasets_of_the_config(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dino2("eval", "knn", run, "train.dataset_path=SamplePhotos:split=TRAIN", "--nb-knn", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["val_dataset"] == "SamplePhotos:split=VAL"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "No checkpoint given"),
+        (["RUN", "knn"], "'knn' is no change of the configuration"),
+        (["RUN", *DATA, "--image-size", "30"], "image size 30 is not a multiple of the model's patch size 8"),
+        (["RUN", "train.dataset_path=photos"], "--train-dataset and --val-dataset missing"),
+        (["RUN", *DATA, "--nb-knn", "5000"], "needs at least 5000 train images, but there are 1200"),
+        (["RUN", "--train-dataset", "EMPTY", "--val-dataset", "EMPTY"], "EMPTY"),
+        (["nowhere.pth", *DATA], "nowhere.pth"),
+    ],
+)
+def test_wrong_input(
+    words: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    places = {"RUN": run, "EMPTY": tmp_path / "EMPTY"}
+    assert dino2("eval", "knn", *(places.get(word, word) for word in words)) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err.replace("\n", " ") and "Traceback" not in shown.err and not shown.out
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("--nb-knn 10 20 run a.b=1", "--nb-knn 10 --nb-knn 20 run a.b=1"),
+        ("run --nb-knn 10 -1 --json", "run --nb-knn 10 --nb-knn -1 --json"),
+        ("--test-datasets A:b=c D a.b=1 x", "--test-datasets A:b=c --test-datasets D a.b=1 x"),
+    ],
+)
+def test_list_options_take_all_their_values(given: str, read: str) -> None:
+    assert repeat_names(given.split(), {"--nb-knn", "--test-datasets"}) == read.split()
