@@ -34,8 +34,8 @@ def write_timm(bundle: Bundle, path: Path) -> None:
             "timm's classifier sees the class token alone, a DINOv2 linear head also patch tokens: it cannot go along",
             hint="Export to onnx or torch-export to have both in one file.",
         )
-    if not bundle.architecture.ffn_bias:
-        raise WeightsError("timm's feed-forward layers always have a bias, and this model's have none")
+    if bundle.architecture.ffn_bias != bundle.architecture.proj_bias:
+        raise WeightsError("timm has one switch for the biases of attention projection and feed-forward layers; this model has one of them only")
     metadata = {
         "format": "pt",
         "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
