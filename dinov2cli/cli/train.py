@@ -1,0 +1,146 @@
+"""`dino2 train`: pretrain a vision transformer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinov2cli.cli.completion import complete_override, complete_preset
+from dinov2cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dinov2cli.config import Config
+    from dinov2cli.train.trainer import OnlineKnn
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[a.b=value ...]", help="Changes of single keys, such as optim.epochs=10.",
+                       autocompletion=complete_override),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME", help="A ready configuration; see dino2 presets list.",
+                     autocompletion=complete_preset),
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config-file", metavar="YAML", help="A configuration file instead of a preset.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATASET", help="A folder of images, or a string such as "
+                     "ImageNet:split=TRAIN:root=/data:extra=/data. Short for train.dataset_path."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", metavar="DIR", help="The run folder. If it holds a run, that run is resumed."),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option("--init-from", metavar="WEIGHTS", help="Start student and teacher from these backbone weights: a "
+                     "run, a file, a URL or a released name. Short for student.pretrained_weights."),
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_<n>/.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, print the plan; do not train.")
+    ] = False,
+) -> None:
+    """Pretrain a vision transformer with DINOv2 on a set of images.
+
+    Ctrl-C saves; the same command resumes, with the same losses as if it had never stopped. The run folder gets
+    config.yaml, training_metrics.json, checkpoints/ and eval/training_*/teacher_checkpoint.pth.
+
+    Example:
+
+        dino2 train --preset demo --output-dir runs/demo
+
+        dino2 train --preset vits14 --data ~/photos --output-dir runs/photos optim.epochs=30
+    """  # fmt: skip
+    config = resolve_config(overrides or [], preset, config_file, data, output_dir, init_from)
+    run(config, cpu=cpu, resume=not no_resume, dry_run=dry_run)
+
+
+def resolve_config(
+    overrides: list[str],
+    preset: str | None,
+    config_file: Path | None,
+    data: str | None,
+    output_dir: Path | None,
+    init_from: str | None,
+) -> "Config":
+    """The configuration that the options say: options that stand for a key are overrides of it."""
+    from dinov2cli.config import load_config
+
+    if preset and config_file:
+        raise ConfigError("--preset and --config-file are both given; choose one and change single keys with a.b=value")
+    options = {
+        "train.dataset_path": data,
+        "train.output_dir": str(output_dir) if output_dir else None,
+        "student.pretrained_weights": init_from,
+    }
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config = load_config(preset=preset, config_file=config_file, overrides=[*overrides, *given])
+    if config.train.output_dir == ".":
+        raise ConfigError("no run folder given", "Add --output-dir DIR: the run's files go there, and it can be resumed.")
+    return config
+
+
+def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
+    """Train in this process."""
+    from dinov2cli import distributed
+    from dinov2cli.console import logger, set_up_logging
+    from dinov2cli.models.vision_transformer import VisionTransformer
+    from dinov2cli.train.precision import choose_device
+    from dinov2cli.train.run_folder import RunFolder
+    from dinov2cli.train.trainer import Trainer
+
+    folder = RunFolder(Path(config.train.output_dir))
+    knn = online_knn(config)  # reads its datasets, so that a wrong one is found before anything is written
+
+    def init_backbone(backbone: VisionTransformer) -> None:
+        from dinov2cli.models.weights import load_backbone_into
+
+        logger.info("%s", load_backbone_into(backbone, config.student.pretrained_weights))
+
+    make_run_folder(folder.path)
+    if not resume and not dry_run and (moved := folder.set_aside()):
+        logger.info("the earlier run is now in %s", moved)
+    set_up_logging(None if dry_run else folder.log)
+    trainer = Trainer(
+        config,
+        choose_device(cpu=cpu, local_rank=distributed.local_rank()),
+        resume=resume,
+        init_backbone=init_backbone if config.student.pretrained_weights else None,
+        online_knn=knn,
+    )
+    if dry_run:
+        trainer.rehearse()
+    else:
+        trainer.train()
+
+
+def online_knn(config: "Config") -> "OnlineKnn | None":
+    """The score that `evaluation.knn_period` asks for."""
+    if not config.evaluation.knn_period:
+        return None
+    from dinov2cli.data.datasets import make_dataset
+    from dinov2cli.eval import knn
+
+    train_dataset = make_dataset(config.evaluation.knn_train_dataset)
+    val_dataset = make_dataset(config.evaluation.knn_val_dataset)
+    return lambda backbone: knn.online_knn(backbone, train_dataset, val_dataset)
+
+
+def make_run_folder(path: Path) -> None:
+    """Create the run folder, or say why that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".dino2-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output-dir {path}: cannot be written to ({error.strerror})") from error

@@ -1,0 +1,37 @@
+"""Where the files of a run are, with the reference's names."""
+
+from pathlib import Path
+
+
+class RunFolder:
+    """Paths below the run's `--output-dir`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "logs" / "train.log"
+        self.metrics = path / "training_metrics.json"
+        self.knn_metrics = path / "knn_metrics.json"
+        self.checkpoints = path / "checkpoints"
+
+    def teacher(self, iteration: int) -> Path:
+        """Teacher checkpoint after the iteration of that number, counted from 0 as in the reference."""
+        return self.path / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's files into `previous_<n>/`, so that a new one starts in a clean folder.
+
+        Returns:
+            that folder, or None where there was nothing to move.
+        """
+        files = [self.config, self.log.parent, self.metrics, self.knn_metrics, self.checkpoints, self.path / "eval"]
+        there = [file for file in files if file.exists()]
+        if not there:
+            return None
+        number = 1
+        while (folder := self.path / f"previous_{number}").exists():
+            number += 1
+        folder.mkdir()
+        for file in there:
+            file.rename(folder / file.name)
+        return folder

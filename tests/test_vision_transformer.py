@@ -1,0 +1,164 @@
+"""The vision transformer: the reference's outputs, and properties of packing, stochastic depth and masks."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend
+from dinov2cli.models.layers import draw_kept_sequences
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+GOLDEN = Path(__file__).parent / "golden"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "chunked": {},
+    "swiglu": {"ffn_layer": "swiglufused"},
+    "reg4": {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0},
+}
+
+
+def golden_model(variant: str) -> tuple[VisionTransformer, dict[str, torch.Tensor]]:
+    arrays = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"vit_{variant}.npz").items()}
+    model = VisionTransformer(
+        img_size=56, patch_size=14, embed_dim=24, depth=4, num_heads=2, layerscale=1.0, **VARIANTS[variant]
+    ).eval()
+    # The recordings name blocks by chunk and global number: blocks.<chunk>.<number>.
+    weights = {re.sub(r"^w/(blocks\.)\d+\.(\d+\.)", r"w/\1\2", k)[2:]: v for k, v in arrays.items() if k[:2] == "w/"}
+    model.load_state_dict(weights, strict=True)
+    return model, arrays
+
+
+@pytest.mark.parametrize("size", ["native", "small", "wide", "tall"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_features_equal_the_reference(variant: str, size: str) -> None:
+    model, golden = golden_model(variant)
+    features = model.forward_features(golden[f"{size}/x"])
+    for key, name in (("cls", "x_norm_clstoken"), ("patch", "x_norm_patchtokens"), ("reg", "x_norm_regtokens")):
+        torch.testing.assert_close(features[name], golden[f"{size}/{key}"], atol=1e-5, rtol=0)
+    layers = model.get_intermediate_layers(golden[f"{size}/x"], n=3, return_class_token=True)
+    for i, (patch, cls) in enumerate(layers):
+        torch.testing.assert_close(patch, golden[f"{size}/inter{i}/patch"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(cls, golden[f"{size}/inter{i}/cls"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_masked_features_equal_the_reference(variant: str) -> None:
+    model, golden = golden_model(variant)
+    features = model.forward_features(golden["masked/x"], golden["masked/mask"])
+    torch.testing.assert_close(features["x_norm_clstoken"], golden["masked/cls"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(features["x_norm_patchtokens"], golden["masked/patch"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_list_of_batches_equals_each_by_itself() -> None:
+    model, golden = golden_model("reg4")
+    sizes = ["native", "small", "wide"]
+    together = model.forward_features([golden[f"{size}/x"] for size in sizes])
+    for size, features in zip(sizes, together, strict=True):
+        alone = model.forward_features(golden[f"{size}/x"])
+        for key in ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm"):
+            torch.testing.assert_close(features[key], alone[key], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_training_tokens_are_those_of_forward_features() -> None:
+    model, golden = golden_model("reg4")
+    x, local, mask = golden["masked/x"], golden["small/x"], golden["masked/mask"]
+    cls, patches = model.forward_tokens([x, local], [mask, None], mask.flatten().nonzero().flatten())
+    full, small = model.forward_features([x, local], [mask, None])
+    torch.testing.assert_close(cls, torch.cat([full["x_norm_clstoken"], small["x_norm_clstoken"]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(patches, full["x_norm_patchtokens"][mask], atol=1e-6, rtol=0)
+
+
+def test_intermediate_layers_reshape_and_choice() -> None:
+    model, golden = golden_model("mlp")
+    wide = golden["wide/x"]  # 70 x 112 pixels: 5 x 8 patches
+    (grid,) = model.get_intermediate_layers(wide, n=[1], reshape=True, norm=False)
+    (flat,) = model.get_intermediate_layers(wide, n=[1], norm=False)
+    assert grid.shape == (2, 24, 5, 8)
+    torch.testing.assert_close(grid[:, :, 2, 3], flat[:, 2 * 8 + 3])
+    with pytest.raises(ValueError, match="blocks 0 to 3"):
+        model.get_intermediate_layers(wide, n=[4])
+
+
+def test_stochastic_depth_keeps_the_right_numbers_and_scales() -> None:
+    layout = TokenLayout(((8, 5), (6, 3)))
+    kept = draw_kept_sequences(layout, 0.4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert kept.layout.groups == ((4, 5), (3, 3))  # int(8 * 0.6), int(6 * 0.6)
+    assert torch.allclose(kept.scale, torch.tensor([[2.0]] * 33)[: kept.layout.tokens])
+    globals_, locals_ = kept.index[:20].view(4, 5), kept.index[20:].view(3, 3)
+    assert (globals_[:, 0] % 5 == 0).all() and (globals_ < 40).all() and ((locals_[:, 0] - 40) % 3 == 0).all()
+    assert (globals_.diff(dim=1) == 1).all() and len(set(globals_[:, 0].tolist())) == 4
+    one = draw_kept_sequences(TokenLayout(((2, 5),)), 0.9, torch.Generator(), torch.device("cpu"))
+    assert one.layout.groups == ((1, 5),)
+
+
+def test_stochastic_depth_is_right_on_average_and_repeatable() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2, drop_path_rate=0.5)
+    x = torch.randn(8, 3, 28, 28)
+    stream, layout = model.prepare_tokens([x], [None])
+    block = model.blocks[0]
+    residual = block.attention_branch(stream, layout)
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros_like(stream)
+    for _ in range(2000):
+        kept = draw_kept_sequences(layout, 0.5, generator, stream.device)
+        branch = block.attention_branch(stream[kept.index], kept.layout) * kept.scale
+        total += torch.zeros_like(stream).index_add(0, kept.index, branch)
+    torch.testing.assert_close(total / 2000, residual, atol=0.05 * residual.abs().max().item(), rtol=0)
+    model.train()
+    runs = [model.forward_blocks(stream, layout, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert torch.equal(model.eval().forward_blocks(stream, layout), model.forward_blocks(stream, layout))
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5, layerscale=0.5
+    ).train()
+    x, no_patches = torch.randn(4, 3, 28, 28), torch.empty(0, dtype=torch.int64)
+    gradients = []
+    for checkpointing in (False, True):
+        model.activation_checkpointing = checkpointing
+        model.zero_grad()
+        cls, _ = model.forward_tokens([x], [None], no_patches, torch.Generator().manual_seed(0))
+        cls.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_attention_backends_by_name() -> None:
+    cpu = torch.device("cpu")
+    assert choose_attention_backend("auto", cpu, torch.float32)[0] == "sdpa"
+    for name in ("xformers", "varlen"):
+        with pytest.raises(ValueError, match="CUDA"):
+            choose_attention_backend(name, cpu, torch.float32)
+    with pytest.raises(ValueError, match="known: auto, xformers, varlen, sdpa"):
+        choose_attention_backend("flash", cpu, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the packed kernels need a CUDA device")
+@pytest.mark.parametrize("name", ["xformers", "varlen"])
+def test_packed_kernels_agree_with_sdpa(name: str) -> None:
+    layout = TokenLayout(((4, 257), (16, 50)))
+    q, k, v = (torch.randn(layout.tokens, 6, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = ATTENTION_BACKENDS["sdpa"](q, k, v, layout)
+    torch.testing.assert_close(ATTENTION_BACKENDS[name](q, k, v, layout), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_wrong_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match="multiples of patch size 14"):
+        golden_model("mlp")[0](torch.zeros(1, 3, 56, 50))
+    with pytest.raises(ValueError, match="num_heads 5"):
+        VisionTransformer(embed_dim=24, num_heads=5)
+    with pytest.raises(ValueError, match="ffn_layer 'glu' is unknown"):
+        VisionTransformer(ffn_layer="glu")
