@@ -9,6 +9,9 @@ import typer
 from dinov2cli import __version__
 from dinov2cli.cli.pca_video import pca_video
 from dinov2cli.cli.eval import evaluation
+from dinov2cli.cli.prepare_imagenet import prepare_imagenet
+from dinov2cli.cli.export import export
+from dinov2cli.cli.info import info
 from dinov2cli.cli.presets import presets
 from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
@@ -24,7 +27,10 @@ app = typer.Typer(
 
 # Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "prepare-imagenet": prepare_imagenet,
     "train": train,
+    "export": export,
+    "info": info,
     "pca-video": pca_video,
 }
 # Groups of commands: name -> Typer app.

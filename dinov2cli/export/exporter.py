@@ -1,6 +1,5 @@
 """Export a model: write aside, open in its own ecosystem, compare on random images, and only then move into place."""
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from dinov2cli.export.timm_file import open_timm, timm_differs_away_from_native,
 from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.download import fetch
+from dinov2cli.models.file_digest import sha256
 from dinov2cli.models.sources import architecture_file
 from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
 from dinov2cli.models.zoo import RELEASED
@@ -242,13 +242,3 @@ def _move_into_place(aside: Path, output: Path, overwrite: bool) -> dict[str, in
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-
-
-def sha256(files: tuple[Path, ...]) -> str:
-    """Of the files' contents, one after the other, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -35,7 +35,10 @@ def write_timm(bundle: Bundle, path: Path) -> None:
             hint="Export to onnx or torch-export to have both in one file.",
         )
     if bundle.architecture.ffn_bias != bundle.architecture.proj_bias:
-        raise WeightsError("timm has one switch for the biases of attention projection and feed-forward layers; this model has one of them only")
+        raise WeightsError(
+            "timm has one switch for the biases of attention projection and feed-forward layers; this model has only "
+            "one of the two"
+        )
     metadata = {
         "format": "pt",
         "dino2.architecture": json.dumps(bundle.architecture.as_dict()),

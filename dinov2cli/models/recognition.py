@@ -44,6 +44,9 @@ class LoadReport:
             lines.append("not in the file, set to zeros: " + ", ".join(self.filled))
         return lines + self.notes
 
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
 
 def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
     """Canonical float32 weights of what `torch.load` or safetensors read, with the report of how.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2cli.config import ARCHITECTURES
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.models import zoo
@@ -170,19 +171,24 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
     so that at that size the model gives the source's features. Everything else must agree.
 
     Raises:
-        WeightsError: another width, depth, patch size, number of registers or feed-forward layer; the message names
-            the config key that would make the model fit. The model is then unchanged.
+        WeightsError: another width, depth, patch size, number of registers or feed-forward layer; the message says
+            which, and the config keys of a model that would fit. The model is then unchanged.
     """
     weights = read_weights(source)
     theirs = weights.architecture
     ours = infer_architecture(model.state_dict(), {"num_heads": model.num_heads}, "the model")
-    for attribute, key in _MUST_AGREE.items():
-        if getattr(ours, attribute) != getattr(theirs, attribute):
-            raise WeightsError(
-                f"{weights.source.name} cannot start this model: it has {key}={_spell(getattr(theirs, attribute))}, "
-                f"the model {_spell(getattr(ours, attribute))}",
-                hint=f"Set {key}={_spell(getattr(theirs, attribute))}, or start from other weights.",
-            )
+    differing = [attribute for attribute in _MUST_AGREE if getattr(ours, attribute) != getattr(theirs, attribute)]
+    if differing:
+        words = [
+            f"{_MUST_AGREE[name]} {_spell(getattr(theirs, name))} instead of {_spell(getattr(ours, name))}"
+            for name in differing
+        ]
+        settings = student_settings(theirs)
+        wanted = " ".join(f"student.{key}={_spell(value)}" for key, value in settings.items())
+        raise WeightsError(
+            f"{weights.source.name} cannot start this model: it has {', '.join(words)}",
+            hint=f"A model that it can start has {wanted}",
+        )
     state = dict(weights.state)
     if ours.grid != theirs.grid:
         state["pos_embed"] = resize_position_embeddings(state["pos_embed"], theirs, ours.grid**2)
@@ -194,21 +200,34 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
     return weights.report
 
 
-# What a model and the weights it starts from must share, and the config key that sets it.
+# What a model and the weights it starts from must share, in words.
 _MUST_AGREE = {
-    "embed_dim": "student.embed_dim",
-    "depth": "student.depth",
-    "num_heads": "student.num_heads",
-    "patch_size": "student.patch_size",
-    "ffn_layer": "student.ffn_layer",
-    "hidden_dim": "the hidden width of the feed-forward layer",
-    "num_register_tokens": "student.num_register_tokens",
-    "in_chans": "the number of image channels",
-    "layerscale": "student.layerscale",
-    "qkv_bias": "student.qkv_bias",
-    "proj_bias": "student.proj_bias",
-    "ffn_bias": "student.ffn_bias",
+    "embed_dim": "width",
+    "depth": "depth",
+    "num_heads": "attention heads",
+    "patch_size": "patch size",
+    "ffn_layer": "feed-forward layer",
+    "hidden_dim": "hidden width",
+    "num_register_tokens": "registers",
+    "in_chans": "image channels",
+    "layerscale": "LayerScale",
+    "qkv_bias": "qkv bias",
+    "proj_bias": "projection bias",
+    "ffn_bias": "feed-forward bias",
 }
+
+
+def student_settings(architecture: VitArchitecture) -> dict[str, Any]:
+    """The keys of a config's `student` group that make a model of this architecture."""
+    known = ARCHITECTURES.get(architecture.name)
+    settings: dict[str, Any] = {"arch": architecture.name} if known else {}
+    if not known:
+        settings |= {key: getattr(architecture, key) for key in ("embed_dim", "depth", "num_heads")}
+    for key in ("patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias"):
+        settings[key] = getattr(architecture, key)
+    if not architecture.layerscale:
+        settings["layerscale"] = None
+    return settings
 
 
 def read_lost_tensors(metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -228,7 +247,7 @@ def write_lost_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _spell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _released(name: str) -> zoo.Released:
