@@ -13,7 +13,6 @@ from dinov2cli.data.collate import MultiCropBatch, collate
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
-from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
 from dinov2cli.errors import DataError, Dino2Error
 
@@ -79,7 +78,7 @@ class _TrainBatches(Dataset):
         self.rank, self.world_size = rank, world_size
         self.seed = config.train.seed
         self.batch_size = config.train.batch_size_per_gpu
-        self.order = SampleOrder(len(dataset), self.seed)
+        self.order = dataset.order(self.seed)
         self.augmentation = MultiCropAugmentation.from_config(config)
         size, patch = config.crops.global_crops_size, config.student.patch_size
         self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))

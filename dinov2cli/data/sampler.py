@@ -5,9 +5,16 @@ walking), keyed by seed and epoch. No permutation is stored, so a hundred millio
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 _ROUNDS = 6
 _MASK64 = 2**64 - 1
+
+
+class Order(Protocol):
+    """Names the dataset index of the k-th sample of a run."""
+
+    def index(self, k: int) -> int: ...
 
 
 class SampleOrder:

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from dinov2cli.data.decoding import ImageSize, decode_image, jpeg_header
+from dinov2cli.data.sampler import Order, SampleOrder
 from dinov2cli.errors import DataError
 
 UNLABELLED = -1
@@ -41,6 +42,10 @@ class ImageDataset(ABC):
     def image(self, index: int) -> np.ndarray:
         """Pixels, uint8 [H, W, 3] RGB. Raises `UnreadableImage`."""
         return decode_image(self.encoded(index), self.path(index))
+
+    def order(self, seed: int) -> Order:
+        """The order in which a training with this seed sees the images."""
+        return SampleOrder(len(self), seed)
 
     def target(self, index: int) -> int:
         """Class index, -1 if there is no label."""

@@ -1,0 +1,1 @@
+"""Writes the metadata through which the ImageNet datasets are read, in the reference implementation's formats."""

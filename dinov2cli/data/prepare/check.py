@@ -1,0 +1,80 @@
+"""Looks for what is wrong with an ImageNet-1k tree before a training finds it."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2cli.data.datasets import UnreadableImage
+from dinov2cli.data.datasets.folder import read_file
+from dinov2cli.data.datasets.imagenet import Split
+from dinov2cli.data.decoding import decode_image
+from dinov2cli.data.prepare.imagenet import SplitListing
+from dinov2cli.data.prepare.labels import Labels
+
+SAMPLE = 200
+"""Images of a split that are opened."""
+
+
+class SplitReport(NamedTuple):
+    """counts: smallest, median and largest number of images a class."""
+
+    split: str
+    images: int
+    classes: int
+    counts: tuple[int, int, int]
+    opened: int
+    notes: list[str]
+    problems: list[str]
+
+
+def check_split(root: Path, listing: SplitListing, labels: Labels | None) -> SplitReport:
+    """Compare a split with labels.txt and the full data set, and open a sample of its images.
+
+    Notes say what a subset lacks; problems are what a training would trip over.
+    """
+    split = listing.split
+    with_images = [c for c in listing.classes if c.actual_indices]
+    counts = [len(c.actual_indices) for c in with_images] or [0]
+    notes, problems = [], []
+    if listing.images != split.full_size:
+        notes.append(f"{listing.images} of the {split.full_size} images of the full {split.name}")
+    if listing.images == 0:
+        problems.append(f"{split.folder}/ holds no image")
+    if labels is not None and split is not Split.TEST:
+        have = {c.class_id for c in with_images}
+        missing = [class_id for class_id in labels.names if class_id not in have]
+        if missing:
+            notes.append(f"{len(missing)} classes of labels.txt without images: {_first(missing)}")
+        unnamed = sorted(have - labels.names.keys())
+        if unnamed:
+            problems.append(f"{len(unnamed)} class folders that labels.txt does not name: {_first(unnamed)}")
+    empty = [c.class_id for c in listing.classes if c.class_id and not c.actual_indices]
+    if empty:
+        problems.append(f"{len(empty)} class folders without images: {_first(empty)}")
+    if listing.unexpected:
+        problems.append(f"{len(listing.unexpected)} names that are not of the layout: {_first(listing.unexpected)}")
+    paths = [root / split.image_path(c.class_id, n) for c in listing.classes for n in c.actual_indices]
+    zero = [str(path.relative_to(root)) for path in paths if _size(path) == 0]
+    if zero:
+        problems.append(f"{len(zero)} empty files: {_first(zero)}")
+    sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+    for i in sorted(sample.tolist()):
+        try:
+            decode_image(read_file(str(paths[i])), str(paths[i].relative_to(root)))
+        except UnreadableImage as error:
+            problems.append(error.message)
+    limits = (min(counts), int(np.median(counts)), max(counts))
+    return SplitReport(split.name, listing.images, len(with_images), limits, len(sample), notes, problems)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

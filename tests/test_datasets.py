@@ -1,0 +1,353 @@
+"""Datasets: what a folder, a shard or a string stands for."""
+
+import io
+import os
+import pickle
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2cli.data.datasets import UnreadableImage, files, listing, make_dataset
+from dinov2cli.data.datasets.folder import FolderDataset
+from dinov2cli.data.datasets.imagenet import ImageNet
+from dinov2cli.data.datasets.joined import JoinedDataset
+from dinov2cli.data.datasets.sample_photos import PHOTOS, SamplePhotos
+from dinov2cli.data.datasets.shards import ShardsDataset
+from dinov2cli.errors import DataError, EnvironmentProblem
+
+
+def save_image(path: Path, level: int = 100, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 4), (level, level, level)).convert(mode).save(path)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
+
+
+def names(dataset: FolderDataset) -> list[str]:
+    return [str(Path(dataset.path(i)).relative_to(dataset.root)) for i in range(len(dataset))]
+
+
+class TestFolder:
+    def test_classes_are_the_first_folders(self, tmp_path: Path) -> None:
+        for name in ("dog/b.png", "dog/deep/er/a.jpg", "cat/1.webp", "cat/2.TIF", "empty/notes.txt"):
+            if name.endswith("txt"):
+                (tmp_path / "empty").mkdir()
+                (tmp_path / name).touch()
+            else:
+                save_image(tmp_path / name)
+        dataset = FolderDataset(tmp_path)
+        assert names(dataset) == ["cat/1.webp", "cat/2.TIF", "dog/b.png", "dog/deep/er/a.jpg"]
+        assert dataset.class_names == ("cat", "dog")
+        assert dataset.targets().tolist() == [0, 0, 1, 1] and dataset.targets().dtype == np.int64
+        assert dataset.image(3).shape == (4, 6, 3) and dataset.target(3) == 1
+        assert "4 images, 2 classes" in dataset.describe()
+
+    def test_without_class_folders_there_are_no_labels(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "b.png")
+        save_image(tmp_path / "a.bmp")
+        dataset = FolderDataset(tmp_path)
+        assert names(dataset) == ["a.bmp", "b.png"]
+        assert dataset.class_names == () and dataset.targets().tolist() == [-1, -1]
+        assert "no labels" in dataset.describe()
+
+    def test_images_beside_class_folders_have_no_label(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "z.png")
+        save_image(tmp_path / "cat" / "1.png")
+        dataset = FolderDataset(tmp_path)
+        assert names(dataset) == ["z.png", "cat/1.png"] and dataset.targets().tolist() == [-1, 0]
+        assert "1 images directly in the folder have no label" in dataset.describe()
+
+    def test_hidden_files_are_ignored_and_links_followed(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "data" / "cat" / "1.png")
+        save_image(tmp_path / "data" / "cat" / ".hidden.png")
+        save_image(tmp_path / "data" / ".cache" / "2.png")
+        save_image(tmp_path / "elsewhere" / "3.png")
+        (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "data" / "cat" / "0.png").symlink_to(tmp_path / "elsewhere" / "3.png")
+        (tmp_path / "data" / "cat" / "loop").symlink_to(tmp_path / "data")
+        (tmp_path / "data" / "cat" / "dangling.png").symlink_to(tmp_path / "nowhere")
+        dataset = FolderDataset(tmp_path / "data")
+        assert names(dataset) == ["cat/0.png", "cat/1.png", "cat/dangling.png", "linked/3.png"]
+        with pytest.raises(UnreadableImage, match=r"dangling\.png.*No such file"):
+            dataset.image(2)
+
+    @pytest.mark.parametrize(
+        ("mode", "suffix"),
+        [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("1", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("LA", "png")],
+    )
+    def test_every_mode_becomes_rgb(self, tmp_path: Path, mode: str, suffix: str) -> None:
+        save_image(tmp_path / f"a.{suffix}", 255, mode)
+        image = FolderDataset(tmp_path).image(0)
+        assert image.shape == (4, 6, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - 255).max() <= 2
+
+    def test_sixteen_bit_images_are_scaled(self, tmp_path: Path) -> None:
+        Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "a.png")
+        assert (FolderDataset(tmp_path).image(0) == 128).all()
+
+    @pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n\0\0"])
+    def test_damaged_files_are_named(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(UnreadableImage, match=r"a\.jpg: ") as caught:
+            FolderDataset(tmp_path).image(0)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (again.path, again.reason) == (caught.value.path, caught.value.reason)
+
+    def test_truncated_at_any_point_is_an_error_not_a_gray_picture(self, tmp_path: Path) -> None:
+        levels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(levels).save(buffer, "JPEG")
+        for keep in range(20, len(buffer.getvalue()) - 2, 397):
+            (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:keep])
+            with pytest.raises(UnreadableImage):
+                FolderDataset(tmp_path).image(0)
+
+    def test_no_folder_or_no_images(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no images found"):
+            FolderDataset(tmp_path)
+        with pytest.raises(DataError, match="is not a folder"):
+            FolderDataset(tmp_path / "nowhere")
+
+    def test_index_out_of_range(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "a.png")
+        with pytest.raises(IndexError):
+            FolderDataset(tmp_path).image(1)
+
+    def test_names_that_are_not_unicode(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "a.png")
+        try:
+            os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+        except OSError:
+            pytest.skip("this file system takes unicode names only")
+        assert FolderDataset(tmp_path).image(0).shape == (4, 6, 3)
+
+
+class TestCachedListing:
+    @pytest.fixture
+    def old_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(listing, "CACHE_FROM", 3)
+        for name in ("cat/1.png", "cat/2.png", "dog/x/3.png"):
+            save_image(tmp_path / "data" / name)
+        self.age(tmp_path / "data")
+        return tmp_path / "data"
+
+    @staticmethod
+    def age(root: Path) -> None:
+        for folder, _, _ in os.walk(root):
+            os.utime(folder, (time.time() - 100,) * 2)
+
+    def test_a_remembered_listing_is_the_same(self, old_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = FolderDataset(old_folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(listing, "_read_folder", lambda *_: pytest.fail("the folder was read again"))
+            second = FolderDataset(old_folder)
+        assert names(first) == names(second) == ["cat/1.png", "cat/2.png", "dog/x/3.png"]
+        assert first.targets().tolist() == second.targets().tolist() == [0, 0, 1]
+        assert first.class_names == second.class_names
+
+    def test_any_change_below_makes_it_anew(self, old_folder: Path) -> None:
+        FolderDataset(old_folder)
+        save_image(old_folder / "dog" / "x" / "4.png")
+        assert names(FolderDataset(old_folder))[-1] == "dog/x/4.png"
+        self.age(old_folder)
+        FolderDataset(old_folder)
+        (old_folder / "cat" / "1.png").unlink()
+        assert names(FolderDataset(old_folder)) == ["cat/2.png", "dog/x/3.png", "dog/x/4.png"]
+
+    def test_a_folder_that_is_still_changing_is_not_remembered(self, old_folder: Path, own_cache: Path) -> None:
+        os.utime(old_folder / "cat")
+        FolderDataset(old_folder)
+        assert not list(own_cache.rglob("*.json"))
+
+    def test_a_damaged_cache_is_made_anew(self, old_folder: Path, own_cache: Path) -> None:
+        FolderDataset(old_folder)
+        for path in own_cache.rglob("*.ends.npy"):
+            path.write_bytes(b"x")
+        assert len(FolderDataset(old_folder)) == 3
+
+
+class TestSamplePhotos:
+    def test_labels_and_sizes(self) -> None:
+        train, val = SamplePhotos("TRAIN"), SamplePhotos("VAL")
+        assert len(train.class_names) == len(PHOTOS) == 12
+        for dataset in (train, val):
+            assert np.bincount(dataset.targets()).tolist() == [len(dataset) // 12] * 12
+            assert dataset.image(len(dataset) - 1).shape == (160, 160, 3)
+        with pytest.raises(IndexError):
+            train.image(len(train))
+
+    def test_images_are_the_same_every_time_and_differ_from_each_other(self) -> None:
+        first, again = SamplePhotos("VAL"), SamplePhotos("VAL")
+        assert all(np.array_equal(first.image(i), again.image(i)) for i in range(0, 300, 37))
+        assert len({first.image(i).tobytes() for i in range(50)}) == 50
+
+    def test_splits_share_no_pixel(self) -> None:
+        train, val = SamplePhotos("TRAIN"), SamplePhotos("VAL")
+        for left, right in zip(train.parts, val.parts, strict=True):
+            assert left.base is not None or left.flags["OWNDATA"]
+            assert left.shape[0] == right.shape[0]
+            assert left.shape[1] == int((left.shape[1] + right.shape[1]) * 0.6)
+
+    def test_unknown_split(self) -> None:
+        with pytest.raises(DataError, match="TRAIN and VAL"):
+            SamplePhotos("TEST")
+
+    def test_without_scikit_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("dinov2cli.data.datasets.sample_photos.find_spec", lambda name: None)
+        with pytest.raises(EnvironmentProblem, match=r"pip install 'dinov2cli\[demo\]'"):
+            make_dataset("SamplePhotos:split=TRAIN")
+
+
+def write_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]  # the mode is a parameter here
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class TestShards:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        write_shard(tmp_path / "b.tar", {"000.png": png(30), "000.json": b"{}"})
+        write_shard(
+            tmp_path / "a.tar", {"x/000.cls": b"2", "x/000.png": png(10), "x/001.left.png": png(20), "x/001.cls": b"0"}
+        )
+        return tmp_path
+
+    def test_images_by_index(self, folder: Path) -> None:
+        dataset = make_dataset(str(folder))
+        assert isinstance(dataset, ShardsDataset)
+        assert [int(dataset.image(i)[0, 0, 0]) for i in (2, 0, 1)] == [30, 10, 20]
+        assert dataset.targets().tolist() == [2, 0, -1]
+        assert dataset.path(1).endswith("a.tar:x/001.left.png")
+        assert "2 shards" in dataset.describe()
+
+    def test_index_is_remembered_until_a_shard_changes(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for path in folder.iterdir():
+            os.utime(path, (time.time() - 100,) * 2)
+        first = ShardsDataset(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr("dinov2cli.data.datasets.shards._images_in", lambda _: pytest.fail("read again"))
+            again = ShardsDataset(folder)
+        assert [again.path(i) for i in range(3)] == [first.path(i) for i in range(3)]
+        assert again.targets().tolist() == first.targets().tolist()
+        write_shard(folder / "b.tar", {"1.png": png(1), "2.png": png(2)})
+        assert len(ShardsDataset(folder)) == 4
+
+    def test_long_names_and_damage(self, tmp_path: Path) -> None:
+        write_shard(tmp_path / "a.tar", {f"{'long' * 60}.png": png(9)})
+        assert ShardsDataset(tmp_path).image(0)[0, 0, 0] == 9
+        (tmp_path / "b.tar").write_bytes(b"not a tar" * 100)
+        with pytest.raises(DataError, match=r"b\.tar: not an uncompressed tar file"):
+            ShardsDataset(tmp_path)
+
+    def test_compressed_or_none(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="holds no .tar files"):
+            ShardsDataset(tmp_path)
+        write_shard(tmp_path / "a.tar", {"a.png": png(9)}, "w:gz")
+        with pytest.raises(DataError, match="unpack"):
+            ShardsDataset(tmp_path)
+
+
+class TestStrings:
+    @pytest.mark.parametrize(
+        "name", ["plain", "with:colon", "a=b", "a+b", "it's", "sp ace", "x:root=y", "a + b", "2*x"]
+    )
+    def test_any_folder_name(self, tmp_path: Path, name: str) -> None:
+        save_image(tmp_path / name / "a.png")
+        folder = tmp_path / name
+        assert make_dataset(str(folder)).path(0) == str(folder / "a.png")
+        assert make_dataset(f'"{folder}"').path(0) == str(folder / "a.png")
+        assert make_dataset(f'Folder:root="{folder}"').path(0) == str(folder / "a.png")
+        joined = make_dataset(f'"{folder}" + 2*"{folder}"')
+        assert isinstance(joined, JoinedDataset) and len(joined) == 2 and joined.weights == [1, 2]
+
+    def test_colons_and_equals_in_unquoted_values(self, tmp_path: Path) -> None:
+        root = tmp_path / "a:b=c"
+        save_image(root / "train" / "n1" / "n1_5.JPEG")
+        dtype = [("actual_index", "<u4"), ("class_index", "<u4"), ("class_id", "U2"), ("class_name", "U1")]
+        (tmp_path / "e:x=1").mkdir()
+        np.save(tmp_path / "e:x=1" / "entries-TRAIN.npy", np.array([(5, 0, "n1", "a")], dtype=dtype))
+        dataset = make_dataset(f"ImageNet:split=TRAIN:root={root}:extra={tmp_path / 'e:x=1'}")
+        assert isinstance(dataset, ImageNet) and dataset.image(0).shape == (4, 6, 3)
+
+    def test_joining(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "one" / "cat" / "1.png", 10)
+        save_image(tmp_path / "two" / "ant" / "1.png", 20)
+        save_image(tmp_path / "two" / "cat" / "1.png", 30)
+        joined = make_dataset(f"{tmp_path / 'one'} + 0.5*{tmp_path / 'two'}+SamplePhotos:split=VAL")
+        assert isinstance(joined, JoinedDataset) and joined.weights == [1.0, 0.5, 1.0]
+        assert len(joined) == 303
+        assert [int(joined.image(i)[0, 0, 0]) for i in range(3)] == [10, 20, 30]
+        assert joined.class_names[:2] == ("cat", "ant")
+        assert joined.targets()[:4].tolist() == [0, 1, 0, 2] and joined.target(2) == 0
+        assert joined.path(2).endswith("two/cat/1.png") and "303 images joined" in joined.describe()
+        seen = {joined.order(0).index(k) for k in range(302 * 2)}
+        assert seen == set(range(303)), "half of the second a pass, all in two"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "the dataset is empty"),
+            ("/no/such/folder", "neither a folder nor a known dataset"),
+            ("SamplePhoto:split=TRAIN", "did you mean SamplePhotos"),
+            ("SamplePhotos:spilt=TRAIN", "no key 'spilt'; it has split"),
+            ("SamplePhotos:split=TRAIN:split=VAL", "given twice"),
+            ("SamplePhotos:split=train", "no split 'train'"),
+            ("ImageNet:split=TRAIN", "ImageNet needs root=..."),
+            ("ImageNet:root=/x:split=TRAIN", "entries-TRAIN.npy does not exist"),
+            ("ImageNet22k:root=/x", "has not been prepared"),
+            ("0*SamplePhotos", "weights are above 0"),
+        ],
+    )
+    def test_mistakes(self, text: str, message: str) -> None:
+        with pytest.raises(DataError) as caught:
+            make_dataset(text)
+        assert message in str(caught.value)
+
+
+class TestFiles:
+    def test_records_equal_numpys(self, tmp_path: Path) -> None:
+        table = np.array([(i, i * 2, f"n{i}", "") for i in range(50)], dtype="<u4,<u4,U4,U0")
+        np.save(tmp_path / "t.npy", table)
+        records = files.RecordFile(tmp_path / "t.npy")
+        assert len(records) == 50 and [records[i].tolist() for i in range(50)] == table.tolist()
+        assert pickle.loads(pickle.dumps(records))[7].tolist() == table[7].tolist()
+        np.testing.assert_array_equal(records.column("f1"), table["f1"])
+        with pytest.raises(IndexError):
+            records[50]
+
+    @pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\x01\x00\x05\x00{{{{{"])
+    def test_what_is_no_table(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "t.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"t\.npy"):
+            files.RecordFile(tmp_path / "t.npy")
+        np.save(tmp_path / "u.npy", np.zeros(3))
+        with pytest.raises(DataError, match="structured array"):
+            files.RecordFile(tmp_path / "u.npy")
+
+    def test_few_files_stay_open(self, tmp_path: Path) -> None:
+        reader = files.OpenFiles()
+        for i in range(40):
+            (tmp_path / str(i)).write_bytes(bytes([i] * 10))
+            assert reader.read(str(tmp_path / str(i)), 2, 3) == bytes([i] * 3)
+        assert len(reader._descriptors) == files.OPEN_FILES
+        assert reader.read(str(tmp_path / "0"), 0, 1) == b"\0", "closed ones open again"
+        with pytest.raises(UnreadableImage, match="ends at byte 10"):
+            reader.read(str(tmp_path / "0"), 8, 5)
