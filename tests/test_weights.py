@@ -165,6 +165,12 @@ def test_loaded_model_is_in_eval_mode_and_draws_no_random_numbers(tmp_path: Path
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_files_of_old_pytorch_are_read(tmp_path: Path) -> None:
+    state = sample_state(PLAIN)
+    torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=False)
+    assert_same_state(load_model(tmp_path / "weights.pth").state_dict(), state)
+
+
 def test_half_precision_is_widened_and_reported(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in sample_state(PLAIN).items()}
     weights = read_weights(save(state, tmp_path / "weights.pth"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 
 # Files that start like this are known, and are no weights; said so that the right file is fetched.
@@ -91,7 +92,8 @@ def _read_pickle(path: Path) -> Any:
             raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
         raise WeightsError(f"{path}: cannot be read as tensors ({_first_line(error)})") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not a PyTorch file, or cut short ({_first_line(error)})") from None
+        logger.debug("torch.load of %s: %s", path, error)
+        raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
 
 
 def _torchscript_or_other(path: Path) -> str | None:
