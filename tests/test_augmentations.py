@@ -1,14 +1,20 @@
 """The augmentation's random decisions follow the published distributions."""
 
 import math
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy import stats
 
 from dinov2cli.config import load_config
-from dinov2cli.data.augmentations import MultiCropAugmentation, shrunk_box
+from dinov2cli.data.augmentations import MultiCropAugmentation, shrink_for, shrunk
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, draw_crops, random_box
+from dinov2cli.data.datasets.sample_photos import SamplePhotos
+from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.randomness import sample_rng
 
 DRAWS = 8000
@@ -111,10 +117,33 @@ def test_a_box_that_cannot_fit_becomes_the_largest_allowed_one_in_the_centre() -
     assert random_box((1.0, 1.0), 1000, 10, [0.5] * 20, 0.9, 0.9) == Box(493, 0, 13, 10)
 
 
+def crop_of(*box: int, size: int = 98) -> CropParameters:
+    return CropParameters(Box(*box), size, False, None, False, 0.0, False)
+
+
 def test_shrunk_boxes_stay_inside() -> None:
-    assert shrunk_box(Box(100, 50, 200, 100), 2, 187, 250) == Box(50, 25, 100, 50)
-    box = shrunk_box(Box(374, 499, 1, 1), 8, 47, 63)
+    assert shrunk(crop_of(100, 50, 200, 100), 2, 187, 250).box == Box(50, 25, 100, 50)
+    box = shrunk(crop_of(374, 499, 1, 1), 8, 47, 63).box
     assert box.top + box.height <= 47 and box.left + box.width <= 63 and box.height == box.width == 1
+
+
+def test_no_crop_is_decoded_smaller_than_it_is_wanted() -> None:
+    assert shrink_for([crop_of(0, 0, 400, 800), crop_of(0, 0, 200, 800)]) == 2
+    assert shrink_for([crop_of(0, 0, 195, 800), crop_of(0, 0, 2000, 2000)]) == 1
+    assert shrink_for([crop_of(0, 0, 8000, 8000)]) == 8
+
+
+def test_scaled_decoding_changes_crops_little(tmp_path: Path) -> None:
+    photo = cv2.resize(SamplePhotos("TRAIN").parts[0], (1600, 1200), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(photo).save(tmp_path / "photo.jpg", quality=90)
+    overrides = [f"train.dataset_path={tmp_path}", "train.batch_size_per_gpu=8", "train.num_workers=0"]
+    plain, scaled = (
+        next(iter(make_train_loader(load_config(overrides=[*overrides, f"data.scaled_decode={on}"]), start=0, stop=1)))
+        for on in ("false", "true")
+    )
+    for a, b in ((plain.global_crops, scaled.global_crops), (plain.local_crops, scaled.local_crops)):
+        assert not torch.equal(a, b)
+        assert (a.float() - b.float()).abs().mean() < 3
 
 
 def test_blur_probabilities_come_from_the_config() -> None:

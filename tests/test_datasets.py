@@ -258,7 +258,7 @@ class TestShards:
             ShardsDataset(tmp_path)
 
     def test_compressed_or_none(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="holds no .tar files"):
+        with pytest.raises(DataError, match=r"holds no \.tar files"):
             ShardsDataset(tmp_path)
         write_shard(tmp_path / "a.tar", {"a.png": png(9)}, "w:gz")
         with pytest.raises(DataError, match="unpack"):

@@ -128,7 +128,7 @@ def test_a_dataset_without_any_readable_image_ends_the_run(tmp_path: Path, num_w
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"not a picture")
     config = small_config(f"train.dataset_path={tmp_path}", f"train.num_workers={num_workers}")
-    with pytest.raises(DataError, match="could not be read, the last: .*png"):
+    with pytest.raises(DataError, match=r"could not be read, the last: .*png"):
         list(make_train_loader(config, start=0, stop=1))
 
 

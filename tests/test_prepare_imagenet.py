@@ -134,7 +134,7 @@ def test_train_on_it(tree: Path) -> None:
             "student.patch_size=8",
             "crops.global_crops_size=32",
             "crops.local_crops_size=16",
-        ]  # fmt: skip
+        ]
     )
     (batch,) = make_train_loader(config, start=0, stop=1)
     named = {Path(message.split(":")[0]).name for message in batch.bad}

@@ -225,6 +225,16 @@ class Data(Group):
     normalize_on_device: bool = Field(
         True, description="(dino2) Send crops as uint8 and normalise them on the device; the numbers are the same."
     )
+    device_augment: bool = Field(
+        False,
+        description="(dino2) Loader processes decode and crop only; jitter, grayscale, blur and solarize run batched on "
+        "the training device, from the same random numbers.",
+    )
+    scaled_decode: bool = Field(
+        False,
+        description="(dino2) Decode a JPEG at 1/2, 1/4 or 1/8 where no crop needs more pixels; faster for large photos, "
+        "and crops differ slightly.",
+    )
 
 
 class Evaluation(Group):

@@ -103,12 +103,14 @@ def normalize(crops: Tensor) -> Tensor:
     return ((crops.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def shrunk_box(box: Box, shrink: int, height: int, width: int) -> Box:
-    """`box` on an image that was decoded at 1/`shrink` of its size, to [height, width]."""
-    top, left = min(round(box.top / shrink), height - 1), min(round(box.left / shrink), width - 1)
-    return Box(
-        top,
-        left,
-        max(1, min(round(box.height / shrink), height - top)),
-        max(1, min(round(box.width / shrink), width - left)),
-    )
+def shrink_for(parameters: list[CropParameters]) -> int:
+    """How much smaller, 1, 2, 4 or 8 times, an image can be decoded with every crop still being reduced in size."""
+    reduction = min(min(p.box.height, p.box.width) / p.size for p in parameters)
+    return max(shrink for shrink in (1, 2, 4, 8) if shrink == 1 or shrink <= reduction)
+
+
+def shrunk(parameters: CropParameters, shrink: int, height: int, width: int) -> CropParameters:
+    """The same crop of an image that was decoded `shrink` times smaller, to `height` x `width` pixels."""
+    top, left, h, w = (round(side / shrink) for side in parameters.box)
+    top, left = min(top, height - 1), min(left, width - 1)
+    return parameters._replace(box=Box(top, left, max(1, min(h, height - top)), max(1, min(w, width - left))))

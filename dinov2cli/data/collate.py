@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dinov2cli.data.augmentations import Crops, normalize
+from dinov2cli.data.augmentations import GLOBAL_CROPS, Crops, normalize
+from dinov2cli.data.crop_parameters import CropParameters
+from dinov2cli.data.device_augment import ColorDecisions, color_crops, normalize_levels
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class MultiCropBatch:
     iteration: the micro step.
     samples: int64 [B], dataset indices of the images.
     bad: paths, with the reason, of images that could not be read and were replaced.
+    pending: with `data.device_augment`, the colour decisions of (global, local) crops; `to` applies them on the device.
     """
 
     global_crops: Tensor
@@ -35,10 +38,20 @@ class MultiCropBatch:
     iteration: int
     samples: Tensor
     bad: list[str] = field(default_factory=list)
+    pending: tuple[ColorDecisions, ColorDecisions] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MultiCropBatch":
-        """The batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch with its tensors on `device`, where pending colour operations are done: float32 crops then."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if moved.pending is None:
+            return moved
+        of_global, of_local = moved.pending
+        return replace(
+            moved,
+            global_crops=normalize_levels(color_crops(moved.global_crops, of_global)),
+            local_crops=normalize_levels(color_crops(moved.local_crops, of_local)),
+            pending=None,
+        )
 
     def pin_memory(self) -> "MultiCropBatch":
         """The batch with its tensors in page-locked memory, from which copies to a GPU run in the background."""
@@ -54,9 +67,18 @@ class MultiCropBatch:
 
 
 def collate(
-    crops: list[Crops], masks: np.ndarray, *, iteration: int, samples: list[int], bad: list[str]
+    crops: list[Crops],
+    masks: np.ndarray,
+    *,
+    iteration: int,
+    samples: list[int],
+    bad: list[str],
+    parameters: list[list[CropParameters]] | None = None,
 ) -> MultiCropBatch:
-    """Stack the views of B images, view by view, and index the masked patches."""
+    """Stack the views of B images, view by view, and index the masked patches.
+
+    `parameters` [B][views] are given where the colour operations are left to the device.
+    """
     masks_ = torch.from_numpy(masks)
     masked_per_image = masks_.sum(dim=1, keepdim=True).clamp(min=1)
     return MultiCropBatch(
@@ -68,6 +90,15 @@ def collate(
         iteration=iteration,
         samples=torch.tensor(samples),
         bad=bad,
+        pending=_color_decisions(parameters) if parameters else None,
+    )
+
+
+def _color_decisions(parameters: list[list[CropParameters]]) -> tuple[ColorDecisions, ColorDecisions]:
+    views = list(zip(*parameters, strict=True))
+    return (
+        ColorDecisions.of([p for view in views[:GLOBAL_CROPS] for p in view]),
+        ColorDecisions.of([p for view in views[GLOBAL_CROPS:] for p in view]),
     )
 
 

@@ -42,7 +42,7 @@ def decode_image(data: bytes | memoryview, path: str, *, shrink: int = 1) -> np.
     """
     header = jpeg_header(data)
     if header is not None and header.components in (1, 3) and _ends_as_jpeg(data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS[shrink])
+        image = _decode_jpeg(data, shrink)
         if image is not None:
             return image
     return _decode_with_pillow(data, path, shrink)
@@ -73,12 +73,15 @@ def jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
     return None
 
 
-_CV2_FLAGS = {
-    1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-}
+_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+
+
+def _decode_jpeg(data: bytes | memoryview, shrink: int) -> np.ndarray | None:
+    encoded = np.frombuffer(data, np.uint8)
+    if shrink == 1:
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    image = cv2.imdecode(encoded, _REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _ends_as_jpeg(data: bytes | memoryview) -> bool:

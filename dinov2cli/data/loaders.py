@@ -1,15 +1,24 @@
 """Batches in the background: what a training or an evaluation iterates over."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2cli.data.augmentations import Crops, MultiCropAugmentation
+from dinov2cli.data.augmentations import (
+    GLOBAL_CROPS,
+    Crops,
+    MultiCropAugmentation,
+    cut_crop,
+    render_crop,
+    shrink_for,
+    shrunk,
+)
 from dinov2cli.data.collate import MultiCropBatch, collate
+from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
@@ -84,7 +93,9 @@ class _TrainBatches(Dataset):
         self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
         self.mask_probability = config.ibot.mask_sample_probability
         self.mask_ratios = tuple(config.ibot.mask_ratio_min_max)
-        self.normalize_here = not config.data.normalize_on_device
+        self.device_augment = config.data.device_augment
+        self.scaled_decode = config.data.scaled_decode
+        self.normalize_here = not (config.data.normalize_on_device or config.data.device_augment)
 
     def __getitem__(self, step: int) -> MultiCropBatch | WorkerError:
         try:
@@ -103,24 +114,49 @@ class _TrainBatches(Dataset):
             sample_probability=self.mask_probability,
             ratio_range=self.mask_ratios,
         )
-        samples, crops = [index for index, _ in drawn], [crops for _, crops in drawn]
-        batch = collate(crops, masks, iteration=step, samples=samples, bad=bad)
+        batch = collate(
+            [sample.crops for sample in drawn],
+            masks,
+            iteration=step,
+            samples=[sample.dataset_index for sample in drawn],
+            bad=bad,
+            parameters=[sample.parameters for sample in drawn] if self.device_augment else None,
+        )
         return batch.normalized() if self.normalize_here else batch
 
-    def sample(self, k: int, bad: list[str]) -> tuple[int, Crops]:
-        """Dataset index and crops of the run's k-th sample.
+    def sample(self, k: int, bad: list[str]) -> "_Sample":
+        """The run's k-th sample.
 
         An unreadable image is replaced by the next in the run's order, and its path is added to `bad`.
         """
         for replacement in range(MAX_REPLACEMENTS):
             index = self.order.index(k + replacement)
             try:
-                image = self.dataset.image(index)
+                return self.crops_of(index, k)
             except UnreadableImage as error:
                 bad.append(str(error))
-                continue
-            return index, self.augmentation(image, sample_rng(self.seed, k))
         raise DataError(f"{MAX_REPLACEMENTS} images in a row could not be read, the last: {bad[-1]}")
+
+    def crops_of(self, index: int, k: int) -> "_Sample":
+        """Image `index`, with the random decisions of sample `k`."""
+        encoded = self.dataset.open(index)
+        height, width = encoded.size
+        parameters = self.augmentation.draw(height, width, sample_rng(self.seed, k))
+        shrink = shrink_for(parameters) if self.scaled_decode and encoded.can_shrink else 1
+        image = encoded.pixels(shrink)
+        if shrink > 1:
+            parameters = [shrunk(p, shrink, *image.shape[:2]) for p in parameters]
+        render = cut_crop if self.device_augment else render_crop
+        views = [render(image, p) for p in parameters]
+        return _Sample(index, Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]), parameters)
+
+
+class _Sample(NamedTuple):
+    """Crops of one image, and the decisions that made them."""
+
+    dataset_index: int
+    crops: Crops
+    parameters: list[CropParameters]
 
 
 def make_eval_loader(

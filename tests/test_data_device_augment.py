@@ -1,0 +1,73 @@
+"""Colour operations batched on the device give the workers' pixels."""
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2cli.config import load_config
+from dinov2cli.data import device_augment, pixels
+from dinov2cli.data.augmentations import color_crop, normalize
+from dinov2cli.data.crop_parameters import CropRecipe, draw_crops
+from dinov2cli.data.datasets.sample_photos import SamplePhotos
+from dinov2cli.data.device_augment import ColorDecisions, color_crops
+from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.data.randomness import sample_rng
+
+
+@pytest.fixture(scope="module")
+def photos() -> np.ndarray:
+    dataset = SamplePhotos("TRAIN")
+    return np.stack([dataset.image(i)[:64, :64] for i in range(0, 1200, 20)])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("brightness", (0.6, 1.4)), ("contrast", (0.6, 1.4)), ("saturation", (0.8, 1.2)), ("hue", (-0.1, 0.1))],
+)
+def test_each_operation(photos: np.ndarray, name: str, values: tuple[float, float]) -> None:
+    factors = np.linspace(*values, len(photos), dtype=np.float32)
+    workers = np.stack([getattr(pixels, f"adjust_{name}")(p, float(f)) for p, f in zip(photos, factors, strict=True)])
+    levels = torch.from_numpy(photos).permute(0, 3, 1, 2).float()
+    device = getattr(device_augment, f"adjust_{name}")(levels, torch.from_numpy(factors)[:, None, None, None])
+    assert np.abs(device.permute(0, 2, 3, 1).numpy() - workers).mean() < (0.5 if name == "hue" else 0.1)
+
+
+def test_blur_with_a_sigma_a_crop(photos: np.ndarray) -> None:
+    sigmas = np.linspace(0.1, 2.0, len(photos), dtype=np.float32)
+    workers = np.stack([pixels.gaussian_blur(p, float(s)) for p, s in zip(photos, sigmas, strict=True)])
+    levels = torch.from_numpy(photos).permute(0, 3, 1, 2).float()
+    device = device_augment.gaussian_blur(levels, torch.from_numpy(sigmas))
+    assert np.abs(device.permute(0, 2, 3, 1).numpy() - workers).mean() < 0.05
+
+
+def test_whole_chains_within_a_grey_level(photos: np.ndarray) -> None:
+    recipes = (CropRecipe(64, (0.3, 1.0), blur=0.5, solarize=0.2),)
+    parameters = [draw_crops(recipes, 64, 64, sample_rng(0, k))[0] for k in range(len(photos))]
+    workers = np.stack([color_crop(photo, p) for photo, p in zip(photos, parameters, strict=True)])
+    device = color_crops(torch.from_numpy(photos), ColorDecisions.of(parameters)).permute(0, 2, 3, 1).numpy()
+    error = np.abs(device - workers).mean(axis=(1, 2, 3))
+    assert error.mean() < 0.5
+    # Solarization turns a level of error around 127/128 into one of the same size: no crop is far off.
+    assert error.max() < 1.5
+
+
+def test_batches_are_those_of_the_worker_path() -> None:
+    overrides = ["train.dataset_path=SamplePhotos:split=TRAIN", "train.batch_size_per_gpu=8", "train.num_workers=0"]
+    plain, deferred = (
+        next(iter(make_train_loader(load_config(overrides=[*overrides, f"data.device_augment={on}"]), start=2, stop=3)))
+        for on in ("false", "true")
+    )
+    assert deferred.global_crops.dtype == torch.uint8 and deferred.pending is not None
+    done = deferred.to("cpu")
+    assert done.pending is None and done.global_crops.dtype == torch.float32
+    assert torch.equal(done.masks, plain.masks) and torch.equal(done.samples, plain.samples)
+    levels = torch.tensor(pixels.IMAGENET_STD)[:, None, None] * 255
+    for ours, theirs in ((done.global_crops, plain.global_crops), (done.local_crops, plain.local_crops)):
+        assert ((normalize(ours) - normalize(theirs)).abs() * levels).mean() < 0.5
+
+
+def test_nothing_to_do_changes_nothing(photos: np.ndarray) -> None:
+    parameters = draw_crops((CropRecipe(64, (1.0, 1.0), blur=0.0),) * 40, 64, 64, sample_rng(0, 0))
+    idle = [p._replace(jitter=None, grayscale=False) for p in parameters]
+    levels = color_crops(torch.from_numpy(photos[:40]), ColorDecisions.of(idle))
+    np.testing.assert_array_equal(levels.permute(0, 2, 3, 1).numpy(), photos[:40])
