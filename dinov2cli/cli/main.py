@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from dinov2cli import __version__
-from dinov2cli.cli.pca_video import pca_video
+from dinov2cli.cli.attention import attention
 from dinov2cli.cli.eval import evaluation
-from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.export import export
 from dinov2cli.cli.info import info
+from dinov2cli.cli.pca_image import pca_image
+from dinov2cli.cli.pca_video import pca_video
+from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.presets import presets
 from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
@@ -32,6 +34,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "info": info,
     "pca-video": pca_video,
+    "pca-image": pca_image,
+    "attention": attention,
 }
 # Groups of commands: name -> Typer app.
 GROUPS: dict[str, typer.Typer] = {

@@ -1,0 +1,94 @@
+"""Where the class token and the registers look: attention of one block over the patches.
+
+Shape legend: B pictures, H heads, R registers, N = h*w patches, T = 1+R+N tokens, D embedding dimension.
+"""
+
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinov2cli.data.augmentations import normalize
+from dinov2cli.errors import DataError
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.visualize.features import PatchFeatures, Picture, resize
+
+
+class AttentionMaps(NamedTuple):
+    """Attention of one picture."""
+
+    weights: NDArray[np.float32]
+    """[1+R, H, h, w]: from the class token, then from each register, over the patches. What is missing to 1 per
+    head goes to the class token and the registers."""
+    queries: tuple[str, ...]
+    """Names of the first axis: `cls`, `register 1`, ..."""
+
+
+def attention_maps(
+    model: VisionTransformer, picture: Picture, *, resolution: int = 32, block: int = -1
+) -> AttentionMaps:
+    """Attention weights of a block, as its softmax gives them in float32.
+
+    Args:
+        model: in evaluation mode.
+        picture: RGB uint8 [H, W, 3].
+        resolution: patches along the short side.
+        block: index of the block; -1 is the last.
+
+    Raises:
+        DataError: a block that the model does not have.
+    """
+    if not -model.depth <= block < model.depth:
+        raise DataError(f"--block {block}: the model has blocks 0 to {model.depth - 1} (or -1 for the last)")
+    grid = PatchFeatures(model, resolution).grid((picture.shape[0], picture.shape[1]))
+    fitted = resize(picture, (grid[0] * model.patch_size, grid[1] * model.patch_size))
+    images = normalize(torch.from_numpy(fitted)[None].to(next(model.parameters()).device))
+    outside = 1 + model.num_register_tokens
+    with torch.inference_mode():
+        weights = special_token_attention(model, images, block)[0, :, :, outside:]
+    names = ("cls", *(f"register {i + 1}" for i in range(model.num_register_tokens)))
+    return AttentionMaps(weights.transpose(0, 1).unflatten(2, grid).float().cpu().numpy(), names)
+
+
+def special_token_attention(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:
+    """Attention of the class token and the registers over all tokens: [B, 3, height, width] -> [B, H, 1+R, T].
+
+    Fused attention never forms these weights, so they are computed anew from what enters the block's attention;
+    the rows of the patches (T x T numbers a head) are left out.
+    """
+    attention: Any = model.blocks[block].get_submodule("attn")
+    head_width = model.embed_dim // attention.num_heads
+    entered: list[Tensor] = []
+    hook = attention.qkv.register_forward_hook(lambda module, inputs, output: entered.append(output))
+    try:
+        model.forward_features(images)
+    finally:
+        hook.remove()
+    q, k, _ = entered[0].float().view(len(images), -1, 3, attention.num_heads, head_width).unbind(2)
+    q = q[:, : 1 + model.num_register_tokens]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    return scores.softmax(-1)
+
+
+def draw_attention(maps: AttentionMaps, picture: Picture, *, overlay: bool = False) -> list[list[Picture]]:
+    """One row a query: the picture, the mean over the heads, then each head. uint8 [H, W, 3] each.
+
+    Each map is scaled by itself: black is no attention, the brightest is its largest weight (99.5th percentile).
+    """
+    rows = []
+    for heads in maps.weights:
+        drawn = [_heat(weights, (picture.shape[0], picture.shape[1])) for weights in (heads.mean(0), *heads)]
+        if overlay:
+            drawn = [(picture * 0.4 + heat * 0.6 + 0.5).astype(np.uint8) for heat in drawn]
+        rows.append([picture, *drawn])
+    return rows
+
+
+def _heat(weights: NDArray[np.float32], size: tuple[int, int]) -> Picture:
+    top = max(float(np.percentile(weights, 99.5)), 1e-12)
+    levels = cv2.resize(np.clip(weights / top, 0, 1), size[::-1], interpolation=cv2.INTER_CUBIC)
+    levels = (np.clip(levels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
