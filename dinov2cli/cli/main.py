@@ -11,8 +11,10 @@ from dinov2cli.cli.attention import attention
 from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
 from dinov2cli.cli.info import info
+from dinov2cli.cli.bench import bench
 from dinov2cli.cli.pca_image import pca_image
 from dinov2cli.cli.pca_video import pca_video
+from dinov2cli.cli.plot import plot
 from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.presets import presets
 from dinov2cli.cli.train import train
@@ -36,11 +38,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pca-video": pca_video,
     "pca-image": pca_image,
     "attention": attention,
+    "plot": plot,
 }
 # Groups of commands: name -> Typer app.
 GROUPS: dict[str, typer.Typer] = {
     "eval": evaluation,
     "presets": presets,
+    "bench": bench,
 }
 
 for _name, _function in COMMANDS.items():

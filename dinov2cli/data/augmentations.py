@@ -48,7 +48,7 @@ class MultiCropAugmentation:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Crops:
         """Views of `image` (uint8 [H, W, 3]); all that is random comes from `rng`."""
         height, width = image.shape[:2]
-        views = [render_crop(image, parameters) for parameters in self.draw(height, width, rng)]
+        views = [render_crop(image, drawn) for drawn in self.draw(height, width, rng)]
         return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> list[CropParameters]:
@@ -56,27 +56,51 @@ class MultiCropAugmentation:
         return draw_crops(self.recipes, height, width, rng)
 
 
-def render_crop(image: np.ndarray, parameters: CropParameters) -> np.ndarray:
-    """The view that `parameters` describe, uint8 [S, S, 3]."""
-    return color_crop(cut_crop(image, parameters), parameters)
+def random_resized_crop(image: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return pixels.resized_crop(image, *drawn.box, drawn.size)
 
 
-def cut_crop(image: np.ndarray, parameters: CropParameters) -> np.ndarray:
-    """The geometric half: random resized crop and flip."""
-    crop = pixels.resized_crop(image, *parameters.box, parameters.size)
-    return pixels.flip(crop) if parameters.flip else crop
+def random_flip(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return pixels.flip(crop) if drawn.flip else crop
 
 
-def color_crop(crop: np.ndarray, parameters: CropParameters) -> np.ndarray:
-    """The photometric half: jitter, grayscale, blur, solarize, in this order."""
-    if parameters.jitter is not None:
-        crop = color_jitter(crop, parameters.jitter)
-    if parameters.grayscale:
-        crop = pixels.grayscale(crop)
-    if parameters.blur_sigma > 0:
-        crop = pixels.gaussian_blur(crop, parameters.blur_sigma)
-    if parameters.solarize:
-        crop = pixels.solarize(crop)
+def random_color_jitter(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return color_jitter(crop, drawn.jitter) if drawn.jitter is not None else crop
+
+
+def random_grayscale(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return pixels.grayscale(crop) if drawn.grayscale else crop
+
+
+def random_gaussian_blur(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return pixels.gaussian_blur(crop, drawn.blur_sigma) if drawn.blur_sigma > 0 else crop
+
+
+def random_solarize(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    return pixels.solarize(crop) if drawn.solarize else crop
+
+
+GEOMETRIC_STEPS = (random_resized_crop, random_flip)
+COLOR_STEPS = (random_color_jitter, random_grayscale, random_gaussian_blur, random_solarize)
+"""The recipe: every view of an image goes through the geometric steps, then the colour steps, in this order."""
+
+
+def render_crop(image: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    """The view of `image` that was drawn, uint8 [S, S, 3]."""
+    return color_crop(cut_crop(image, drawn), drawn)
+
+
+def cut_crop(image: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    """The geometric half."""
+    for step in GEOMETRIC_STEPS:
+        image = step(image, drawn)
+    return image
+
+
+def color_crop(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    """The photometric half; `device_augment.color_crops` does the same on a device."""
+    for step in COLOR_STEPS:
+        crop = step(crop, drawn)
     return crop
 
 

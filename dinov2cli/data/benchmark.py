@@ -1,0 +1,123 @@
+"""How fast images become batches: time per stage on one core, images per second by number of workers."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import cv2
+import torch
+
+from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CROPS, Crops, MultiCropAugmentation
+from dinov2cli.data.collate import collate
+from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
+from dinov2cli.data.randomness import mask_rng, sample_rng
+from dinov2cli.data.workers import available_cores
+
+
+class WorkersResult(NamedTuple):
+    """Images per second with so many loader processes: the median and every repeat. 0 workers: the main process."""
+
+    workers: int
+    images_per_s: float
+    images_per_s_per_core: float
+    repeats: list[float]
+
+
+class AugmentBenchmark(NamedTuple):
+    """Milliseconds an image of every stage, and the rates."""
+
+    dataset: str
+    images: int
+    cores: int
+    stages_ms: dict[str, float]
+    rates: list[WorkersResult]
+
+
+def benchmark_augmentation(
+    config: Any, dataset: ImageDataset, *, workers: list[int], images: int = 200, repeats: int = 5
+) -> AugmentBenchmark:
+    """Measure on `images` samples of `dataset`, from file to collated batch, with the crops that `config` describes.
+
+    The stages are timed one by one in this process; the rates are of whole epochs of the training's own loader.
+    """
+    with _one_thread():
+        stages = time_stages(config, dataset, images)
+        rates = [measure_rate(config, dataset, count, images, repeats) for count in workers]
+    return AugmentBenchmark(dataset.describe(), images, available_cores(), stages, rates)
+
+
+def measure_rate(config: Any, dataset: ImageDataset, workers: int, images: int, repeats: int) -> WorkersResult:
+    """Images per second of the training loader. The first batches, in which processes start, are not counted."""
+    batch_size = config.train.batch_size_per_gpu
+    steps = max(1, images // batch_size)
+    warm_up = max(1, 2 * workers)
+    with_workers = config.model_copy(update={"train": config.train.model_copy(update={"num_workers": workers})})
+    loader = iter(make_train_loader(with_workers, start=0, stop=warm_up + repeats * steps, dataset=dataset))
+    for _ in range(warm_up):
+        next(loader)
+    rates = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+        rates.append(steps * batch_size / (time.perf_counter() - started))
+    median = statistics.median(rates)
+    return WorkersResult(workers, median, median / max(1, min(workers, available_cores())), rates)
+
+
+def time_stages(config: Any, dataset: ImageDataset, images: int) -> dict[str, float]:
+    """Milliseconds an image that each stage takes, in the order of the stages."""
+    augmentation = MultiCropAugmentation.from_config(config)
+    size, patch = config.crops.global_crops_size, config.student.patch_size
+    masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
+    order = dataset.order(config.train.seed)
+    batch_size = config.train.batch_size_per_gpu
+    total: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        total[stage] += time.perf_counter() - started
+
+    crops: list[Crops] = []
+    for k in range(-min(images, 10), images):  # the first few warm caches up
+        if k == 0:
+            total.clear()
+        with timed("read"):
+            encoded = dataset.open(order.index(abs(k)))
+        with timed("decode"):
+            image = encoded.pixels()
+        with timed("draw parameters"):
+            height, width = image.shape[:2]
+            drawn = augmentation.draw(height, width, sample_rng(0, abs(k)))
+        views = [image] * len(drawn)
+        for step in (*GEOMETRIC_STEPS, *COLOR_STEPS):
+            with timed(step.__name__.removeprefix("random_").replace("_", " ")):
+                views = [step(view, d) for view, d in zip(views, drawn, strict=True)]
+        crops.append(Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]))
+        if len(crops) == batch_size or k == images - 1:
+            with timed("masks"):
+                masks = make_masks(2 * len(crops), masking, mask_rng(0, abs(k), 0))
+            with timed("collate"):
+                collate(crops, masks, iteration=0, samples=[0] * len(crops), bad=[])
+            crops = []
+    return {stage: 1000 * seconds / images for stage, seconds in total.items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """This process on one thread, as a loader process runs."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
