@@ -126,6 +126,10 @@ class Train(Group):
     activation_checkpointing: bool = Field(
         False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
+    tensorboard: bool = Field(
+        False, description="(dino2) Log metrics to RUN/logs/tensorboard as well; needs dinov2cli[plots]."
+    )
+    wandb: bool = Field(False, description="(dino2) Log metrics to Weights & Biases as well; needs dinov2cli[wandb].")
 
 
 class Student(Group):

@@ -1,0 +1,236 @@
+"""`dino2 plot`: the curves of one or several runs, from their `training_metrics.json` and evaluation results.
+
+matplotlib is imported where it is used: it belongs to the optional `plots` packages.
+"""
+
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov2cli.errors import DataError, EnvironmentProblem
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Iterations and values, both float64 [n]; values that were not finite are nan."""
+
+SCHEDULES = ("lr", "last_layer_lr", "wd", "mom", "teacher_temp")
+SPEED = ("iter_time", "data_time")
+GROUPS = ("Scores", "Losses", "Schedules", "Monitors", "Speed")
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """The curves of a run, by group (one of `GROUPS`) and name."""
+
+    name: str
+    curves: dict[tuple[str, str], Curve]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder (or a `training_metrics.json`).
+
+    Raises:
+        DataError: no metrics there, or none that can be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    metrics = path / "training_metrics.json" if path.is_dir() else path
+    if not metrics.is_file():
+        raise DataError(f"{path}: not a run folder (it has no training_metrics.json)")
+    points: dict[tuple[str, str], dict[float, float]] = {}
+    for line in _json_lines(metrics):
+        for key, value in line.items():
+            if key != "iteration" and (value is None or isinstance(value, int | float)):
+                number = math.nan if value is None else float(value)
+                points.setdefault((_group(key), key), {})[float(line["iteration"])] = number
+    if not points:
+        raise DataError(f"{metrics}: no line with metrics")
+    for line in _json_lines(folder / "knn_metrics.json"):
+        if isinstance(line.get("knn_top1"), int | float):
+            points.setdefault(("Scores", "k-NN top-1 % (while training)"), {})[line["iteration"]] = line["knn_top1"]
+    for results in sorted(folder.rglob("results.json")):
+        for name, iteration, top1 in _evaluations(results):
+            points.setdefault(("Scores", name), {})[iteration] = top1
+    curves: dict[tuple[str, str], Curve] = {}
+    for group_and_name, by_iteration in points.items():
+        iterations = sorted(by_iteration)
+        curves[group_and_name] = (np.array(iterations), np.array([by_iteration[i] for i in iterations]))
+    return Run(folder.resolve().name, curves)
+
+
+def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
+    """Draw all curves, the runs overlaid, as a `.png` or as a self-contained `.html`.
+
+    Args:
+        smooth: logged points in the moving mean that is drawn over the raw curve; 1 draws the raw curve alone.
+
+    Raises:
+        DataError: another suffix.
+        EnvironmentProblem: matplotlib is not installed, or the file cannot be written.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in (".png", ".html"):
+        raise DataError(f"{output}: unknown output type {suffix!r}; give .png or .html")
+    runs = _with_distinct_names(runs)
+    content = _png(runs, smooth) if suffix == ".png" else _html(runs, smooth).encode()
+    aside = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content)
+        os.replace(aside, output)
+    except OSError as error:
+        raise EnvironmentProblem(f"{output}: cannot be written ({error.strerror or error})") from error
+
+
+def _png(runs: Sequence[Run], smooth: int) -> bytes:
+    return _draw(runs, _names(runs), smooth, "png")
+
+
+def _html(runs: Sequence[Run], smooth: int) -> str:
+    names = _names(runs)
+    sections = []
+    for group in GROUPS:
+        of_group = [key for key in names if key[0] == group]
+        if of_group:
+            svg = _draw(runs, of_group, smooth, "svg").decode()
+            sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg'):]}\n{_table(runs, of_group)}")
+    title = html.escape("dino2: " + ", ".join(run.name for run in runs))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        "<style>body{font-family:sans-serif;max-width:1500px;margin:2em auto;padding:0 1em}svg{width:100%;height:auto}"
+        "td,th{padding:.2em 1em;text-align:right}td:first-child,th:first-child{text-align:left}</style></head>\n"
+        f"<body><h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+
+
+def _table(runs: Sequence[Run], names: Sequence[tuple[str, str]]) -> str:
+    """Last values of the curves, one column a run."""
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    rows = []
+    for key in names:
+        cells = []
+        for run in runs:
+            values = run.curves[key][1] if key in run.curves else np.array([])
+            values = values[np.isfinite(values)]
+            cells.append(f"<td>{values[-1]:.5g}</td>" if len(values) else "<td></td>")
+        rows.append(f"<tr><td>{html.escape(key[1])}</td>{''.join(cells)}</tr>")
+    return f"<table><tr><th>last value</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int, file_format: str) -> bytes:
+    """One panel a curve, `COLUMNS` in a row; every group begins a row."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"plots need matplotlib, which does not import ({error})", "pip install 'dinov2cli[plots]'"
+        ) from error
+    places: list[tuple[str, str] | None] = []
+    for group in GROUPS:
+        of_group = [key for key in names if key[0] == group]
+        places += [*of_group, *[None] * (-len(of_group) % COLUMNS)]
+    rows = len(places) // COLUMNS
+    figure = Figure(figsize=(4 * COLUMNS, 2.8 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, key in enumerate(places):
+        if key is None:
+            continue
+        axes = figure.add_subplot(rows, COLUMNS, place + 1)
+        for index, run in enumerate(runs):
+            if key in run.curves:
+                _draw_curve(axes, *run.curves[key], smooth=smooth, color=f"C{index % 10}", marked=key[0] == "Scores")
+        axes.set_title(f"{key[0]}: {key[1]}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    handles = [figure.axes[0].plot([], [], color=f"C{i % 10}")[0] for i in range(len(runs))]
+    figure.legend(handles, [run.name for run in runs], loc="outside upper center", ncols=4)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file_format, dpi=110)
+    return drawn.getvalue()
+
+
+def _draw_curve(
+    axes: Any, iterations: NDArray[np.float64], values: NDArray[np.float64], *, smooth: int, color: str, marked: bool
+) -> None:
+    marker = "o" if marked or len(values) == 1 else None
+    if smooth <= 1 or marked or len(values) <= smooth:
+        axes.plot(iterations, values, color=color, linewidth=1, marker=marker, markersize=3)
+        return
+    axes.plot(iterations, values, color=color, linewidth=0.5, alpha=0.3)
+    axes.plot(iterations, moving_mean(values, smooth), color=color, linewidth=1.2)
+
+
+def moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Mean of the last `window` values (fewer at the start), nan left out: [n] -> [n]."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.where(known, values, 0.0))
+    counts = np.cumsum(known)
+    sums[window:] -= sums[:-window].copy()
+    counts[window:] -= counts[:-window].copy()
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _names(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """All curves of all runs, in the order of the groups and of their first appearance."""
+    seen = dict.fromkeys(key for run in runs for key in run.curves)
+    return sorted(seen, key=lambda key: GROUPS.index(key[0]))
+
+
+def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
+    named: dict[str, Run] = {}
+    for run in runs:
+        name, number = run.name, 2
+        while name in named:
+            name, number = f"{run.name} ({number})", number + 1
+        named[name] = Run(name, run.curves)
+    return list(named.values())
+
+
+def _group(key: str) -> str:
+    if key.endswith("_loss"):
+        return "Losses"
+    if key in SCHEDULES:
+        return "Schedules"
+    return "Speed" if key in SPEED else "Monitors"
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a line that a kill cut short is passed over."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("iteration"), int | float):
+            lines.append(line)
+    return lines
+
+
+def _evaluations(path: Path) -> list[tuple[str, float, float]]:
+    """(curve name, iteration, top-1 in percent) of an evaluation's `results.json`.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    try:
+        found = []
+        for evaluation in json.loads(path.read_text())["evaluations"]:
+            if evaluation["iteration"] is not None:
+                for row in evaluation["rows"]:
+                    name = f"{evaluation['task']} {row['name']} top-1 %"
+                    found.append((name, float(evaluation["iteration"]), float(row["top1"])))
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as evaluation results ({error})") from error
