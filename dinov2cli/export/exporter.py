@@ -198,7 +198,7 @@ def _bundle(
 ) -> Bundle:
     architecture = weights.architecture
     if head is not None:
-        head_input(head.in_features, architecture.embed_dim)
+        head_input(head.in_features, architecture.embed_dim, architecture.depth)
     if image_size is not None and any(side < 1 or side % architecture.patch_size for side in image_size):
         raise WeightsError(
             f"image size {image_size[0]}x{image_size[1]}: both must be multiples of patch size "

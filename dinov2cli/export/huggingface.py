@@ -111,7 +111,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
     if architecture.num_register_tokens:
         config["num_register_tokens"] = architecture.num_register_tokens
     if bundle.head is not None:
-        if head_input(bundle.head.in_features, architecture.embed_dim) != (1, True):
+        if head_input(bundle.head.in_features, architecture.embed_dim, architecture.depth) != (1, True):
             raise WeightsError(
                 "transformers' classifier sees the class token and the mean patch token of the last block; this "
                 f"linear head has {bundle.head.in_features} inputs instead of {2 * architecture.embed_dim}",

@@ -60,5 +60,5 @@ def open_ours(bundle: Bundle, path: Path) -> Runner:
 def head_path(bundle: Bundle, path: Path) -> Path:
     """Where the linear head goes: beside the backbone, named as the released heads are."""
     assert bundle.head is not None
-    blocks, _ = head_input(bundle.head.in_features, bundle.architecture.embed_dim)
+    blocks, _ = head_input(bundle.head.in_features, bundle.architecture.embed_dim, bundle.architecture.depth)
     return path.with_name(f"{path.stem}_linear{'4' if blocks == 4 else ''}_head{path.suffix}")

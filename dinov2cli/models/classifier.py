@@ -35,7 +35,7 @@ class LinearClassifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.linear_head = linear_head
-        self.layers, self.avgpool = head_input(linear_head.in_features, backbone.embed_dim)
+        self.layers, self.avgpool = head_input(linear_head.in_features, backbone.embed_dim, backbone.depth)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, K]."""
@@ -53,18 +53,20 @@ def pool_features(outputs: Any, avgpool: bool) -> Tensor:
     return torch.cat([*parts, outputs[-1][0].mean(dim=1)] if avgpool else parts, dim=-1)
 
 
-def head_input(features: int, embed_dim: int) -> tuple[int, bool]:
+def head_input(features: int, embed_dim: int, depth: int) -> tuple[int, bool]:
     """The number of blocks and whether the mean patch token is in the input of a head with `features` inputs.
 
     Raises:
-        WeightsError: no such input.
+        WeightsError: no such input, from a backbone of this width and depth.
     """
-    for blocks, avgpool in _HEAD_INPUTS:
+    possible = [(blocks, avgpool) for blocks, avgpool in _HEAD_INPUTS if blocks <= depth]
+    for blocks, avgpool in possible:
         if features == (blocks + avgpool) * embed_dim:
             return blocks, avgpool
-    sizes = ", ".join(str((blocks + avgpool) * embed_dim) for blocks, avgpool in _HEAD_INPUTS)
+    sizes = ", ".join(str((blocks + avgpool) * embed_dim) for blocks, avgpool in possible)
     raise WeightsError(
-        f"a linear head with {features} inputs does not fit a backbone {embed_dim} wide (it would take {sizes})"
+        f"a linear head with {features} inputs does not fit a backbone {embed_dim} wide with {depth} blocks (it would "
+        f"take {sizes})"
     )
 
 
