@@ -174,7 +174,7 @@ def fit_color_basis(stream: FeatureStream, foreground: str | float = "auto") -> 
             to 1 over the robust range of the first component.
 
     Raises:
-        DataError: an empty stream.
+        DataError: an empty stream; a threshold above which no patch lies.
     """
     moments: StreamingCovariance | None = None
     for features in stream():
@@ -188,6 +188,8 @@ def fit_color_basis(stream: FeatureStream, foreground: str | float = "auto") -> 
     chosen = StreamingCovariance(len(moments.mean))
     for features in stream():
         chosen.update(kept.select(features))
+    if not chosen.count:
+        raise DataError(f"--foreground {foreground}: no patch lies above it; give a lower threshold")
     colors = chosen.principal_components(3)
     histograms = [_histogram_for(variance) for variance in colors.variance]
     for features in stream():
@@ -212,7 +214,7 @@ def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wan
         cut = -cut
     low, high = (histogram.percentile(percent) for percent in RANGE_PERCENTILES)
     everything = Foreground(separation, (low, high), None)
-    if wanted == "none":
+    if wanted == "none" or separation.variance[0] < 1e-18:  # pictures of one colour have nothing to separate
         return everything
     if wanted == "auto":
         share = _share_above(histogram, cut)
@@ -221,10 +223,7 @@ def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wan
             return everything
         logger.info("foreground: %.0f %% of the patches", 100 * share)
         return Foreground(separation, (low, high), (cut - low) / (high - low))
-    threshold = float(wanted)
-    if _share_above(histogram, low + threshold * (high - low)) < 1e-4:
-        raise DataError(f"--foreground {wanted}: no patch lies above it; give a lower threshold")
-    return Foreground(separation, (low, high), threshold)
+    return Foreground(separation, (low, high), float(wanted))
 
 
 def _histogram_for(variance: float) -> StreamingHistogram:

@@ -24,7 +24,7 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 SCHEDULES = ("lr", "last_layer_lr", "wd", "mom", "teacher_temp")
 SPEED = ("iter_time", "data_time")
 GROUPS = ("Scores", "Losses", "Schedules", "Monitors", "Speed")
-COLUMNS = 4
+COLUMNS = 5
 
 
 @dataclass(frozen=True)
