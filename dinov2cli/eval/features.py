@@ -124,7 +124,7 @@ class Extractor:
         """SHA-256 of the model: what tells its features from those of another."""
         return weights_hash(self.model)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: heads are trained on these
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)

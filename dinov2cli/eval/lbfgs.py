@@ -53,9 +53,10 @@ def minimise(
     start: Tensor,
     inverse_hessian: Tensor,
     *,
-    max_iter: int = 1000,
+    max_iter: int | Tensor = 1000,
     tol: float = 1e-12,
-    ftol: float = 64 * 2.3e-16,
+    ftol: float = 1e-14,
+    rounding: float = 1e-15,
     memory: int = 10,
 ) -> Solution:
     """Minimise P smooth convex functions side by side.
@@ -66,20 +67,22 @@ def minimise(
     Args:
         start: [P, n].
         inverse_hessian: [P, n], positive: a rough diagonal of it, which is refined from the steps taken.
+        max_iter: steps for each problem, or int64 [P].
         tol: a problem is solved once no component of its gradient is above this,
-        ftol: or once a step lowers its value by less than this, relatively; as in SciPy's L-BFGS-B.
+        ftol: or once a step lowers its value by less than this, relative to the larger of the value and 1.
+        rounding: relative error of the objective's values. Differences below it decide nothing; slopes do.
     """
     P = len(start)
     answer = Solution(start.clone(), start.new_zeros(P), torch.zeros(P, dtype=torch.int64, device=start.device), 0)
     run = _begin(objective, start, inverse_hessian, memory)
     evaluations = 1
+    budget = torch.as_tensor(max_iter, device=start.device).expand(P)
     while len(run.which):
         trial = run.point + run.step[:, None] * run.direction
         value, gradient = objective(trial, run.which)
         evaluations += 1
         slope = (gradient * run.direction).sum(1)
-        # Near the minimum differences of values are rounding errors; slopes decide then.
-        noise = 4 * torch.finfo(value.dtype).eps * run.value.abs()
+        noise = rounding * run.value.abs()
         too_long = ~(value <= run.value + ARMIJO * run.step * run.slope + noise)  # also when the value is not finite
         too_short = ~too_long & (slope < WOLFE * run.slope)
         exhausted = run.trials + 1 >= MAX_TRIALS
@@ -90,7 +93,7 @@ def minimise(
         solved = accepted & (
             (gradient.abs().amax(1) <= tol)
             | (lowered <= ftol * torch.maximum(run.value.abs(), value.new_ones(())))
-            | (run.iterations >= max_iter)
+            | (run.iterations >= budget[run.which])
         )
         done = solved | (exhausted & ~accepted)
         if done.any():

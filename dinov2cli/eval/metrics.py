@@ -23,7 +23,7 @@ class MetricType(StrEnum):
 
 
 class Accuracy(NamedTuple):
-    """Accuracies in percent, and of how many images. `per_class`: top-1 by class index, NaN for a class without image."""
+    """Accuracies in percent, of `images` images. `per_class`: top-1 by class index, NaN for a class without image."""
 
     top1: float
     top5: float

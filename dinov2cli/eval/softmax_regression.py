@@ -18,7 +18,7 @@ from dinov2cli import distributed
 from dinov2cli.errors import DataError
 from dinov2cli.eval.lbfgs import Objective, minimise
 
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 class Classifiers(NamedTuple):
@@ -46,14 +46,18 @@ def fit(
     *,
     max_iter: int = 1000,
     tol: float = 1e-12,
+    dtype: torch.dtype = torch.float64,
     start: Classifiers | None = None,
 ) -> Classifiers:
-    """Fit a classifier for every C, in the precision and on the device of `features`.
+    """Fit a classifier for every C, on the device of `features`.
+
+    The way to the minimum is gone in float32 products with float64 sums; its end, if `dtype` says so, in float64.
 
     Args:
-        features: [N, D], float64 or float32; with several processes each passes its own part.
+        features: float [N, D]; with several processes each passes its own part.
         targets: int64 [N].
-        max_iter, tol: as in scikit-learn, but the largest component of the mean gradient is what `tol` bounds.
+        max_iter, tol: as in scikit-learn; `tol` bounds the largest component of the gradient of the mean loss.
+        dtype: float64 solves to `tol`; float32 stops where its products cannot tell better from worse.
         start: classifiers for the same Cs and classes to begin from.
 
     Raises:
@@ -63,56 +67,62 @@ def fit(
     N, D, K = int(distributed.all_reduce_sum(torch.tensor(len(targets)))), features.shape[1], len(classes)
     if K < 2:
         raise DataError(f"logistic regression needs at least two classes; the train images have {K}.")
+    features = features.double()
     rotation, mean, variance = _principal_axes(features, N)
     rotated = (features - mean) @ rotation
-    strength = torch.tensor(Cs, dtype=features.dtype, device=features.device)
+    labels = torch.searchsorted(classes, targets)
     # With two classes scikit-learn penalises one vector, the difference w of ours, which are w/2 and -w/2: |w|^2 / 2
     # there is twice our |w/2|^2 / 2 + |w/2|^2 / 2.
-    penalty = 1 / (N * strength * (0.5 if K == 2 else 1))
+    penalty = 1 / (N * torch.tensor(Cs).to(features) * (0.5 if K == 2 else 1))
 
     def view(parameters: Tensor) -> tuple[Tensor, Tensor]:
         return parameters[:, : K * D].view(-1, K, D), parameters[:, K * D :]
 
-    begin = features.new_zeros(len(Cs), K * (D + 1))
+    points = features.new_zeros(len(Cs), K * (D + 1))
     if start is not None:
-        weight, bias = view(begin)
+        weight, bias = view(points)
         weight.copy_(start.weight @ rotation)
         bias.copy_(start.bias + start.weight @ mean)
     curvature = (1 - 1 / K) / K  # of the cross-entropy where all classes are equally likely
-    hessian = torch.ones_like(begin) * curvature
+    hessian = torch.full_like(points, curvature)
     view(hessian)[0].copy_(curvature * variance + penalty[:, None, None])
-    objective = _objective(rotated, torch.searchsorted(classes, targets), penalty, N, K)
-    eps = torch.finfo(features.dtype).eps
-    found = minimise(objective, begin, 1 / hessian, max_iter=max_iter, tol=tol, ftol=64 * eps)
+
+    rough = _objective(rotated.float(), labels, penalty, N, K)
+    found = minimise(rough, points, 1 / hessian, max_iter=max_iter, tol=tol, ftol=1e-8, rounding=1e-9)
+    iterations = found.iterations
+    if dtype is torch.float64:
+        exact = _objective(rotated, labels, penalty, N, K)
+        left = (max_iter - iterations).clamp(min=1)
+        found = minimise(exact, found.points, 1 / hessian, max_iter=left, tol=tol)
+        iterations = iterations + found.iterations
     weight, bias = view(found.points)
     weight = weight @ rotation.T
-    return Classifiers(tuple(Cs), weight, bias - weight @ mean, classes, found.iterations)
+    return Classifiers(tuple(Cs), weight, bias - weight @ mean, classes, iterations)
 
 
 def _objective(features: Tensor, labels: Tensor, penalty: Tensor, N: int, K: int) -> Objective:
-    """Mean cross-entropy + penalty |W|^2 / 2 of all problems, and gradients: one product each way for all of them."""
+    """Mean cross-entropy + penalty |W|^2 / 2 of all problems, and gradients: one product each way for all of them.
+
+    Products are in the precision of `features`, points and sums in float64.
+    """
     n, D = features.shape
 
     def evaluate(parameters: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         P = len(which)
-        weight, bias = parameters[:, : K * D].reshape(P * K, D), parameters[:, K * D :].reshape(P * K)
-        value, gradient = parameters.new_zeros(P), torch.zeros_like(parameters)
-        weight_gradient, bias_gradient = parameters.new_zeros(P * K, D), parameters.new_zeros(P * K)
-        rows = max(256, _CHUNK_BYTES.get(features.device.type, 16 << 20) // (P * K * features.element_size()))
+        totals = parameters.new_zeros(P, 1 + K * (D + 1))  # value, weight gradient, bias gradient
+        weight = parameters[:, : K * D].reshape(P * K, D).to(features)
+        bias = parameters[:, K * D :].reshape(P * K).to(features)
+        rows = max(256, _CHUNK_BYTES.get(features.device.type, 32 << 20) // (P * K * features.element_size()))
         for begin in range(0, n, rows):
             x, y = features[begin : begin + rows], labels[begin : begin + rows]
-            logits = torch.addmm(bias, x, weight.T).view(len(x), P, K)
             own = y[:, None, None].expand(-1, P, 1)
-            log_probabilities = logits.log_softmax(2)
-            value -= log_probabilities.gather(2, own)[:, :, 0].sum(0)
-            error = log_probabilities.exp_()
-            error.scatter_add_(2, own, error.new_full((), -1.0).expand_as(own))
-            error = error.view(len(x), P * K)
-            weight_gradient.addmm_(error.T, x)
-            bias_gradient += error.sum(0)
-        gradient[:, : K * D] = weight_gradient.view(P, K * D)
-        gradient[:, K * D :] = bias_gradient.view(P, K)
-        totals = distributed.all_reduce_sum(torch.cat((value[:, None], gradient), 1)) / N
+            log_probability = torch.addmm(bias, x, weight.T).view(-1, P, K).log_softmax(2)
+            totals[:, 0] -= log_probability.gather(2, own)[:, :, 0].sum(0, dtype=totals.dtype)
+            error = log_probability.exp_()
+            error.scatter_add_(2, own, error.new_full((), -1.0).expand(own.shape))
+            totals[:, 1 : 1 + K * D] += (error.view(-1, P * K).T @ x).view(P, K * D)
+            totals[:, 1 + K * D :] += error.sum(0, dtype=totals.dtype)
+        totals = distributed.all_reduce_sum(totals) / N
         value, gradient = totals[:, 0], totals[:, 1:]
         squares = parameters[:, : K * D].square().sum(1)
         gradient[:, : K * D] += penalty[which, None] * parameters[:, : K * D]

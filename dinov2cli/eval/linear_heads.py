@@ -1,0 +1,151 @@
+"""Many linear classifiers on the same frozen features, trained together in few products.
+
+Shapes: B images, D width of the model, F inputs of a head, R learning rates, C classes, n blocks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2cli import distributed
+from dinov2cli.models.classifier import head_input
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+N_BLOCKS = (1, 4)
+MOMENTUM = 0.9
+
+
+class HeadInput(NamedTuple):
+    """What a head sees: the class tokens of the last blocks, earliest first, then the last mean patch token."""
+
+    n_blocks: int
+    avgpool: bool
+
+    def of(self, features: Mapping[str, Tensor]) -> Tensor:
+        """[B, F] of the features of `eval.features` (`last_cls` [B, n, D], `mean_patch` [B, D])."""
+        tokens = features["last_cls"][:, -self.n_blocks :].flatten(1)
+        return torch.cat((tokens, features["mean_patch"]), 1) if self.avgpool else tokens
+
+    @property
+    def key(self) -> str:
+        """As in the names of the reference implementation's heads."""
+        return f"{self.n_blocks}_blocks_avgpool_{self.avgpool}"
+
+
+class LinearHeads(nn.Module):
+    """R heads for each input, their weights stacked, so that one product serves all learning rates.
+
+    Args:
+        width: D.
+        n_classes: C.
+        learning_rates: base rates, for a batch of 256 images.
+        batch: images in a step on all processes; rates are scaled by batch / 256.
+        n_blocks: numbers of last blocks; each is tried with and without the mean patch token.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_classes: int,
+        *,
+        learning_rates: Sequence[float] = LEARNING_RATES,
+        batch: int = 256,
+        n_blocks: Sequence[int] = N_BLOCKS,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.inputs = [HeadInput(n, avgpool) for n in n_blocks for avgpool in (False, True)]
+        self.n_classes = n_classes
+        rates = [rate * batch / 256 for rate in learning_rates]
+        self.names = [f"classifier_{i.key}_lr_{rate}" for i in self.inputs for rate in rate_names(rates)]
+        self.register_buffer("rates", torch.tensor(rates), persistent=False)
+        R = len(rates)
+        self.weights = nn.ParameterDict()
+        self.biases = nn.ParameterDict()
+        for each in self.inputs:
+            weight = torch.empty(R, n_classes, (each.n_blocks + each.avgpool) * width)
+            self.weights[each.key] = nn.Parameter(weight.normal_(std=0.01, generator=generator))
+            self.biases[each.key] = nn.Parameter(torch.zeros(R, n_classes))
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits of every head, in the order of `names`: float32 [H, B, C]."""
+        return torch.cat(list(self._logits(features)))
+
+    def loss(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """The heads' mean cross-entropies, each times the head's learning rate, summed.
+
+        SGD with rate 1 on this is SGD with its own rate for each head: momentum is linear in the gradient.
+        """
+        labels = targets.repeat(len(self.rates))
+        total = self.rates.new_zeros(())
+        for logits in self._logits(features):  # [R, B, C]
+            losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none").view(len(self.rates), -1)
+            total = total + self.rates @ losses.mean(1)
+        return total
+
+    def head(self, name: str) -> nn.Linear:
+        """One head as a layer of its own.
+
+        Raises:
+            KeyError: no head of that name.
+        """
+        if name not in self.names:
+            raise KeyError(name)
+        which, rate = divmod(self.names.index(name), len(self.rates))
+        key = self.inputs[which].key
+        return linear_layer(self.weights[key][rate], self.biases[key][rate])
+
+    def _logits(self, features: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        for each in self.inputs:
+            weight, bias = self.weights[each.key], self.biases[each.key]
+            logits = F.linear(each.of(features), weight.flatten(0, 1), bias.flatten())
+            yield logits.unflatten(1, bias.shape).transpose(0, 1)
+
+
+class HeadTrainer:
+    """SGD with momentum and a cosine to zero, as in the paper; no weight decay."""
+
+    def __init__(self, heads: LinearHeads, iterations: int) -> None:
+        self.heads = heads
+        self.iterations = iterations
+        self.optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=MOMENTUM, fused=True)
+
+    def step(self, iteration: int, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """One step on this process's part of a batch; gradients are averaged over processes. Returns the loss."""
+        self.optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * iteration / self.iterations)) / 2
+        self.optimizer.zero_grad()
+        loss = self.heads.loss(features, targets)
+        loss.backward()
+        for parameter in self.heads.parameters():
+            assert parameter.grad is not None
+            distributed.all_reduce_mean(parameter.grad)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def rate_names(rates: Sequence[float]) -> list[str]:
+    """Learning rates as the reference implementation writes them in names, with more digits where two look alike."""
+    digits = 5
+    names = [f"{rate:.{digits}f}" for rate in rates]
+    while len(set(names)) < len(set(rates)) and digits < 12:
+        digits += 1
+        counts = {name: names.count(name) for name in names}
+        names = [f"{rate:.{digits}f}" if counts[name] > 1 else name for rate, name in zip(rates, names, strict=True)]
+    return [name.replace(".", "_") for name in names]
+
+
+def input_of_head(head: nn.Linear, width: int) -> HeadInput:
+    """What a head read from a file was made for, from its number of inputs; WeightsError if it fits nothing."""
+    return HeadInput(*head_input(head.in_features, width))
+
+
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A frozen layer that holds copies of `weight` [C, F] and `bias` [C]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+    return layer

@@ -1,0 +1,115 @@
+"""Logistic regression on frozen features, to the protocol of the DINOv2 evaluation.
+
+C is chosen among 45 values on held-out images: a fine-tune set, the val set if so wished, or a random tenth of the
+train set. With it the classifier is fitted again to all images but those of val, and measured on val.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinov2cli import distributed
+from dinov2cli.console import logger
+from dinov2cli.errors import DataError
+from dinov2cli.eval.features import Features
+from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
+from dinov2cli.eval.softmax_regression import Classifiers, fit
+
+C_VALUES = tuple((10 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist())
+
+
+@dataclass(frozen=True)
+class LogregSettings:
+    """What may be chosen in the protocol; the defaults are the reference implementation's."""
+
+    Cs: tuple[float, ...] = C_VALUES
+    max_iter: int = 1000
+    tol: float = 1e-12
+    dtype: str = "float64"
+    finetune_on_val: bool = False
+    metric: MetricType = MetricType.MEAN_ACCURACY
+
+
+class LogregResult(NamedTuple):
+    """Accuracy on val, the C it was reached with, and the accuracy of each C on the images it was chosen on."""
+
+    accuracy: Accuracy
+    best_C: float  # noqa: N815 (the field's letter)
+    sweep: dict[float, float]
+    classifier: Classifiers
+
+
+def evaluate_logreg(
+    train: Features,
+    val: Features,
+    finetune: Features | None = None,
+    settings: LogregSettings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> LogregResult:
+    """Choose C, fit, measure. With several processes each holds its own part of every set.
+
+    Raises:
+        DataError: fewer than two classes, or too few train images to hold a tenth out.
+    """
+    settings = settings or LogregSettings()
+    n_classes = 1 + max(_largest(part) for part in (train, val, finetune) if part is not None)
+    if finetune is None and settings.finetune_on_val:
+        fitted_on, chosen_on = train, val
+    elif finetune is None:
+        fitted_on, chosen_on = hold_out_tenth(train)
+    else:
+        fitted_on, chosen_on = train, finetune
+    sweep = _fit([fitted_on], settings.Cs, settings, device)
+    accuracies = measure(sweep, chosen_on, n_classes, settings.metric)
+    scores = [accuracy.top1 for accuracy in accuracies]
+    best = scores.index(max(scores))  # of equals the smallest C, the most regularised
+    best_C = settings.Cs[best]
+    logger.info("logistic regression: C = %.3g is best with %.2f %%", best_C, scores[best])
+    everything = [train] if finetune is None else [train, finetune]
+    final = _fit(everything, [best_C], settings, device)
+    (accuracy,) = measure(final, val, n_classes, settings.metric)
+    return LogregResult(accuracy, best_C, dict(zip(settings.Cs, scores, strict=True)), final)
+
+
+def hold_out_tenth(features: Features, seed: int = 0) -> tuple[Features, Features]:
+    """A random tenth of the images taken out: (the rest, the tenth). The same images whatever the processes."""
+    order = torch.randperm(features.size, generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(features.size, dtype=torch.bool)
+    held[order[: features.size // 10]] = True
+    if not held.any():
+        raise DataError(f"{features.size} train images are too few to choose C on a tenth of them; give at least 10.")
+    here = held[features.indices]
+    return _select(features, ~here), _select(features, here)
+
+
+def measure(classifiers: Classifiers, features: Features, n_classes: int, metric: MetricType) -> list[Accuracy]:
+    """Accuracy of every classifier on `features`."""
+    device = classifiers.weight.device
+    meter = AccuracyMeter(n_classes, len(classifiers.Cs), metric, device=str(device))
+    for cls, targets in zip(features.cls.split(512), features.targets.split(512), strict=True):
+        meter.update(classifiers.scores(cls.to(device), n_classes), targets)
+    return meter.compute()
+
+
+def _fit(
+    parts: Sequence[Features], Cs: Sequence[float], settings: LogregSettings, device: torch.device | str
+) -> Classifiers:
+    features = torch.cat([part.cls for part in parts]).to(device)
+    targets = torch.cat([part.targets for part in parts]).to(device)
+    dtype = getattr(torch, settings.dtype)
+    return fit(features, targets, Cs, max_iter=settings.max_iter, tol=settings.tol, dtype=dtype)
+
+
+def _select(features: Features, mask: Tensor) -> Features:
+    tensors = {name: tensor[mask] for name, tensor in features.tensors.items()}
+    size = int(distributed.all_reduce_sum(mask.sum()))
+    return Features(tensors, features.targets[mask], features.indices[mask], size)
+
+
+def _largest(features: Features) -> int:
+    here = features.targets.max() if len(features.targets) else torch.tensor(-1)
+    return int(distributed.all_reduce_max(here.clone()))

@@ -1,0 +1,96 @@
+"""Further images to test a trained classifier on: with other labels, other classes or another way of counting."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.errors import DataError
+from dinov2cli.eval.metrics import MetricType
+
+if TYPE_CHECKING:
+    from dinov2cli.data.datasets import ImageDataset
+
+_IMAGENET_VAL = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A dataset and how it is scored.
+
+    Args:
+        dataset: dataset string.
+        metric: how hits are averaged.
+        class_mapping: a `.npy` with the classifier's class for each class of the dataset (as for ImageNet-A and -R).
+        labels: a file with the labels, in place of the dataset's: `.npy` int [N] or [N, L] padded with -1, or a JSON
+            list of numbers or of lists (ImageNet-ReaL's `real.json`).
+    """
+
+    __test__ = False  # not a test case for pytest
+
+    dataset: str
+    metric: MetricType = MetricType.MEAN_ACCURACY
+    class_mapping: Path | None = None
+    labels: Path | None = None
+
+
+def read_class_mapping(path: Path, n_classes: int) -> Tensor:
+    """The classifier's class for each class of a dataset: int64 [C'].
+
+    Raises:
+        DataError: not such a file, or it names a class that the classifier does not have.
+    """
+    mapping = torch.as_tensor(_read_npy(path))
+    if mapping.dim() != 1 or mapping.is_floating_point() or not len(mapping):
+        raise DataError(f"{path}: a class mapping is a 1-dimensional .npy of integers; this is {tuple(mapping.shape)}.")
+    if int(mapping.min()) < 0 or int(mapping.max()) >= n_classes:
+        raise DataError(
+            f"{path}: class {int(mapping.max())} is outside the classifier's {n_classes} classes, 0 to {n_classes - 1}."
+        )
+    return mapping.long()
+
+
+def read_labels(path: Path, dataset: "ImageDataset") -> Tensor:
+    """Labels for the images of `dataset`, in its order: int64 [N] or [N, L] padded with -1.
+
+    A file for all 50,000 ImageNet validation images is in the order of their numbers, as ReaL's is.
+
+    Raises:
+        DataError: not such a file, or of another length than the dataset.
+    """
+    if path.suffix == ".npy":
+        labels = torch.as_tensor(_read_npy(path)).long()
+    else:
+        labels = _read_json_labels(path)
+    if len(labels) != len(dataset):
+        raise DataError(f"{path}: {len(labels)} labels, but {dataset.describe()} has {len(dataset)} images.")
+    numbers = [_IMAGENET_VAL.search(dataset.path(i)) for i in range(len(dataset))]
+    if all(numbers):
+        order = torch.tensor([int(number[1]) - 1 for number in numbers if number])
+        if sorted(order.tolist()) == list(range(len(dataset))):
+            labels = labels[order]
+    return labels
+
+
+def _read_json_labels(path: Path) -> Tensor:
+    try:
+        content = json.loads(path.read_text())
+        lists = [item if isinstance(item, list) else [item] for item in content]
+        longest = max(map(len, lists), default=1)
+        padded = torch.tensor([[*labels, *[-1] * (longest - len(labels))] for labels in lists], dtype=torch.int64)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a JSON list of labels or of lists of labels ({error}).") from None
+    single = bool(lists) and not isinstance(content[0], list)
+    return padded[:, 0] if single else padded.reshape(len(lists), -1)
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as .npy ({error}).") from None
