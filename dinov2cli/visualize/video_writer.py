@@ -137,7 +137,8 @@ class VideoWriter(Writer):
         # The index first, so that the video plays while it downloads.
         options = {"movflags": "+faststart"} if suffix != ".mkv" else {}
         self._container = av.open(str(self.aside), "w", format=VIDEO_FORMATS[suffix], options=options)
-        self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18"})
+        # No frames out of order: with them, mp4's duration of a video of variable frame rate comes out wrong.
+        self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18", "bf": "0"})
 
     def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
         height, width = image.shape[:2]
