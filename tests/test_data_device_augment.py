@@ -6,7 +6,7 @@ import torch
 
 from dinov2cli.config import load_config
 from dinov2cli.data import device_augment, pixels
-from dinov2cli.data.augmentations import color_crop, normalize
+from dinov2cli.data.augmentations import COLOR_STEPS, normalize
 from dinov2cli.data.crop_parameters import CropRecipe, draw_crops
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.data.device_augment import ColorDecisions, color_crops
@@ -43,7 +43,9 @@ def test_blur_with_a_sigma_a_crop(photos: np.ndarray) -> None:
 def test_whole_chains_within_a_grey_level(photos: np.ndarray) -> None:
     recipes = (CropRecipe(64, (0.3, 1.0), blur=0.5, solarize=0.2),)
     parameters = [draw_crops(recipes, 64, 64, sample_rng(0, k))[0] for k in range(len(photos))]
-    workers = np.stack([color_crop(photo, p) for photo, p in zip(photos, parameters, strict=True)])
+    workers = photos
+    for step in COLOR_STEPS:
+        workers = np.stack([step(crop, p) for crop, p in zip(workers, parameters, strict=True)])
     device = color_crops(torch.from_numpy(photos), ColorDecisions.of(parameters)).permute(0, 2, 3, 1).numpy()
     error = np.abs(device - workers).mean(axis=(1, 2, 3))
     assert error.mean() < 0.5

@@ -11,7 +11,7 @@ import cv2
 import torch
 
 from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CROPS, Crops, MultiCropAugmentation
-from dinov2cli.data.collate import collate
+from dinov2cli.data.collate import CropBuffers, collate
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
@@ -85,7 +85,7 @@ def time_stages(config: Any, dataset: ImageDataset, images: int) -> dict[str, fl
         yield
         total[stage] += time.perf_counter() - started
 
-    crops: list[Crops] = []
+    buffers = CropBuffers(augmentation.recipes, batch_size)
     for k in range(-min(images, 10), images):  # the first few warm caches up
         if k == 0:
             total.clear()
@@ -99,14 +99,16 @@ def time_stages(config: Any, dataset: ImageDataset, images: int) -> dict[str, fl
         views = [image] * len(drawn)
         for step in (*GEOMETRIC_STEPS, *COLOR_STEPS):
             with timed(step.__name__.removeprefix("random_").replace("_", " ")):
-                views = [step(view, d) for view, d in zip(views, drawn, strict=True)]
-        crops.append(Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]))
-        if len(crops) == batch_size or k == images - 1:
+                views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
+        place = k % batch_size
+        with timed("collate"):
+            buffers.put(place, Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]))
+        if place == batch_size - 1 or k == images - 1:
             with timed("masks"):
-                masks = make_masks(2 * len(crops), masking, mask_rng(0, abs(k), 0))
+                masks = make_masks(2 * batch_size, masking, mask_rng(0, abs(k), 0))
             with timed("collate"):
-                collate(crops, masks, iteration=0, samples=[0] * len(crops), bad=[])
-            crops = []
+                collate(buffers, masks, iteration=0, samples=[0] * batch_size, bad=[])
+                buffers = CropBuffers(augmentation.recipes, batch_size)
     return {stage: 1000 * seconds / images for stage, seconds in total.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from dinov2cli.data.augmentations import GLOBAL_CROPS, Crops, normalize
-from dinov2cli.data.crop_parameters import CropParameters
+from dinov2cli.data.crop_parameters import CropParameters, CropRecipe
 from dinov2cli.data.device_augment import ColorDecisions, color_crops, normalize_levels
 
 
@@ -66,8 +66,29 @@ class MultiCropBatch:
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
+class CropBuffers:
+    """The crops of B images as they are made: each is copied to its place while it is still in the cache.
+
+    Args:
+        recipes: of all views, the global ones first.
+        batch_size: B.
+    """
+
+    def __init__(self, recipes: tuple[CropRecipe, ...], batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.global_crops = _empty_views([recipe.size for recipe in recipes[:GLOBAL_CROPS]], batch_size)
+        self.local_crops = _empty_views([recipe.size for recipe in recipes[GLOBAL_CROPS:]], batch_size)
+        self._places = self.global_crops.numpy(), self.local_crops.numpy()
+
+    def put(self, image: int, crops: Crops) -> None:
+        """Store the crops of the batch's image with this number."""
+        for places, views in zip(self._places, crops, strict=True):
+            for view, crop in enumerate(views):
+                places[view * self.batch_size + image] = crop
+
+
 def collate(
-    crops: list[Crops],
+    crops: CropBuffers,
     masks: np.ndarray,
     *,
     iteration: int,
@@ -75,15 +96,15 @@ def collate(
     bad: list[str],
     parameters: list[list[CropParameters]] | None = None,
 ) -> MultiCropBatch:
-    """Stack the views of B images, view by view, and index the masked patches.
+    """Crops and masks (bool [2B, N]) as a batch, with the masked patches indexed.
 
     `parameters` [B][views] are given where the colour operations are left to the device.
     """
     masks_ = torch.from_numpy(masks)
     masked_per_image = masks_.sum(dim=1, keepdim=True).clamp(min=1)
     return MultiCropBatch(
-        global_crops=_stack([image.global_crops for image in crops]),
-        local_crops=_stack([image.local_crops for image in crops]),
+        global_crops=crops.global_crops,
+        local_crops=crops.local_crops,
         masks=masks_,
         mask_indices=masks_.flatten().nonzero().flatten(),
         masks_weight=(1 / masked_per_image.float()).expand_as(masks_)[masks_],
@@ -102,18 +123,10 @@ def _color_decisions(parameters: list[list[CropParameters]]) -> tuple[ColorDecis
     )
 
 
-def _stack(views: list[list[np.ndarray]]) -> Tensor:
-    """[B][n] arrays [S, S, 3] -> [n*B, S, S, 3], view by view."""
-    in_order = [image[view] for view in range(len(views[0])) for image in views]
-    if not in_order:
-        return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    stacked = _empty((len(in_order), *in_order[0].shape))
-    np.stack(in_order, out=stacked.numpy())
-    return stacked
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8 tensor; in a worker process it lies in shared memory at once, which saves a copy."""
+def _empty_views(sizes: list[int], batch_size: int) -> Tensor:
+    """Uninitialised uint8 [views * B, S, S, 3]; in a worker process in shared memory at once, which saves a copy."""
+    size = sizes[0] if sizes else 0
+    shape = (len(sizes) * batch_size, size, size, 3)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))

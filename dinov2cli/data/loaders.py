@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2cli.data.augmentations import (
-    GLOBAL_CROPS,
-    Crops,
-    MultiCropAugmentation,
-    cut_crop,
-    render_crop,
-    shrink_for,
-    shrunk,
-)
-from dinov2cli.data.collate import MultiCropBatch, collate
+from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_crops, shrink_for, shrunk
+from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
@@ -106,7 +98,13 @@ class _TrainBatches(Dataset):
     def batch(self, step: int) -> MultiCropBatch:
         first = (step * self.world_size + self.rank) * self.batch_size
         bad: list[str] = []
-        drawn = [self.sample(k, bad) for k in range(first, first + self.batch_size)]
+        buffers = CropBuffers(self.augmentation.recipes, self.batch_size)
+        samples, parameters = [], []
+        for image in range(self.batch_size):
+            sample = self.sample(first + image, bad)
+            buffers.put(image, sample.crops)
+            samples.append(sample.dataset_index)
+            parameters.append(sample.parameters)
         masks = make_masks(
             2 * self.batch_size,
             self.masking,
@@ -114,14 +112,8 @@ class _TrainBatches(Dataset):
             sample_probability=self.mask_probability,
             ratio_range=self.mask_ratios,
         )
-        batch = collate(
-            [sample.crops for sample in drawn],
-            masks,
-            iteration=step,
-            samples=[sample.dataset_index for sample in drawn],
-            bad=bad,
-            parameters=[sample.parameters for sample in drawn] if self.device_augment else None,
-        )
+        deferred = parameters if self.device_augment else None
+        batch = collate(buffers, masks, iteration=step, samples=samples, bad=bad, parameters=deferred)
         return batch.normalized() if self.normalize_here else batch
 
     def sample(self, k: int, bad: list[str]) -> "_Sample":
@@ -146,9 +138,7 @@ class _TrainBatches(Dataset):
         image = encoded.pixels(shrink)
         if shrink > 1:
             parameters = [shrunk(p, shrink, *image.shape[:2]) for p in parameters]
-        render = cut_crop if self.device_augment else render_crop
-        views = [render(image, p) for p in parameters]
-        return _Sample(index, Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]), parameters)
+        return _Sample(index, render_crops(image, parameters, color=not self.device_augment), parameters)
 
 
 class _Sample(NamedTuple):

@@ -27,7 +27,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
     # torch picks its vectorised kernel by the strides of a channels-last tensor, batch stride included.
-    nchw = torch.from_numpy(np.ascontiguousarray(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    nchw = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     resized = F.interpolate(nchw, size=(height, width), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
@@ -49,7 +49,8 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with its mean grey; 1 is the identity."""
-    mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    red, green, blue, _ = cv2.mean(image)
+    mean = int(0.299 * red + 0.587 * green + 0.114 * blue + 0.5)
     return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + _TRUNCATE)
 
 
