@@ -1,17 +1,33 @@
 """`dino2 eval`: k-NN, logistic regression and linear probe of frozen features."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from dinov2cli.cli.eval_options import (
+    Arguments,
+    AsJson,
+    BatchSize,
+    ConfigFile,
+    Device,
+    ImageSize,
+    NoCache,
+    NumWorkers,
+    OutputDir,
+    PretrainedWeights,
+    TrainDataset,
+    ValDataset,
+    load,
+    make_extraction,
+    make_test_sets,
+    metric_type,
+    one_of,
+    read_head,
+    show,
+)
 from dinov2cli.cli.variadic import VariadicCommand
-from dinov2cli.errors import ConfigError, WeightsError
-
-if TYPE_CHECKING:
-    from dinov2cli.eval.reports import Evaluation
-    from dinov2cli.eval.subject import Subject
-    from dinov2cli.eval.tasks import Extraction
+from dinov2cli.errors import ConfigError
 
 evaluation = typer.Typer(
     name="eval",
@@ -20,49 +36,6 @@ evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="CKPT [a.b=value ...]",
-        show_default=False,
-        help="What to evaluate: a run folder (its newest teacher), a teacher_checkpoint.pth, .pth or .safetensors "
-        "file, a Hugging Face folder, a URL or a released name such as dinov2_vits14; then changes of its config.",
-    ),
-]
-PretrainedWeights = Annotated[
-    str | None, typer.Option("--pretrained-weights", metavar="CKPT", help="Another way to give CKPT.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config-file", metavar="YAML", help="Configuration instead of the run's own.")
-]
-TrainDataset = Annotated[
-    str | None,
-    typer.Option(
-        "--train-dataset",
-        metavar="DATASET",
-        help="Labelled images to learn from: a folder with a subfolder per class, or a string such as "
-        "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names.",
-    ),
-]
-ValDataset = Annotated[
-    str | None, typer.Option("--val-dataset", metavar="DATASET", help="Labelled images to classify, likewise.")
-]
-OutputDir = Annotated[
-    Path | None,
-    typer.Option("--output-dir", metavar="DIR", help="Where results go; by default beside the run's teacher."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Images at a time.")]
-NumWorkers = Annotated[
-    int | None, typer.Option("--num-workers", min=0, help="Processes that decode images; by default from the cores.")
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option("--image-size", min=1, help="Side in pixels to evaluate at; by default the model's, at most 224."),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default a GPU if there is one.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Extract features anew and keep none.")]
 
 
 @evaluation.command("knn", cls=VariadicCommand)
@@ -111,72 +84,187 @@ def knn(
     if 0 in settings.n_per_class:
         raise ConfigError("--n-per-class-list 0: give at least 1 image per class, or -1 for all.")
     with process_group():
-        subject, train, val = _load(arguments, pretrained_weights, config_file, train_dataset, val_dataset)
+        subject, train, val = load(arguments, pretrained_weights, config_file, train_dataset, val_dataset)
         result = run_knn(
             subject,
             train,
             val,
             settings=settings,
-            extraction=_extraction(image_size, batch_size, num_workers, device, no_cache),
+            extraction=make_extraction(image_size, batch_size, num_workers, device, no_cache),
             search_on_cpu=gather_on_cpu,
             output_dir=output_dir,
         )
-    _print(result, as_json)
+    show(result, as_json)
 
 
-def split_arguments(arguments: list[str] | None, pretrained_weights: str | None) -> tuple[str, list[str]]:
-    """CKPT and overrides from the positional arguments; CKPT may come from `--pretrained-weights` instead.
+@evaluation.command("logreg", cls=VariadicCommand)
+def logreg(
+    arguments: Arguments = None,
+    train_dataset: TrainDataset = None,
+    val_dataset: ValDataset = None,
+    output_dir: OutputDir = None,
+    config_file: ConfigFile = None,
+    pretrained_weights: PretrainedWeights = None,
+    finetune_dataset: Annotated[
+        str | None,
+        typer.Option("--finetune-dataset", "--finetune-dataset-str", metavar="DATASET", help="Images to choose C on."),
+    ] = None,
+    finetune_on_val: Annotated[
+        bool, typer.Option("--finetune-on-val", help="Choose C on the val set instead of a tenth of the train set.")
+    ] = False,
+    metric: Annotated[
+        str, typer.Option("--metric-type", help="mean_accuracy, mean_per_class_accuracy or per_class_accuracy.")
+    ] = "mean_accuracy",
+    train_dtype: Annotated[str, typer.Option("--train-dtype", help="float64, or float32 for less precision.")] = (
+        "float64"
+    ),
+    train_device: Annotated[
+        str | None, typer.Option("--train-features-device", help="Where to fit; by default where features are made.")
+    ] = None,
+    max_iter: Annotated[int, typer.Option("--max-train-iters", min=1, help="Steps of L-BFGS for each C.")] = 1000,
+    batch_size: BatchSize = 256,
+    num_workers: NumWorkers = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a logistic regression to the features, its strength C chosen among 45 values.
 
-    Raises:
-        WeightsError: there is no CKPT.
-        ConfigError: something after it is no `a.b=value`.
+    C is chosen on a random tenth of the train images (or a fine-tune set, or val), then all train images are fitted.
+
+    Example:
+
+        dino2 eval logreg runs/demo --train-dataset photos/train --val-dataset photos/val
     """
-    words = list(arguments or [])
-    checkpoint = pretrained_weights or (words.pop(0) if words else None)
-    if checkpoint is None:
-        raise WeightsError(
-            "No checkpoint given.",
-            hint="Name a run folder, a weights file or a released model: dino2 eval knn CKPT ...",
+    from dinov2cli.distributed import process_group
+    from dinov2cli.eval.logreg import LogregSettings
+    from dinov2cli.eval.tasks import run_logreg
+
+    settings = LogregSettings(
+        max_iter=max_iter,
+        dtype=one_of(train_dtype, ("float64", "float32"), "--train-dtype"),
+        finetune_on_val=finetune_on_val,
+        metric=metric_type(metric, "--metric-type"),
+    )
+    with process_group():
+        subject, train, val = load(arguments, pretrained_weights, config_file, train_dataset, val_dataset)
+        result = run_logreg(
+            subject,
+            train,
+            val,
+            finetune_dataset=finetune_dataset,
+            settings=settings,
+            extraction=make_extraction(image_size, batch_size, num_workers, device, no_cache),
+            fit_on=train_device,
+            output_dir=output_dir,
         )
-    for word in words:
-        if "=" not in word:
-            raise ConfigError(f"'{word}' is no change of the configuration; these are written a.b=value.")
-    return checkpoint, words
+    show(result, as_json)
 
 
-def _load(
-    arguments: list[str] | None,
-    pretrained_weights: str | None,
-    config_file: Path | None,
-    train_dataset: str | None,
-    val_dataset: str | None,
-) -> tuple["Subject", str, str]:
-    from dinov2cli.console import set_up_logging
-    from dinov2cli.eval.subject import datasets_for, load_subject
+@evaluation.command("linear", cls=VariadicCommand)
+def linear(
+    arguments: Arguments = None,
+    train_dataset: TrainDataset = None,
+    val_dataset: ValDataset = None,
+    output_dir: OutputDir = None,
+    config_file: ConfigFile = None,
+    pretrained_weights: PretrainedWeights = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            "--classifier-fpath",
+            metavar="HEAD",
+            help="Evaluate a trained head instead of training: a file of weight and bias, a URL, or a released name "
+            "such as dinov2_vitb14_lc.",
+        ),
+    ] = None,
+    head_layers: Annotated[int, typer.Option("--head-layers", help="1 or 4: which of the released heads.")] = 4,
+    frozen_crops: Annotated[
+        bool, typer.Option("--frozen-crops", help="Fast approximation: train on the features of centre crops.")
+    ] = False,
+    test_datasets: Annotated[
+        list[str] | None, typer.Option("--test-datasets", metavar="DATASET", help="Further datasets to test on.")
+    ] = None,
+    test_metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--test-metric-types",
+            help="For each test dataset: mean_accuracy, mean_per_class_accuracy, per_class_accuracy or "
+            "imagenet_real_accuracy [as val].",
+        ),
+    ] = None,
+    test_mappings: Annotated[
+        list[str] | None,
+        typer.Option("--test-class-mapping-fpaths", metavar="NPY", help="For each test dataset: classes, or None."),
+    ] = None,
+    test_labels: Annotated[
+        list[str] | None,
+        typer.Option("--test-labels", metavar="FILE", help="For each test dataset: .npy or .json labels, or None."),
+    ] = None,
+    val_mapping: Annotated[
+        Path | None, typer.Option("--val-class-mapping-fpath", metavar="NPY", help="Classes of val, with --head.")
+    ] = None,
+    val_metric: Annotated[str, typer.Option("--val-metric-type", help="As --test-metric-types.")] = "mean_accuracy",
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs.")] = 10,
+    epoch_length: Annotated[int, typer.Option("--epoch-length", min=1, help="Iterations of an epoch.")] = 1250,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in a step on each process.")] = 128,
+    learning_rates: Annotated[
+        list[float] | None, typer.Option("--learning-rates", help="Rates for a batch of 256 [13 from 1e-5 to 0.1].")
+    ] = None,
+    eval_period: Annotated[
+        int, typer.Option("--eval-period-iterations", min=0, help="Iterations between looks at val; 0: none.")
+    ] = 1250,
+    save_frequency: Annotated[
+        int, typer.Option("--save-checkpoint-frequency", min=1, help="Epochs between checkpoints.")
+    ] = 1,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start anew even if there is a checkpoint.")] = False,
+    num_workers: NumWorkers = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train linear classifiers on the frozen features and report the best.
 
-    set_up_logging()
-    checkpoint, overrides = split_arguments(arguments, pretrained_weights)
-    subject = load_subject(checkpoint, config_file, overrides)
-    return subject, *datasets_for(subject.config, train_dataset, val_dataset)
+    52 of them side by side: 13 learning rates, the last block or the last four, with and without the mean patch token.
 
+    Example:
 
-def _extraction(
-    image_size: int | None, batch_size: int, num_workers: int | None, device: str | None, no_cache: bool
-) -> "Extraction":
-    from dinov2cli.eval.cache import FeatureCache
-    from dinov2cli.eval.tasks import Extraction
+        dino2 eval linear runs/demo --train-dataset photos/train --val-dataset photos/val --epochs 1
+    """
+    from dinov2cli.distributed import process_group
+    from dinov2cli.eval.linear import LinearSettings
+    from dinov2cli.eval.linear_heads import LEARNING_RATES
+    from dinov2cli.eval.tasks import run_linear
 
-    return Extraction(image_size, batch_size, num_workers, device, None if no_cache else FeatureCache())
-
-
-def _print(result: "Evaluation", as_json: bool, **extra: Any) -> None:
-    from dinov2cli.console import out, print_json
-    from dinov2cli.distributed import is_main
-    from dinov2cli.eval.reports import results_table
-
-    if not is_main():
-        return
-    if as_json:
-        print_json({**result.as_dict(), **extra})
-    else:
-        out.print(results_table([result]))
+    metric = metric_type(val_metric, "--val-metric-type")
+    settings = LinearSettings(
+        epochs=epochs,
+        epoch_length=epoch_length,
+        batch_size=batch_size,
+        learning_rates=tuple(learning_rates or LEARNING_RATES),
+        eval_period=eval_period,
+        checkpoint_period=save_frequency * epoch_length,
+        metric=metric,
+        frozen_crops=frozen_crops,
+    )
+    tests = make_test_sets(test_datasets, test_metrics, test_mappings, test_labels, metric)
+    with process_group():
+        subject, train, val = load(
+            arguments, pretrained_weights, config_file, train_dataset, val_dataset, trains=head is None
+        )
+        result = run_linear(
+            subject,
+            train,
+            val,
+            test_sets=tests,
+            val_mapping=val_mapping,
+            head=read_head(head, head_layers),
+            settings=settings,
+            extraction=make_extraction(image_size, 256, num_workers, device, no_cache),
+            output_dir=output_dir,
+            resume=not no_resume,
+        )
+    show(result, as_json)

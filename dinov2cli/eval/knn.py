@@ -141,6 +141,7 @@ def online_knn(
     was_training = model.training
     model.eval()
     try:
+        device = device or next(model.parameters()).device
         extract = Extractor(model, batch_size=batch_size, num_workers=num_workers, device=device)
         train = extract(train_dataset)
         same = train_dataset.describe() == val_dataset.describe()

@@ -22,7 +22,7 @@ from dinov2cli.data.transforms import RandomResizedCrop
 from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
 from dinov2cli.errors import CheckpointError, Dino2Error
 from dinov2cli.eval.features import Extractor, Features
-from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, input_of_head
+from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadInput, HeadTrainer, LinearHeads, input_of_head
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def measure_heads(
         classify: Any = heads
     else:
         device, n_heads, n_classes = heads.weight.device, 1, heads.out_features
-        layer, sees = heads, input_of_head(heads, features.tensors["mean_patch"].shape[1])
+        layer, sees = heads, _input_of(heads, features)
 
         def classify(batch: Mapping[str, Tensor]) -> Tensor:
             return layer(sees.of(batch))[None]
@@ -156,6 +156,11 @@ def measure_heads(
             scores = scores[:, :, class_mapping.to(device)]
         meter.update(scores, features.targets[rows])
     return meter.compute()
+
+
+def _input_of(head: nn.Linear, features: Features) -> HeadInput:
+    depth, width = features.tensors["last_cls"].shape[1:]
+    return input_of_head(head, width, depth)
 
 
 def cropped_batches(

@@ -47,6 +47,9 @@ class LinearHeads(nn.Module):
         n_blocks: numbers of last blocks; each is tried with and without the mean patch token.
     """
 
+    rates: Tensor
+    """Learning rates, scaled for the batch: float32 [R]."""
+
     def __init__(
         self,
         width: int,
@@ -138,9 +141,9 @@ def rate_names(rates: Sequence[float]) -> list[str]:
     return [name.replace(".", "_") for name in names]
 
 
-def input_of_head(head: nn.Linear, width: int) -> HeadInput:
+def input_of_head(head: nn.Linear, width: int, depth: int) -> HeadInput:
     """What a head read from a file was made for, from its number of inputs; WeightsError if it fits nothing."""
-    return HeadInput(*head_input(head.in_features, width))
+    return HeadInput(*head_input(head.in_features, width, depth))
 
 
 def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:

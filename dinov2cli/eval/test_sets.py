@@ -63,10 +63,7 @@ def read_labels(path: Path, dataset: "ImageDataset") -> Tensor:
     Raises:
         DataError: not such a file, or of another length than the dataset.
     """
-    if path.suffix == ".npy":
-        labels = torch.as_tensor(_read_npy(path)).long()
-    else:
-        labels = _read_json_labels(path)
+    labels = torch.as_tensor(_read_npy(path)).long() if path.suffix == ".npy" else _read_json_labels(path)
     if len(labels) != len(dataset):
         raise DataError(f"{path}: {len(labels)} labels, but {dataset.describe()} has {len(dataset)} images.")
     numbers = [_IMAGENET_VAL.search(dataset.path(i)) for i in range(len(dataset))]
