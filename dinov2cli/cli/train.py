@@ -9,6 +9,10 @@ from dinov2cli.cli.completion import complete_override, complete_preset
 from dinov2cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from dinov2cli.config import Config
     from dinov2cli.train.trainer import OnlineKnn
 
@@ -84,22 +88,39 @@ def resolve_config(
     }
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = load_config(preset=preset, config_file=config_file, overrides=[*overrides, *given])
+    if config.student.pretrained_weights:
+        follow = keys_that_follow_weights(config)
+        config = load_config(preset=preset, config_file=config_file, overrides=[*follow, *overrides, *given])
     if config.train.output_dir == ".":
         raise ConfigError("no run folder given", "Add --output-dir DIR: the run's files go there, and it can be resumed.")
     return config
+
+
+def keys_that_follow_weights(config: "Config") -> list[str]:
+    """Overrides that make the student like the weights it starts from, for the keys that nobody has set."""
+    from dinov2cli.models.weights import read_weights, spell, student_settings
+
+    settings = student_settings(read_weights(config.student.pretrained_weights).architecture)
+    chosen = set(config.student.model_fields_set)
+    size = {"arch", "embed_dim", "depth", "num_heads"}
+    if chosen & size:  # these describe one thing together: whoever sets one has chosen
+        chosen |= size
+    return [f"student.{key}={spell(value)}" for key, value in settings.items() if key not in chosen]
 
 
 def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     """Train in this process."""
     from dinov2cli import distributed
     from dinov2cli.console import logger, set_up_logging
+    from dinov2cli.data.datasets import make_dataset
     from dinov2cli.models.vision_transformer import VisionTransformer
     from dinov2cli.train.precision import choose_device
     from dinov2cli.train.run_folder import RunFolder
     from dinov2cli.train.trainer import Trainer
 
     folder = RunFolder(Path(config.train.output_dir))
-    knn = online_knn(config)  # reads its datasets, so that a wrong one is found before anything is written
+    # Read first, so that a wrong one is found before anything is written.
+    dataset, knn = make_dataset(config.train.dataset_path), online_knn(config)
 
     def init_backbone(backbone: VisionTransformer) -> None:
         from dinov2cli.models.weights import load_backbone_into
@@ -110,12 +131,15 @@ def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     if not resume and not dry_run and (moved := folder.set_aside()):
         logger.info("the earlier run is now in %s", moved)
     set_up_logging(None if dry_run else folder.log)
+    device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
     trainer = Trainer(
         config,
-        choose_device(cpu=cpu, local_rank=distributed.local_rank()),
+        device,
+        dataset=dataset,
         resume=resume,
         init_backbone=init_backbone if config.student.pretrained_weights else None,
         online_knn=knn,
+        on_teacher=teacher_tasks(config, device),
     )
     if dry_run:
         trainer.rehearse()
@@ -133,6 +157,17 @@ def online_knn(config: "Config") -> "OnlineKnn | None":
     train_dataset = make_dataset(config.evaluation.knn_train_dataset)
     val_dataset = make_dataset(config.evaluation.knn_val_dataset)
     return lambda backbone: knn.online_knn(backbone, train_dataset, val_dataset)
+
+
+def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path], object] | None":
+    """What `evaluation.tasks` asks for of every teacher checkpoint. Fails at once where it has no data."""
+    if not config.evaluation.tasks:
+        return None
+    from dinov2cli.eval.subject import datasets_for
+    from dinov2cli.eval.tasks import evaluate_teacher
+
+    datasets_for(config, None, None)
+    return lambda checkpoint: evaluate_teacher(checkpoint, config, config.evaluation.tasks, device=str(device))
 
 
 def make_run_folder(path: Path) -> None:

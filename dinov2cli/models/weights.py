@@ -180,11 +180,10 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
     differing = [attribute for attribute in _MUST_AGREE if getattr(ours, attribute) != getattr(theirs, attribute)]
     if differing:
         words = [
-            f"{_MUST_AGREE[name]} {_spell(getattr(theirs, name))} instead of {_spell(getattr(ours, name))}"
+            f"{_MUST_AGREE[name]} {spell(getattr(theirs, name))} instead of {spell(getattr(ours, name))}"
             for name in differing
         ]
-        settings = student_settings(theirs)
-        wanted = " ".join(f"student.{key}={_spell(value)}" for key, value in settings.items())
+        wanted = " ".join(f"student.{key}={spell(value)}" for key, value in student_settings(theirs).items())
         raise WeightsError(
             f"{weights.source.name} cannot start this model: it has {', '.join(words)}",
             hint=f"A model that it can start has {wanted}",
@@ -223,7 +222,8 @@ def student_settings(architecture: VitArchitecture) -> dict[str, Any]:
     settings: dict[str, Any] = {"arch": architecture.name} if known else {}
     if not known:
         settings |= {key: getattr(architecture, key) for key in ("embed_dim", "depth", "num_heads")}
-    for key in ("patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias"):
+    for key in ("patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias",
+                "interpolate_antialias", "interpolate_offset"):  # fmt: skip
         settings[key] = getattr(architecture, key)
     if not architecture.layerscale:
         settings["layerscale"] = None
@@ -246,7 +246,8 @@ def write_lost_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"dino2.lost": json.dumps(plain)}
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A value as it stands in a config or after `a.b=`."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

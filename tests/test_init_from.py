@@ -1,0 +1,112 @@
+"""Continued pretraining: a training that starts from weights made elsewhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import TINY, metrics_of, write_images
+from weight_samples import assert_same_state, sample_model, sample_state, save
+
+from dinov2cli.cli.train import resolve_config, run
+from dinov2cli.config import Config
+from dinov2cli.errors import WeightsError
+from dinov2cli.export.exporter import export_model
+from dinov2cli.models.architecture import VitArchitecture
+from dinov2cli.models.weights import load_backbone_into, load_model
+from dinov2cli.train.trainer import Trainer
+
+SOURCE = VitArchitecture(
+    embed_dim=24, depth=2, num_heads=2, patch_size=8, img_size=32, hidden_dim=64, ffn_layer="swiglu",
+    num_register_tokens=2, interpolate_antialias=True, interpolate_offset=0.0,
+)  # fmt: skip
+# The tiny run without its architecture, which then follows the weights.
+_SIZE = ("student.arch", "student.embed", "student.depth", "student.num")
+TRAINING = [key for key in TINY if not key.startswith(_SIZE)]
+
+
+def config_for(tmp_path: Path, weights: Path, *overrides: str) -> Config:
+    data = tmp_path / "data"
+    if not data.exists():
+        write_images(data)
+    return resolve_config([*TRAINING, *overrides], None, None, str(data), tmp_path / "run", str(weights))
+
+
+def exported(tmp_path: Path, format_name: str, architecture: VitArchitecture = SOURCE) -> Path:
+    """An export of a teacher whose run's config.yaml says how many heads it has."""
+    model = sample_model(architecture)
+    folder = tmp_path / "source"
+    teacher = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    save({"teacher": teacher}, folder / "eval" / "training_7" / "teacher_checkpoint.pth")
+    (folder / "config.yaml").write_text(f"student: {{num_heads: {architecture.num_heads}}}")
+    output = tmp_path / {"hf": "hf", "official": "weights.pth", "timm": "timm.safetensors"}[format_name]
+    export_model(folder, format_name, output)
+    return output
+
+
+@pytest.mark.parametrize("format_name", ["hf", "official", "timm"])
+@torch.no_grad()
+def test_first_teacher_gives_the_sources_features(tmp_path: Path, format_name: str) -> None:
+    weights = exported(tmp_path, format_name)
+    config = config_for(tmp_path, weights)
+    trainer = Trainer(
+        config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights)
+    )
+    source = load_model(weights)
+    images = torch.randn(2, 3, 32, 48)
+    for network in (trainer.meta_arch.teacher, trainer.meta_arch.student):
+        assert_same_state(network.backbone.state_dict(), source.state_dict())
+        assert torch.equal(network.backbone.eval()(images), source(images))
+
+
+@pytest.mark.slow
+def test_training_from_an_export_runs_and_warms_the_heads_up_first(tmp_path: Path) -> None:
+    """Through the first epoch only the heads learn; then the backbone moves too."""
+    weights = exported(tmp_path, "hf")
+    config = config_for(tmp_path, weights, "student.freeze_backbone_epochs=1")
+    run(config, cpu=True, resume=True, dry_run=False)
+    source = load_model(weights)
+    warmed_up = load_model(tmp_path / "run" / "eval" / "training_3" / "teacher_checkpoint.pth")
+    for name, tensor in source.state_dict().items():
+        torch.testing.assert_close(warmed_up.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+    trained = load_model(tmp_path / "run")
+    assert (trained.blocks[0].attn.qkv.weight - source.blocks[0].attn.qkv.weight).abs().max() > 1e-5
+    metrics = metrics_of(tmp_path / "run")
+    assert len(metrics) == 12 and all(line["total_loss"] is not None for line in metrics)
+
+
+@torch.no_grad()
+def test_a_larger_resolution_starts_with_the_sources_features_there(tmp_path: Path) -> None:
+    weights = exported(tmp_path, "official")
+    config = config_for(tmp_path, weights, "crops.global_crops_size=64")
+    trainer = Trainer(
+        config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights)
+    )
+    images = torch.randn(2, 3, 64, 64)
+    backbone = trainer.meta_arch.teacher.backbone.eval()
+    assert backbone.pos_embed.shape == (1, 65, 24)
+    torch.testing.assert_close(backbone(images), load_model(weights)(images), atol=1e-5, rtol=0)
+
+
+def test_architecture_follows_the_weights_unless_it_is_set(tmp_path: Path) -> None:
+    weights = exported(tmp_path, "official")
+    student = config_for(tmp_path, weights).student
+    assert (student.embed_dim, student.depth, student.num_heads) == (24, 2, 2)
+    assert (student.ffn_layer, student.num_register_tokens, student.interpolate_offset) == ("swiglu", 2, 0.0)
+    chosen = config_for(tmp_path, weights, "student.arch=vit_small", "student.num_register_tokens=0").student
+    assert (chosen.arch, chosen.embed_dim, chosen.num_register_tokens) == ("vit_small", None, 0)
+
+
+def test_adaptation_preset_takes_the_weights_architecture(tmp_path: Path) -> None:
+    source = save(sample_state(replace(SOURCE, embed_dim=192, num_heads=3, hidden_dim=512, patch_size=14, img_size=56)),
+                  tmp_path / "weights.pth")  # fmt: skip
+    config = resolve_config([], "adapt_518", None, "SamplePhotos:split=TRAIN", tmp_path / "run", str(source))
+    assert config.iterations() == 10_000 and config.crops.global_crops_size == 518
+    assert (config.student.embed_dim, config.student.depth, config.student.ffn_layer) == (192, 2, "swiglu")
+
+
+def test_another_patch_size_is_refused_in_words(tmp_path: Path) -> None:
+    weights = exported(tmp_path, "official")
+    config = config_for(tmp_path, weights, "student.patch_size=16")
+    with pytest.raises(WeightsError, match="cannot start this model: it has patch size 8 instead of 16"):
+        run(config, cpu=True, resume=True, dry_run=False)
