@@ -12,6 +12,8 @@ from dinov2cli.console import logger
 COPIED_CODECS = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}
 """Codecs that mp4, mov and mkv all hold and players know."""
 
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
+
 
 class AudioTracks:
     """All sound tracks of a file, muxed alongside the video so that memory does not grow with the length.
@@ -80,8 +82,10 @@ class _Track:
             return
         rate = stream.codec_context.sample_rate
         self._output = container.add_stream("aac", rate=rate if 8000 <= rate <= 96000 else 48000)
-        self._output.layout = stream.codec_context.layout
-        self._resampler = av.AudioResampler("fltp", stream.codec_context.layout, self._output.rate, frame_size=1024)
+        # By number of channels: raw sound often does not say where its speakers are, and the encoder must know.
+        layout = LAYOUTS.get(stream.codec_context.channels, "stereo")
+        self._output.layout = layout
+        self._resampler = av.AudioResampler("fltp", layout, self._output.rate, frame_size=1024)
         self._damaged = 0
 
     def write(self, packet: Any, start: Fraction) -> list[Any]:

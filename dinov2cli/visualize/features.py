@@ -26,7 +26,7 @@ FeatureMap = NDArray[np.float32]
 
 Item = TypeVar("Item")
 
-LARGEST_BATCH = 64
+LARGEST_BATCH = {"cpu": 8, "cuda": 64}
 CPU_TOKENS_PER_BATCH = 4096
 """More tokens at once only cost memory on a CPU: its cores are busy by then."""
 
@@ -85,9 +85,10 @@ class PatchFeatures:
         bytes_per_picture = tokens * self.model.embed_dim * 4 * 20
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
-            return min(max(free // (2 * bytes_per_picture), 1), LARGEST_BATCH)
+            return min(max(free // (2 * bytes_per_picture), 1), LARGEST_BATCH["cuda"])
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(max(free // (4 * bytes_per_picture), 1), max(CPU_TOKENS_PER_BATCH // tokens, 1))
+        most = min(CPU_TOKENS_PER_BATCH // tokens, LARGEST_BATCH["cpu"])
+        return min(max(free // (4 * bytes_per_picture), 1), max(most, 1))
 
     def _run(self, batch: list[tuple[Item, Picture]]) -> Iterator[tuple[Item, FeatureMap]]:
         pictures = np.stack([picture for _, picture in batch])

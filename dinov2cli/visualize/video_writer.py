@@ -165,7 +165,9 @@ class VideoWriter(Writer):
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
             # The encoder would give the last frame the average duration, and the video a wrong length.
-            packet.duration = self._durations.pop(packet.pts, packet.duration)
+            ticks = self._durations.pop(round(packet.pts * packet.time_base / self._time_base), None)
+            if ticks is not None:
+                packet.duration = round(ticks * self._time_base / packet.time_base)
             self._container.mux(packet)
 
     def _finish(self) -> None:

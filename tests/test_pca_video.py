@@ -1,0 +1,536 @@
+"""Videos in, videos out: every frame at its time, whatever the file is like."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dinov2cli.cli.main import main
+from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.visualize.basis import fit_color_basis
+from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
+from dinov2cli.visualize.pca_image import pca_images, pca_sheet
+from dinov2cli.visualize.pca_video import VideoStyle, fit_video_basis, render_video
+from dinov2cli.visualize.rendering import paint, render
+from dinov2cli.visualize.tone_mapping import HLG, PQ, tone_map
+from dinov2cli.visualize.video_reader import ImageFolder, VideoFile, open_source, sampling_step
+from dinov2cli.visualize.video_writer import VideoWriter, open_writer
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=56, patch_size=14, embed_dim=192, depth=1, num_heads=3).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: VisionTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def picture(index: int = 0, height: int = 48, width: int = 64) -> np.ndarray:
+    """A bright square that moves over a dark gradient; its top left corner is red."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    image[..., 2] = np.linspace(0, 80, width).astype(np.uint8)
+    left = (4 + 2 * index) % max(width - 12, 1)
+    image[height // 3 : height // 3 + 12, left : left + 12] = (240, 220, 40)
+    image[: height // 4, : width // 4] = (255, 0, 0)
+    return image
+
+
+def write_video(
+    path: Path,
+    frames: int = 6,
+    *,
+    size: tuple[int, int] = (48, 64),
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    ticks: list[int] | None = None,
+    rotation: int = 0,
+    audio: str | None = None,
+    trc: int | None = None,
+    time_base: Fraction = Fraction(1, 1000),
+) -> Path:
+    """A small video; `ticks` are the frames' durations in `time_base`, 100 each by default."""
+    ticks = ticks or [100] * frames
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(1 / time_base) / Fraction(sum(ticks), len(ticks)))
+        stream.height, stream.width = size
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.time_base = time_base
+        stream.codec_context.max_b_frames = 0
+        if trc is not None:
+            stream.codec_context.color_trc, stream.codec_context.color_primaries = trc, 9
+            stream.codec_context.colorspace = 9
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream(audio, rate=16000) if audio else None
+        if sound:
+            sound.layout = "mono"
+        at = 0
+        durations = {}
+        for index, duration in enumerate(ticks):
+            image = picture(index, *size)
+            if "a" in pix_fmt.removeprefix("yuv")[:4]:
+                image = np.dstack([image, np.full(size, 255 if index else 0, np.uint8)])
+            frame = av.VideoFrame.from_ndarray(image, "rgba" if image.shape[2] == 4 else "rgb24")
+            frame = frame.reformat(format=pix_fmt)
+            frame.pts, frame.time_base, frame.duration = at, time_base, duration
+            durations[at] = duration
+            at += duration
+            packets = stream.encode(frame) + (stream.encode(None) if len(durations) == len(ticks) else [])
+            for packet in packets:
+                ticks_of_packet = durations[round(packet.pts * packet.time_base / time_base)]
+                packet.duration = round(ticks_of_packet * time_base / packet.time_base)
+                container.mux(packet)
+        if sound:
+            _write_tone(container, sound, float(at * time_base))
+    return path
+
+
+def _write_tone(container, sound, seconds: float) -> None:
+    resampler = av.AudioResampler(sound.format, "mono", 16000, frame_size=1024)
+    tone = (8000 * np.sin(np.arange(int(16000 * seconds)) * 0.3)).astype(np.int16)[None]
+    frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+    frame.sample_rate, frame.pts = 16000, 0
+    for part in [*resampler.resample(frame), *resampler.resample(None)]:
+        container.mux(sound.encode(part))
+    container.mux(sound.encode(None))
+
+
+def times_of(path: Path) -> list[Fraction]:
+    return [frame.time for frame in open_source(path).frames()]
+
+
+def duration_of(path: Path) -> float:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float(stream.duration * stream.time_base)
+
+
+def copy_through(source_path: Path, output: Path) -> None:
+    """Write a source's frames as they are."""
+    source = open_source(source_path)
+    with open_writer(output, time_base=source.time_base, rate=source.rate) as writer:
+        if isinstance(writer, VideoWriter):
+            writer.add_audio(source.path, source.start)
+        for frame in source.frames():
+            writer.write(frame.image, frame.time, frame.duration)
+
+
+def run_command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+# Reading and writing
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_variable_frame_rate_is_kept_to_the_tick(tmp_path: Path, suffix: str) -> None:
+    ticks = [40, 200, 33, 33, 500, 67]
+    original = write_video(tmp_path / "in.mp4", ticks=ticks)
+    copy_through(original, tmp_path / f"out{suffix}")
+    assert times_of(original) == [Fraction(sum(ticks[:i]), 1000) for i in range(6)]
+    assert times_of(tmp_path / f"out{suffix}") == times_of(original)
+    if suffix != ".mkv":  # Matroska streams carry no duration
+        assert duration_of(tmp_path / f"out{suffix}") == pytest.approx(sum(ticks) / 1000)
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(90, (-3, 3)), (180, (-3, -3)), (-90, (3, -3))])
+def test_rotation_metadata_is_applied(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
+    source = VideoFile(write_video(tmp_path / "in.mp4", rotation=rotation))
+    image = next(source.frames()).image
+    assert source.size == image.shape[:2] == ((48, 64) if rotation == 180 else (64, 48))
+    red, green, blue = (int(channel) for channel in image[corner])
+    assert red > 180 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])
+def test_sound_is_kept(tmp_path: Path, codec: str) -> None:
+    original = write_video(tmp_path / ("in.mp4" if codec == "aac" else "in.mkv"), audio=codec, ticks=[200] * 6)
+    copy_through(original, tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+        assert container.streams.audio[0].codec_context.name == "aac"
+        samples = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert len(samples) == pytest.approx(1.2 * 16000, abs=2100)
+    assert 0.1 < np.abs(samples[4000:12000]).max() < 0.5  # the tone, not silence
+
+
+def test_odd_sides_are_extended_by_one(tmp_path: Path) -> None:
+    image = picture(0, 33, 47)
+    with open_writer(tmp_path / "out.mp4", time_base=Fraction(1, 25), rate=Fraction(25)) as writer:
+        writer.write(image, Fraction(0), Fraction(1, 25))
+    written = next(open_source(tmp_path / "out.mp4").frames()).image
+    assert written.shape == (34, 48, 3)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+
+
+def test_colours_survive_the_video(tmp_path: Path) -> None:
+    image = np.zeros((64, 96, 3), dtype=np.uint8)
+    image[:, :32], image[:, 32:64], image[:, 64:] = (220, 40, 30), (30, 200, 60), (40, 60, 210)
+    with open_writer(tmp_path / "out.mp4", time_base=Fraction(1, 25), rate=Fraction(25)) as writer:
+        writer.write(image, Fraction(0), Fraction(1, 25))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert frame.colorspace == 1  # tagged BT.709
+        read = frame.to_ndarray(format="rgb24")
+    for column in (16, 48, 80):
+        np.testing.assert_allclose(read[32, column].astype(int), image[32, column].astype(int), atol=6)
+
+
+def test_gif_keeps_times_in_hundredths(tmp_path: Path) -> None:
+    copy_through(write_video(tmp_path / "in.mp4", ticks=[40, 200, 30, 500]), tmp_path / "out.gif")
+    assert [round(time * 100) for time in times_of(tmp_path / "out.gif")] == [0, 4, 24, 27]
+    fast = write_video(tmp_path / "fast.mp4", ticks=[5] * 40)  # 200 frames a second
+    copy_through(fast, tmp_path / "fast.gif")
+    times = times_of(tmp_path / "fast.gif")
+    assert min(later - earlier for earlier, later in pairwise(times)) >= Fraction(2, 100)
+
+
+def test_png_folder_round_trip(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "frames", time_base=Fraction(1, 10), rate=Fraction(10)) as writer:
+        for index in range(12):
+            writer.write(picture(index, 33, 47), Fraction(index, 10), Fraction(1, 10))
+    source = open_source(tmp_path / "frames", fps=5)
+    frames = list(source.frames())
+    assert source.count() == len(frames) == 12
+    assert frames[11].time == Fraction(11, 5)
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame.image, picture(index, 33, 47))
+
+
+def test_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    with pytest.raises(EnvironmentProblem, match=r"holds other files \(thesis\.txt\)"):
+        open_writer(tmp_path / "notes", time_base=Fraction(1, 10), rate=Fraction(10))
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "frames"])
+def test_a_failure_leaves_the_earlier_output_and_nothing_else(tmp_path: Path, name: str) -> None:
+    def write(frames: int, *, fail: bool) -> None:
+        with open_writer(tmp_path / name, time_base=Fraction(1, 25), rate=Fraction(25)) as writer:
+            for index in range(frames):
+                writer.write(picture(index), Fraction(index, 25), Fraction(1, 25))
+            if fail:
+                raise KeyboardInterrupt
+
+    write(3, fail=False)
+    with pytest.raises(KeyboardInterrupt):
+        write(5, fail=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(times_of(tmp_path / name)) == 3
+    write(4, fail=False)
+    assert len(times_of(tmp_path / name)) == 4
+
+
+@pytest.mark.parametrize(("codec", "pix_fmt", "suffix"), [("png", "rgba", ".mov"), ("qtrle", "argb", ".mov")])
+def test_alpha_is_laid_over_black(tmp_path: Path, codec: str, pix_fmt: str, suffix: str) -> None:
+    frames = list(open_source(write_video(tmp_path / f"in{suffix}", codec=codec, pix_fmt=pix_fmt)).frames())
+    assert frames[0].image.max() == 0  # wholly transparent
+    np.testing.assert_array_equal(frames[1].image, picture(1))
+
+
+@pytest.mark.parametrize("transfer", [PQ, HLG, None])
+def test_ten_bit_input(tmp_path: Path, transfer: int | None) -> None:
+    path = write_video(tmp_path / "in.mkv", codec="libx265", pix_fmt="yuv420p10le", trc=transfer)
+    frames = list(open_source(path).frames())
+    assert len(frames) == 6
+    assert all(frame.image.shape == (48, 64, 3) and frame.image.dtype == np.uint8 for frame in frames)
+    assert frames[0].image[20, 10].mean() > frames[0].image[40, 10].mean() + 50  # the square is brighter
+
+
+def test_tone_mapping_keeps_greys_and_orders_highlights() -> None:
+    # PQ codes of 0, 10, 100, 203, 1000 and 10000 nits (SMPTE ST 2084).
+    codes = np.array([0.0, 0.3015, 0.5081, 0.5807, 0.7518, 1.0])
+    grey = np.repeat((codes * 65535).astype(np.uint16)[None, :, None], 3, axis=2)
+    levels = tone_map(grey, PQ)[0]
+    np.testing.assert_allclose(levels, levels[:, :1].repeat(3, 1), atol=2)  # grey stays grey
+    assert (np.diff(levels[:, 0].astype(int)) > 0).all()
+    assert levels[0, 0] == 0
+    # 100 of 203 nits is 0.493 of diffuse white: sRGB 186.
+    assert abs(int(levels[2, 0]) - 186) <= 2
+    assert 225 < levels[3, 0] < 250 < levels[5, 0]
+    white = np.full((1, 1, 3), int(0.75 * 65535), dtype=np.uint16)
+    assert 225 < tone_map(white, HLG)[0, 0, 0] < 250  # 75 % is HLG's diffuse white
+
+
+def test_truncated_file_gives_the_frames_before_the_cut(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mkv", frames=60, codec="mpeg4")
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    assert 10 < len(times_of(cut)) < 60
+
+
+def test_files_that_are_no_video_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder").mkdir()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        stream.layout = "mono"
+        _write_tone(container, stream, 0.5)
+    for name, message in (
+        ("text.mp4", "not a video"),
+        ("empty.mp4", "not a video"),
+        ("sound.mp4", "no video stream in this file, only audio"),
+        ("folder", "no images"),
+        ("missing.mp4", "no such file"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            open_source(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_images_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        cv2.imwrite(str(tmp_path / f"shot{number}.png"), picture(number, 20 + number, 30))
+    source = ImageFolder(tmp_path, Fraction(10))
+    assert [path.name for path in source.paths] == ["shot1.png", "shot9.png", "shot10.png"]
+    assert {frame.image.shape for frame in source.frames()} == {(21, 30, 3)}
+
+
+# Features and rendering
+
+
+def test_features_do_not_depend_on_the_batch(model: VisionTransformer) -> None:
+    pictures = [picture(i) for i in range(5)] + [picture(5, 64, 48)]
+    one_by_one, batched = (
+        [features for _, features in PatchFeatures(model, 4, size).maps((None, p) for p in pictures)] for size in (1, 4)
+    )
+    assert [features.shape for features in batched] == [(4, 5, 192)] * 5 + [(5, 4, 192)]
+    for one, many in zip(one_by_one, batched, strict=True):
+        np.testing.assert_allclose(one, many, atol=1e-4)
+
+
+def test_features_are_the_models_patch_tokens(model: VisionTransformer) -> None:
+    square = picture(0, 56, 56)
+    (_, features), = PatchFeatures(model, 4).maps([(None, square)])
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    images = torch.from_numpy(((square / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
+    with torch.no_grad():
+        expected = model.get_intermediate_layers(images, reshape=True)[0][0].permute(1, 2, 0)
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-4)
+
+
+def test_spool_gives_back_what_it_got() -> None:
+    spool = FeatureSpool()
+    maps = [np.random.default_rng(i).normal(size=(2, 3 + i, 4)).astype(np.float32) for i in range(4)]
+    for features in maps:
+        spool.append(features)
+    for _ in range(2):
+        for ours, theirs in zip(spool(), maps, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    spool.close()
+
+
+@pytest.mark.parametrize("upsampling", ["nearest", "bicubic"])
+def test_layouts(model: VisionTransformer, upsampling: str) -> None:
+    photo = picture(0, 70, 98)
+    (_, features), = PatchFeatures(model, 5).maps([(None, photo)])
+    basis = fit_color_basis(lambda: [features], 0.5)
+    colors, opacity = paint(features, basis, (70, 98), upsampling)
+    assert colors.min() >= 0 and colors.max() <= 1 and 0 < opacity.mean() < 1
+    drawn = {
+        layout: render(photo, features, basis, layout=layout, upsampling=upsampling)
+        for layout in ("pca", "side-by-side", "overlay")
+    }
+    np.testing.assert_array_equal(drawn["side-by-side"], np.concatenate([photo, drawn["pca"]], axis=1))
+    background = opacity[..., 0] == 0
+    assert (drawn["pca"][background] == 0).all()
+    np.testing.assert_array_equal(drawn["overlay"][background], photo[background])
+    if upsampling == "nearest":  # each patch is one flat square
+        blocks = drawn["pca"].reshape(5, 14, 7, 14, 3)
+        assert (blocks == blocks[:, :1, :, :1]).all()
+
+
+def test_sampling_covers_the_whole_length() -> None:
+    for count in (1, 5, 64, 65, 1000, 108000):
+        taken = range(0, count, sampling_step(count, 64))
+        assert 1 <= len(taken) <= 64
+        assert count - taken[-1] <= max(2 * count / 64, 1) + 1
+
+
+def noisy(count: int, sigma: float = 12.0) -> Iterator[np.ndarray]:
+    still = cv2.GaussianBlur(picture(0, 112, 168), (0, 0), 2).astype(np.float32)
+    for index in range(count):
+        noise = np.random.default_rng(index).normal(0, sigma, still.shape)
+        yield np.clip(still + noise, 0, 255).astype(np.uint8)
+
+
+def test_one_basis_is_steadier_than_one_for_each_frame(model: VisionTransformer) -> None:
+    extractor = PatchFeatures(model, 8)
+    maps = [features for _, features in extractor.maps((None, image) for image in noisy(8))]
+
+    def mean_change(rendered: list[np.ndarray]) -> float:
+        stacked = np.stack(rendered).astype(np.float64)
+        return float(np.abs(np.diff(stacked, axis=0)).mean())
+
+    shared = fit_color_basis(lambda: maps)
+    blank = np.zeros((112, 168, 3), np.uint8)
+    fixed = mean_change([render(blank, features, shared) for features in maps])
+    each = mean_change([render(blank, features, fit_color_basis(lambda f=features: [f])) for features in maps])
+    assert fixed < 0.7 * each
+
+
+# The commands
+
+
+def test_video_command_keeps_frames_times_size_and_sound(tmp_path: Path, weights: Path) -> None:
+    ticks = [40, 200, 33, 33, 500, 67]
+    original = write_video(tmp_path / "in.mp4", ticks=ticks, size=(48, 64), audio="aac", rotation=90)
+    assert run_command("pca-video", original, tmp_path / "out.mp4", "--model", weights, "--resolution", 4) == 0
+    assert times_of(tmp_path / "out.mp4") == times_of(original)
+    assert duration_of(tmp_path / "out.mp4") == pytest.approx(duration_of(original))
+    assert open_source(tmp_path / "out.mp4").size == (64, 48)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert len(container.streams.audio) == 1
+    arguments = ("--no-audio", "--layout", "side-by-side", "--model", weights, "--resolution", 4)
+    assert run_command("pca-video", original, tmp_path / "silent.mp4", *arguments) == 0
+    with av.open(str(tmp_path / "silent.mp4")) as container:
+        assert not container.streams.audio
+        assert container.streams.video[0].width == 96
+
+
+def test_the_same_command_gives_the_same_colours(tmp_path: Path, weights: Path) -> None:
+    original = write_video(tmp_path / "in.mp4")
+    for name in ("first", "second"):
+        run_command("pca-video", original, tmp_path / name, "--model", weights, "--resolution", 5)
+    for first, second in zip(
+        open_source(tmp_path / "first").frames(), open_source(tmp_path / "second").frames(), strict=True
+    ):
+        np.testing.assert_array_equal(first.image, second.image)
+
+
+def test_several_videos_share_a_basis_and_a_saved_one_does_the_same(tmp_path: Path, weights: Path) -> None:
+    videos = [write_video(tmp_path / "a.mp4"), write_video(tmp_path / "b.mkv", frames=4)]
+    common = ("--model", weights, "--resolution", 5)
+    basis = tmp_path / "basis.npz"
+    assert run_command("pca-video", *videos, tmp_path / "both", "--format", "png", "--save-basis", basis, *common) == 0
+    assert run_command("pca-video", videos[1], tmp_path / "alone", "--basis", basis, *common) == 0
+    assert len(times_of(tmp_path / "both" / "a")) == 6
+    for together, alone in zip(
+        open_source(tmp_path / "both" / "b").frames(), open_source(tmp_path / "alone").frames(), strict=True
+    ):
+        np.testing.assert_array_equal(together.image, alone.image)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, (48, 64)), (3, (16, 16)), (2, (200, 16))])
+def test_smallest_videos(tmp_path: Path, weights: Path, frames: int, size: tuple[int, int]) -> None:
+    original = write_video(tmp_path / "in.mp4", frames=frames, size=size)
+    assert run_command("pca-video", original, tmp_path / "out.mp4", "--model", weights, "--resolution", 3) == 0
+    assert len(times_of(tmp_path / "out.mp4")) == frames
+    assert open_source(tmp_path / "out.mp4").size == size
+
+
+def test_mistakes_are_told_before_any_work(tmp_path: Path, capsys) -> None:
+    video = write_video(tmp_path / "in.mp4")
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ((video, tmp_path / "out.xyz"), "unknown output type '.xyz'"),
+        ((video, video), "is an input too"),
+        ((video,), "name the output"),
+        ((video, tmp_path / "file" / "out.mp4"), "cannot be written"),
+        ((video, video.with_name("b.mp4"), tmp_path / "out.mp4"), "the output is a folder"),
+        ((tmp_path / "no.mp4", tmp_path / "out.mp4"), "no such file"),
+        ((video, tmp_path / "out.mp4", "--foreground", "most"), "auto, none or a number"),
+        ((video, tmp_path / "out.mp4", "--fps", "5"), "--fps is for folders"),
+        ((video, tmp_path / "out.mp4", "--basis", tmp_path / "no.npz"), "no such file"),
+        ((video, tmp_path / "out.mp4", "--device", "abacus", "--model", "x"), "--device abacus: unknown"),
+    ):
+        assert run_command("pca-video", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in.mp4"]
+
+
+def test_basis_of_another_model_is_refused(tmp_path: Path, weights: Path, capsys) -> None:
+    fit_color_basis(lambda: [np.random.default_rng(0).normal(size=(4, 4, 7))]).save(tmp_path / "basis.npz")
+    video = write_video(tmp_path / "in.mp4")
+    options = ("--model", weights, "--basis", tmp_path / "basis.npz")
+    assert run_command("pca-video", video, tmp_path / "o.mp4", *options) == 2
+    assert "fitted to 7-dimensional features, and the model's have 192" in capsys.readouterr().err
+
+
+def test_interrupted_command_leaves_no_output(tmp_path: Path, weights: Path) -> None:
+    video = write_video(tmp_path / "in.mp4", frames=3000, codec="mpeg4", size=(32, 32))
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-m", "dinov2cli", "pca-video", video, tmp_path / "out" / "o.mp4", "--model", weights,
+               "--resolution", "6", "--fit-frames", "4", "--batch-size", "1"]  # fmt: skip
+    process = subprocess.Popen([str(part) for part in command], start_new_session=True)
+    aside = tmp_path / "out" / ".o.mp4.partial"
+    while process.poll() is None and not (aside.exists() and aside.stat().st_size > 0):
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be interrupted"
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, weights: Path) -> None:
+    photos = [picture(0, 60, 80), picture(7, 90, 50)]
+    for index, photo in enumerate(photos):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), photo[..., ::-1])
+    inputs = (tmp_path / "0.png", tmp_path / "1.png")
+    common = ("--model", weights, "--resolution", 4)
+    assert run_command("pca-image", *inputs, tmp_path / "each", *common) == 0
+    expected = pca_images(model, photos, resolution=4).pictures
+    for index in range(2):
+        written = cv2.imread(str(tmp_path / "each" / f"{index}.png"))[..., ::-1]
+        np.testing.assert_allclose(written.astype(int), expected[index].astype(int), atol=1)
+    assert run_command("pca-image", *inputs, tmp_path / "sheet.png", *common) == 0
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    assert sheet.shape == pca_sheet(model, photos, resolution=4).shape or sheet.shape[1] == 1280
+    assert run_command("pca-image", inputs[1], tmp_path / "one.png", *common) == 0
+    assert cv2.imread(str(tmp_path / "one.png")).shape == (90, 50, 3)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(tmp_path: Path, weights: Path) -> None:
+    code = (
+        "import resource, sys\n"
+        "from dinov2cli.cli.main import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for frames in (150, 1500):  # the shorter one fills the encoder's look-ahead as well
+        video = write_video(tmp_path / f"{frames}.mp4", frames=frames, size=(128, 160))
+        arguments = ["pca-video", video, tmp_path / "out.mp4", "--model", weights, "--resolution", "4"]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(result.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_render_counts_frames_and_reports_progress(tmp_path: Path, model: VisionTransformer) -> None:
+    source = open_source(write_video(tmp_path / "in.mp4", frames=7))
+    extractor = PatchFeatures(model, 4)
+    fitted: list[int] = []
+    basis = fit_video_basis(extractor, [source], fit_frames=3, advance=fitted.append)
+    rendered: list[int] = []
+    count = render_video(extractor, basis, source, tmp_path / "o.gif", VideoStyle(), advance=rendered.append)
+    assert (sum(fitted), sum(rendered), count) == (3, 7, 7)
