@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dinov2cli.cli.bench_eval import knn_command, linear_command, logreg_command
 from dinov2cli.cli.completion import complete_override, complete_preset
 from dinov2cli.console import out, print_json
 from dinov2cli.errors import ConfigError
@@ -15,6 +16,10 @@ bench = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+
+bench.command("knn")(knn_command)
+bench.command("logreg")(logreg_command)
+bench.command("linear")(linear_command)
 
 
 @bench.command("augment")

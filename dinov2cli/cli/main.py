@@ -8,6 +8,7 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.attention import attention
+from dinov2cli.cli.embed import embed
 from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
 from dinov2cli.cli.info import info
@@ -17,6 +18,7 @@ from dinov2cli.cli.pca_video import pca_video
 from dinov2cli.cli.plot import plot
 from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.presets import presets
+from dinov2cli.cli.results import results
 from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
 
@@ -33,6 +35,8 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "prepare-imagenet": prepare_imagenet,
     "train": train,
+    "embed": embed,
+    "results": results,
     "export": export,
     "info": info,
     "pca-video": pca_video,

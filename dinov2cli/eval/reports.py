@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from dinov2cli import __version__
+from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 
@@ -105,7 +106,7 @@ def add_result(folder: Path, evaluation: Evaluation) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS_FILE
     with FileLock(path.with_name(f".{RESULTS_FILE}.lock")):
-        others = [other for other in read_results(folder) if not evaluation.replaces(other)] if path.exists() else []
+        others = [other for other in _read_or_set_aside(path) if not evaluation.replaces(other)]
         gathered = sorted([*others, evaluation], key=lambda e: (e.iteration is None, e.iteration or 0, e.task))
         _write(path, json.dumps({"format": 1, "evaluations": [e.as_dict() for e in gathered]}, indent=1))
     return path
@@ -130,19 +131,33 @@ def read_results(folder: Path) -> list[Evaluation]:
         raise DataError(f"{path} cannot be read as evaluation results: {error}") from None
 
 
+def _read_or_set_aside(path: Path) -> list[Evaluation]:
+    """What stands in `path`; a file that cannot be read must not cost the evaluation that has just been made."""
+    if not path.exists():
+        return []
+    try:
+        return read_results(path)
+    except DataError as error:
+        aside = path.with_name(path.name + ".unreadable")
+        os.replace(path, aside)
+        logger.warning("%s; kept as %s", error.message, aside)
+        return []
+
+
 def results_table(evaluations: Iterable[Evaluation], title: str | None = None) -> Table:
     """A table of accuracies with their confidence intervals."""
     table = Table("checkpoint", "task", "classifier", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("top-1 %", "95 % interval", "top-5 %", "images"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    notes = []
     for evaluation in evaluations:
         where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
         for row in evaluation.rows:
             low, high = row.interval
             cells = (f"{row.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{row.top5:.2f}", str(row.images))
             table.add_row(where, evaluation.task, row.name, *cells)
-        for note in evaluation.notes:
-            table.add_row("", "", note, style="dim")
+        notes += [f"{evaluation.task}: {note}" for note in evaluation.notes]
+    table.caption = "\n".join(dict.fromkeys(notes)) or None
     return table
 
 

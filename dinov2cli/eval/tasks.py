@@ -196,7 +196,9 @@ def run_linear(
     return report(subject, evaluation, lines, output_dir)
 
 
-def evaluate_teacher(checkpoint: Path, config: "Config", tasks: Sequence[str]) -> list[Evaluation]:
+def evaluate_teacher(
+    checkpoint: Path, config: "Config", tasks: Sequence[str], *, device: str | None = None
+) -> list[Evaluation]:
     """What `evaluation.tasks` asks for, on a teacher that a training has just written.
 
     A task that cannot be done (its data are gone, say) is reported and left out: training goes on.
@@ -205,7 +207,8 @@ def evaluate_teacher(checkpoint: Path, config: "Config", tasks: Sequence[str]) -
     done = []
     for task in tasks:
         try:
-            done.append(TASKS[task](subject, *datasets_for(config, None, None)))
+            datasets = datasets_for(config, None, None)
+            done.append(TASKS[task](subject, *datasets, extraction=Extraction(device=device)))
         except Dino2Error as error:
             logger.error("evaluation.tasks: %s of %s failed: %s", task, checkpoint, error)
             continue
@@ -214,7 +217,7 @@ def evaluate_teacher(checkpoint: Path, config: "Config", tasks: Sequence[str]) -
     return done
 
 
-TASKS: dict[str, Callable[[Subject, str, str], Evaluation]] = {
+TASKS: dict[str, Callable[..., Evaluation]] = {
     "knn": run_knn,
     "logreg": run_logreg,
     "linear": run_linear,

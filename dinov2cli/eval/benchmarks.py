@@ -1,0 +1,120 @@
+"""Speed of the evaluations, each beside the plain way to compute the same, on random features."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.eval.linear_heads import LEARNING_RATES, HeadTrainer, LinearHeads, input_of_head
+from dinov2cli.eval.logreg import C_VALUES
+from dinov2cli.eval.nearest import KeyBank
+from dinov2cli.eval.softmax_regression import fit
+
+
+def bench_knn(queries: int, keys: int, dim: int, k: int, device: str = "cpu") -> dict[str, Any]:
+    """Exact search of all queries beside the bare product with all keys.
+
+    Both are timed block by block in turn, so that other load on the machine meets both.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(keys, dim, generator=generator), dim=1).to(device)
+    q = F.normalize(torch.randn(queries, dim, generator=generator), dim=1).to(device)
+    bank = KeyBank(x, torch.zeros(keys, dtype=torch.int64, device=device), torch.arange(keys, device=device), device)
+    blocks = q.split(bank.query_block())
+    search, product = 0.0, 0.0
+    bank.search(blocks[0], k)
+    for block in blocks:
+        product += _seconds(partial(torch.matmul, block, x.T), device)
+        search += _seconds(partial(bank.search, block, k), device)
+    return {"search_s": search, "bare_product_s": product, "ratio": search / product}
+
+
+def bench_logreg(images: int, dim: int, classes: int, every: int) -> dict[str, Any]:
+    """The sweep over all 45 C at once, beside scikit-learn on every `every`-th C, scaled to all.
+
+    Raises:
+        EnvironmentProblem: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise EnvironmentProblem(
+            "This benchmark compares with scikit-learn.", hint="pip install 'dinov2cli[test]'"
+        ) from None
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, classes, (images,), generator=generator)
+    scales = torch.logspace(0, -1.5, dim)
+    mixing = torch.randn(dim, dim, generator=generator) / dim**0.5 * scales[:, None]
+    centres = 0.3 * torch.randn(classes, dim, generator=generator)
+    features = ((torch.randn(images, dim, generator=generator) + centres[targets]) @ mixing).double()
+    test = images // 10
+    x, y = features[test:], targets[test:]
+    start = time.perf_counter()
+    ours = fit(x, y, C_VALUES)
+    seconds = time.perf_counter() - start
+    accuracies = 100 * (ours.scores(features[:test], classes).argmax(2) == targets[:test]).double().mean(1)
+    theirs, differences = 0.0, []
+    compared = range(every // 2, len(C_VALUES), every)
+    for i in compared:
+        start = time.perf_counter()
+        oracle = LogisticRegression(C=C_VALUES[i], tol=1e-12, max_iter=1000).fit(x.numpy(), y.numpy())
+        theirs += time.perf_counter() - start
+        score = 100 * oracle.score(features[:test].numpy(), targets[:test].numpy())
+        differences.append(abs(score - float(accuracies[i])))
+    theirs *= len(C_VALUES) / len(compared)
+    return {
+        "sweep_s": seconds,
+        "scikit_learn_s": theirs,
+        "scikit_learn_fits": len(compared),
+        "ratio": theirs / seconds,
+        "largest_accuracy_difference": max(differences),
+    }
+
+
+def bench_linear(dim: int, classes: int, batch: int, steps: int, device: str = "cpu") -> dict[str, Any]:
+    """A step of all 52 heads together, beside 52 separate layers with their own SGD."""
+    generator = torch.Generator().manual_seed(0)
+    features = {
+        "last_cls": torch.randn(batch, 4, dim, generator=generator).to(device),
+        "mean_patch": torch.randn(batch, dim, generator=generator).to(device),
+    }
+    targets = torch.randint(0, classes, (batch,), generator=generator).to(device)
+    heads = LinearHeads(dim, classes, learning_rates=LEARNING_RATES, generator=generator).to(device)
+    trainer = HeadTrainer(heads, 10**6)
+    layers = [heads.head(name).requires_grad_() for name in heads.names]
+    rates = heads.rates.tolist() * len(heads.inputs)
+    optimizer = torch.optim.SGD(
+        [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, rates, strict=True)], momentum=0.9
+    )
+
+    def separate() -> None:
+        optimizer.zero_grad()
+        losses = [_loss(layer, features, targets) for layer in layers]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+
+    together_s, separate_s = 0.0, 0.0
+    for step in range(steps + 1):
+        first = _seconds(partial(trainer.step, step, features, targets), device)
+        second = _seconds(separate, device)
+        if step:  # the first allocates
+            together_s, separate_s = together_s + first, separate_s + second
+    return {"together_s": together_s / steps, "separate_s": separate_s / steps, "ratio": separate_s / together_s}
+
+
+def _loss(layer: nn.Linear, features: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    blocks, dim = features["last_cls"].shape[1:]
+    return F.cross_entropy(layer(input_of_head(layer, dim, blocks).of(features)), targets)
+
+
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

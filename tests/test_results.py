@@ -1,0 +1,80 @@
+"""Result files and tables, features in files, and the benches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.errors import DataError
+from dinov2cli.eval.benchmarks import bench_knn, bench_linear, bench_logreg
+from dinov2cli.eval.embed import embed
+from dinov2cli.eval.features import Extractor
+from dinov2cli.eval.metrics import Accuracy, wilson_interval
+from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+
+def evaluation(iteration: int, top1: float, task: str = "knn", **settings: object) -> Evaluation:
+    rows = (Row.of("full, k=10", Accuracy(top1, 99.0, 1000)),)
+    return Evaluation(
+        task, f"eval/training_{iteration}", iteration, "abc", "train", "val", {"T": 0.07, **settings}, rows
+    )
+
+
+def test_results_gather_and_replace(tmp_path: Path) -> None:
+    for each in (evaluation(19, 50.0), evaluation(9, 40.0), evaluation(9, 45.0, "logreg"), evaluation(9, 41.0)):
+        add_result(tmp_path, each)
+    add_result(tmp_path, evaluation(9, 42.0, T=0.1))
+    found = read_results(tmp_path)
+    shown = [(each.iteration, each.task, each.rows[0].top1) for each in found]
+    assert shown == [(9, "knn", 41.0), (9, "knn", 42.0), (9, "logreg", 45.0), (19, "knn", 50.0)]
+    assert json.loads((tmp_path / "results.json").read_text())["format"] == 1
+
+
+def test_unreadable_results_cost_no_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_results(tmp_path)
+    add_result(tmp_path, evaluation(9, 40.0))
+    assert len(read_results(tmp_path)) == 1
+    assert (tmp_path / "results.json.unreadable").read_text() == "{"
+
+
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no evaluation has been written there"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("percent", "count", "low", "high"), [(50, 100, 40.38, 59.62), (0, 10, 0, 27.75), (81.2, 50000, 80.86, 81.54)]
+)
+def test_wilson_interval(percent: float, count: int, low: float, high: float) -> None:
+    assert wilson_interval(percent, count) == pytest.approx((low, high), abs=0.01)
+
+
+def test_embedded_features_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=2).eval()
+    images = make_dataset("SamplePhotos:split=VAL")
+    extract = Extractor(model, num_workers=0, detailed=True, device="cpu")
+    features = embed(extract, images, tmp_path / "f.safetensors")
+    stored = load_file(tmp_path / "f.safetensors")
+    assert torch.equal(stored["cls"], features.cls) and stored["last_cls"].shape == (300, 4, 24)
+    assert stored["mean_patch"].shape == (300, 24) and torch.equal(stored["labels"], features.targets)
+    joined, ends = bytes(stored["paths"].numpy()), [0, *stored["path_ends"].tolist()]
+    paths = [joined[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+    assert paths == [images.path(i) for i in range(300)]
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert file.metadata()["dino2.weights"] == extract.weights_hash
+    with pytest.raises(DataError, match=r"written as a \.safetensors file"):
+        embed(extract, images, tmp_path / "f.npy")
+
+
+def test_benches_measure() -> None:
+    for facts in (bench_knn(50, 500, 8, 10), bench_logreg(300, 6, 3, 20), bench_linear(8, 3, 16, 2)):
+        assert facts["ratio"] > 0
+    assert bench_logreg(300, 6, 3, 20)["largest_accuracy_difference"] < 4  # of 30 images, one may differ
