@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,39 @@ def test_a_vanished_folder_is_named(folder_with_damage: Path) -> None:
     shutil.rmtree(folder_with_damage)
     with pytest.raises(DataError, match="No such file"):
         list(loader)
+
+
+INTERRUPTED = """
+import multiprocessing, sys
+from dinov2cli.config import load_config
+from dinov2cli.data.loaders import make_train_loader
+if __name__ == "__main__":
+    config = load_config(overrides=sys.argv[1:])
+    try:
+        for batch in make_train_loader(config, start=0, stop=10**6):
+            if batch.iteration == 1:
+                print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), *SMALL, "train.num_workers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    workers_pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers_pids) == 2
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to every process of the group
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    for pid in workers_pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -14,7 +14,7 @@ from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
-from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
+from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker, start_method
 from dinov2cli.errors import DataError, Dino2Error
 
 MAX_REPLACEMENTS = 100
@@ -58,6 +58,7 @@ class TrainLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=set_up_worker,
+            multiprocessing_context=start_method(num_workers),
         )
 
     def __len__(self) -> int:
@@ -187,6 +188,7 @@ class EvalLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=set_up_worker,
+            multiprocessing_context=start_method(num_workers),
         )
 
     def __len__(self) -> int:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NamedTuple
 
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
@@ -29,6 +31,11 @@ def choose_workers(wanted: int | None, *, processes_on_machine: int | None = Non
     return max(1, min(MAX_WORKERS, available_cores() // processes - 1))
 
 
+def start_method(num_workers: int) -> str | None:
+    """How loader processes start: forked on Linux, so that they share the dataset's listing instead of copying it."""
+    return "fork" if num_workers > 0 and sys.platform == "linux" else None
+
+
 def available_cores() -> int:
     """Cores that this process may run on, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,8 +53,15 @@ def set_up_worker(worker: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_reader_left
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _report_unless_reader_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # A tensor offered to a main process that has stopped reading is no error worth a traceback on the terminal.
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager

@@ -17,11 +17,13 @@ PHOTOS = (
 )  # fmt: skip
 SPLITS = {"TRAIN": 100, "VAL": 25}
 """Crops of each photo."""
-TRAIN_SHARE = 0.6
-"""TRAIN sees this share of a photo's width, from the left; VAL the rest. They share no pixel."""
-SIDE_RANGE = (0.35, 0.9)
-"""Sides of a crop as a share of the sides of its part of the photo."""
-SIZE = 160
+GRID = 5
+"""A photo is cut into GRID x GRID tiles: three of five, in diagonals, are TRAIN's, the others VAL's. They share no
+pixel, and both see every part of the scene (a left and a right half often show different things)."""
+TRAIN_DIAGONALS = (0, 1, 3)
+SIDE_RANGE = (0.6, 1.0)
+"""Side of a square crop as a share of its tile's shorter side."""
+SIZE = 96
 """Height and width of every image, in pixels."""
 
 
@@ -43,21 +45,21 @@ class SamplePhotos(ImageDataset):
             raise DataError(f"SamplePhotos has no split {split!r}; it has {' and '.join(SPLITS)}")
         self.split = split
         self.per_class = SPLITS[split]
-        self.parts = [_part_of(photo, split) for photo in _load_photos()]
+        self.tiles = [_tiles_of(photo, split) for photo in _load_photos()]
 
     def __len__(self) -> int:
         return len(PHOTOS) * self.per_class
 
     def image(self, index: int) -> np.ndarray:
         self._check_index(index)
-        part = self.parts[index // self.per_class]
-        height, width = part.shape[:2]
+        tiles = self.tiles[index // self.per_class]
         rng = keyed_rng(0, Stream.SAMPLE_PHOTOS, index, list(SPLITS).index(self.split))
-        side, down, right = rng.random(3)
-        share = SIDE_RANGE[0] + (SIDE_RANGE[1] - SIDE_RANGE[0]) * side
-        h, w = int(height * share), int(width * share)
-        top, left = int((height - h) * down), int((width - w) * right)
-        return cv2.resize(part[top : top + h, left : left + w], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+        tile = tiles[int(rng.integers(len(tiles)))]
+        share, down, right = rng.random(3)
+        side = int(min(tile.shape[:2]) * (SIDE_RANGE[0] + (SIDE_RANGE[1] - SIDE_RANGE[0]) * share))
+        top, left = int((tile.shape[0] - side) * down), int((tile.shape[1] - side) * right)
+        crop = tile[top : top + side, left : left + side]
+        return cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
 
     def open(self, index: int) -> LazyImage:
         return _Pixels(self.image(index))
@@ -83,9 +85,14 @@ class _Pixels(LazyImage):
         self._header = None
 
 
-def _part_of(photo: np.ndarray, split: str) -> np.ndarray:
-    cut = int(photo.shape[1] * TRAIN_SHARE)
-    return photo[:, :cut] if split == "TRAIN" else photo[:, cut:]
+def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:
+    height, width = (side // GRID for side in photo.shape[:2])
+    return [
+        photo[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        for row in range(GRID)
+        for column in range(GRID)
+        if ((row * 2 + column) % GRID in TRAIN_DIAGONALS) == (split == "TRAIN")
+    ]
 
 
 def _load_photos() -> list[np.ndarray]:
