@@ -8,8 +8,10 @@ checksums beside the data.
 import json
 import os
 import shutil
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,10 @@ class Checkpointer:
             if distributed.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
+                _require_space(aside, state)
             distributed.barrier()
-            dcp.save(state, checkpoint_id=aside, no_dist=not distributed.is_initialized())
+            with _single_process_is_meant():
+                dcp.save(state, checkpoint_id=aside, no_dist=not distributed.is_initialized())
             if distributed.is_main():
                 _write_manifest(aside, iteration)
                 if final.exists():
@@ -86,7 +90,8 @@ class Checkpointer:
             problem = distributed.broadcast_object(_damage(path) if distributed.is_main() else None)
             if problem is None:
                 try:
-                    dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
+                    with _single_process_is_meant():
+                        dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
                 except Exception as error:
                     problem = _innermost(error)
                 else:
@@ -130,8 +135,24 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
+        if aside.parent.is_dir():
+            aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
+
+
+def _require_space(folder: Path, state: object) -> None:
+    """Refuse to begin what cannot be finished: torch reports a disk that fills up in words nobody understands."""
+    needed, free = _tensor_bytes(state), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"No space left on device: it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+
+
+def _tensor_bytes(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_tensor_bytes(inner) for inner in value.values())
+    return 0
 
 
 def _write_manifest(folder: Path, iteration: int) -> None:
@@ -173,6 +194,14 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """Silence torch's warning that there is no process group: a single process has none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _innermost(error: BaseException) -> str:

@@ -250,6 +250,11 @@ class Evaluation(Group):
     knn_period: int = Field(0, ge=0, description="(dino2) Iterations between k-NN scores of the teacher; 0: none.")
     knn_train_dataset: str = Field("", description="(dino2) Labelled data whose neighbours vote, for knn_period.")
     knn_val_dataset: str = Field("", description="(dino2) Labelled data that is classified, for knn_period.")
+    tasks: Annotated[
+        tuple[Literal["knn", "logreg", "linear"], ...], BeforeValidator(_tuple_from_list)
+    ] = Field(
+        (), description="(dino2) Evaluations of every teacher checkpoint, on the data of knn_period."
+    )
 
 
 class Config(Group):

@@ -62,6 +62,8 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
         return f"{_in_words(inner[0], metadata)}, or null"
     if get_origin(annotation) is tuple:
         parts = get_args(annotation)
+        if parts[-1] is Ellipsis:
+            return f"a list, each {_in_words(parts[0], [])}"
         return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return kind + _bounds(metadata)

@@ -6,15 +6,17 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from dinov2cli.console import err, logger
 
 
 def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> None:
     """Print what will be run, and every switch that departs from the reference."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table.grid("what", "value", padding=(0, 2, 0, 0))
+    table.columns[1].overflow = "fold"
     for name, value in rows:
-        table.add_row(name, value, style="none")
+        table.add_row(Text(name, "bold"), Text(value))
     err.print(table)
     listed = list(deviations)
     if listed:

@@ -23,10 +23,11 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     if trainer.accumulation > 1:
         factors += f" x {trainer.accumulation} accumulated"
     epochs = trainer.total * batch / max(len(loader.dataset), 1)
+    workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
     heads = student.dino_head, *([student.ibot_head] if student.separate_head else [])
     rows = [
         ("run", f"{trainer.folder.path}" + (f", resumed after {trainer.iteration} iterations" if trainer.iteration else "")),
-        ("data", f"{loader.dataset.describe()}: {len(loader.dataset):,} images, {loader.num_workers} loader workers"),
+        ("data", f"{loader.dataset.describe()}; {workers}"),
         (
             "crops",
             f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels, "
@@ -35,7 +36,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         (
             "student",
             f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}: "
-            f"{millions(student.backbone)} parameters; heads {' + '.join(millions(head) for head in heads)}",
+            f"{count_parameters(student.backbone)} parameters; heads {' + '.join(count_parameters(head) for head in heads)}",
         ),
         ("length", f"{trainer.total:,} iterations, {epochs:,.1f} passes over the data"),
         ("batch", f"{batch} images ({factors})"),
@@ -46,9 +47,10 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     return rows
 
 
-def millions(module: nn.Module) -> str:
-    """Number of parameters, such as `21.6 M`."""
-    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"
+def count_parameters(module: nn.Module) -> str:
+    """Number of parameters, such as `21.6 M` or `24 k`."""
+    number = sum(parameter.numel() for parameter in module.parameters())
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
 def memory_used(device: torch.device) -> str:

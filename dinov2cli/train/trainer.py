@@ -19,9 +19,10 @@ from dinov2cli.checkpoint import Checkpointer, save_teacher
 from dinov2cli.config import Config
 from dinov2cli.console import MetricLogger, logger
 from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import TrainLoader, make_train_loader
 from dinov2cli.data.randomness import Stream, keyed_rng
-from dinov2cli.errors import DataError, TrainingFailure
+from dinov2cli.errors import ConfigError, DataError, TrainingFailure
 from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.display import TrainingDisplay, duration, print_plan
@@ -53,12 +54,14 @@ class Trainer:
     Args:
         config: the run, `config.train.output_dir` its folder.
         device: where to train.
+        dataset: the images; by default what `train.dataset_path` names.
         resume: go on from the newest checkpoint in the folder, if there is one.
-        init_backbone: loads pretrained weights into a fresh backbone (not called on resuming).
+        init_backbone: loads pretrained weights into a fresh backbone (not called where a checkpoint is resumed).
         online_knn: scores the teacher every `evaluation.knn_period` iterations.
+        on_teacher: called on every process with each teacher checkpoint that has been written (`evaluation.tasks`).
 
     Raises:
-        ConfigError: the folder holds a run of another architecture.
+        ConfigError: the folder holds a run of another architecture, or the attention backend cannot run here.
         CheckpointError: none of the folder's checkpoints can be loaded.
         DataError: the dataset cannot be read.
     """
@@ -68,11 +71,15 @@ class Trainer:
         config: Config,
         device: torch.device,
         *,
+        dataset: ImageDataset | None = None,
         resume: bool = True,
         init_backbone: Callable[[VisionTransformer], None] | None = None,
         online_knn: OnlineKnn | None = None,
+        on_teacher: Callable[[Path], object] | None = None,
     ) -> None:
         self.config, self.device, self.online_knn = config, device, online_knn
+        self.dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
+        self.on_teacher = on_teacher
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
         self.world_size = distributed.world_size()
@@ -80,12 +87,13 @@ class Trainer:
         self.precision = Precision.resolve(config, device)
         self.schedules = Schedules(config, self.world_size)
 
-        backend, self.backend_reason = choose_attention_backend(
-            config.student.attention_backend, device, self.precision.dtype
-        )
+        self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
+        resume = resume and bool(self.checkpointer.list())
+
+        backend, self.backend_reason = self.choose_attention()
         torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
         self.meta_arch = SSLMetaArch(config, backend)
-        if init_backbone is not None:
+        if init_backbone is not None and not resume:
             init_backbone(self.meta_arch.student.backbone)
             self.meta_arch.teacher.load_state_dict(self.meta_arch.student.state_dict())
         self.meta_arch.to(device).train()
@@ -93,10 +101,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale_gradients)
         self.iteration = 0
         self.nonfinite = 0  # consecutive iterations that were left out
+        self.collapsed = False  # what the monitors said last, so that they warn once
         self.samples_seen, self.bad_images = 0, 0
         self.last_bad: deque[str] = deque(maxlen=20)
-
-        self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
         if resume:
             self.load()
 
@@ -179,6 +186,7 @@ class Trainer:
             rank=distributed.rank(),
             world_size=self.world_size,
             pin_memory=self.device.type == "cuda",
+            dataset=self.dataset,
         )
 
     def train_step(self, batches: list[MultiCropBatch]) -> StepResult:
@@ -264,9 +272,12 @@ class Trainer:
         targets = self.meta_arch.last_targets
         assert targets is not None
         health = teacher_health(targets)
-        verdict = collapse_verdict(health, targets.cls.shape[0])
-        if verdict and self.iteration > 0.02 * self.total:
+        # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
+        begun = self.iteration > max(self.config.warmup_iterations(), self.total // 10)
+        verdict = collapse_verdict(health, targets.cls.shape[0]) if begun else None
+        if verdict and not self.collapsed:
             logger.warning("iteration %d: %s", self.iteration, verdict)
+        self.collapsed = verdict is not None
         return {
             "iteration": self.iteration,
             "iter_time": iter_time,
@@ -290,8 +301,13 @@ class Trainer:
             return finished or (period > 0 and self.iteration % period == 0)
 
         finished = self.iteration == self.total
-        if due(self.config.evaluation.eval_period_iterations) and distributed.is_main():
-            save_teacher(self.folder.teacher(self.iteration - 1), self.meta_arch.teacher.state_dict())
+        if due(self.config.evaluation.eval_period_iterations):
+            teacher = self.folder.teacher(self.iteration - 1)
+            if distributed.is_main():
+                save_teacher(teacher, self.meta_arch.teacher.state_dict())
+            if self.on_teacher is not None:
+                distributed.barrier()
+                self.on_teacher(teacher)
         if self.config.evaluation.knn_period and due(self.config.evaluation.knn_period):
             self.score_teacher()
         # The training checkpoint comes last: a run killed before it does the above again on resuming. While losses are
@@ -311,14 +327,21 @@ class Trainer:
             log.write({"iteration": self.iteration, "knn_top1": top1})
             log.close()
 
+    def choose_attention(self) -> tuple[str, str]:
+        """Attention backend and reason."""
+        asked = self.config.student.attention_backend
+        try:
+            return choose_attention_backend(asked, self.device, self.precision.dtype)
+        except ValueError as error:
+            raise ConfigError(f"student.attention_backend={asked}: {error}", "auto chooses one that runs.") from error
+
     def load(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        if self.folder.config.exists() and self.checkpointer.list():
+        """Go on from the newest whole checkpoint."""
+        if self.folder.config.exists():
             check_resumable(self.folder.config, self.config)
         state = self.state()
         iteration = self.checkpointer.load_latest(state)
-        if iteration is None:
-            return
+        assert iteration is not None, "the caller has seen a checkpoint"
         self.iteration = iteration
         self.samples_seen, self.bad_images = (int(value) for value in state["counters"])
         if self.scaler.is_enabled():

@@ -1,0 +1,113 @@
+"""Training checkpoints: complete or not there, the newest whole one is loaded, damage is noticed."""
+
+import json
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2cli.checkpoint import Checkpointer, save_teacher
+from dinov2cli.errors import CheckpointError
+
+
+def state_of(value: float) -> dict[str, object]:
+    return {"model": {"w": torch.full((300, 7), value), "b": torch.tensor(value)}, "plain": {"scale": value}}
+
+
+@pytest.fixture()
+def checkpointer(tmp_path: Path) -> Checkpointer:
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep=3)
+    for iteration in (10, 20, 30, 40):
+        checkpointer.save(iteration, state_of(iteration))
+    return checkpointer
+
+
+def test_the_newest_are_kept_and_loaded_in_place(checkpointer: Checkpointer) -> None:
+    assert [iteration for iteration, _ in checkpointer.list()] == [40, 30, 20]
+    state = state_of(0)
+    tensor = state["model"]["w"]
+    assert checkpointer.load_latest(state) == 40
+    assert tensor.eq(40).all() and state["model"]["w"] is tensor and state["plain"]["scale"] == 40
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert Checkpointer(tmp_path, keep=1).load_latest(state_of(0)) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no_manifest", "lost_file"])
+def test_a_damaged_checkpoint_is_passed_over_loudly(
+    checkpointer: Checkpointer, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = checkpointer.list()[0][1]
+    data = next(newest.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    if damage == "truncated":
+        data.write_bytes(content[:-100])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif damage == "no_manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        data.unlink()
+    monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
+    state = state_of(0)
+    assert checkpointer.load_latest(state) == 30
+    assert state["model"]["w"].eq(30).all()
+    assert "passed over" in caplog.text and newest.name in caplog.text
+
+
+def test_nothing_whole_is_an_error(checkpointer: Checkpointer) -> None:
+    for _, path in checkpointer.list():
+        (path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run can be loaded") as error:
+        checkpointer.load_latest(state_of(0))
+    assert "--no-resume" in str(error.value)
+
+
+def test_what_a_killed_run_left_behind_is_not_a_checkpoint(checkpointer: Checkpointer) -> None:
+    aside = checkpointer.folder / ".iteration_00000050.incomplete"
+    aside.mkdir()
+    (aside / "__0_0.distcp").write_bytes(b"half")
+    assert checkpointer.load_latest(state_of(0)) == 40
+    checkpointer.save(60, state_of(60))
+    assert not aside.exists()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """On a real small file system, where mounting one is allowed."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2)
+        small = {"w": torch.ones(1000)}
+        checkpointer.save(1, small)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            checkpointer.save(2, {"w": torch.ones(1_000_000)})
+        loaded = {"w": torch.zeros(1000)}
+        assert checkpointer.load_latest(loaded) == 1 and loaded["w"].eq(1).all()
+        assert [p.name for p in checkpointer.folder.iterdir()] == ["iteration_00000001"]
+        checkpointer.save(2, small)
+        assert checkpointer.load_latest(loaded) == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_manifest_lists_every_file(checkpointer: Checkpointer) -> None:
+    newest = checkpointer.list()[0][1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert manifest["iteration"] == 40
+    assert set(manifest["files"]) == {p.name for p in newest.iterdir()} - {"manifest.json"}
+
+
+def test_teacher_checkpoints_have_the_reference_format(tmp_path: Path) -> None:
+    path = tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth"
+    save_teacher(path, {"backbone.cls_token": torch.ones(1, 1, 4)})
+    loaded = torch.load(path, weights_only=True)
+    assert set(loaded) == {"teacher"} and loaded["teacher"]["backbone.cls_token"].eq(1).all()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_teacher(tmp_path / "file" / "teacher_checkpoint.pth", {})

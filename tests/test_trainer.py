@@ -1,0 +1,221 @@
+"""Training in one process: files, exact resume, interruption, bad data and non-finite losses."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import TINY, metrics_of, write_images
+
+from dinov2cli.config import load_config
+from dinov2cli.errors import ConfigError, DataError, TrainingFailure
+from dinov2cli.train.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture()
+def make_trainer(images: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    def make(name: str = "run", *overrides: str, **arguments: Any) -> Trainer:
+        paths = [f"train.dataset_path={images}", f"train.output_dir={tmp_path / name}"]
+        return Trainer(load_config(overrides=[*TINY, *paths, *overrides]), CPU, **arguments)
+
+    return make
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in trainer.meta_arch.state_dict().items()}
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def stop_after(trainer: Trainer, iteration: int) -> None:
+    """Ctrl-C while the given iteration runs."""
+    step = trainer.train_step
+
+    def interrupting(batches: Any) -> Any:
+        if trainer.iteration == iteration:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(batches)
+
+    trainer.train_step = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_a_run_writes_the_reference_files(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    trainer.train()
+    run = trainer.folder.path
+    lines = [json.loads(line) for line in (run / "training_metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(12))
+    keys = {
+        "iteration", "lr", "wd", "mom", "last_layer_lr", "current_batch_size", "total_loss", "dino_local_crops_loss",
+        "dino_global_crops_loss", "koleo_loss", "ibot_loss", "iter_time", "data_time",
+    }  # fmt: skip
+    assert keys <= set(lines[0])
+    assert [p.parent.name for p in sorted(run.glob("eval/*/teacher_checkpoint.pth"))] == [
+        "training_11", "training_3", "training_7",
+    ]  # fmt: skip
+    teacher = torch.load(trainer.folder.teacher(11), weights_only=True)["teacher"]
+    assert_same_weights(teacher, trainer.meta_arch.teacher.state_dict())
+    assert load_config(config_file=run / "config.yaml") == trainer.config
+    assert [i for i, _ in trainer.checkpointer.list()] == [12, 8, 4]
+
+
+def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer("run", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=1")
+    before = weights(trainer)
+    batch = next(iter(trainer.make_loader()))
+    values = trainer.train_step([batch]).values
+    after = weights(trainer)
+    for key in ("backbone.blocks.0.attn.proj.weight", "backbone.patch_embed.proj.weight", "dino_head.mlp.0.weight"):
+        old, new = before[f"student.{key}"], after[f"student.{key}"]
+        assert not torch.equal(old, new)
+        expected = values.momentum * before[f"teacher.{key}"] + (1 - values.momentum) * new
+        torch.testing.assert_close(after[f"teacher.{key}"], expected)
+    frozen = "student.dino_head.last_layer.weight_v"
+    assert torch.equal(before[frozen], after[frozen])
+
+
+@pytest.mark.parametrize("variant", [[], ["train.centering=sinkhorn_knopp", "ibot.separate_head=true",
+                                          "ibot.head_n_prototypes=24", "train.gradient_accumulation=2"]])  # fmt: skip
+def test_an_interrupted_run_resumes_bit_for_bit(make_trainer: Callable[..., Trainer], variant: list[str]) -> None:
+    whole = make_trainer("whole", *variant)
+    whole.train()
+    stop_after(make_trainer("parts", *variant), 5)
+    resumed = make_trainer("parts", *variant)
+    assert resumed.iteration == 6
+    resumed.train()
+    assert_same_weights(weights(whole), weights(resumed))
+    assert metrics_of(whole.folder.path) == metrics_of(resumed.folder.path)
+    again = make_trainer("parts", *variant)
+    again.train()  # finished already: nothing happens
+    assert_same_weights(weights(whole), weights(again))
+
+
+def test_work_lost_after_the_checkpoint_is_done_again(make_trainer: Callable[..., Trainer]) -> None:
+    whole = make_trainer("whole")
+    whole.train()
+    killed = make_trainer("killed")
+
+    def crash(batches: Any) -> Any:
+        if killed.iteration == 10:
+            raise RuntimeError("killed")
+        return Trainer.train_step(killed, batches)
+
+    killed.train_step = crash
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.train()
+    assert len(metrics_of(killed.folder.path)) == 10
+    resumed = make_trainer("killed")
+    assert resumed.iteration == 8
+    resumed.train()
+    assert metrics_of(whole.folder.path) == metrics_of(resumed.folder.path)
+
+
+def test_resuming_with_another_shape_is_refused(make_trainer: Callable[..., Trainer]) -> None:
+    make_trainer("run", "optim.epochs=1", "optim.warmup_epochs=0").train()
+    with pytest.raises(ConfigError, match=r"student.embed_dim \(24 there, 32 here\)"):
+        make_trainer("run", "student.embed_dim=32")
+
+
+def test_resuming_with_changed_keys_says_so(
+    make_trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
+    make_trainer("run", "optim.epochs=1", "optim.warmup_epochs=0").train()
+    assert make_trainer("run", "optim.warmup_epochs=0").iteration == 4
+    assert "optim.epochs (1 there, 3 here)" in caplog.text
+
+
+def test_a_non_finite_loss_is_left_out_then_stops_the_run(
+    make_trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
+    trainer = make_trainer("run", "train.max_nonfinite=2")
+    head = trainer.meta_arch.student.dino_head
+    forward = head.forward
+    poisoned = {2, 6, 7}
+    head.forward = lambda x: forward(x) * (float("nan") if trainer.iteration in poisoned else 1.0)
+    before: dict[int, dict[str, torch.Tensor]] = {}
+    step = trainer.train_step
+    trainer.train_step = lambda batches: before.setdefault(trainer.iteration, weights(trainer)) and step(batches)
+    with pytest.raises(TrainingFailure, match=r"iteration 7: .*dino_local_crops_loss.* for 2 iterations in a row"):
+        trainer.train()
+    networks = [{k: v for k, v in before[i].items() if "center" not in k} for i in (2, 3)]
+    assert_same_weights(*networks)  # the step that had no finite loss changed nothing
+    assert "iteration 2: dino_local_crops_loss" in caplog.text
+    assert [i for i, _ in trainer.checkpointer.list()] == [4]
+    assert all(value.isfinite().all() for value in weights(make_trainer("run")).values())
+
+
+def test_bad_images_are_replaced_counted_and_stop_the_run_when_too_many(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    data = write_images(tmp_path / "bad", per_class=4)
+    (data / "class0" / "broken.png").write_bytes(b"\x89PNG not an image")
+    allowed = make_trainer("allowed", f"train.dataset_path={data}", "train.max_bad_fraction=1.0")
+    allowed.train()
+    counts = [line["bad_images"] for line in metrics_of(allowed.folder.path)]
+    assert counts[-1] >= 10  # one of nine images, 96 draws
+    stopped = make_trainer("stopped", f"train.dataset_path={data}")
+    with pytest.raises(DataError, match=r"train.max_bad_fraction=0.01 allows.*broken.png"):
+        stopped.train()
+
+
+def test_gradient_accumulation_counts_into_batch_and_rate(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer("run", "train.gradient_accumulation=2")
+    assert trainer.schedules.peak_lr == pytest.approx(0.004 * (16 / 1024) ** 0.5)
+    trainer.train()
+    assert metrics_of(trainer.folder.path)[0]["current_batch_size"] == 16
+    assert trainer.samples_seen == 12 * 16
+
+
+def test_online_knn_is_written_at_the_start_each_period_and_the_end(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer("run", "evaluation.knn_period=5", "evaluation.knn_train_dataset=x",
+                           "evaluation.knn_val_dataset=x", online_knn=lambda backbone: 12.5)  # fmt: skip
+    trainer.train()
+    lines = [json.loads(line) for line in trainer.folder.knn_metrics.read_text().splitlines()]
+    assert [(line["iteration"], line["knn_top1"]) for line in lines] == [(0, 12.5), (5, 12.5), (10, 12.5), (12, 12.5)]
+
+
+def test_a_rehearsal_leaves_no_trace(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    trainer.folder.path.mkdir()
+    trainer.rehearse()
+    assert list(trainer.folder.path.iterdir()) == []
+
+
+def test_an_earlier_run_is_set_aside(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer("run", "optim.epochs=1", "optim.warmup_epochs=0")
+    trainer.train()
+    folder = trainer.folder
+    assert folder.set_aside() == folder.path / "previous_1"
+    assert folder.set_aside() is None
+    assert make_trainer("run").iteration == 0
+    assert (folder.path / "previous_1" / "training_metrics.json").exists()
+
+
+def test_the_seed_decides_everything(make_trainer: Callable[..., Trainer]) -> None:
+    short = ["optim.epochs=1", "optim.warmup_epochs=0"]
+    runs = [make_trainer(f"run{i}", *short, f"train.seed={seed}") for i, seed in enumerate((0, 0, 1))]
+    for run in runs:
+        run.train()
+    assert_same_weights(weights(runs[0]), weights(runs[1]))
+    assert not torch.equal(weights(runs[0])["student.backbone.pos_embed"], weights(runs[2])["student.backbone.pos_embed"])

@@ -1,0 +1,37 @@
+"""A training small enough for tests: seconds, on a few generated images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TINY = [
+    "student.arch=vit_tiny", "student.embed_dim=24", "student.depth=2", "student.num_heads=2", "student.patch_size=8",
+    "student.drop_path_rate=0.3", "crops.global_crops_size=32", "crops.local_crops_size=16",
+    "crops.local_crops_number=2", "dino.head_n_prototypes=32", "dino.head_hidden_dim=32", "dino.head_bottleneck_dim=16",
+    "train.batch_size_per_gpu=8", "train.OFFICIAL_EPOCH_LENGTH=4", "train.log_period=1", "train.num_workers=0",
+    "train.checkpoint_period=4", "optim.epochs=3", "optim.warmup_epochs=1", "evaluation.eval_period_iterations=4",
+]  # fmt: skip
+"""Overrides: 12 iterations of 8 images."""
+
+
+def write_images(folder: Path, classes: int = 2, per_class: int = 8, size: int = 40) -> Path:
+    """A class is a colour and a texture; each image adds noise of its own."""
+    rng = np.random.default_rng(0)
+    for number in range(classes):
+        (folder / f"class{number}").mkdir(parents=True)
+        base = np.kron(rng.integers(0, 256, (5, 5, 3)), np.ones((size // 5, size // 5, 1)))
+        for image in range(per_class):
+            pixels = np.clip(base + rng.normal(0, 25, base.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{number}" / f"{image}.png")
+    return folder
+
+
+TIMES = {"iter_time", "data_time"}
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """Lines of training_metrics.json without the times, which are never the same."""
+    lines = [json.loads(line) for line in (run / "training_metrics.json").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
