@@ -1,6 +1,7 @@
 """Result files and tables, features in files, and the benches."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_embedded_features_in_a_file(tmp_path: Path) -> None:
     assert torch.equal(stored["cls"], features.cls) and stored["last_cls"].shape == (300, 4, 24)
     assert stored["mean_patch"].shape == (300, 24) and torch.equal(stored["labels"], features.targets)
     joined, ends = bytes(stored["paths"].numpy()), [0, *stored["path_ends"].tolist()]
-    paths = [joined[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+    paths = [joined[a:b].decode() for a, b in pairwise(ends)]
     assert paths == [images.path(i) for i in range(300)]
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
         assert file.metadata()["dino2.weights"] == extract.weights_hash

@@ -146,6 +146,7 @@ def input_of_head(head: nn.Linear, width: int, depth: int) -> HeadInput:
     return HeadInput(*head_input(head.in_features, width, depth))
 
 
+@torch.no_grad()
 def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A frozen layer that holds copies of `weight` [C, F] and `bias` [C]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
