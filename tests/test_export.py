@@ -15,7 +15,7 @@ from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state,
 
 from dinov2cli.cli.main import app
 from dinov2cli.errors import EnvironmentProblem, WeightsError
-from dinov2cli.export import exporter
+from dinov2cli.export import exporter, graph_files
 from dinov2cli.export.bundle import Bundle, Runner, need
 from dinov2cli.export.exporter import FORMATS, ExportError, export_model
 from dinov2cli.export.graph import ExportableVisionTransformer
@@ -200,6 +200,20 @@ def test_onnx_of_one_size_declares_what_it_takes(tmp_path: Path) -> None:
     assert json.loads({p.key: p.value for p in model.metadata_props}["dino2.architecture"]) == PLAIN.as_dict()
     if installed("onnxruntime"):
         assert [comparison.shape for comparison in result.comparisons] == [(1, 3, 28, 70), (3, 3, 28, 70)]
+
+
+@pytest.mark.slow
+def test_onnx_of_a_large_model_keeps_its_weights_in_a_file_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(graph_files, "_EXTERNAL_DATA_ABOVE", 0)  # instead of 1.8 GB
+    result = export_model(source_file(tmp_path, replace(PLAIN, depth=1)), "onnx", tmp_path / "out" / "m.onnx")
+    graph, data = tmp_path / "out" / "m.onnx", tmp_path / "out" / "m.onnx.data"
+    assert set(result.files) == {str(graph), str(data)}
+    bundle = Bundle(sample_state(replace(PLAIN, depth=1)), PLAIN, sample_model(replace(PLAIN, depth=1)))
+    assert exporter.compare(bundle, FORMATS["onnx"].open(bundle, graph), (1, 56, 56)).difference < 1e-4
 
 
 def test_image_size_must_fit_the_patches(tmp_path: Path) -> None:

@@ -338,6 +338,23 @@ def hf_folder(model_type: str) -> Callable[[Path], Path]:
     return write
 
 
+def fsdp_rank_file(path: Path) -> Path:
+    """What the reference saves while training: pickled ShardedTensors of flattened parameters."""
+    import torch.distributed as dist
+    from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
+    from torch.distributed._shard.sharded_tensor.metadata import ShardMetadata
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        metadata = ShardMetadata([0], [9], "rank:0/cpu")
+        piece = init_from_local_shards([Shard(torch.ones(9), metadata)], 9)
+        path = path.with_name("model_0004999.rank_0.pth")
+        save({"model": {"student.backbone._fsdp_wrapped_module._flat_param": piece}, "iteration": 4999}, path)
+    finally:
+        dist.destroy_process_group()
+    return path
+
+
 def half_the_keys() -> dict[str, Tensor]:
     state = sample_state(PLAIN)
     return {name: state[name] for name in sorted(state)[: len(state) // 2]}
@@ -400,6 +417,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "rank file of FSDP": (
         saved(lambda: {"model": {"teacher.backbone._fsdp_wrapped_module._flat_param": torch.ones(9)}}),
         r"one rank's shard of an FSDP training checkpoint.*teacher_checkpoint\.pth"),
+    "rank file of the reference": (fsdp_rank_file, r"ShardedTensor.*one rank's file of an FSDP training checkpoint"),
     "pieces of q, k, v": (
         saved(lambda: {k: v for k, v in to_hf(sample_state(PLAIN)).items() if "0.attention.attention.key" not in k}),
         "'blocks.0.attn.key.(weight|bias)' is missing"),
