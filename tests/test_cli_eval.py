@@ -114,3 +114,37 @@ def test_wrong_input(
 )
 def test_list_options_take_all_their_values(given: str, read: str) -> None:
     assert repeat_names(given.split(), {"--nb-knn", "--test-datasets"}) == read.split()
+
+
+def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dino2("eval", "logreg", run, *DATA, "--max-train-iters", "30", "--json") == 0
+    logreg = json.loads(capsys.readouterr().out)
+    short = ["--epochs", "1", "--epoch-length", "4", "--batch-size", "8", "--learning-rates", "0.01", "0.1"]
+    tests = ["--test-datasets", "SamplePhotos:split=VAL", "--test-metric-types", "mean_per_class_accuracy"]
+    assert dino2("eval", "linear", run, *DATA, *short, *tests, "--frozen-crops", "--json") == 0
+    linear = json.loads(capsys.readouterr().out)
+    assert "approximation" in linear["notes"][0] and len(linear["extra"]["heads"]) == 8
+    folder = run / "eval/training_19"
+    lines = [json.loads(line) for line in (folder / "linear/results_eval_linear.json").read_text().splitlines()]
+    assert lines[0]["best_classifier"]["accuracy"] == pytest.approx(linear["rows"][0]["top1"] / 100)
+    assert lines[1] == {"SamplePhotos:split=VAL_accuracy": pytest.approx(linear["rows"][1]["top1"])}
+
+    head = folder / "linear/best_head.pth"
+    assert dino2("eval", "linear", run, *DATA[2:], "--head", head, "--output-dir", tmp_path / "again", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["top1"] == pytest.approx(linear["rows"][0]["top1"])
+
+    assert dino2("results", run, "--json") == 0
+    gathered = json.loads(capsys.readouterr().out)["evaluations"]
+    assert [each["task"] for each in gathered] == ["linear", "linear", "logreg"]
+    assert gathered[2] == logreg
+
+
+def test_tasks_of_a_training(run: Path) -> None:
+    from dinov2cli.config import load_config
+    from dinov2cli.eval.tasks import evaluate_teacher
+
+    data = "evaluation.knn_train_dataset=SamplePhotos:split=TRAIN", "evaluation.knn_val_dataset=SamplePhotos:split=VAL"
+    config = load_config(config_file=run / "config.yaml", overrides=[*data, "evaluation.tasks=[knn]"])
+    (done,) = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, config.evaluation.tasks)
+    assert (done.task, done.iteration) == ("knn", 9)
+    assert json.loads((run / "results.json").read_text())["evaluations"][0]["rows"][0]["top1"] == done.rows[0].top1
