@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class MetricLogger:
             aside.replace(path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, metrics: dict[str, float | int | str]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; non-finite numbers become null, which every JSON reader takes."""
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self._file.write(json.dumps(clean) + "\n")

@@ -150,3 +150,13 @@ def test_blur_probabilities_come_from_the_config() -> None:
     config = load_config(overrides=["crops.blur_prob=[1.0,0.1,0.5]", "crops.local_crops_number=3"])
     recipes = MultiCropAugmentation.from_config(config).recipes
     assert [r.blur for r in recipes] == [1.0, 0.1, 0.5, 0.5, 0.5]
+
+
+def test_colour_probabilities_come_from_the_config() -> None:
+    config = load_config(overrides=["crops.color_jitter_prob=0", "crops.grayscale_prob=1", "crops.solarize_prob=0.5"])
+    first, second, *local = MultiCropAugmentation.from_config(config).recipes
+    assert (first.solarize, second.solarize, local[0].solarize) == (0.0, 0.5, 0.0)
+    assert all((recipe.jitter, recipe.grayscale) == (0, 1) for recipe in (first, second, *local))
+    crop = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    drawn = MultiCropAugmentation.from_config(config)(crop, sample_rng(0, 0))
+    assert all((view == view[..., :1]).all() for view in [*drawn.global_crops, *drawn.local_crops])

@@ -78,7 +78,8 @@ def test_what_a_killed_run_left_behind_is_not_a_checkpoint(checkpointer: Checkpo
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """On a real small file system, where mounting one is allowed."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         checkpointer = Checkpointer(tmp_path / "checkpoints", keep=2)

@@ -44,7 +44,8 @@ def test_every_parameter_is_in_one_group_with_its_own_factors() -> None:
                                     "ibot.head_n_prototypes=16"])  # fmt: skip
     network = build_network(config, "sdpa", 0.0)
     groups = parameter_groups(network, config)
-    apply_schedules(groups, Schedules(config).at(5000)._replace(lr=1.0, backbone_lr=1.0, last_layer_lr=0.0, weight_decay=0.1))
+    values = Schedules(config).at(5000)._replace(lr=1.0, backbone_lr=1.0, last_layer_lr=0.0, weight_decay=0.1)
+    apply_schedules(groups, values)
     found = {id(p): group for group in groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     names = dict(network.named_parameters())

@@ -24,7 +24,9 @@ from dinov2cli.cli.picture_options import (
 def pca_image(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT... OUTPUT", help="Images or folders of images, then the output."),
+        typer.Argument(
+            metavar="INPUT... OUTPUT", help="Images, folders of images or SamplePhotos (built in), then the output."
+        ),
     ],
     model: ModelOption = None,
     resolution: ResolutionOption = 32,

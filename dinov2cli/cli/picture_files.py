@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 def expand_inputs(inputs: list[Path]) -> list[tuple[str, Path]]:
     """(name, file) of every image, those of folders in natural order; names are stems, made unique by a number.
 
+    The word `SamplePhotos` stands for two of the photos that scikit-image ships.
+
     Raises:
         DataError: a path that is not there, a folder without images.
+        EnvironmentProblem: SamplePhotos without scikit-image.
     """
+    from dinov2cli.data.datasets.sample_photos import photo_files
     from dinov2cli.visualize.video_reader import list_images
 
     files: list[Path] = []
@@ -23,6 +27,8 @@ def expand_inputs(inputs: list[Path]) -> list[tuple[str, Path]]:
             files += list_images(path)
         elif path.is_file():
             files.append(path)
+        elif str(path) == "SamplePhotos":
+            files += photo_files("chelsea.png", "coffee.png")
         else:
             raise DataError(f"{path}: no such file or folder")
     named: dict[str, Path] = {}

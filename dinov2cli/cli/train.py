@@ -50,7 +50,7 @@ def train(
         bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_<n>/.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory, print the plan; do not train.")
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory; do not train.")
     ] = False,
 ) -> None:
     """Pretrain a vision transformer with DINOv2 on a set of images.
@@ -92,7 +92,7 @@ def resolve_config(
         follow = keys_that_follow_weights(config)
         config = load_config(preset=preset, config_file=config_file, overrides=[*follow, *overrides, *given])
     if config.train.output_dir == ".":
-        raise ConfigError("no run folder given", "Add --output-dir DIR: the run's files go there, and it can be resumed.")
+        raise ConfigError("no run folder given", "Add --output-dir DIR; the run can be resumed from it.")
     return config
 
 

@@ -221,6 +221,11 @@ class Crops(Group):
         description="(dino2) Blur probability of global crop 1, global crop 2 and the local crops. The published code "
         "runs the default; what it spells out is [1.0, 0.1, 0.5].",
     )
+    color_jitter_prob: Fraction = Field(
+        0.8, description="(dino2) Probability of a jitter of brightness, contrast, saturation and hue."
+    )
+    grayscale_prob: Fraction = Field(0.2, description="(dino2) Probability that a crop loses its colour.")
+    solarize_prob: Fraction = Field(0.2, description="(dino2) Probability that global crop 2 is solarized.")
 
 
 class Data(Group):
@@ -231,13 +236,13 @@ class Data(Group):
     )
     device_augment: bool = Field(
         False,
-        description="(dino2) Loader processes decode and crop only; jitter, grayscale, blur and solarize run batched on "
-        "the training device, from the same random numbers.",
+        description="(dino2) Loader processes decode and crop only; jitter, grayscale, blur and solarize run batched "
+        "on the training device, from the same random numbers.",
     )
     scaled_decode: bool = Field(
         False,
-        description="(dino2) Decode a JPEG at 1/2, 1/4 or 1/8 where no crop needs more pixels; faster for large photos, "
-        "and crops differ slightly.",
+        description="(dino2) Decode a JPEG at 1/2, 1/4 or 1/8 where no crop needs more pixels; faster for large "
+        "photos, and crops differ slightly.",
     )
 
 
@@ -361,6 +366,10 @@ def _deviations(config: Config) -> Iterable[str]:
         yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
     if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
         yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
+    for key in ("color_jitter_prob", "grayscale_prob", "solarize_prob"):
+        value, default = getattr(config.crops, key), Crops.model_fields[key].default
+        if value != default:
+            yield f"crops.{key}={value}: the reference uses {default}"
     if train.gradient_accumulation > 1:
         yield (
             f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "

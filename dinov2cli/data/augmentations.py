@@ -1,5 +1,6 @@
 """Multi-crop augmentation (DINOv2 paper, section 4 and appendix): two global and several local views of an image."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, Jitter, draw_crops
 
 GLOBAL_CROPS = 2
-SOLARIZE_PROBABILITY = 0.2
 
 
 class Crops(NamedTuple):
@@ -36,14 +36,11 @@ class MultiCropAugmentation:
         """The recipes that `config.crops` describes; solarization is for the second global view alone."""
         crops = config.crops
         blur_global1, blur_global2, blur_local = crops.blur_prob
-        global_scale, local_scale = tuple(crops.global_crops_scale), tuple(crops.local_crops_scale)
-        return cls(
-            (
-                CropRecipe(crops.global_crops_size, global_scale, blur_global1),
-                CropRecipe(crops.global_crops_size, global_scale, blur_global2, SOLARIZE_PROBABILITY),
-                *[CropRecipe(crops.local_crops_size, local_scale, blur_local)] * crops.local_crops_number,
-            )
-        )
+        colour = {"jitter": crops.color_jitter_prob, "grayscale": crops.grayscale_prob}
+        global_ = CropRecipe(crops.global_crops_size, tuple(crops.global_crops_scale), blur_global1, **colour)
+        local = CropRecipe(crops.local_crops_size, tuple(crops.local_crops_scale), blur_local, **colour)
+        second = replace(global_, blur=blur_global2, solarize=crops.solarize_prob)
+        return cls((global_, second, *[local] * crops.local_crops_number))
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Crops:
         """Views of `image` (uint8 [H, W, 3]); all that is random comes from `rng`."""

@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-JITTER_PROBABILITY = 0.8
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
-GRAYSCALE_PROBABILITY = 0.2
 FLIP_PROBABILITY = 0.5
 BLUR_SIGMA = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
@@ -25,12 +23,16 @@ class CropRecipe:
         scale: smallest and largest share of the image's area.
         blur: probability of a Gaussian blur.
         solarize: probability of solarization.
+        jitter: probability of a colour jitter.
+        grayscale: probability of a loss of all colour.
     """
 
     size: int
     scale: tuple[float, float]
     blur: float
     solarize: float = 0.0
+    jitter: float = 0.8
+    grayscale: float = 0.2
 
 
 class Box(NamedTuple):
@@ -85,8 +87,8 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
         box=random_box(recipe.scale, height, width, tries, down, right),
         size=recipe.size,
         flip=flip < FLIP_PROBABILITY,
-        jitter=_jitter((third, second, first), factors) if jitter < JITTER_PROBABILITY else None,
-        grayscale=gray < GRAYSCALE_PROBABILITY,
+        jitter=_jitter((third, second, first), factors) if jitter < recipe.jitter else None,
+        grayscale=gray < recipe.grayscale,
         blur_sigma=_between(*BLUR_SIGMA, sigma) if blur < recipe.blur else 0.0,
         solarize=solarize < recipe.solarize,
     )

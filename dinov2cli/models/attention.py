@@ -78,7 +78,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
 
     cumulative = _cumulative_lengths(layout, q.device)
     longest = max(length for _, length in layout.groups)
-    return varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
+    attended = varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
+    assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return attended
 
 
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {

@@ -1,5 +1,7 @@
 """The projection head that maps features to prototype scores (DINO paper, section 3; DINOv2 paper, section 4)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)

@@ -26,7 +26,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image of {height}x{width} pixels: both must be multiples of patch size {self.patch_size}")
+            size = f"image of {height}x{width} pixels"
+            raise ValueError(f"{size}: both must be multiples of patch size {self.patch_size}")
         return self.proj(images).flatten(2).transpose(1, 2)
 
 

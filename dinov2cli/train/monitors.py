@@ -17,7 +17,7 @@ class TeacherHealth(NamedTuple):
     """Logged every `train.log_period`.
 
     Args:
-        teacher_entropy: mean entropy of a crop's target distribution over its maximum log K: 1 is uniform, 0 is one-hot.
+        teacher_entropy: mean entropy of a crop's target distribution over its maximum log K: 1 uniform, 0 one-hot.
         prototypes_in_use: how many prototypes the batch spreads over: exp of the entropy of the mean target.
         feature_std: standard deviation over the batch of the L2-normalised class tokens, times sqrt(D): about 1 for
             features spread over the sphere, 0 for identical ones.

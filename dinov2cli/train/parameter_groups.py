@@ -24,7 +24,8 @@ def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any
     for name, parameter in student.named_parameters():
         module, _, name_within = name.partition(".")
         is_backbone = module == "backbone"
-        lr_multiplier = config.optim.layerwise_decay ** (depth + 1 - layer_of(name_within, depth)) if is_backbone else 1.0
+        layers_above = depth + 1 - layer_of(name_within, depth) if is_backbone else 0
+        lr_multiplier = config.optim.layerwise_decay**layers_above
         if is_backbone and name_within.startswith("patch_embed."):
             lr_multiplier *= config.optim.patch_embed_lr_mult
         undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -54,6 +55,8 @@ def layer_of(name: str, depth: int) -> int:
 def apply_schedules(groups: list[dict[str, Any]], values: ScheduledValues) -> None:
     """Set each group's learning rate and weight decay for the coming step."""
     for group in groups:
-        lr = values.last_layer_lr if group["is_last_layer"] else values.backbone_lr if group["is_backbone"] else values.lr
+        lr = values.backbone_lr if group["is_backbone"] else values.lr
+        if group["is_last_layer"]:
+            lr = values.last_layer_lr
         group["lr"] = lr * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["wd_multiplier"]

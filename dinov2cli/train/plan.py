@@ -24,9 +24,10 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         factors += f" x {trainer.accumulation} accumulated"
     epochs = trainer.total * batch / max(len(loader.dataset), 1)
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
+    resumed = f", resumed after {trainer.iteration} iterations" if trainer.iteration else ""
     heads = student.dino_head, *([student.ibot_head] if student.separate_head else [])
     rows = [
-        ("run", f"{trainer.folder.path}" + (f", resumed after {trainer.iteration} iterations" if trainer.iteration else "")),
+        ("run", f"{trainer.folder.path}{resumed}"),
         ("data", f"{loader.dataset.describe()}; {workers}"),
         (
             "crops",
@@ -40,9 +41,12 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         ),
         ("length", f"{trainer.total:,} iterations, {epochs:,.1f} passes over the data"),
         ("batch", f"{batch} images ({factors})"),
-        ("learning rate", f"{trainer.schedules.peak_lr:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)"),
+        (
+            "learning rate",
+            f"{trainer.schedules.peak_lr:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)",
+        ),
         ("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})"),
-        ("attention", f"{student.backbone.blocks[0].attn.backend} ({trainer.backend_reason})"),
+        ("attention", f"{trainer.attention_backend} ({trainer.attention_reason})"),
     ]
     return rows
 

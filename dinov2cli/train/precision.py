@@ -45,8 +45,8 @@ class Precision:
         """
         asked = config.compute_precision.precision
         if device.type == "cpu":
-            reason = "the CPU trains in float32" if asked in ("auto", "fp32") else f"the CPU trains in float32, not {asked}"
-            return cls(device, torch.float32, False, reason)
+            instead = "" if asked in ("auto", "fp32") else f", not {asked}"
+            return cls(device, torch.float32, False, f"the CPU trains in float32{instead}")
         if asked in ("auto", "bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(device)
             if asked == "bf16":

@@ -4,6 +4,7 @@ Shape legend: B images, n_local local crops of each, N patches of a global crop,
 D embedding dimension, K prototypes. Crops are in crop-major order: all images' first crops, then their second ones.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ class SSLMetaArch(nn.Module):
         """
         global_crops, local_crops = normalize(batch.global_crops), normalize(batch.local_crops)
         targets = self.last_targets = self.teacher_targets(global_crops, batch.mask_indices, teacher_temp)
-        crops, masks = [global_crops], [batch.masks]
+        crops: list[Tensor] = [global_crops]
+        masks: list[Tensor | None] = [batch.masks]
         if self.config.crops.local_crops_number:
             crops, masks = [global_crops, local_crops], [batch.masks, None]
         student = self.student(crops, masks, batch.mask_indices, drop_generator)
@@ -196,7 +198,10 @@ def build_head(config: Config, embed_dim: int, *, separate_ibot: bool) -> DINOHe
     )
 
 
-CENTERINGS = {"centering": SoftmaxCentering, "sinkhorn_knopp": lambda _: SinkhornKnoppCentering()}
+CENTERINGS: dict[str, Callable[[int], nn.Module]] = {
+    "centering": SoftmaxCentering,
+    "sinkhorn_knopp": lambda n_prototypes: SinkhornKnoppCentering(),
+}
 
 
 def build_centering(config: Config, n_prototypes: int) -> nn.Module:

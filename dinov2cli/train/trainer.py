@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -35,9 +35,10 @@ from dinov2cli.train.resuming import check_resumable
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.schedules import ScheduledValues, Schedules
 from dinov2cli.train.ssl_meta_arch import SSLLosses, SSLMetaArch
+from dinov2cli.train.trackers import Tracker, make_trackers
 
 OnlineKnn = Callable[[VisionTransformer], float]
-"""Top-1 accuracy in percent of a teacher backbone on a labelled set; given from outside, as training knows nothing of evaluation."""
+"""Top-1 accuracy in percent of a teacher backbone; given from outside, as training knows nothing of evaluation."""
 
 
 class StepResult(NamedTuple):
@@ -90,9 +91,9 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
         resume = resume and bool(self.checkpointer.list())
 
-        backend, self.backend_reason = self.choose_attention()
+        self.attention_backend, self.attention_reason = self.choose_attention()
         torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
-        self.meta_arch = SSLMetaArch(config, backend)
+        self.meta_arch = SSLMetaArch(config, self.attention_backend)
         if init_backbone is not None and not resume:
             init_backbone(self.meta_arch.student.backbone)
             self.meta_arch.teacher.load_state_dict(self.meta_arch.student.state_dict())
@@ -122,13 +123,17 @@ class Trainer:
         if distributed.is_main():
             print_plan(plan_rows(self, loader), self.config.deviations())
             self.config.save(self.folder.config)
-            metrics = MetricLogger(self.folder.metrics, resume_at=self.iteration)
+        loggers = self.make_loggers()
         if self.iteration == 0:
             self.score_teacher()
 
         images = self.config.effective_batch(self.world_size)
         quiet = not distributed.is_main()
-        with interruption() as interrupted, TrainingDisplay(self.total, self.iteration, images, quiet=quiet) as display:
+        with ExitStack() as stack:
+            for each in loggers:
+                stack.callback(each.close)
+            display = stack.enter_context(TrainingDisplay(self.total, self.iteration, images, quiet=quiet))
+            interrupted = stack.enter_context(interruption())
             batches, clock = iter(loader), time.perf_counter()
             while self.iteration < self.total:
                 micro_batches = list(islice(batches, self.accumulation))
@@ -139,8 +144,10 @@ class Trainer:
                 losses = self.check(result, micro_batches)
                 iter_time, clock = time.perf_counter() - clock, time.perf_counter()
                 due = self.iteration % self.config.train.log_period == 0 or self.iteration + 1 == self.total
-                if due and distributed.is_main():
-                    metrics.write(self.metrics_line(result.values, losses, result.grad_norms, iter_time, data_time))
+                if due and loggers:
+                    line = self.metrics_line(result, losses, iter_time, data_time)
+                    for each in loggers:
+                        each.write(line)
                 self.iteration += 1
                 display.update(self.iteration, losses, data_time, log=due)
                 self.save_what_is_due(stopping=bool(interrupted))
@@ -167,10 +174,10 @@ class Trainer:
             checkpointer = Checkpointer(Path(folder), keep=1)
             size = sum(file.stat().st_size for file in checkpointer.save(self.iteration, self.state()).iterdir())
             checkpointer.load_latest(self.state())
-        remaining = (self.total - start) * min(seconds, default=0.0)
+        step = min(seconds, default=0.0)
         print_plan(
             [
-                ("step", f"{min(seconds, default=0.0):.3g} s without waiting for data, so {duration(remaining)} in all"),
+                ("step", f"{step:.3g} s without waiting for data, so {duration(step * (self.total - start))} in all"),
                 ("memory", memory_used(self.device)),
                 ("checkpoint", f"{size / 1e6:,.0f} MB each, {self.config.train.keep} kept; written and read back"),
             ],
@@ -236,8 +243,9 @@ class Trainer:
             self.nonfinite += 1
             logger.warning("iteration %d: %s not finite; the step was left out", self.iteration, ", ".join(wrong))
             if self.nonfinite >= self.config.train.max_nonfinite:
+                times = f"for {self.nonfinite} iterations in a row"
                 raise TrainingFailure(
-                    f"iteration {self.iteration}: {', '.join(wrong)} not finite for {self.nonfinite} iterations in a row",
+                    f"iteration {self.iteration}: {', '.join(wrong)} not finite {times}",
                     f"The last good checkpoint is in {self.folder.checkpoints}. Lower optim.base_lr, lengthen "
                     "optim.warmup_epochs, or use compute_precision.precision=fp32, and run again to resume from it.",
                 )
@@ -260,15 +268,18 @@ class Trainer:
                 "Repair or remove them, or raise train.max_bad_fraction; the same command then resumes.",
             )
 
+    def make_loggers(self) -> list[Tracker]:
+        """Where metrics go: `training_metrics.json`, and the trackers that are switched on; none but on rank 0."""
+        if not distributed.is_main():
+            return []
+        trackers = make_trackers(self.config, self.folder.path, resume_at=self.iteration)
+        return [MetricLogger(self.folder.metrics, resume_at=self.iteration), *trackers]
+
     def metrics_line(
-        self,
-        values: ScheduledValues,
-        losses: dict[str, float],
-        grad_norms: dict[str, torch.Tensor],
-        iter_time: float,
-        data_time: float,
-    ) -> dict[str, float | int | str]:
+        self, result: StepResult, losses: dict[str, float], iter_time: float, data_time: float
+    ) -> dict[str, float | int]:
         """One line of `training_metrics.json`: the reference's keys, then ours."""
+        values, grad_norms = result.values, result.grad_norms
         targets = self.meta_arch.last_targets
         assert targets is not None
         health = teacher_health(targets)

@@ -1,4 +1,4 @@
-"""Write Fashion-MNIST as folders of PNG files, a subfolder per class: DEST/train/<class>/*.png, DEST/test/<class>/*.png.
+"""Write Fashion-MNIST as PNG files, a subfolder per class: DEST/train/<class>/*.png and DEST/test/<class>/*.png.
 
 The data are those of Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or the same four
 .gz files in another folder.

@@ -96,15 +96,24 @@ def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:
 
 
 def _load_photos() -> list[np.ndarray]:
+    return [decode_image(file.read_bytes(), str(file)) for file in photo_files(*PHOTOS)]
+
+
+def photo_files(*names: str) -> list[Path]:
+    """Files of photos that scikit-image ships, such as `chelsea.png`.
+
+    Raises:
+        EnvironmentProblem: scikit-image is not installed, or ships them no longer.
+    """
     spec = find_spec("skimage")  # found, not imported: only its files are needed
     if spec is None or spec.origin is None:
         raise EnvironmentProblem(
             "SamplePhotos uses the photos of scikit-image, which is not installed", "pip install 'dinov2cli[demo]'"
         )
     folder = Path(spec.origin).parent / "data"
-    missing = [name for name in PHOTOS if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise EnvironmentProblem(
             f"this scikit-image does not ship {', '.join(missing)} in {folder}", "pip install 'dinov2cli[demo]'"
         )
-    return [decode_image((folder / name).read_bytes(), str(folder / name)) for name in PHOTOS]
+    return [folder / name for name in names]
