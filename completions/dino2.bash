@@ -7,16 +7,109 @@ _dino2() {
     elif [[ $prev == "=" ]]; then prev="${COMP_WORDS[COMP_CWORD-2]}"; fi
     for ((i = 1; i < COMP_CWORD; i++)); do
         case "$path ${COMP_WORDS[i]}" in
+            "dino2 prepare-imagenet") path="dino2 prepare-imagenet" ;;
+            "dino2 train") path="dino2 train" ;;
+            "dino2 embed") path="dino2 embed" ;;
+            "dino2 results") path="dino2 results" ;;
+            "dino2 export") path="dino2 export" ;;
+            "dino2 info") path="dino2 info" ;;
             "dino2 pca-video") path="dino2 pca-video" ;;
+            "dino2 pca-image") path="dino2 pca-image" ;;
+            "dino2 attention") path="dino2 attention" ;;
+            "dino2 plot") path="dino2 plot" ;;
+            "dino2 eval") path="dino2 eval" ;;
+            "dino2 eval knn") path="dino2 eval knn" ;;
+            "dino2 eval logreg") path="dino2 eval logreg" ;;
+            "dino2 eval linear") path="dino2 eval linear" ;;
             "dino2 presets") path="dino2 presets" ;;
             "dino2 presets list") path="dino2 presets list" ;;
             "dino2 presets show") path="dino2 presets show" ;;
+            "dino2 bench") path="dino2 bench" ;;
+            "dino2 bench knn") path="dino2 bench knn" ;;
+            "dino2 bench logreg") path="dino2 bench logreg" ;;
+            "dino2 bench linear") path="dino2 bench linear" ;;
+            "dino2 bench augment") path="dino2 bench augment" ;;
         esac
     done
     case "$path" in
         "dino2")
             options="--version --install-completion --show-completion --help -h"
-            words="pca-video presets" ;;
+            words="prepare-imagenet train embed results export info pca-video pca-image attention plot eval presets bench" ;;
+        "dino2 prepare-imagenet")
+            case "$prev" in
+                --root) :; return ;;
+                --extra) :; return ;;
+                --split) COMPREPLY=($(compgen -W "TRAIN VAL TEST" -- "$cur")); return ;;
+                --variant) COMPREPLY=($(compgen -W "1k 22k" -- "$cur")); return ;;
+                --val-labels) :; return ;;
+            esac
+            options="--root --extra --split --variant --check --force --write-labels --val-labels --link --help -h"
+            words="" ;;
+        "dino2 train")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --init-from) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--preset --config-file --data --output-dir --cpu --init-from --no-resume --dry-run --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks=" ;;
+        "dino2 embed")
+            case "$prev" in
+                --data) :; return ;;
+                --output) :; return ;;
+                --config-file) :; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--data --output --config-file --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            words="" ;;
+        "dino2 results")
+            case "$prev" in
+                --task) :; return ;;
+            esac
+            options="--task --json --help -h"
+            words="" ;;
+        "dino2 export")
+            case "$prev" in
+                --format) COMPREPLY=($(compgen -W "safetensors official hf timm onnx torch-export" -- "$cur")); return ;;
+                --output) :; return ;;
+                --linear-head) :; return ;;
+                --layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) :; return ;;
+                --opset) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --config-file) :; return ;;
+            esac
+            options="--format --output --linear-head --layers --image-size --opset --config-file --overwrite --json --help -h"
+            words="" ;;
+        "dino2 info")
+            case "$prev" in
+                --config-file) :; return ;;
+            esac
+            options="--config-file --sha256 --json --help -h"
+            words="" ;;
         "dino2 pca-video")
             case "$prev" in
                 --model) :; return ;;
@@ -34,6 +127,103 @@ _dino2() {
             esac
             options="--model --resolution --foreground --layout --upsampling --format --save-basis --basis --fit-frames --fps --audio --no-audio --batch-size --device --help -h"
             words="" ;;
+        "dino2 pca-image")
+            case "$prev" in
+                --model) :; return ;;
+                --resolution) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --foreground) :; return ;;
+                --layout) COMPREPLY=($(compgen -W "pca side-by-side overlay" -- "$cur")); return ;;
+                --upsampling) COMPREPLY=($(compgen -W "nearest bicubic" -- "$cur")); return ;;
+                --save-basis) :; return ;;
+                --basis) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--model --resolution --foreground --layout --upsampling --save-basis --basis --batch-size --device --help -h"
+            words="" ;;
+        "dino2 attention")
+            case "$prev" in
+                --model) :; return ;;
+                --resolution) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --block) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--model --resolution --block --overlay --device --help -h"
+            words="" ;;
+        "dino2 plot")
+            case "$prev" in
+                --output|-o) :; return ;;
+                --smooth) compopt +o bashdefault +o default 2>/dev/null; return ;;
+            esac
+            options="--output -o --smooth --help -h"
+            words="" ;;
+        "dino2 eval")
+            options="--help -h"
+            words="knn logreg linear" ;;
+        "dino2 eval knn")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --nb-knn|--nb_knn) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --temperature) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --n-per-class-list|--n-per-class) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --n-tries) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            words="" ;;
+        "dino2 eval logreg")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --finetune-dataset|--finetune-dataset-str) :; return ;;
+                --metric-type) :; return ;;
+                --train-dtype) :; return ;;
+                --train-features-device) :; return ;;
+                --max-train-iters) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            words="" ;;
+        "dino2 eval linear")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --head|--classifier-fpath) :; return ;;
+                --head-layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --test-datasets) :; return ;;
+                --test-metric-types) :; return ;;
+                --test-class-mapping-fpaths) :; return ;;
+                --test-labels) :; return ;;
+                --val-class-mapping-fpath) :; return ;;
+                --val-metric-type) :; return ;;
+                --epochs) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --epoch-length) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --learning-rates) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --eval-period-iterations) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --save-checkpoint-frequency) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --help -h"
+            words="" ;;
         "dino2 presets")
             options="--help -h"
             words="list show" ;;
@@ -42,7 +232,69 @@ _dino2() {
             words="" ;;
         "dino2 presets show")
             options="--full --help -h"
-            words="demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
+            words="adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
+        "dino2 bench")
+            options="--help -h"
+            words="knn logreg linear augment" ;;
+        "dino2 bench knn")
+            case "$prev" in
+                --queries) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --keys) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --k) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--queries --keys --dim --k --device --json --help -h"
+            words="" ;;
+        "dino2 bench logreg")
+            case "$prev" in
+                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --every) compopt +o bashdefault +o default 2>/dev/null; return ;;
+            esac
+            options="--images --dim --classes --every --json --help -h"
+            words="" ;;
+        "dino2 bench linear")
+            case "$prev" in
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--dim --classes --batch-size --steps --device --json --help -h"
+            words="" ;;
+        "dino2 bench augment")
+            case "$prev" in
+                --data) :; return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --repeats) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--data --preset --config-file --workers --images --repeats --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks=" ;;
     esac
     if [[ $cur == -* ]]; then words=$options; fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))

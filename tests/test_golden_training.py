@@ -60,7 +60,7 @@ def test_training_equals_the_reference(name: str, checkpointing: bool) -> None:
         for key, value in network.state_dict().items():
             difference = (value - final[key]).abs()
             if key.endswith("attn.qkv.bias"):
-                # Softmax is blind to the keys' bias: its gradient is rounding noise, which Adam scales up to full steps.
+                # Softmax is blind to the keys' bias: its gradient is rounding noise, which Adam makes full steps of.
                 queries, keys, values = difference.chunk(3)
                 assert keys.max() <= 1e-3, key
                 difference = torch.cat([queries, values])

@@ -8,11 +8,11 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.attention import attention
+from dinov2cli.cli.bench import bench
 from dinov2cli.cli.embed import embed
 from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
 from dinov2cli.cli.info import info
-from dinov2cli.cli.bench import bench
 from dinov2cli.cli.pca_image import pca_image
 from dinov2cli.cli.pca_video import pca_video
 from dinov2cli.cli.plot import plot

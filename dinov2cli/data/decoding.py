@@ -12,7 +12,7 @@ from PIL import Image
 from dinov2cli.errors import DataError
 
 
-class UnreadableImage(DataError):  # noqa: N818  (names the thing at fault, like its siblings)
+class UnreadableImage(DataError):
     """A file that is no image, or a damaged one."""
 
     def __init__(self, path: str, reason: str) -> None:

@@ -25,7 +25,8 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     epochs = trainer.total * batch / max(len(loader.dataset), 1)
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
     resumed = f", resumed after {trainer.iteration} iterations" if trainer.iteration else ""
-    heads = student.dino_head, *([student.ibot_head] if student.separate_head else [])
+    heads = [student.dino_head, *([student.ibot_head] if student.separate_head else [])]
+    head_sizes = " + ".join(count_parameters(head) for head in heads)
     rows = [
         ("run", f"{trainer.folder.path}{resumed}"),
         ("data", f"{loader.dataset.describe()}; {workers}"),
@@ -37,7 +38,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         (
             "student",
             f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}: "
-            f"{count_parameters(student.backbone)} parameters; heads {' + '.join(count_parameters(head) for head in heads)}",
+            f"{count_parameters(student.backbone)} parameters; heads {head_sizes}",
         ),
         ("length", f"{trainer.total:,} iterations, {epochs:,.1f} passes over the data"),
         ("batch", f"{batch} images ({factors})"),
