@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,17 @@ def set_up_logging(log_file: Path | None = None, *, verbose: bool = False) -> No
         handler.close()
     logger.addHandler(RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False))
     if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_file, delay=True)
+        to_file = _LateFileHandler(log_file, delay=True)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _LateFileHandler(logging.FileHandler):
+    """Creates the file and its folder with the first record: a command that fails at once leaves nothing behind."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
 
 
 def progress(**kwargs: Any) -> Progress:

@@ -39,6 +39,14 @@ def test_a_non_finite_batch_leaves_the_center_as_it_is() -> None:
     assert torch.equal(centering.center, before) and before.abs().sum() > 0
 
 
+def test_a_batch_without_samples_leaves_the_center_as_it_is() -> None:
+    centering = SoftmaxCentering(4)
+    centering(torch.randn(8, 4), 0.1)
+    before = centering.center.clone()
+    assert centering(torch.empty(0, 4), 0.1).shape == (0, 4)
+    assert torch.equal(centering.center, before)
+
+
 def sinkhorn_in_float64(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     """Three rounds of rows to 1/K, columns to 1/B, as the definition says, in the log domain."""
     log_q = scores.double().T / temperature

@@ -195,6 +195,14 @@ def test_online_knn_is_written_at_the_start_each_period_and_the_end(make_trainer
     assert [(line["iteration"], line["knn_top1"]) for line in lines] == [(0, 12.5), (5, 12.5), (10, 12.5), (12, 12.5)]
 
 
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_training_without_ibot_and_without_local_crops(make_trainer: Callable[..., Trainer], centering: str) -> None:
+    trainer = make_trainer("run", "ibot.loss_weight=0", "crops.local_crops_number=0", f"train.centering={centering}")
+    trainer.train()
+    last = metrics_of(trainer.folder.path)[-1]
+    assert last["ibot_loss"] == 0 == last["dino_local_crops_loss"] and last["dino_global_crops_loss"] > 0
+
+
 def test_a_rehearsal_leaves_no_trace(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer()
     trainer.folder.path.mkdir()

@@ -14,7 +14,14 @@ from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
-from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker, start_method
+from dinov2cli.data.workers import (
+    WorkerError,
+    choose_workers,
+    loader_errors,
+    opencv_on_one_thread,
+    set_up_worker,
+    start_method,
+)
 from dinov2cli.errors import DataError, Dino2Error
 
 MAX_REPLACEMENTS = 100
@@ -65,7 +72,7 @@ class TrainLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[MultiCropBatch]:
-        with loader_errors():
+        with opencv_on_one_thread(self._loader.num_workers == 0), loader_errors():
             for batch in self._loader:
                 if isinstance(batch, WorkerError):
                     raise batch.error
@@ -84,7 +91,7 @@ class _TrainBatches(Dataset):
         self.augmentation = MultiCropAugmentation.from_config(config)
         size, patch = config.crops.global_crops_size, config.student.patch_size
         self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
-        self.mask_probability = config.ibot.mask_sample_probability
+        self.mask_probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
         self.mask_ratios = tuple(config.ibot.mask_ratio_min_max)
         self.device_augment = config.data.device_augment
         self.scaled_decode = config.data.scaled_decode
@@ -195,7 +202,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        with loader_errors():
+        with opencv_on_one_thread(self._loader.num_workers == 0), loader_errors():
             for batch in self._loader:
                 if isinstance(batch, WorkerError):
                     raise batch.error

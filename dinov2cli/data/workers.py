@@ -65,6 +65,21 @@ def _report_unless_reader_left(kind: type[BaseException], error: BaseException, 
 
 
 @contextmanager
+def opencv_on_one_thread(wanted: bool) -> Iterator[None]:
+    """Where the main process loads images itself: on crops, OpenCV's threads cost more than they give."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    if wanted:
+        cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        if wanted:
+            cv2.setNumThreads(before)
+
+
+@contextmanager
 def loader_errors() -> Iterator[None]:
     """Turn torch's message about a dead worker into one that says what to do."""
     try:

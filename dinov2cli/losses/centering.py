@@ -40,8 +40,10 @@ class SoftmaxCentering(nn.Module):
         total = distributed.all_reduce_sum(scores_BK.sum(0, keepdim=True))
         count = distributed.all_reduce_sum(torch.full((1, 1), float(scores_BK.shape[0]), device=scores_BK.device))
         moved = torch.lerp(total / count.clamp(min=1), self.center, self.momentum)
-        # One batch with non-finite scores must not spoil the center for good; the trainer reports such a batch.
-        self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
+        # No samples say nothing; and one batch with non-finite scores must not spoil the center for good (the trainer
+        # reports such a batch).
+        usable = (count > 0) & moved.isfinite().all()
+        self.center.copy_(torch.where(usable, moved, self.center))
 
 
 class SinkhornKnoppCentering(nn.Module):
