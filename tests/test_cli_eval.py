@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY, write_images
 
 from dinov2cli.cli.main import main
 from dinov2cli.cli.variadic import repeat_names
@@ -137,6 +138,23 @@ def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pyte
     gathered = json.loads(capsys.readouterr().out)["evaluations"]
     assert [each["task"] for each in gathered] == ["linear", "linear", "logreg"]
     assert gathered[2] == logreg
+
+
+def test_training_evaluates_each_of_its_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, run = write_images(tmp_path / "data"), tmp_path / "run"
+    datasets = [f"evaluation.knn_{name}_dataset={images}" for name in ("train", "val")]
+    tasks = ["evaluation.tasks=[knn,logreg]", *datasets]
+    assert dino2("train", "--cpu", "--data", images, "--output-dir", run, *TINY, *tasks) == 0
+    capsys.readouterr()
+    assert dino2("results", run, "--json") == 0
+    gathered = json.loads(capsys.readouterr().out)["evaluations"]
+    assert [(each["iteration"], each["task"]) for each in gathered] == [
+        (iteration, task) for iteration in (3, 7, 11) for task in ("knn", "logreg")
+    ]
+    assert all(each["checkpoint"] == f"eval/training_{each['iteration']}/teacher_checkpoint.pth" for each in gathered)
+    assert gathered[-1]["rows"][0]["top1"] == 100  # two colours, and the images fitted are those measured
+    assert dino2("eval", "knn", run, "--train-dataset", images, "--val-dataset", images, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == gathered[-2]["rows"]
 
 
 def test_tasks_of_a_training(run: Path) -> None:
