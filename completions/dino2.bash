@@ -125,7 +125,7 @@ _dino2() {
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --foreground --layout --upsampling --format --save-basis --basis --fit-frames --fps --audio --no-audio --batch-size --device --help -h"
+            options="--model --resolution --foreground --layout --upsampling --format --save-basis --basis --fit-frames --fps --audio --no-audio --steady --no-steady --batch-size --device --help -h"
             words="" ;;
         "dino2 pca-image")
             case "$prev" in
@@ -252,8 +252,9 @@ _dino2() {
                 --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --every) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --limit) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--images --dim --classes --every --json --help -h"
+            options="--images --dim --classes --every --limit --json --help -h"
             words="" ;;
         "dino2 bench linear")
             case "$prev" in

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
+from skimage import data
 from sklearn.decomposition import PCA
 
 from dinov2cli.errors import DataError
+from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis, parse_foreground
+from dinov2cli.visualize.features import PatchFeatures
 from dinov2cli.visualize.pca import StreamingCovariance, StreamingHistogram
 
 
@@ -36,6 +40,47 @@ def test_incremental_components_equal_scikit_learn_up_to_sign(batch: int) -> Non
     np.testing.assert_allclose(
         ours.project(vectors) * signs, theirs.transform(vectors.astype(np.float64)), atol=1e-6
     )
+
+
+def photo_features() -> list[np.ndarray]:
+    """Patch features float32 [h, w, 64] of three photos."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=56, patch_size=8, embed_dim=64, depth=2, num_heads=2).eval()
+    photos = [data.astronaut(), data.chelsea(), data.coffee()]
+    return [features for _, features in PatchFeatures(model, 14).maps((None, photo) for photo in photos)]
+
+
+def test_patch_features_have_scikit_learns_components() -> None:
+    maps = photo_features()
+    vectors = np.concatenate([features.reshape(-1, 64) for features in maps])
+    full = PCA(3, svd_solver="full").fit(vectors.astype(np.float64))
+    incremental = StreamingCovariance(64)
+    for features in maps:
+        for row in features:
+            incremental.update(row)
+    ours = incremental.principal_components(3)
+    signs = np.sign((ours.components * full.components_).sum(1))[:, None]
+    np.testing.assert_allclose(ours.components * signs, full.components_, atol=1e-6)  # 1e-4 is what is promised
+
+    colors = fit_color_basis(lambda: maps, "none").colors
+    np.testing.assert_allclose(colors.components * signs, full.components_, atol=1e-6)
+    np.testing.assert_allclose(
+        colors.project(vectors) * signs.T, full.transform(vectors.astype(np.float64)), atol=1e-5
+    )
+
+
+def test_colours_of_the_foreground_are_scikit_learns_components_of_it() -> None:
+    maps = photo_features()
+    basis = fit_color_basis(lambda: maps, 0.5)
+    vectors = np.concatenate([features.reshape(-1, 64) for features in maps]).astype(np.float64)
+    first = PCA(1, svd_solver="full").fit_transform(vectors)[:, 0]
+    low, high = np.percentile(first, (1, 99))
+    kept = basis.foreground.score(vectors) > 0.5
+    both = [(values > 0.5) for values in ((first - low) / (high - low), (high - first) / (high - low))]
+    assert max((kept == one).mean() for one in both) > 0.995  # percentiles come from bins
+    theirs = PCA(3, svd_solver="full").fit(vectors[kept])
+    products = np.abs((basis.colors.components * theirs.components_).sum(1))
+    np.testing.assert_allclose(products, 1, atol=1e-8)
 
 
 def test_no_digits_are_lost_far_from_the_origin() -> None:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from skimage import data
 
 from dinov2cli.cli.main import main
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -371,26 +371,30 @@ def test_sampling_covers_the_whole_length() -> None:
         assert count - taken[-1] <= max(2 * count / 64, 1) + 1
 
 
-def noisy(count: int, sigma: float = 12.0) -> Iterator[np.ndarray]:
-    still = cv2.GaussianBlur(picture(0, 112, 168), (0, 0), 2).astype(np.float32)
-    for index in range(count):
-        noise = np.random.default_rng(index).normal(0, sigma, still.shape)
-        yield np.clip(still + noise, 0, 255).astype(np.uint8)
+def test_colours_follow_the_scene_when_the_camera_pans(tmp_path: Path, model: VisionTransformer) -> None:
+    photo, step, width = data.coffee()[:336], 10, 392
+    with open_writer(tmp_path / "pan.mp4", time_base=Fraction(1, 10), rate=Fraction(10)) as writer:
+        for index in range(16):
+            writer.write(photo[:, step * index : step * index + width], Fraction(index, 10), Fraction(1, 10))
+    source, extractor = open_source(tmp_path / "pan.mp4"), PatchFeatures(model, 12)
+    basis = fit_video_basis(extractor, [source], foreground="none")
+    render_video(extractor, basis, source, tmp_path / "pan", VideoStyle())
+    drawn = [frame.image.astype(np.float64) for frame in open_source(tmp_path / "pan").frames()]
+    assert len(drawn) == 16
 
+    def differ(first: np.ndarray, second: np.ndarray) -> float:
+        return float(np.abs(first - second).mean())
 
-def test_one_basis_is_steadier_than_one_for_each_frame(model: VisionTransformer) -> None:
-    extractor = PatchFeatures(model, 8)
-    maps = [features for _, features in extractor.maps((None, image) for image in noisy(8))]
-
-    def mean_change(rendered: list[np.ndarray]) -> float:
-        stacked = np.stack(rendered).astype(np.float64)
-        return float(np.abs(np.diff(stacked, axis=0)).mean())
-
-    shared = fit_color_basis(lambda: maps)
-    blank = np.zeros((112, 168, 3), np.uint8)
-    fixed = mean_change([render(blank, features, shared) for features in maps])
-    each = mean_change([render(blank, features, fit_color_basis(lambda f=features: [f])) for features in maps])
-    assert fixed < 0.7 * each
+    reach = 15 * step
+    # What the first and the last frame both show, in the coordinates of the scene.
+    same_place = differ(drawn[0][:, reach:], drawn[15][:, :-reach])
+    same_pixel = differ(drawn[0], drawn[15])
+    next_frame = np.mean([differ(a[:, step:], b[:, :-step]) for a, b in pairwise(drawn)])
+    things = drawn[0][::28, ::28].reshape(-1, 3)
+    between_things = differ(things[:, None], things[None])
+    assert next_frame < 0.2 * between_things
+    assert same_place < 0.25 * between_things
+    assert same_place < 0.5 * same_pixel
 
 
 # The commands

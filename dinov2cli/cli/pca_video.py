@@ -54,6 +54,9 @@ def pca_video(
         float | None, typer.Option("--fps", min=0.01, help="Frames a second of a folder of images (default 10).")
     ] = None,
     audio: Annotated[bool, typer.Option("--audio/--no-audio", help="Keep the sound (mp4, mov, mkv).")] = True,
+    steady: Annotated[
+        bool, typer.Option("--steady/--no-steady", help="Average out sensor noise where the picture stands still.")
+    ] = True,
     batch_size: BatchSizeOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -103,7 +106,7 @@ def pca_video(
             )
         if save_basis:
             colors.save(save_basis)
-        style = VideoStyle(layout=layout.value, upsampling=upsampling.value, audio=audio)
+        style = VideoStyle(layout=layout.value, upsampling=upsampling.value, audio=audio, steady=steady)
         written = []
         for source, path, count in zip(sources, outputs, counts, strict=True):
             task = display.add_task(f"rendering {path.name}", total=count)

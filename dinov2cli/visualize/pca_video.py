@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from dinov2cli.console import logger
@@ -14,6 +15,7 @@ from dinov2cli.errors import DataError
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
 from dinov2cli.visualize.rendering import render
+from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video_reader import Frame, FrameSource, sampling_step
 from dinov2cli.visualize.video_writer import VideoWriter, Writer, open_writer
 
@@ -23,11 +25,13 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class VideoStyle:
-    """How frames are drawn: see `rendering.render`; `audio` keeps the sound of video inputs."""
+    """How frames are drawn: see `rendering.render`; `audio` keeps the sound of video inputs, `steady`
+    averages sensor noise where the picture stands still (see `TemporalFilter`)."""
 
     layout: str = "pca"
     upsampling: str = "bicubic"
     audio: bool = True
+    steady: bool = True
 
 
 def fit_video_basis(
@@ -76,9 +80,17 @@ def render_video(
         if style.audio and isinstance(writer, VideoWriter) and source.path.is_file():
             writer.add_audio(source.path, source.start)
         size = _output_size(source, writer)
+        steady = TemporalFilter() if style.steady else None
         for frame, features in extractor.maps(_with_pictures(source), source.pixel_aspect):
             picture = resize(frame.image, size)
-            image = render(picture, features, basis, layout=style.layout, upsampling=style.upsampling)
+            image = render(
+                picture,
+                features,
+                basis,
+                layout=style.layout,
+                upsampling=style.upsampling,
+                smoothing=partial(steady, frame.image) if steady else None,
+            )
             writer.write(image, frame.time, frame.duration)
             advance(1)
     logger.info("%s: %d frames", output, writer.frames_written)

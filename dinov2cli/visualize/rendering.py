@@ -12,30 +12,47 @@ from numpy.typing import NDArray
 from dinov2cli.visualize.basis import ColorBasis
 from dinov2cli.visualize.features import FeatureMap, Picture, resize
 
+Smoothing = Callable[[NDArray[np.floating]], NDArray[np.floating]]
+"""Changes colours and opacity of the patches, [h, w, 4], before they are resized."""
+
 UPSAMPLING = {"nearest": cv2.INTER_NEAREST, "bicubic": cv2.INTER_CUBIC}
 OVERLAY_STRENGTH = 0.65
 
 
 def render(
-    picture: Picture, features: FeatureMap, basis: ColorBasis, *, layout: str = "pca", upsampling: str = "bicubic"
+    picture: Picture,
+    features: FeatureMap,
+    basis: ColorBasis,
+    *,
+    layout: str = "pca",
+    upsampling: str = "bicubic",
+    smoothing: Smoothing | None = None,
 ) -> Picture:
     """The picture's features in colour, in one of `LAYOUTS`: uint8 [H, W, 3], or [H, 2W, 3] side by side.
 
     Args:
         picture: what the features are of; its size is the size of the result.
         upsampling: a key of `UPSAMPLING`.
+        smoothing: such as a `TemporalFilter` for the frames of a video.
     """
-    return LAYOUTS[layout](picture, *paint(features, basis, (picture.shape[0], picture.shape[1]), upsampling))
+    size = picture.shape[0], picture.shape[1]
+    return LAYOUTS[layout](picture, *paint(features, basis, size, upsampling, smoothing))
 
 
 def paint(
-    features: FeatureMap, basis: ColorBasis, size: tuple[int, int], upsampling: str = "bicubic"
+    features: FeatureMap,
+    basis: ColorBasis,
+    size: tuple[int, int],
+    upsampling: str = "bicubic",
+    smoothing: Smoothing | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Colours float32 [H, W, 3] and opacity float32 [H, W, 1], both within 0 to 1.
 
     Coordinates are resized before they are clipped, so that edges of the foreground are drawn finer than patches.
     """
     values = np.concatenate([basis.rgb(features), basis.foreground.opacity(features)[..., None]], axis=-1)
+    if smoothing:
+        values = smoothing(values)
     resized = cv2.resize(values.astype(np.float32), size[::-1], interpolation=UPSAMPLING[upsampling])
     resized = np.clip(resized, 0, 1, dtype=np.float32)
     return resized[..., :3], resized[..., 3:]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -106,6 +107,8 @@ class VideoFile:
             start: int | None = None
             last = -1
             size: tuple[int, int] | None = None
+            # One for all frames: a frame's own conversion would start and end a thread per core each time.
+            converter = VideoReformatter()
             for index, frame in enumerate(self._decode(container, stream)):
                 ticks = frame.pts if frame.pts is not None else frame.dts
                 usual = max(round(1 / (self.rate * self.time_base)), 1)
@@ -118,7 +121,7 @@ class VideoFile:
                 last = at
                 if index % every:
                     continue
-                image = _upright_rgb(frame, self._turns)
+                image = _upright_rgb(frame, self._turns, converter)
                 size = size or image.shape[:2]
                 if image.shape[:2] != size:
                     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
@@ -222,16 +225,16 @@ def _video_stream(container: Any, path: Path) -> Any:
     return pictures[0]
 
 
-def _upright_rgb(frame: Any, quarter_turns: int) -> NDArray[np.uint8]:
+def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) -> NDArray[np.uint8]:
     conversion: dict[str, str] = {}
     if not frame.format.is_rgb and frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
         conversion["src_colorspace"] = "ITU709"  # what untagged high-definition video means
     if frame.color_trc in (PQ, HLG):
-        image = tone_map(frame.to_ndarray(format="rgb48le", **conversion), frame.color_trc)
+        image = tone_map(converter.reformat(frame, format="rgb48le", **conversion).to_ndarray(), frame.color_trc)
     elif any(component.is_alpha for component in frame.format.components):
-        image = _over_black(frame.to_ndarray(format="rgba", **conversion))
+        image = _over_black(converter.reformat(frame, format="rgba", **conversion).to_ndarray())
     else:
-        image = frame.to_ndarray(format="rgb24", **conversion)
+        image = converter.reformat(frame, format="rgb24", **conversion).to_ndarray()
     return np.ascontiguousarray(np.rot90(image, quarter_turns))
 
 

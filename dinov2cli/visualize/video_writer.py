@@ -11,6 +11,7 @@ from typing import Any, Self
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -125,6 +126,7 @@ class VideoWriter(Writer):
         self._stream: Any = None
         self._audio: AudioTracks | None = None
         self._durations: dict[int, int] = {}
+        self._converter = VideoReformatter()
         super().__init__(path)
 
     def add_audio(self, source: Path, start: Fraction) -> None:
@@ -151,9 +153,8 @@ class VideoWriter(Writer):
             context.sample_aspect_ratio = self._pixel_aspect
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             context.color_range = 1  # limited
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24").reformat(
-            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-        )
+        drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+        frame = self._converter.reformat(drawn, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.time_base = self._time_base
         frame.pts = round(time / self._time_base)
         frame.duration = max(round(duration / self._time_base), 1)
