@@ -64,6 +64,9 @@ def train(
 
         dino2 train --preset vits14 --data ~/photos --output-dir runs/photos optim.epochs=30
     """  # fmt: skip
+    from dinov2cli.console import set_up_logging
+
+    set_up_logging()
     config = resolve_config(overrides or [], preset, config_file, data, output_dir, init_from)
     run(config, cpu=cpu, resume=not no_resume, dry_run=dry_run)
 
@@ -130,7 +133,8 @@ def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     make_run_folder(folder.path)
     if not resume and not dry_run and (moved := folder.set_aside()):
         logger.info("the earlier run is now in %s", moved)
-    set_up_logging(None if dry_run else folder.log)
+    if not dry_run:
+        set_up_logging(folder.log)
     device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
     trainer = Trainer(
         config,

@@ -201,11 +201,14 @@ class Trainer:
         values = self.schedules.at(self.iteration)
         apply_schedules(self.optimizer.param_groups, values)
 
+        losses_of = []
         for batch in batches:
             drop_generator = self.random_numbers_of(batch.iteration)
             with self.precision.autocast():
                 losses = self.meta_arch(batch, values.teacher_temp, drop_generator)
             self.scaler.scale(losses.total / len(batches)).backward()
+            losses_of.append(losses)
+        losses = mean_losses(losses_of)
 
         self.scaler.unscale_(self.optimizer)
         grad_norms = clip_gradients(self.meta_arch.student, self.config.optim.clip_grad)
@@ -224,7 +227,7 @@ class Trainer:
     def is_finite(self, losses: SSLLosses, grad_norms: dict[str, torch.Tensor]) -> bool:
         """Whether the step may be applied: float16 overflows are left to the gradient scaler."""
         watched = [losses.total] if self.precision.scale_gradients else [losses.total, *grad_norms.values()]
-        return bool(torch.stack([value.detach().float() for value in watched]).isfinite().all())
+        return bool(torch.stack([value.float() for value in watched]).isfinite().all())
 
     def check(self, result: StepResult, batches: list[MultiCropBatch]) -> dict[str, float]:
         """Losses as numbers; stops the run if they stay non-finite or too many images are unreadable."""
@@ -367,6 +370,11 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "counters": torch.tensor([self.samples_seen, self.bad_images]),
         }
+
+
+def mean_losses(losses: list[SSLLosses]) -> SSLLosses:
+    """Each term's mean over the accumulated batches, without gradients."""
+    return SSLLosses(*(torch.stack([value.detach() for value in term]).mean() for term in zip(*losses, strict=True)))
 
 
 @contextmanager
