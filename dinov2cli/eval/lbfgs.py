@@ -16,6 +16,14 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points [P', n], which problems int64 [P']) -> (values [P'], gradients [P', n])."""
 
 
+class Memory(NamedTuple):
+    """The last m steps of every problem: what is known of its curvature."""
+
+    steps: Tensor  # [P, m, n] latest last
+    changes: Tensor  # [P, m, n] of the gradient along `steps`
+    rho: Tensor  # [P, m] 1 / (step . change); 0 where nothing is remembered yet
+
+
 class Solution(NamedTuple):
     """Minima of all problems."""
 
@@ -23,6 +31,7 @@ class Solution(NamedTuple):
     values: Tensor  # [P]
     iterations: Tensor  # int64 [P], accepted steps
     evaluations: int  # calls of the objective
+    memory: Memory
 
 
 class _Run(NamedTuple):
@@ -57,7 +66,7 @@ def minimise(
     tol: float = 1e-12,
     ftol: float = 1e-14,
     rounding: float = 1e-15,
-    memory: int = 10,
+    memory: int | Memory = 10,
 ) -> Solution:
     """Minimise P smooth convex functions side by side.
 
@@ -71,10 +80,15 @@ def minimise(
         tol: a problem is solved once no component of its gradient is above this,
         ftol: or once a step lowers its value by less than this, relative to the larger of the value and 1.
         rounding: relative error of the objective's values. Differences below it decide nothing; slopes do.
+        memory: steps to remember, or the memory of an earlier solution of nearly the same functions.
     """
-    P = len(start)
-    answer = Solution(start.clone(), start.new_zeros(P), torch.zeros(P, dtype=torch.int64, device=start.device), 0)
+    P, n = start.shape
+    if isinstance(memory, int):
+        nothing = start.new_zeros(P, memory, n)
+        memory = Memory(nothing, nothing.clone(), start.new_zeros(P, memory))
     run = _begin(objective, start, inverse_hessian, memory)
+    remembered = Memory(*(tensor.clone() for tensor in memory))
+    answer = Solution(start.clone(), start.new_zeros(P), torch.zeros_like(run.which), 0, remembered)
     evaluations = 1
     budget = torch.as_tensor(max_iter, device=start.device).expand(P)
     while len(run.which):
@@ -101,22 +115,22 @@ def minimise(
             answer.points[finished] = run.point[done]
             answer.values[finished] = run.value[done]
             answer.iterations[finished] = run.iterations[done]
+            for kept, latest in zip(answer.memory, (run.steps, run.changes, run.rho), strict=True):
+                kept[finished] = latest[done]
             run, inverse_hessian = run.keep(~done), inverse_hessian[~done]
     return answer._replace(evaluations=evaluations)
 
 
-def _begin(objective: Objective, start: Tensor, inverse_hessian: Tensor, memory: int) -> _Run:
-    P, n = start.shape
-    which = torch.arange(P, device=start.device)
+def _begin(objective: Objective, start: Tensor, inverse_hessian: Tensor, memory: Memory) -> _Run:
+    which = torch.arange(len(start), device=start.device)
     value, gradient = objective(start, which)
-    direction = -inverse_hessian * gradient
-    zeros, nothing = start.new_zeros(P), start.new_zeros(P, memory, n)
-    count = torch.zeros_like(which)
+    steps, changes, rho = (tensor.clone() for tensor in memory)
+    direction = -_inverse_hessian_times(gradient, steps, changes, rho, inverse_hessian)
     slope = (gradient * direction).sum(1)
-    high = zeros + torch.inf
+    zeros, count = torch.zeros_like(value), torch.zeros_like(which)
     return _Run(
-        which, start.clone(), value, gradient, direction, slope, zeros + 1, zeros.clone(), high, count, count.clone(),
-        nothing, nothing.clone(), start.new_zeros(P, memory),
+        which, start.clone(), value, gradient, direction, slope, zeros + 1, zeros.clone(), zeros + torch.inf,
+        count, count.clone(), steps, changes, rho,
     )  # fmt: skip
 
 

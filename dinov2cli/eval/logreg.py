@@ -5,7 +5,7 @@ train set. With it the classifier is fitted again to all images but those of val
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class LogregSettings:
     Cs: tuple[float, ...] = C_VALUES
     max_iter: int = 1000
     tol: float = 1e-12
-    dtype: str = "float64"
+    dtype: str = "float64"  # of the final fit; the sweep over C is in float32
     finetune_on_val: bool = False
     metric: MetricType = MetricType.MEAN_ACCURACY
 
@@ -63,7 +63,7 @@ def evaluate_logreg(
         fitted_on, chosen_on = hold_out_tenth(train)
     else:
         fitted_on, chosen_on = train, finetune
-    sweep = _fit([fitted_on], settings.Cs, settings, device)
+    sweep = _fit([fitted_on], settings.Cs, replace(settings, dtype="float32"), device)  # enough to rank accuracies
     accuracies = measure(sweep, chosen_on, n_classes, settings.metric)
     scores = [accuracy.top1 for accuracy in accuracies]
     best = scores.index(max(scores))  # of equals the smallest C, the most regularised
