@@ -152,6 +152,21 @@ def test_variable_frame_rate_is_kept_to_the_tick(tmp_path: Path, suffix: str) ->
         assert duration_of(tmp_path / f"out{suffix}") == pytest.approx(sum(ticks) / 1000)
 
 
+def test_swapped_time_stamps_are_sorted(tmp_path: Path) -> None:
+    """Frames of an AVI with B-frames come in the order of display, but with stamps 1, 2, 3, 5, 4, 6, ..."""
+    original = write_video(tmp_path / "in.mkv", frames=12, codec="mpeg4")
+    with av.open(str(original)) as source, av.open(str(tmp_path / "swapped.mkv"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            place = index + {4: 1, 5: -1}.get(index, 0)
+            packet.stream, packet.dts, packet.pts = stream, 100 * index, 100 * (place + 1)
+            container.mux(packet)
+    with av.open(str(tmp_path / "swapped.mkv")) as container:
+        stamps = [frame.pts for frame in container.decode(video=0)]
+    assert stamps != sorted(stamps)
+    assert times_of(tmp_path / "swapped.mkv") == [Fraction(index, 10) for index in range(12)]
+
+
 @pytest.mark.parametrize(("rotation", "corner"), [(90, (-3, 3)), (180, (-3, -3)), (-90, (3, -3))])
 def test_rotation_metadata_is_applied(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
     source = VideoFile(write_video(tmp_path / "in.mp4", rotation=rotation))

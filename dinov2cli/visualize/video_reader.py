@@ -1,7 +1,9 @@
 """Frames of a video file or of a folder of images, upright, in 8-bit RGB, with their own times."""
 
+import heapq
 import math
 import re
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -20,6 +22,8 @@ from dinov2cli.visualize.tone_mapping import HLG, PQ, tone_map
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNSPECIFIED_COLORSPACE = 2
+MOST_REORDERED = 4
+"""Frames that a time stamp may be off its place; streams reorder by one or two."""
 
 
 class Frame(NamedTuple):
@@ -109,8 +113,7 @@ class VideoFile:
             size: tuple[int, int] | None = None
             # One for all frames: a frame's own conversion would start and end a thread per core each time.
             converter = VideoReformatter()
-            for index, frame in enumerate(self._decode(container, stream)):
-                ticks = frame.pts if frame.pts is not None else frame.dts
+            for index, (frame, ticks) in enumerate(_with_ticks(self._decode(container, stream))):
                 usual = max(round(1 / (self.rate * self.time_base)), 1)
                 if start is None:
                     start = ticks if ticks is not None else 0
@@ -225,16 +228,44 @@ def _video_stream(container: Any, path: Path) -> Any:
     return pictures[0]
 
 
+def _with_ticks(frames: Iterator[Any]) -> Iterator[tuple[Any, int | None]]:
+    """Frames with their times in ticks; None where a frame has none.
+
+    Decoders give frames in the order of display, but in an AVI with B-frames, which stores no such times, neighbours
+    carry each other's: the earliest time at hand is the next frame's.
+    """
+    waiting: deque[tuple[Any, bool]] = deque()
+    ticks: list[int] = []
+
+    def release() -> tuple[Any, int | None]:
+        frame, timed = waiting.popleft()
+        return frame, heapq.heappop(ticks) if timed else None
+
+    for frame in frames:
+        at = frame.pts if frame.pts is not None else frame.dts
+        waiting.append((frame, at is not None))
+        if at is not None:
+            heapq.heappush(ticks, at)
+        if len(waiting) > MOST_REORDERED:
+            yield release()
+    while waiting:
+        yield release()
+
+
 def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) -> NDArray[np.uint8]:
-    conversion: dict[str, str] = {}
+    colorspace = None
     if not frame.format.is_rgb and frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
-        conversion["src_colorspace"] = "ITU709"  # what untagged high-definition video means
+        colorspace = Colorspace.ITU709  # what untagged high-definition video means
+
+    def pixels(layout: str) -> Any:
+        return converter.reformat(frame, format=layout, src_colorspace=colorspace).to_ndarray()
+
     if frame.color_trc in (PQ, HLG):
-        image = tone_map(converter.reformat(frame, format="rgb48le", **conversion).to_ndarray(), frame.color_trc)
+        image = tone_map(pixels("rgb48le"), frame.color_trc)
     elif any(component.is_alpha for component in frame.format.components):
-        image = _over_black(converter.reformat(frame, format="rgba", **conversion).to_ndarray())
+        image = _over_black(pixels("rgba"))
     else:
-        image = converter.reformat(frame, format="rgb24", **conversion).to_ndarray()
+        image = pixels("rgb24")
     return np.ascontiguousarray(np.rot90(image, quarter_turns))
 
 

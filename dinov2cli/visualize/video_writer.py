@@ -11,7 +11,7 @@ from typing import Any, Self
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -154,7 +154,9 @@ class VideoWriter(Writer):
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             context.color_range = 1  # limited
         drawn = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-        frame = self._converter.reformat(drawn, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame = self._converter.reformat(
+            drawn, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
         frame.time_base = self._time_base
         frame.pts = round(time / self._time_base)
         frame.duration = max(round(duration / self._time_base), 1)
