@@ -70,6 +70,21 @@ def test_sinkhorn_knopp_holds_where_the_reference_overflows(golden: dict[str, to
         torch.testing.assert_close(probs, sinkhorn_in_float64(golden["sk/teacher"], temperature), atol=2e-5, rtol=0)
 
 
+def test_everything_is_float32_under_autocast(golden: dict[str, torch.Tensor]) -> None:
+    def results() -> list[torch.Tensor]:
+        return [
+            sinkhorn_knopp(golden["sk/teacher"], 0.07),
+            SoftmaxCentering(40)(golden["center/0/teacher"], 0.05),
+            DINOLoss()(golden["dino/student"], golden["dino/teacher"]),
+            iBOTPatchLoss()(golden["ibot/student"], golden["ibot/teacher"], golden["ibot/weights"], 4),
+            KoLeoLoss()(golden["koleo/x"]),
+        ]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = results()
+    assert all(torch.equal(a, b) for a, b in zip(results(), under_autocast, strict=True))
+
+
 def test_sinkhorn_knopp_of_no_samples() -> None:
     assert sinkhorn_knopp(torch.empty(0, 8), 0.05).shape == (0, 8)
 

@@ -70,7 +70,11 @@ def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -
     Returns:
         float32 [B, K]; each row sums to 1.
     """
-    log_BK = scores_BK.float() / temperature
+    with torch.autocast(scores_BK.device.type, enabled=False):  # matrix-vector products, too, in float32
+        return _sinkhorn_knopp(scores_BK.float() / temperature, iterations)
+
+
+def _sinkhorn_knopp(log_BK: Tensor, iterations: int) -> Tensor:
     # Shifting a prototype's or a sample's scores only changes its scaling factor; with every prototype's and then every
     # sample's largest entry at 1, nothing that matters can overflow or vanish, at any temperature.
     log_BK -= distributed.all_reduce_max(_largest(log_BK, dim=0))

@@ -53,6 +53,7 @@ class TrainingDisplay:
             TextColumn("[bold]training"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}  {task.fields[status]}"),
+            TextColumn("elapsed"),
             TimeElapsedColumn(),
             console=err,
             disable=not self.live,
