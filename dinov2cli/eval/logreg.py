@@ -1,7 +1,8 @@
 """Logistic regression on frozen features, to the protocol of the DINOv2 evaluation.
 
 C is chosen among 45 values on held-out images: a fine-tune set, the val set if so wished, or a random tenth of the
-train set. With it the classifier is fitted again to all images but those of val, and measured on val.
+train set. With it the classifier is fitted again to all images but those of val, and measured on val. The reference
+implementation fits every C in float64; here only the last fit is, and the sweep that ranks accuracies is in float32.
 """
 
 from collections.abc import Sequence
