@@ -203,7 +203,7 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         ("train.batch_size=8", "train.batch_size=8: no such key; did you mean train.batch_size_per_gpu?"),
         ("student.ffn=mlp", "student.ffn=mlp: no such key; did you mean student.ffn_layer?"),
         ("optm.base_lr=1", "optm: no such group; did you mean optim?"),
-        ("data.zzz=1", "data.zzz=1: no such key; data has normalize_on_device"),
+        ("data.zzz=1", "data.zzz=1: no such key; data has normalize_on_device, device_augment, scaled_decode"),
         # wrong types
         ("optim.epochs=ten", "optim.epochs=ten: must be a whole number, at least 1"),
         ("optim.epochs=2.5", "optim.epochs=2.5: must be a whole number, at least 1"),
