@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dinov2cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"})
 
 
 @pytest.fixture(scope="module")

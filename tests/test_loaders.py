@@ -181,14 +181,15 @@ INTERRUPTED = """
 import multiprocessing, sys
 from dinov2cli.config import load_config
 from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.train.trainer import interruption
 if __name__ == "__main__":
     config = load_config(overrides=sys.argv[1:])
-    try:
+    with interruption() as interrupted:
         for batch in make_train_loader(config, start=0, stop=10**6):
             if batch.iteration == 1:
                 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+            if interrupted:
+                sys.exit(130)
 """
 
 
@@ -205,7 +206,11 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
     workers_pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers_pids) == 2
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to every process of the group
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert "Traceback" not in errors
     for pid in workers_pids:
