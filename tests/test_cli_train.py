@@ -15,7 +15,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dinov2cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}  # wide, so that no line is folded
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
