@@ -81,7 +81,7 @@ def tiny_model() -> VisionTransformer:
 
 def probe(folder: Path | None = None, **chosen: object) -> LinearResult:
     settings = LinearSettings(
-        **{"epochs": 1, "epoch_length": 12, "batch_size": 16, "learning_rates": (0.01, 0.5), "eval_period": 5, **chosen}
+        **{"epochs": 1, "epoch_length": 24, "batch_size": 16, "learning_rates": (0.01, 0.5), "eval_period": 5, **chosen}
     )
     train, val = make_dataset("SamplePhotos:split=TRAIN"), make_dataset("SamplePhotos:split=VAL")
     extract = Extractor(tiny_model(), num_workers=0, detailed=True, device="cpu")
@@ -91,7 +91,7 @@ def probe(folder: Path | None = None, **chosen: object) -> LinearResult:
 @pytest.mark.parametrize("frozen_crops", [False, True])
 def test_interrupted_and_resumed_equals_uninterrupted(frozen_crops: bool, tmp_path: Path) -> None:
     whole = probe(frozen_crops=frozen_crops)
-    assert whole.accuracy.top1 > 2 * 100 / 12  # twice chance, after a dozen steps
+    assert whole.accuracy.top1 > 25  # chance is 8
 
     class KilledError(Exception):
         pass
