@@ -3,9 +3,13 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +57,31 @@ def progress(**kwargs: Any) -> Progress:
         disable=not err.is_terminal,
         **kwargs,
     )
+
+
+@contextmanager
+def interruption(message: str) -> Iterator[list[int]]:
+    """A list that holds the signal after Ctrl-C or SIGTERM, for a loop to stop between two steps.
+
+    Unlike a KeyboardInterrupt, it is not lost where Python ignores exceptions (in a finaliser). A second Ctrl-C raises
+    at once. Off the main thread, which alone gets signals, the list stays empty.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.info(message)
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if on_main_thread else ()
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_json(value: Any) -> None:

@@ -181,10 +181,10 @@ INTERRUPTED = """
 import multiprocessing, sys
 from dinov2cli.config import load_config
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.train.trainer import interruption
+from dinov2cli.console import interruption
 if __name__ == "__main__":
     config = load_config(overrides=sys.argv[1:])
-    with interruption() as interrupted:
+    with interruption('stopping') as interrupted:
         for batch in make_train_loader(config, start=0, stop=10**6):
             if batch.iteration == 1:
                 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

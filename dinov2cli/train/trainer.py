@@ -1,15 +1,13 @@
 """The training loop: one visible step, and around it resuming, checkpoints, metrics and interruption."""
 
 import math
-import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer, save_teacher
 from dinov2cli.config import Config
-from dinov2cli.console import MetricLogger, logger
+from dinov2cli.console import MetricLogger, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import TrainLoader, make_train_loader
@@ -133,7 +131,8 @@ class Trainer:
             for each in loggers:
                 stack.callback(each.close)
             display = stack.enter_context(TrainingDisplay(self.total, self.iteration, images, quiet=quiet))
-            interrupted = stack.enter_context(interruption())
+            message = "stopping after this iteration (again to stop at once, without saving)"
+            interrupted = stack.enter_context(interruption(message))
             batches, clock = iter(loader), time.perf_counter()
             while self.iteration < self.total:
                 micro_batches = list(islice(batches, self.accumulation))
@@ -375,25 +374,3 @@ class Trainer:
 def mean_losses(losses: list[SSLLosses]) -> SSLLosses:
     """Each term's mean over the accumulated batches, without gradients."""
     return SSLLosses(*(torch.stack([value.detach() for value in term]).mean() for term in zip(*losses, strict=True)))
-
-
-@contextmanager
-def interruption() -> Iterator[list[int]]:
-    """A list that holds the signal after Ctrl-C or SIGTERM, for the loop to stop between two steps.
-
-    A second Ctrl-C stops at once.
-    """
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.info("stopping after this iteration (again to stop at once, without saving)")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

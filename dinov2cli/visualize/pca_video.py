@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import logger
+from dinov2cli.console import interruption, logger
 from dinov2cli.errors import DataError
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
@@ -74,6 +74,7 @@ def render_video(
     """
     check_basis(basis, extractor)
     with ExitStack() as stack:
+        interrupted = stack.enter_context(interruption("stopping; no output is kept"))
         writer = stack.enter_context(
             open_writer(output, time_base=source.time_base, rate=source.rate, pixel_aspect=source.pixel_aspect)
         )
@@ -82,6 +83,8 @@ def render_video(
         size = _output_size(source, writer)
         steady = TemporalFilter() if style.steady else None
         for frame, features in extractor.maps(_with_pictures(source), source.pixel_aspect):
+            if interrupted:
+                raise KeyboardInterrupt
             picture = resize(frame.image, size)
             image = render(
                 picture,
