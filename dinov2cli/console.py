@@ -59,24 +59,42 @@ def progress(**kwargs: Any) -> Progress:
     )
 
 
+class Interrupted(KeyboardInterrupt):
+    """Work stopped by a signal after what it had done was saved.
+
+    Args:
+        signal: its number: SIGINT, SIGTERM, or SIGUSR2 for a scheduler that will start the work again.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
 @contextmanager
-def interruption(message: str) -> Iterator[list[int]]:
+def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
     """A list that holds the signal after Ctrl-C or SIGTERM, for a loop to stop between two steps.
 
     Unlike a KeyboardInterrupt, it is not lost where Python ignores exceptions (in a finaliser). A second Ctrl-C raises
-    at once. Off the main thread, which alone gets signals, the list stays empty.
+    at once; SIGTERM after another signal does not, as it would cut the saving short that the first asked for. Off the
+    main thread, which alone gets signals, the list stays empty.
+
+    Args:
+        message: logged at the first signal.
+        requeue: take SIGUSR2, too, by which schedulers announce that time is up.
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not received:
+            logger.info(message)
         received.append(number)
-        logger.info(message)
 
     on_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if on_main_thread else ()
-    before = {number: signal.signal(number, note) for number in numbers}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if requeue and hasattr(signal, "SIGUSR2") else [])]
+    before = {number: signal.signal(number, note) for number in (numbers if on_main_thread else [])}
     try:
         yield received
     finally:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2cli.errors import Dino2Error, EnvironmentProblem
+
 T = TypeVar("T")
 
 
@@ -18,18 +20,56 @@ def is_initialized() -> bool:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that torchrun (or a launcher with its environment variables) started; alone, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or is_initialized():
+def process_group(*, alone: bool = False) -> Iterator[None]:
+    """Join the processes that torchrun, srun or a launcher with torchrun's variables started.
+
+    A process that nobody launched as one of several does nothing; with `alone`, it forms a group of one, which sharded
+    training needs.
+
+    Raises:
+        EnvironmentProblem: the other processes do not answer.
+    """
+    _adopt_srun_variables()
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if is_initialized() or not (together or alone):
         yield
         return
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        if together:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise EnvironmentProblem(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at {where}: "
+            f"{str(error).strip().splitlines()[0]}",
+            "Start all processes with torchrun, srun, or dino2 train --gpus N [--nodes N].",
+        ) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Let no process wait for one that failed: a `Dino2Error` of any process inside is raised by all of them.
+
+    Every process must enter it, and the code inside must not be collective. With errors in several processes, that of
+    the first rank is raised.
+    """
+    problem: Dino2Error | None = None
+    try:
+        yield
+    except Dino2Error as error:
+        problem = error
+    if first := next((each for each in all_gather_objects(problem) if each is not None), None):
+        raise first
 
 
 def rank() -> int:
@@ -105,3 +145,13 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def _adopt_srun_variables() -> None:
+    """Let `srun -n 8 dino2 ...` do what torchrun does: submitit reads Slurm's variables and sets torchrun's."""
+    # Only a job step has several tasks of its own; in a batch script or salloc's shell, this process is alone.
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False)

@@ -18,8 +18,9 @@ LAYERS = {
     "cli": 6,
     "__init__": 7, "__main__": 7,
 }  # fmt: skip
-# Two parts of a layer may not see each other, except the trainer, which writes checkpoints.
-WITHIN_LAYER = {("train", "checkpoint")}
+# Two parts of a layer may not see each other, except the trainer, which writes checkpoints, and what shares an error
+# between processes.
+WITHIN_LAYER = {("train", "checkpoint"), ("distributed", "errors")}
 
 
 def imports_of(path: Path) -> set[str]:
