@@ -33,6 +33,7 @@ def make_train_loader(
     *,
     start: int,
     stop: int,
+    first_sample: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
@@ -40,8 +41,14 @@ def make_train_loader(
 ) -> "TrainLoader":
     """Batches of process `rank` for micro steps `start` to `stop` - 1.
 
-    Their content depends on the config's seed, the step, `rank` and `world_size` alone, not on the number of workers
-    or on where the run was interrupted. `dataset` replaces the one that `config.train.dataset_path` names.
+    The processes' batches of a step are consecutive samples of the run's one order, and the steps follow each other in
+    it. So their content depends on the config's seed, the step, `rank` and `world_size` alone, not on the number of
+    workers or on where the run was interrupted.
+
+    Args:
+        first_sample: place in the order of step `start`'s first sample; by default, what earlier steps of the same
+            sizes have used up. Another one is needed after a change of the sizes.
+        dataset: instead of the one that `config.train.dataset_path` names.
 
     Raises:
         DataError: no readable dataset.
@@ -49,6 +56,8 @@ def make_train_loader(
     """
     dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
     batches = _TrainBatches(dataset, config, rank=rank, world_size=world_size)
+    if first_sample is not None:
+        batches.sample_of_step_0 = first_sample - start * world_size * batches.batch_size
     return TrainLoader(batches, range(start, stop), choose_workers(config.train.num_workers), pin_memory)
 
 
@@ -87,6 +96,7 @@ class _TrainBatches(Dataset):
         self.rank, self.world_size = rank, world_size
         self.seed = config.train.seed
         self.batch_size = config.train.batch_size_per_gpu
+        self.sample_of_step_0 = 0
         self.order = dataset.order(self.seed)
         self.augmentation = MultiCropAugmentation.from_config(config)
         size, patch = config.crops.global_crops_size, config.student.patch_size
@@ -104,7 +114,7 @@ class _TrainBatches(Dataset):
             return WorkerError(error)
 
     def batch(self, step: int) -> MultiCropBatch:
-        first = (step * self.world_size + self.rank) * self.batch_size
+        first = self.sample_of_step_0 + (step * self.world_size + self.rank) * self.batch_size
         bad: list[str] = []
         buffers = CropBuffers(self.augmentation.recipes, self.batch_size)
         samples, parameters = [], []
