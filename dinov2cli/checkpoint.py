@@ -5,18 +5,24 @@ torch.distributed.checkpoint, so that it can be loaded on another number of proc
 checksums beside the data.
 """
 
+import copy
 import json
 import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
 from dinov2cli.console import logger
@@ -29,6 +35,9 @@ PREFIX = "iteration_"
 class Checkpointer:
     """Writes, finds and loads the training checkpoints of a run.
 
+    Writing happens in the background, on all processes together; training waits only for the copy of the state to main
+    memory. Where a process group exists, every process must make the same calls in the same order.
+
     Args:
         folder: holds one folder for each checkpoint.
         keep: how many of the newest to keep.
@@ -37,42 +46,100 @@ class Checkpointer:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        # A group of its own: the writer's messages must not mix with those of the training that goes on meanwhile.
+        self._group = dist.new_group(backend="gloo") if distributed.is_initialized() else None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+    def save(
+        self, iteration: int, state: dict[str, Any], *, facts: Mapping[str, int] | None = None, wait: bool = True
+    ) -> Path:
         """Write `state` (nested dicts of tensors and plain values) as the checkpoint after `iteration` iterations.
 
         Written aside, flushed to disk, then renamed: a run killed at any moment leaves only complete checkpoints under
         their names. Older ones beyond `keep` are deleted afterwards.
 
+        Args:
+            facts: small numbers that can be read before the checkpoint is loaded (see `newest_facts`).
+            wait: return once it is written; otherwise once it is copied, and `finish` tells how the writing went. A
+                checkpoint that is still being written is waited for first.
+
         Raises:
-            CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
+            CheckpointError: the disk is full or not writable (of this checkpoint or the one before, still in writing);
+                earlier checkpoints are intact.
         """
+        self.finish()
         final = self.folder / f"{PREFIX}{iteration:08d}"
+        manifest = {"iteration": iteration, **(facts or {})}
+        if wait:
+            self._write(final, state, manifest)
+        else:
+            self._writing = self._writer.submit(self._write, final, _copy_to_host(state), manifest)
+        return final
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if any, is complete.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def failed(self) -> bool:
+        """Whether this process knows that the checkpoint being written has failed; `finish` then raises."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def newest_facts(self) -> dict[str, int]:
+        """The facts of the newest checkpoint whose manifest can be read; empty if there is none."""
+        for _, path in self.list():
+            try:
+                manifest = json.loads((path / MANIFEST).read_text())
+                return {key: value for key, value in manifest.items() if isinstance(value, int)}
+            except (OSError, ValueError, AttributeError):
+                continue
+        return {}
+
+    def _write(self, final: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.incomplete"
-        try:
+        problem = None
+        if distributed.is_main():
+            problem = _problem_of(_make_room, aside, _tensor_bytes(state))
+        problem = self._from_main(problem)
+        if problem is None:
+            problem = _problem_of(self._write_shards, aside, state)
+            if problem is None and distributed.is_main():
+                problem = _problem_of(self._complete, aside, final, manifest)
+            problem = self._from_main(problem)
+        if problem is not None:
             if distributed.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                _require_space(aside, state)
-            distributed.barrier()
-            with _single_process_is_meant():
-                dcp.save(state, checkpoint_id=aside, no_dist=not distributed.is_initialized())
-            if distributed.is_main():
-                _write_manifest(aside, iteration)
-                if final.exists():
-                    shutil.rmtree(final)
-                aside.rename(final)
-                _flush_folder(self.folder)
-                self._delete_old()
-        except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
-                f"{final}: the checkpoint could not be written: {_innermost(error)}",
+                f"{final}: the checkpoint could not be written: {problem}",
                 "Earlier checkpoints are intact. Make space (or make the folder writable) and run the same command "
                 "again: training resumes from the newest of them.",
-            ) from error
-        distributed.barrier()
-        return final
+            )
+
+    def _write_shards(self, aside: Path, state: dict[str, Any]) -> None:
+        """Every process's part; an error in one of them is raised by all."""
+        with _single_process_is_meant():
+            dcp.save(state, checkpoint_id=aside, process_group=self._group, no_dist=self._group is None)
+
+    def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        _write_manifest(aside, manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        _flush_folder(self.folder)
+        self._delete_old()
+
+    def _from_main(self, value: str | None) -> str | None:
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
 
     def load_latest(self, state: dict[str, Any]) -> int | None:
         """Load the newest checkpoint that is whole into the tensors of `state`, in place.
@@ -91,7 +158,7 @@ class Checkpointer:
             if problem is None:
                 try:
                     with _single_process_is_meant():
-                        dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
+                        dcp.load(state, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
                 except Exception as error:
                     problem = _innermost(error)
                 else:
@@ -140,9 +207,9 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
 
 
-def _require_space(folder: Path, state: object) -> None:
+def _require_space(folder: Path, needed: int) -> None:
     """Refuse to begin what cannot be finished: torch reports a disk that fills up in words nobody understands."""
-    needed, free = _tensor_bytes(state), shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"No space left on device: it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
 
@@ -155,11 +222,47 @@ def _tensor_bytes(value: object) -> int:
     return 0
 
 
-def _write_manifest(folder: Path, iteration: int) -> None:
-    """Sizes and checksums of all files; its presence says that the rest is complete."""
+def _copy_to_host(value: Any) -> Any:
+    """The same nested dicts with every tensor copied to main memory, shards as shards."""
+    if isinstance(value, Mapping):
+        return {key: _copy_to_host(inner) for key, inner in value.items()}
+    if isinstance(value, DTensor):
+        local = value.to_local().detach().to("cpu", copy=True)
+        mesh = value.device_mesh if value.device_mesh.device_type == "cpu" else _on_cpu(value.device_mesh)
+        return DTensor.from_local(
+            local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.copy(value)
+
+
+@lru_cache(maxsize=4)
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """The same processes, for tensors in main memory. Collective where it is not cached."""
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
+def _problem_of(work: Callable[..., object], *arguments: object) -> str | None:
+    """What went wrong, in words, or None."""
+    try:
+        work(*arguments)
+    except Exception as error:
+        return _innermost(error)
+    return None
+
+
+def _make_room(aside: Path, needed: int) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _require_space(aside, needed)
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Facts, sizes and checksums of all files; its presence says that the rest is complete."""
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir())}
     with (folder / MANIFEST).open("w") as file:
-        json.dump({"iteration": iteration, "files": files}, file, indent=1)
+        json.dump({**facts, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _flush_folder(folder)
