@@ -23,14 +23,16 @@ err = Console(stderr=True)
 logger = logging.getLogger("dino2")
 
 
-def set_up_logging(log_file: Path | None = None, *, verbose: bool = False) -> None:
-    """Send the `dino2` logger to standard error and, where given, append it to `log_file`."""
+def set_up_logging(log_file: Path | None = None, *, verbose: bool = False, quiet: bool = False) -> None:
+    """Send the `dino2` logger to standard error (`quiet`: warnings only) and, where given, append it to `log_file`."""
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    logger.addHandler(RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False))
+    to_terminal = RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False)
+    to_terminal.setLevel(logging.WARNING if quiet else logging.NOTSET)
+    logger.addHandler(to_terminal)
     if log_file is not None:
         to_file = _LateFileHandler(log_file, delay=True)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -112,30 +112,46 @@ def keys_that_follow_weights(config: "Config") -> list[str]:
 
 
 def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
-    """Train in this process."""
+    """Train in this process, alone or as one of those that a launcher started."""
+    from dinov2cli import distributed
+
+    with distributed.process_group(alone=config.train.sharding in ("ddp", "fsdp")):
+        _run_in_group(config, cpu=cpu, resume=resume, dry_run=dry_run)
+
+
+def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     from dinov2cli import distributed
     from dinov2cli.console import logger, set_up_logging
     from dinov2cli.data.datasets import make_dataset
     from dinov2cli.models.vision_transformer import VisionTransformer
     from dinov2cli.train.precision import choose_device
+    from dinov2cli.train.rehearsal import rehearse
     from dinov2cli.train.run_folder import RunFolder
     from dinov2cli.train.trainer import Trainer
 
     folder = RunFolder(Path(config.train.output_dir))
     # Read first, so that a wrong one is found before anything is written.
-    dataset, knn = make_dataset(config.train.dataset_path), online_knn(config)
+    with distributed.same_error_everywhere():
+        dataset, knn = make_dataset(config.train.dataset_path), online_knn(config)
 
     def init_backbone(backbone: VisionTransformer) -> None:
         from dinov2cli.models.weights import load_backbone_into
 
-        logger.info("%s", load_backbone_into(backbone, config.student.pretrained_weights))
+        message = load_backbone_into(backbone, config.student.pretrained_weights)
+        if distributed.is_main():
+            logger.info("%s", message)
 
-    make_run_folder(folder.path)
-    if not resume and not dry_run and (moved := folder.set_aside()):
-        logger.info("the earlier run is now in %s", moved)
+    with distributed.same_error_everywhere():
+        if distributed.is_main():
+            make_run_folder(folder.path)
+            if not resume and not dry_run and (moved := folder.set_aside()):
+                logger.info("the earlier run is now in %s", moved)
     if not dry_run:
-        set_up_logging(folder.log)
+        # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
+        set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
     device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+    with distributed.same_error_everywhere():
+        on_teacher = teacher_tasks(config, device)
     trainer = Trainer(
         config,
         device,
@@ -143,10 +159,10 @@ def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
         resume=resume,
         init_backbone=init_backbone if config.student.pretrained_weights else None,
         online_knn=knn,
-        on_teacher=teacher_tasks(config, device),
+        on_teacher=on_teacher,
     )
     if dry_run:
-        trainer.rehearse()
+        rehearse(trainer)
     else:
         trainer.train()
 

@@ -126,6 +126,15 @@ class Train(Group):
     activation_checkpointing: bool = Field(
         False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
+    sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
+        "auto",
+        description="(dino2) How several processes share the work: ddp, each with all parameters; fsdp, each with a "
+        "part of them; auto: ddp, or fsdp where memory demands it.",
+    )
+    hang_timeout: int = Field(
+        1800, ge=0, description="(dino2) Seconds without a finished iteration after which the stacks of all processes "
+        "are written and the run ends, for its supervisor to restart it; 0: never.",
+    )
     tensorboard: bool = Field(
         False, description="(dino2) Log metrics to RUN/logs/tensorboard as well; needs dinov2cli[plots]."
     )

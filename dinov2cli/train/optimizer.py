@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dinov2cli.train.parameter_groups import parameter_groups
 
@@ -37,10 +38,11 @@ def clip_gradients(student: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Scale down the gradients of each child module (backbone, heads) whose norm exceeds `max_norm`.
 
     Returns:
-        the norm of each before clipping, a scalar tensor; `max_norm` 0 measures without clipping.
+        the norm of each over all processes before clipping, a scalar tensor; `max_norm` 0 measures without clipping.
     """
     limit = max_norm or float("inf")
-    return {
+    norms = {
         name: nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
         for name, module in student.named_children()
     }
+    return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}

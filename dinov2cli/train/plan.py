@@ -47,6 +47,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
             f"{trainer.schedules.peak_lr:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)",
         ),
         ("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})"),
+        ("processes", f"{world}; sharding {trainer.sharding.mode} ({trainer.sharding_reason})"),
         ("attention", f"{trainer.attention_backend} ({trainer.attention_reason})"),
     ]
     return rows

@@ -1,4 +1,4 @@
-"""Whether a run can go on with the configuration it is resumed with."""
+"""Whether a run can go on with the configuration it is resumed with, and how on another number of processes."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ SHAPING_KEYS = {
     "ibot.separate_head", "crops.global_crops_size", "train.centering",
 }  # fmt: skip
 # What may change between two sessions of a run without a word.
-FREE_KEYS = {"train.output_dir", "train.num_workers", "train.keep", "train.checkpoint_period", "train.log_period"}
+FREE_KEYS = {
+    *(f"train.{key}" for key in ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding",
+                                 "hang_timeout")),
+}  # fmt: skip
+# What `keep_effective_batch` changes; it says so itself.
+BATCH_KEYS = {"train.batch_size_per_gpu", "train.gradient_accumulation"}
 
 
 def check_resumable(saved: Path, config: Config) -> None:
@@ -33,9 +38,45 @@ def check_resumable(saved: Path, config: Config) -> None:
             f"{saved.parent} holds a run of another shape: it differs in {', '.join(shaping)}",
             "Choose another --output-dir, or start over in this one with --no-resume.",
         )
-    telling = [text for key, text in changed.items() if key not in FREE_KEYS]
+    telling = [text for key, text in changed.items() if key not in FREE_KEYS | BATCH_KEYS]
     if telling:
         logger.warning("the run goes on with changed keys: %s", ", ".join(telling))
+
+
+def keep_effective_batch(config: Config, facts: dict[str, int], world_size: int) -> Config:
+    """The configuration with which a run on `world_size` processes goes on as before on another number.
+
+    The images of an iteration, and with them the learning rate, the schedules and the order of the samples, stay the
+    run's own: fewer processes accumulate gradients, more take smaller batches each.
+
+    Args:
+        config: as given for this session.
+        facts: of the checkpoint: `world_size` and `effective_batch`; older checkpoints have none.
+        world_size: processes of this session.
+    """
+    before, now = facts.get("effective_batch"), config.effective_batch(world_size)
+    if before is None or before == now:
+        return config
+    if facts["world_size"] == world_size:
+        logger.warning("the run goes on with %d images an iteration instead of %d, as configured", now, before)
+        return config
+    batch, processes = config.train.batch_size_per_gpu, f"{facts['world_size']} -> {world_size} processes"
+    if before % (batch * world_size) == 0:
+        accumulation = before // (batch * world_size)
+    elif before % world_size == 0 and before // world_size < batch:
+        accumulation, batch = 1, before // world_size
+    else:
+        logger.warning(
+            "%s: the run goes on with %d images an iteration instead of %d, which cannot be shared out; set "
+            "train.batch_size_per_gpu and train.gradient_accumulation to choose", processes, now, before,
+        )  # fmt: skip
+        return config
+    logger.info(
+        "%s: to keep %d images an iteration, train.batch_size_per_gpu=%d and train.gradient_accumulation=%d",
+        processes, before, batch, accumulation,
+    )  # fmt: skip
+    changes = {"batch_size_per_gpu": batch, "gradient_accumulation": accumulation}
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
 def _flat(config: Config) -> dict[str, Any]:

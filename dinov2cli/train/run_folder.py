@@ -18,6 +18,18 @@ class RunFolder:
         """Teacher checkpoint after the iteration of that number, counted from 0 as in the reference."""
         return self.path / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
 
+    def log_of(self, rank: int) -> Path:
+        """Log of a process: the first one's is the run's."""
+        return self.log if rank == 0 else self.log.with_name(f"rank_{rank:05d}.log")
+
+    def heartbeat(self, rank: int) -> Path:
+        """Where a process says that it is alive."""
+        return self.path / "logs" / "heartbeat" / f"rank_{rank:05d}.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a process that hangs says what it is doing."""
+        return self.path / "logs" / "stacks" / f"rank_{rank:05d}.txt"
+
     def set_aside(self) -> Path | None:
         """Move an earlier run's files into `previous_<n>/`, so that a new one starts in a clean folder.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dinov2cli.config import Config
 from dinov2cli.data.augmentations import normalize
@@ -83,6 +84,7 @@ class SSLMetaArch(nn.Module):
     def __init__(self, config: Config, attention_backend: str = "sdpa") -> None:
         super().__init__()
         self.config = config
+        self.attention_backend = attention_backend
         self.student = build_network(config, attention_backend, drop_path_rate=config.student.drop_path_rate)
         self.teacher = build_network(config, attention_backend, drop_path_rate=0.0)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -93,6 +95,8 @@ class SSLMetaArch(nn.Module):
         self.dino_loss = DINOLoss()
         self.ibot_patch_loss = iBOTPatchLoss()
         self.koleo_loss = KoLeoLoss()
+        self.forward_student: Callable[..., NetworkOutputs] = self.student.__call__
+        """Runs the student; `train.sharding` puts a wrapper here that averages gradients over processes."""
         self.last_targets: TeacherTargets | None = None
         """The teacher's view of the last batch, which the monitors look at."""
 
@@ -118,7 +122,7 @@ class SSLMetaArch(nn.Module):
         masks: list[Tensor | None] = [batch.masks]
         if self.config.crops.local_crops_number:
             crops, masks = [global_crops, local_crops], [batch.masks, None]
-        student = self.student(crops, masks, batch.mask_indices, drop_generator)
+        student = self.forward_student(crops, masks, batch.mask_indices, drop_generator)
         return self.losses(student, targets, batch.masks_weight)
 
     @torch.no_grad()
@@ -154,7 +158,12 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student: t = momentum * t + (1 - momentum) * s, backbone and heads."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        torch._foreach_lerp_(local_parts(self.teacher), local_parts(self.student), 1 - momentum)
+
+
+def local_parts(module: nn.Module) -> list[Tensor]:
+    """What this process holds of every parameter: all of it, or its shard."""
+    return [each.to_local() if isinstance(each, DTensor) else each for each in module.parameters()]
 
 
 def build_network(config: Config, attention_backend: str, drop_path_rate: float) -> SSLNetwork:

@@ -1,0 +1,135 @@
+"""How the networks are spread over processes: not at all, replicated (DDP), or sharded (FSDP2).
+
+The model knows nothing of it. Both ways average the gradients of the processes' own mean losses, as the reference does,
+so that two processes with half the batch each do what one does with the whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dinov2cli import distributed
+from dinov2cli.config import Config
+from dinov2cli.errors import ConfigError
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.precision import Precision
+from dinov2cli.train.ssl_meta_arch import SSLMetaArch, SSLNetwork, build_backbone
+
+
+def choose_sharding(config: Config, precision: Precision, world_size: int) -> tuple[str, str]:
+    """`none`, `ddp` or `fsdp`, and the reason in words.
+
+    Args:
+        config: `train.sharding` is a wish or `auto`.
+        precision: of the run.
+        world_size: number of processes.
+
+    Raises:
+        ConfigError: the wish cannot be had.
+    """
+    asked, scaled = config.train.sharding, precision.scale_gradients
+    if asked == "none" and world_size > 1:
+        raise ConfigError(
+            f"train.sharding=none with {world_size} processes: nothing would combine their gradients",
+            "Use ddp, fsdp or auto.",
+        )
+    if asked == "fsdp" and scaled:
+        raise ConfigError(
+            "train.sharding=fsdp with compute_precision.precision=fp16 and a gradient scaler",
+            "Use precision bf16, or train.sharding=ddp.",
+        )
+    if asked != "auto":
+        return asked, "as configured"
+    if world_size == 1:
+        return "none", "one process"
+    if precision.device.type == "cuda" and not scaled:
+        from dinov2cli.train.memory import estimate
+
+        needed_gb = estimate(config, world_size=world_size, sharding="ddp", precision=precision.name).total
+        there = torch.cuda.get_device_properties(precision.device).total_memory / 1e9
+        if needed_gb > 0.85 * there:
+            return "fsdp", f"a replica would need about {needed_gb:.0f} GB of the device's {there:.0f} GB"
+        return "ddp", f"a replica needs about {needed_gb:.0f} GB of the device's {there:.0f} GB"
+    return "ddp", "a replica in every process"
+
+
+class Sharding:
+    """Student and teacher of `meta_arch`, spread in place over the processes; parameters keep their names.
+
+    Args:
+        meta_arch: on its device, with the same weights in every process.
+        mode: `none`, `ddp` or `fsdp`.
+        precision: FSDP gathers the parameters of blocks and heads, and reduces the blocks' gradients, in its dtype; the
+            heads' gradients are reduced in float32, as in the reference.
+    """
+
+    def __init__(self, meta_arch: SSLMetaArch, mode: str, precision: Precision) -> None:
+        self.meta_arch = meta_arch
+        self.mode = mode
+        self._ddp: DistributedDataParallel | None = None
+        if mode == "ddp":
+            self._ddp = DistributedDataParallel(
+                meta_arch.student, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+            meta_arch.forward_student = self._ddp.__call__
+        elif mode == "fsdp":
+            # The student's parameters stay whole from forward to backward, which saves gathering them again; the
+            # teacher has no backward.
+            _shard_network(meta_arch.student, precision, reshard_after_forward=False)
+            _shard_network(meta_arch.teacher, precision, reshard_after_forward=True)
+
+    @contextmanager
+    def averaging_gradients(self, now: bool) -> Iterator[None]:
+        """Around one backward pass: whether it combines the processes' gradients, or keeps adding to its own."""
+        if self._ddp is not None and not now:
+            with self._ddp.no_sync():
+                yield
+            return
+        if isinstance(self.meta_arch.student, FSDPModule):
+            self.meta_arch.student.set_requires_gradient_sync(now)
+        yield
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The teacher's whole parameters, in main memory, on the first process; empty on the others. Collective."""
+        whole = {name: _whole(value) for name, value in self.meta_arch.teacher.state_dict().items()}
+        return {name: value.cpu() for name, value in whole.items()} if distributed.is_main() else {}
+
+    def teacher_backbone(self) -> VisionTransformer:
+        """The teacher's backbone as an ordinary module: itself or, if it is sharded, a whole copy. Collective."""
+        backbone = self.meta_arch.teacher.backbone
+        if self.mode != "fsdp":
+            return backbone
+        state = {name: _whole(value) for name, value in backbone.state_dict().items()}
+        copy = build_backbone(self.meta_arch.config, self.meta_arch.attention_backend)
+        copy.load_state_dict(state)
+        return copy.to(next(iter(state.values())).device).eval()
+
+
+def _shard_network(network: SSLNetwork, precision: Precision, *, reshard_after_forward: bool) -> None:
+    mesh = init_device_mesh(precision.device.type, (distributed.world_size(),))
+    dtype = None if precision.dtype == torch.float32 else precision.dtype
+    policies = {
+        "block": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype),
+        "head": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        # Embeddings and the last norm: small, and position embeddings are resized in float32.
+        "rest": MixedPrecisionPolicy(),
+    }
+
+    def apply(module: nn.Module, policy: str) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policies[policy], reshard_after_forward=reshard_after_forward)
+
+    for block in network.backbone.blocks:
+        apply(block, "block")
+    for head in [network.dino_head, *([network.ibot_head] if network.separate_head else [])]:
+        apply(head, "head")
+    apply(network, "rest")
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

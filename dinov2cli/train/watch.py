@@ -1,0 +1,131 @@
+"""Signs of life of every process in the run folder, and the stacks of all of them when nothing moves any more."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+
+from dinov2cli import distributed
+from dinov2cli.console import logger
+from dinov2cli.train.run_folder import RunFolder
+
+WRITE_EVERY_S = 5.0
+GRACE_S = 5.0  # between a process's stacks and its end: the others reach their time-out about now
+
+
+class Watch:
+    """Around a training loop: `beat` at each iteration.
+
+    A thread writes `logs/heartbeat/rank_<r>.json` every few seconds. If no beat comes for `hang_timeout` seconds, it
+    writes the stacks of all threads to `logs/stacks/rank_<r>.txt` and ends the process with exit code 1. The processes
+    of a run wait for each other in every iteration, so that all of them do this when one hangs.
+
+    Args:
+        folder: the run's.
+        total: iterations of the run.
+        iteration: done so far.
+        hang_timeout: seconds; 0: never.
+    """
+
+    def __init__(self, folder: RunFolder, *, total: int, iteration: int, hang_timeout: float) -> None:
+        rank = distributed.rank()
+        self.heartbeat = folder.heartbeat(rank)
+        self.stacks = folder.stacks(rank)
+        self.hang_timeout = hang_timeout
+        self.facts = {
+            "rank": rank,
+            "world_size": distributed.world_size(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "iteration": iteration,
+            "total": total,
+        }
+        self.state = "training"
+        self._iter_times: deque[float] = deque(maxlen=50)
+        self._data_times: deque[float] = deque(maxlen=50)
+        self._last_beat = time.monotonic()
+        self._paused = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        with contextlib.suppress(OSError):
+            self.stacks.unlink()  # of an earlier attempt
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if kind is None:
+            self.state = "finished"
+        else:
+            self.state = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self._write()
+
+    def beat(self, iteration: int, iter_time: float, data_time: float) -> None:
+        """`iteration` iterations are done; the last took `iter_time` seconds, `data_time` of them waiting for data."""
+        self.facts["iteration"] = iteration
+        self._iter_times.append(iter_time)
+        self._data_times.append(data_time)
+        self._last_beat = time.monotonic()
+
+    @contextlib.contextmanager
+    def doing(self, state: str, *, endless: bool = False) -> Iterator[None]:
+        """Around work between two iterations. While its length is anybody's guess (`endless`), no hang is reported."""
+        self.state, self._paused, self._last_beat = state, endless, time.monotonic()
+        try:
+            yield
+        finally:
+            self._last_beat = time.monotonic()
+            self.state, self._paused = "training", False
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(WRITE_EVERY_S, self.hang_timeout / 4 or WRITE_EVERY_S)):
+            self._write()
+            silence = time.monotonic() - self._last_beat
+            if self.hang_timeout and silence > self.hang_timeout and not self._paused:
+                self._report_hang(silence)
+
+    def _report_hang(self, silence: float) -> None:
+        self.state = "hanging"
+        self._write()
+        with contextlib.suppress(OSError):
+            self.stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self.stacks.open("w") as file:
+                print(f"rank {self.facts['rank']} on {self.facts['host']}, pid {self.facts['pid']}: no iteration "
+                      f"for {silence:.0f} s, after {self.facts['iteration']} iterations", file=file)  # fmt: skip
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        self._ended.wait(GRACE_S)
+        if distributed.is_main():
+            logger.error(
+                "no iteration for %.0f s (train.hang_timeout=%g): the run hangs after %d iterations. The stacks of all "
+                "processes are in %s", silence, self.hang_timeout, self.facts["iteration"], self.stacks.parent,
+            )  # fmt: skip
+        os._exit(1)  # nothing gentler ends a process that is stuck in a collective or in a driver
+
+    def _write(self) -> None:
+        """Replace the heartbeat file; a disk that is full or away for a moment must not end a run."""
+        content = {
+            **self.facts,
+            "iter_time": statistics.median(self._iter_times) if self._iter_times else None,
+            "data_time": statistics.median(self._data_times) if self._data_times else None,
+            "time": time.time(),
+            "state": self.state,
+        }
+        with contextlib.suppress(OSError):
+            self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.heartbeat.with_suffix(".tmp")
+            aside.write_text(json.dumps(content))
+            aside.replace(self.heartbeat)
