@@ -9,6 +9,7 @@ import typer
 from dinov2cli import __version__
 from dinov2cli.cli.attention import attention
 from dinov2cli.cli.bench import bench
+from dinov2cli.cli.doctor import doctor
 from dinov2cli.cli.embed import embed
 from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
@@ -21,6 +22,8 @@ from dinov2cli.cli.presets import presets
 from dinov2cli.cli.results import results
 from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
+from dinov2cli.launch.environment import worker_rank
+from dinov2cli.launch.notes import end_with_supervisor, reported
 
 app = typer.Typer(
     name="dino2",
@@ -43,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pca-image": pca_image,
     "attention": attention,
     "plot": plot,
+    "doctor": doctor,
 }
 # Groups of commands: name -> Typer app.
 GROUPS: dict[str, typer.Typer] = {
@@ -73,10 +77,18 @@ def _root(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 2 the user's input, 1 a failure of ours, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 2 the user's input, 1 a failure of ours, 130 interrupted.
+
+    One of several processes says nothing of an error that all of them raise, unless it is the first; started by dino2
+    itself, it leaves a note instead, and the command that was typed speaks for all.
+    """
+    end_with_supervisor()
     try:
-        app(argv)
+        with reported():
+            app(argv)
     except Dino2Error as error:
+        if worker_rank() > 0:
+            sys.exit(error.exit_code)
         from dinov2cli.console import err
 
         err.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,33 @@
 """`dino2 train`: pretrain a vision transformer."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dinov2cli.cli.completion import complete_override, complete_preset
+from dinov2cli.cli.slurm_options import (
+    LAUNCH,
+    Account,
+    Comment,
+    Constraint,
+    CpusPerTask,
+    Exclude,
+    Mem,
+    Nodes,
+    Partition,
+    Qos,
+    Setup,
+    Slurm,
+    TimeoutMin,
+    given_slurm_options,
+    say_submitted,
+    words_of,
+)
 from dinov2cli.errors import ConfigError
+from dinov2cli.launch.environment import RUN_TOKEN, is_supervised, is_worker
+from dinov2cli.launch.notes import reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,10 +35,12 @@ if TYPE_CHECKING:
     import torch
 
     from dinov2cli.config import Config
+    from dinov2cli.launch.slurm import SlurmOptions
     from dinov2cli.train.trainer import OnlineKnn
 
 
 def train(
+    context: typer.Context,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[a.b=value ...]", help="Changes of single keys, such as optim.epochs=10.",
@@ -40,6 +63,11 @@ def train(
         Path | None,
         typer.Option("--output-dir", metavar="DIR", help="The run folder. If it holds a run, that run is resumed."),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, metavar="N", help="GPUs to use on each machine, a process for each [all]; with "
+                     "--cpu, processes [1]."),
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,
     init_from: Annotated[
         str | None,
@@ -50,8 +78,21 @@ def train(
         bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_<n>/.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory; do not train.")
+        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory; do not train. With Slurm "
+                           "options: print the script.")
     ] = False,
+    nodes: Nodes = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclude: Exclude = None,
+    comment: Comment = None,
+    timeout_min: TimeoutMin = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    slurm: Slurm = None,
+    setup: Setup = None,
 ) -> None:
     """Pretrain a vision transformer with DINOv2 on a set of images.
 
@@ -63,12 +104,45 @@ def train(
         dino2 train --preset demo --output-dir runs/demo
 
         dino2 train --preset vits14 --data ~/photos --output-dir runs/photos optim.epochs=30
+
+        dino2 train --preset vitb14 --data ~/photos --output-dir runs/photos --gpus 4
+
+        dino2 train --preset vitl14 --output-dir runs/vitl14 --nodes 12 --gpus 8 --partition gpu --timeout-min 1440
     """  # fmt: skip
     from dinov2cli.console import set_up_logging
 
     set_up_logging()
-    config = resolve_config(overrides or [], preset, config_file, data, output_dir, init_from)
+    arguments = (overrides or [], preset, config_file, data, output_dir, init_from)
+    if not is_worker():
+        options = given_slurm_options(context, gpus=gpus, cpu=cpu)
+        if options is not None:
+            # What the weights say of the model is left to the job: reading them needs torch.
+            submit(context, resolve_config(*arguments, read_weights=False), options, dry_run=dry_run)
+            return
+    config = resolve_config(*arguments)
+    if not is_worker():
+        from dinov2cli.launch.local import launch_local, processes_here
+
+        if (processes := processes_here(gpus, cpu=cpu)) > 1:
+            run_folder = None if dry_run else Path(config.train.output_dir)
+            launch_local(words_of(context, without={*LAUNCH, "gpus"}), processes, run_folder)
+            return
     run(config, cpu=cpu, resume=not no_resume, dry_run=dry_run)
+
+
+def submit(context: typer.Context, config: "Config", options: "SlurmOptions", *, dry_run: bool) -> None:
+    """Hand the command to Slurm; with `dry_run`, print the script instead."""
+    from dinov2cli.launch import slurm
+
+    run_folder = Path(config.train.output_dir)
+    name, folder = f"dino2-{run_folder.absolute().name}", run_folder.absolute() / "slurm"
+    words = words_of(context, without={*LAUNCH, "gpus", "dry_run"})
+    if dry_run:
+        print(slurm.script(words, options, folder=folder, name=name))
+        return
+    slurm.need_slurm()
+    make_run_folder(run_folder)
+    say_submitted(slurm.submit(words, options, folder=folder, name=name, run=run_folder), run_folder)
 
 
 def resolve_config(
@@ -78,8 +152,13 @@ def resolve_config(
     data: str | None,
     output_dir: Path | None,
     init_from: str | None,
+    *,
+    read_weights: bool = True,
 ) -> "Config":
-    """The configuration that the options say: options that stand for a key are overrides of it."""
+    """The configuration that the options say: options that stand for a key are overrides of it.
+
+    With `read_weights`, keys that nobody has set follow the weights that the student starts from.
+    """
     from dinov2cli.config import load_config
 
     if preset and config_file:
@@ -91,7 +170,7 @@ def resolve_config(
     }
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = load_config(preset=preset, config_file=config_file, overrides=[*overrides, *given])
-    if config.student.pretrained_weights:
+    if config.student.pretrained_weights and read_weights:
         follow = keys_that_follow_weights(config)
         config = load_config(preset=preset, config_file=config_file, overrides=[*follow, *overrides, *given])
     if config.train.output_dir == ".":
@@ -115,7 +194,7 @@ def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     """Train in this process, alone or as one of those that a launcher started."""
     from dinov2cli import distributed
 
-    with distributed.process_group(alone=config.train.sharding in ("ddp", "fsdp")):
+    with distributed.process_group(alone=config.train.sharding in ("ddp", "fsdp")), reported():
         _run_in_group(config, cpu=cpu, resume=resume, dry_run=dry_run)
 
 
@@ -144,7 +223,7 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
     with distributed.same_error_everywhere():
         if distributed.is_main():
             make_run_folder(folder.path)
-            if not resume and not dry_run and (moved := folder.set_aside()):
+            if not resume and not dry_run and not is_restart(folder.path) and (moved := folder.set_aside()):
                 logger.info("the earlier run is now in %s", moved)
     if not dry_run:
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
@@ -188,6 +267,17 @@ def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path],
 
     datasets_for(config, None, None)
     return lambda checkpoint: evaluate_teacher(checkpoint, config, config.evaluation.tasks, device=str(device))
+
+
+def is_restart(run: Path) -> bool:
+    """Whether this process is started again by its supervisor, so that --no-resume has been obeyed; notes it if not."""
+    if not is_supervised():
+        return False
+    token, mark = os.environ[RUN_TOKEN], run / ".started-by"
+    if mark.exists() and mark.read_text() == token:
+        return True
+    mark.write_text(token)
+    return False
 
 
 def make_run_folder(path: Path) -> None:

@@ -1,0 +1,126 @@
+"""What a Slurm job runs: on each machine one task, which supervises the processes of that machine."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinov2cli.launch.environment import RUN_TOKEN, SLURM_OPTIONS
+from dinov2cli.launch.slurm import SlurmOptions
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
+
+    from dinov2cli.launch.restarts import Restart
+    from dinov2cli.launch.supervisor import Group
+
+MEETING_S = 900
+"""Seconds to wait for the first machine of the job."""
+END_S = 900
+"""Seconds to wait for Slurm to end the job, after all is saved."""
+
+
+@dataclass
+class NodeTask:
+    """The task of each machine; pickled by submitit at submission, called in the job.
+
+    Attributes:
+        arguments: the command line of each process.
+        options: what was asked of Slurm.
+        folder: the job's own, seen by all machines.
+        run: the run folder, if the command may be restarted from its checkpoints.
+    """
+
+    arguments: list[str]
+    options: SlurmOptions
+    folder: str
+    run: str | None
+
+    def __call__(self) -> None:
+        """Run the machine's processes to their end, then leave the job to its fate: done, failed or in the queue."""
+        from dinov2cli.console import Interrupted, err, set_up_logging
+        from dinov2cli.errors import Dino2Error
+
+        set_up_logging()
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
+        try:
+            self.supervise()
+        except Interrupted as stop:
+            if stop.signal == signal.SIGUSR2 and callable(requeue):
+                requeue(signal.SIGUSR2, None)  # on the first machine, does not return
+            # Slurm is about to end the job: to start it again (a preemption, scontrol requeue) or not (scancel), as it
+            # has been told. A task that ends by itself now would make the job a failed one, which is not started again.
+            time.sleep(END_S)
+            raise SystemExit(130) from stop
+        except Dino2Error as error:
+            if int(os.environ["SLURM_NODEID"]) == 0:
+                err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            raise SystemExit(error.exit_code) from error
+
+    def checkpoint(self, *arguments: Any, **more: Any) -> "DelayedSubmission":
+        """What submitit submits when it requeues the job: the same; the run folder knows how far it is."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def supervise(self) -> None:
+        from dinov2cli.launch.local import share_cores
+        from dinov2cli.launch.supervisor import Group, supervise
+
+        job, start, node = os.environ["SLURM_JOB_ID"], job_start(), int(os.environ["SLURM_NODEID"])
+        group = Group(
+            command=["-m", "dinov2cli", *self.arguments],
+            workers=self.options.gpus,
+            notes=Path(self.folder) / f"notes_{job}_{start}",
+            run=Path(self.run) if self.run else None,
+            session=job,
+            nodes=int(os.environ["SLURM_JOB_NUM_NODES"]),
+            node=node,
+            first_start=self.requeued(job, start),
+        )
+        group.notes.mkdir(parents=True, exist_ok=True)
+        os.environ[RUN_TOKEN] = Path(self.folder).name + job
+        os.environ[SLURM_OPTIONS] = self.options.to_json()
+        share_cores(self.options.gpus)
+        address = os.environ.get("SLURMD_NODENAME", "localhost")
+        supervise(group, self.meet(group, job, start, address), address)
+
+    def requeued(self, job: str, start: int) -> "Restart | None":
+        """Why this is not the job's first start, if so."""
+        from dinov2cli.launch.restarts import Restart, newest_checkpoint
+
+        if start == 0:
+            return None
+        iteration = newest_checkpoint(Path(self.run)) if self.run else 0
+        if (Path(self.folder) / f"killed_{job}_{start - 1}").exists():
+            return Restart("death", "a machine's task was killed", -1, iteration, job)
+        return Restart("requeue", f"job {job} was requeued", -1, iteration, job)
+
+    def meet(self, group: "Group", job: str, start: int, address: str) -> Any:
+        """The rendezvous of the job's machines: at the first one, which says its port in a file."""
+        from dinov2cli.errors import EnvironmentProblem
+        from dinov2cli.launch.supervisor import make_rendezvous
+
+        place = Path(self.folder) / f"rendezvous_{job}_{start}"
+        if group.node == 0:
+            rendezvous, port = make_rendezvous(f"{address}:0", group, is_host=True)
+            aside = place.with_suffix(".tmp")
+            aside.write_text(f"{address}:{port}")
+            os.replace(aside, place)
+            return rendezvous
+        until = time.monotonic() + MEETING_S
+        while not place.exists():
+            if time.monotonic() > until:
+                raise EnvironmentProblem(
+                    f"{address}: the job's first machine did not write {place} within {MEETING_S} s",
+                    "Is the run folder on a file system that all machines share? The first machine's log tells more.",
+                )
+            time.sleep(0.5)
+        return make_rendezvous(place.read_text(), group, is_host=False)[0]
+
+
+def job_start() -> int:
+    """How often Slurm has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))

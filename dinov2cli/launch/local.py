@@ -1,0 +1,56 @@
+"""Several processes on this machine."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.launch.environment import RUN_TOKEN
+
+
+def launch_local(arguments: Sequence[str], processes: int, run: Path | None) -> None:
+    """Run `dino2 arguments...` in several processes of this machine and wait for their end.
+
+    Args:
+        arguments: the command line of each process, without what launched it.
+        processes: how many; on GPUs one each.
+        run: the run folder, for restarts from its checkpoints; None if the command is not to be restarted.
+
+    Raises:
+        Dino2Error, Interrupted: as `launch.supervisor.supervise`.
+    """
+    from dinov2cli.launch.supervisor import Group, supervise
+
+    share_cores(processes)
+    with tempfile.TemporaryDirectory(prefix="dino2-") as notes:
+        group = Group(["-m", "dinov2cli", *arguments], processes, Path(notes), run)
+        os.environ[RUN_TOKEN] = group.session
+        supervise(group)
+
+
+def share_cores(processes: int) -> None:
+    """Give each process its part of the cores, where the user has not said otherwise (OMP_NUM_THREADS)."""
+    from dinov2cli.data.workers import available_cores
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+
+
+def processes_here(gpus: int | None, *, cpu: bool) -> int:
+    """How many processes `--gpus` and `--cpu` ask for on this machine: one on each GPU, or as many as said on the CPU.
+
+    Raises:
+        EnvironmentProblem: there are fewer GPUs.
+    """
+    if cpu or gpus == 0:
+        return max(1, gpus or 1)
+    import torch
+
+    there = torch.cuda.device_count()
+    if gpus is not None and gpus > there:
+        has = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU that PyTorch can use"
+        raise EnvironmentProblem(
+            f"--gpus {gpus}: this machine has {has}",
+            f"Lower it, or add --cpu for {gpus} processes on the CPU; dino2 doctor looks at the driver.",
+        )
+    return gpus or max(1, there)

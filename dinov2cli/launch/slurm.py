@@ -1,0 +1,260 @@
+"""Submitting a command as a Slurm job, through submitit. Imports no torch: a login node needs none."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinov2cli.errors import ConfigError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+GPUS_PER_NODE = 8
+CPUS_PER_GPU = 8
+SAVING_S = 120
+"""Seconds before the time limit at which Slurm tells the job to save; `--slurm signal_delay_s=...` changes it."""
+WITHOUT_LIMIT = 1_000_000  # requeues that submitit allows: a run of weeks needs many, and each goes on where it was
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What to ask of Slurm for one job.
+
+    Attributes:
+        nodes: machines.
+        gpus: GPUs (with `cpu`: processes) on each machine.
+        cpu: no GPUs.
+        timeout_min: minutes until the job saves and puts itself into the queue again.
+        parameters: `KEY=VALUE`, any other parameters of sbatch (or of submitit, such as signal_delay_s).
+        setup: shell lines that run on the first machine before the processes start, as to activate an environment.
+    """
+
+    nodes: int = 1
+    gpus: int = GPUS_PER_NODE
+    cpu: bool = False
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    comment: str | None = None
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    timeout_min: int = 1440
+    parameters: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+
+    def with_parameters(self, words: Sequence[str]) -> "SlurmOptions":
+        """The same with further `KEY=VALUE`, which win over earlier ones and over the options of that name."""
+        return replace(self, parameters=(*self.parameters, *words))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "SlurmOptions":
+        values = json.loads(text)
+        return SlurmOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue.
+
+    Attributes:
+        job_id: Slurm's number.
+        folder: its script, its logs (`<job>_<node>_log.out`) and submitit's files.
+        log: what the first machine prints.
+    """
+
+    job_id: str
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.job_id}_0_log.out"
+
+
+def submit(
+    arguments: Sequence[str], options: SlurmOptions, *, folder: Path, name: str, run: Path | None = None
+) -> Submitted:
+    """Submit `dino2 arguments...` as a job.
+
+    Args:
+        arguments: the command line, without what launches it.
+        options: what to ask of Slurm.
+        folder: where a new folder for this job is made.
+        name: of the job, in `squeue`.
+        run: the run folder, if the command may be restarted from its checkpoints.
+
+    Raises:
+        EnvironmentProblem: there is no Slurm here, or it refuses the job.
+        ConfigError: a parameter is none that sbatch takes.
+    """
+    need_slurm()
+    own = new_folder(folder)
+    executor = make_executor(options, own, name)
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from dinov2cli.launch.job import NodeTask
+
+    task = NodeTask(list(arguments), options, str(own), str(run.absolute()) if run else None)
+    try:
+        with outside_of_any_job():
+            job = executor.submit(task)
+    except (FailedJobError, FailedSubmissionError) as error:
+        shutil.rmtree(own, ignore_errors=True)
+        raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", REFUSED) from error
+    facts = {"job_id": job.job_id, "command": list(arguments), "time": time.time(), "nodes": options.nodes}
+    (own / "job.json").write_text(json.dumps(facts))
+    return Submitted(job.job_id, own)
+
+
+def script(arguments: Sequence[str], options: SlurmOptions, *, folder: Path, name: str) -> str:
+    """The batch script that `submit` would hand to sbatch; nothing is written."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Renderer(SlurmExecutor):
+        """An executor that writes scripts on machines without Slurm, too."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    executor = make_executor(options, folder / "<time>", name, kind=Renderer)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return text
+
+
+def make_executor(
+    options: SlurmOptions, folder: Path, name: str, kind: "type[SlurmExecutor] | None" = None
+) -> "SlurmExecutor":
+    """submitit's executor for these options."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    executor = (kind or SlurmExecutor)(folder, max_num_timeout=WITHOUT_LIMIT)
+    known = set(executor._valid_parameters())
+    wanted, further = sbatch_parameters(options, name), {"requeue": True}
+    for key, value in map(split_parameter, options.parameters):
+        if key.replace("-", "_") in known:
+            wanted[key.replace("-", "_")] = value
+        else:
+            further[key.replace("_", "-")] = value
+    tasks = ["--kill-on-bad-exit=1"]  # one machine's failure would leave the others waiting
+    if cpus := wanted.get("cpus_per_task"):
+        tasks.append(f"--cpus-per-task={cpus}")  # newer versions of srun do not take it over from sbatch
+    executor.update_parameters(
+        **wanted,
+        additional_parameters=further,
+        srun_args=tasks,
+        stderr_to_stdout=True,
+        setup=[*options.setup, IGNORE_IN_SCRIPT],
+        teardown=REQUEUE_IF_KILLED.format(folder=folder).splitlines(),
+    )
+    return executor
+
+
+def sbatch_parameters(options: SlurmOptions, name: str) -> dict[str, Any]:
+    """What the options mean, under submitit's names."""
+    processes = options.gpus
+    cpus = options.cpus_per_task or (processes if options.cpu else CPUS_PER_GPU * processes)
+    parameters = {
+        "job_name": name,
+        "nodes": options.nodes,
+        "ntasks_per_node": 1,  # a supervisor, which starts a process for each GPU
+        "gpus_per_node": None if options.cpu else options.gpus,
+        "cpus_per_task": cpus,
+        "mem": options.mem,
+        "time": options.timeout_min,
+        "signal_delay_s": min(SAVING_S, options.timeout_min * 60 // 3),
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "exclude": options.exclude,
+        "comment": options.comment,
+        "wckey": None,
+    }
+    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+
+
+def split_parameter(word: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as a pair; `true` makes it a flag, `false` takes it away."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.strip("-"):
+        raise ConfigError(f"--slurm {word}: write KEY=VALUE, a parameter of sbatch, such as --slurm reservation=maintenance")
+    flags: dict[str, Any] = {"true": True, "false": None, "": True}
+    return key.strip("-"), flags.get(value.lower(), value)
+
+
+def need_slurm() -> None:
+    """Raise EnvironmentProblem where there is no Slurm."""
+    if shutil.which("sbatch") is None:
+        raise EnvironmentProblem(
+            "there is no Slurm here (sbatch is not found), so nothing can be submitted",
+            "On this machine alone, leave out --nodes and the other Slurm options: dino2 train ... --gpus N",
+        )
+
+
+def new_folder(parent: Path) -> Path:
+    """A fresh folder named by the time: submitit would take an old job's files for the new one's if ids repeat.
+
+    It is made before sbatch is called, as Slurm does not make the folder of its log.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1000):
+        folder = parent.absolute() / (f"{stamp}-{number}" if number else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{parent}: cannot be written to ({error.strerror})") from error
+        return folder
+    raise EnvironmentProblem(f"{parent}: no new folder could be made there")
+
+
+@contextmanager
+def outside_of_any_job() -> Iterator[None]:
+    """Take away what this process's own job or launcher has put into the environment: sbatch would pass it on."""
+    ours = ("SLURM_", "SUBMITIT_", "TORCHELASTIC_", "DINO2_")
+    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+                "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}  # fmt: skip
+    taken = {k: v for k, v in os.environ.items() if (k.startswith(ours) or k in launched) and k != "SLURM_CONF"}
+    if not any(key.startswith(("SLURM_", "RANK")) for key in taken):
+        taken.pop("OMP_NUM_THREADS", None)  # the user's own
+    for key in taken:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no reason given")
+
+
+REFUSED = "sinfo shows the partitions and their limits; --dry-run shows the script."
+
+# `scancel --batch` and `--full` signal the script itself, which would end it, and the job with it, unsaved.
+IGNORE_IN_SCRIPT = "trap : USR2"
+
+# A task that was killed has no verdict on the run: the job goes on from the last checkpoint, in a new start. The
+# supervisor of that start reads the file, and gives up where this leads nowhere.
+REQUEUE_IF_KILLED = """\
+status=$?
+if [ $status -eq 137 ]; then
+  touch '{folder}'/killed_"$SLURM_JOB_ID"_"${{SLURM_RESTART_COUNT:-0}}"
+  scontrol requeue "$SLURM_JOB_ID" && sleep 300
+fi
+exit $status"""
+
