@@ -47,17 +47,18 @@ def keep_effective_batch(config: Config, facts: dict[str, int], world_size: int)
     """The configuration with which a run on `world_size` processes goes on as before on another number.
 
     The images of an iteration, and with them the learning rate, the schedules and the order of the samples, stay the
-    run's own: fewer processes accumulate gradients, more take smaller batches each.
+    run's own: fewer processes accumulate gradients, more take smaller batches each. Only whoever changes the batch of
+    a process by hand gets what he asks for.
 
     Args:
         config: as given for this session.
-        facts: of the checkpoint: `world_size` and `effective_batch`; older checkpoints have none.
+        facts: of the checkpoint, see `batch_facts`; older checkpoints have none.
         world_size: processes of this session.
     """
     before, now = facts.get("effective_batch"), config.effective_batch(world_size)
     if before is None or before == now:
         return config
-    if facts["world_size"] == world_size:
+    if config.effective_batch() not in (facts["given_batch"], facts["used_batch"]):
         logger.warning("the run goes on with %d images an iteration instead of %d, as configured", now, before)
         return config
     batch, processes = config.train.batch_size_per_gpu, f"{facts['world_size']} -> {world_size} processes"
@@ -77,6 +78,16 @@ def keep_effective_batch(config: Config, facts: dict[str, int], world_size: int)
     )  # fmt: skip
     changes = {"batch_size_per_gpu": batch, "gradient_accumulation": accumulation}
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def batch_facts(given: Config, used: Config, world_size: int) -> dict[str, int]:
+    """What a checkpoint says of the batch: of all processes, and of one, as configured and as adapted."""
+    return {
+        "world_size": world_size,
+        "effective_batch": used.effective_batch(world_size),
+        "given_batch": given.effective_batch(),
+        "used_batch": used.effective_batch(),
+    }
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The model knows nothing of it. Both ways average the gradients of the processes'
 so that two processes with half the batch each do what one does with the whole.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,6 +80,8 @@ class Sharding:
             )
             meta_arch.forward_student = self._ddp.__call__
         elif mode == "fsdp":
+            # The outputs are views, which is harmless as long as nobody writes into them, and the losses do not.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             # The student's parameters stay whole from forward to backward, which saves gathering them again; the
             # teacher has no backward.
             _shard_network(meta_arch.student, precision, reshard_after_forward=False)

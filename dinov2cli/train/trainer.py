@@ -27,7 +27,7 @@ from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.plan import plan_rows
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.record import Record, StepResult
-from dinov2cli.train.resuming import check_resumable, keep_effective_batch
+from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.sharding import Sharding, choose_sharding
@@ -72,6 +72,7 @@ class Trainer:
         self.world_size = distributed.world_size()
         self.folder = RunFolder(Path(config.train.output_dir))
         self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
+        given = config
         resume = distributed.broadcast_object(resume and bool(self.checkpointer.list()))
         with distributed.same_error_everywhere():
             if resume:
@@ -87,7 +88,7 @@ class Trainer:
             if init_backbone is not None and not resume:
                 init_backbone(self.meta_arch.student.backbone)
                 self.meta_arch.teacher.load_state_dict(self.meta_arch.student.state_dict())
-        self.config = config
+        self.given_config, self.config = given, config
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
         self.schedules = Schedules(config, self.world_size)
@@ -241,7 +242,7 @@ class Trainer:
 
     def save_checkpoint(self, *, wait: bool) -> None:
         """Write what resuming needs, in the background unless `wait`."""
-        facts = {"world_size": self.world_size, "effective_batch": self.config.effective_batch(self.world_size)}
+        facts = batch_facts(self.given_config, self.config, self.world_size)
         with self.watch.doing("saving"):
             self.checkpointer.save(self.iteration, self.state(), facts=facts, wait=wait)
 
