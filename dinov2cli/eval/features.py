@@ -18,6 +18,7 @@ from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache, weights_hash
+from dinov2cli.models.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
@@ -83,6 +84,8 @@ class Extractor:
         cache: FeatureCache | None = None,
     ) -> None:
         self.device = torch.device(device) if device is not None else default_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device)
         self.image_size = fitting_image_size(model, image_size)
         self.resize = round(self.image_size * resize_ratio)

@@ -18,6 +18,7 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import TrainLoader, make_train_loader
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import ConfigError
+from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
@@ -92,6 +93,8 @@ class Trainer:
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
         self.schedules = Schedules(config, self.world_size)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.meta_arch.to(device).train()
         self.sharding = Sharding(self.meta_arch, mode, self.precision)
         self.optimizer = build_optimizer(self.meta_arch.student, config)

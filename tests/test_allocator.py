@@ -1,0 +1,25 @@
+"""Memory that is freed stays with the process once it is asked to."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, torch
+from dinov2cli.models.allocator import keep_freed_memory
+assert keep_freed_memory()
+torch.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
+def test_large_arrays_reuse_memory() -> None:
+    faults = int(subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True).stdout)
+    pages_written = 10 * 40_000_000 // 4096
+    assert faults < pages_written / 5  # the first may still have been new
