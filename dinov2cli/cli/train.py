@@ -27,7 +27,7 @@ from dinov2cli.cli.slurm_options import (
 )
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised, is_worker
-from dinov2cli.launch.notes import reported
+from dinov2cli.launch.notes import mark, reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -194,7 +194,9 @@ def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
     """Train in this process, alone or as one of those that a launcher started."""
     from dinov2cli import distributed
 
+    mark("joining")
     with distributed.process_group(alone=config.train.sharding in ("ddp", "fsdp")), reported():
+        mark("joined")
         _run_in_group(config, cpu=cpu, resume=resume, dry_run=dry_run)
 
 

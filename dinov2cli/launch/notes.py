@@ -75,6 +75,22 @@ def note_of(error: BaseException, rank: int) -> Note:
     return Note(rank, "crash", trace.splitlines()[-1], 1, trace, time=now)
 
 
+def mark(stage: Literal["joining", "joined"]) -> None:
+    """In a supervised worker, tell the supervisor that this process is about to join the others, or has joined them."""
+    if is_supervised():
+        folder = Path(os.environ[NOTES_FOLDER])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{worker_rank():05d}.{stage}").touch()
+
+
+def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> float | None:
+    """When a worker made the mark, in seconds since 1970; None if it has not."""
+    try:
+        return (folder / f"{rank:05d}.{stage}").stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def write_note(folder: Path, note: Note) -> None:
     """Put a note into the folder; the first of a worker stays."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,8 +59,8 @@ class SlurmOptions:
 
     @staticmethod
     def from_json(text: str) -> "SlurmOptions":
-        values = json.loads(text)
-        return SlurmOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        return SlurmOptions(**values)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def split_parameter(word: str) -> tuple[str, Any]:
     """`KEY=VALUE` as a pair; `true` makes it a flag, `false` takes it away."""
     key, equals, value = word.partition("=")
     if not equals or not key.strip("-"):
-        raise ConfigError(f"--slurm {word}: write KEY=VALUE, a parameter of sbatch, such as --slurm reservation=maintenance")
+        raise ConfigError(f"--slurm {word}: write KEY=VALUE, a parameter of sbatch, such as --slurm reservation=NAME")
     flags: dict[str, Any] = {"true": True, "false": None, "": True}
     return key.strip("-"), flags.get(value.lower(), value)
 
@@ -240,7 +240,8 @@ def outside_of_any_job() -> Iterator[None]:
 def last_line(text: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no reason given")
+    errors = [line for line in lines if "error" in line.lower()]
+    return [*lines, *errors][-1] if lines else "no reason given"
 
 
 REFUSED = "sinfo shows the partitions and their limits; --dry-run shows the script."

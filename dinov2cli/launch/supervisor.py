@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -30,13 +31,18 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from dinov2cli.console import Interrupted, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
-from dinov2cli.launch.notes import Note, cause, read_notes, write_note
+from dinov2cli.launch.notes import Note, cause, read_notes, time_of_mark, write_note
 from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_restarts, record_restart
 
 LAST_WORDS = 3.0
 """Seconds that the other workers get to leave their notes after one has failed, before they are killed."""
 PATIENCE = 30.0
 """Seconds that the other workers get to end after one has reported an error."""
+JOINING = 120.0
+"""Seconds from when all workers of a machine are ready to join the others until they have joined, times the machines.
+
+Joining takes a second; now and then gloo loses a connection on the way, and then waits for hours.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def make_rendezvous(endpoint: str, group: Group, *, is_host: bool) -> tuple[Rend
         "c10d", endpoint, group.session, group.nodes, group.nodes, local_addr=host, is_host=is_host, join_timeout=900
     )
     backend, store = create_backend(parameters)
-    port = store.port if is_host else int(endpoint.rpartition(":")[2])
+    port = store.port if isinstance(store, TCPStore) else 0
     return create_handler(store, backend, parameters), port
 
 
@@ -175,7 +181,7 @@ class Supervisor(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # All machines have just met, so all notes are written: the first decides for all whether to go on.
-        store = worker_group.store
+        store: Any = worker_group.store
         if worker_group.group_rank == 0:
             store.set("dino2/goes-on", "yes" if self.goes_on() else "no")
         if store.get("dino2/goes-on") == b"no":
@@ -195,7 +201,7 @@ class Supervisor(LocalElasticAgent):
             return finished
         codes = self.exit_codes()
         failed = any(codes.values())  # neither running (None) nor done (0)
-        if failed or self.waits_in_vain():
+        if failed or self.waits_in_vain(worker_group):
             self.bury(worker_group)
             super()._monitor_workers(worker_group)
             why = cause(read_notes(self.notes))
@@ -235,12 +241,21 @@ class Supervisor(LocalElasticAgent):
         logger.warning("%s%s; all processes start again from iteration %d", who, restart.reason, restart.iteration)
         return True
 
-    def waits_in_vain(self) -> bool:
-        """Whether a worker has reported an error a while ago, and others still run: those may wait for it for ever."""
+    def waits_in_vain(self, worker_group: WorkerGroup) -> bool:
+        """Whether workers wait for ever: for one that has reported an error, or to join the others."""
         now = time.time()
         if now - self.looked < 5:
             return False
         self.looked = now
+        ranks = [worker.global_rank for worker in worker_group.workers]
+        ready = [time_of_mark(self.notes, rank, "joining") for rank in ranks]
+        times = [moment for moment in ready if moment is not None]
+        if len(times) == len(ranks) and now - max(times) > JOINING * min(self.group.nodes, 5):
+            late = [rank for rank in ranks if time_of_mark(self.notes, rank, "joined") is None]
+            for rank in late:
+                write_note(self.notes, Note(rank, "death", "did not get a connection to the others", time=now))
+            if late:
+                return True
         errors = [note for note in read_notes(self.notes) if note.kind == "error"]
         return any(now - note.time > PATIENCE for note in errors)
 

@@ -1,0 +1,275 @@
+"""`dino2 train --gpus N`: several processes of this machine, their errors, signals, deaths and restarts."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import TINY, metrics_of, write_images
+
+from dinov2cli.launch.restarts import MAX_CRASHES, Restart, enough, read_restarts
+
+LONGER = ["train.OFFICIAL_EPOCH_LENGTH=50", "train.checkpoint_period=5", "evaluation.eval_period_iterations=50"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "data")
+
+
+def command(images: Path, run: Path, *more: str) -> list[str]:
+    arguments = ["train", "--cpu", "--data", str(images), "--output-dir", str(run), *TINY, *more]
+    return [sys.executable, "-m", "dinov2cli", *arguments]
+
+
+def start(images: Path, run: Path, *more: str) -> subprocess.Popen[bytes]:
+    with run.with_suffix(".log").open("ab") as log:
+        words = [*command(images, run, *more), "--gpus", "2"]
+        return subprocess.Popen(words, stdout=log, stderr=log, env=ENVIRONMENT)
+
+
+def lines_of(run: Path) -> int:
+    metrics = run / "training_metrics.json"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def wait_for_line(process: subprocess.Popen[bytes], run: Path, number: int) -> None:
+    while lines_of(run) < number:
+        assert process.poll() is None, run.with_suffix(".log").read_text()
+        time.sleep(0.01)
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process numbers of the workers, by rank."""
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    pids = [pid for file in children for pid in file.read_text().split()]
+    ranks = {}
+    for pid in pids:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks.update({int(value[5:]): int(pid) for value in variables if value.startswith(b"RANK=")})
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[int], within: float = 20) -> bool:
+    until = time.monotonic() + within
+    while any(map(is_alive, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not any(map(is_alive, pids))
+
+
+def teacher_of(run: Path, iteration: int) -> dict[str, torch.Tensor]:
+    file = run / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+    state: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["teacher"]
+    return state
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert start(images, run, *LONGER).wait(timeout=300) == 0, run.with_suffix(".log").read_text()
+    return run
+
+
+def assert_equal_runs(run: Path, whole: Path) -> None:
+    assert metrics_of(run) == metrics_of(whole)
+    one, other = teacher_of(run, 149), teacher_of(whole, 149)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes_are_those_of_torchrun_by_hand(images: Path, tmp_path: Path) -> None:
+    by_us, by_hand = tmp_path / "us", tmp_path / "hand"
+    process = start(images, by_us)
+    assert process.wait(timeout=120) == 0, by_us.with_suffix(".log").read_text()
+    log = by_us.with_suffix(".log").read_text()
+    assert "2; sharding" in log and "elastic" not in log and log.count("iteration 1/12") == 1
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    result = subprocess.run([*torchrun, *command(images, by_hand)[1:]], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert metrics_of(by_us) == metrics_of(by_hand)
+    assert metrics_of(by_us)[0]["current_batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["optim.epoch=3"], "did you mean optim.epochs?"),
+        (["--init-from", "/no/such/weights.pth"], "/no/such/weights.pth"),
+    ],
+)
+def test_an_error_of_all_is_said_once_and_leaves_nothing(
+    arguments: list[str], message: str, images: Path, tmp_path: Path
+) -> None:
+    words = [*command(images, tmp_path / "run"), "--gpus", "2", *arguments]
+    result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("error: ") == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr and "start again" not in result.stderr
+    assert not list(tmp_path.rglob("*.*")), "files were left behind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
+    words = [word for word in command(images, tmp_path / "run") if word != "--cpu"]
+    result = subprocess.run([*words, "--gpus", "2"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 2
+    assert "--gpus 2: this machine has no GPU" in result.stderr and "--cpu" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_ends_all_processes_saved(number: signal.Signals, images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(images, run, *LONGER, "train.num_workers=1")
+    wait_for_line(process, run, 7)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert gone(workers, within=0)
+    log = run.with_suffix(".log").read_text()
+    assert log.count("the same command resumes") == 1
+    assert "Traceback" not in log and "start again" not in log
+    reached = lines_of(run)
+    assert (run / "checkpoints" / f"iteration_{reached:08d}").is_dir()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_no_more_than_a_pause(images: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(images, run, *LONGER)
+    for rank, line in ((1, 12), (0, 40)):
+        wait_for_line(process, run, line)
+        os.kill(workers_of(process)[rank], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
+    restarts = read_restarts(run)
+    assert [(each.kind, each.rank) for each in restarts] == [("death", 1), ("death", 0)]
+    assert "was killed (SIGKILL)" in run.with_suffix(".log").read_text()
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(images: Path, whole: Path, tmp_path: Path) -> None:
+    run, rng = tmp_path / "run", random.Random(0)
+    process, kills = start(images, run, *LONGER), 20
+    for kill in range(kills):
+        # A little further each time, then a random moment: in a step, a checkpoint, a line of metrics.
+        wait_for_line(process, run, 3 + 7 * kill + rng.randint(0, 3))
+        time.sleep(rng.random() * 0.1)
+        os.kill(rng.choice(workers_of(process)), signal.SIGKILL)
+        while len(read_restarts(run)) <= kill:
+            assert process.poll() is None, run.with_suffix(".log").read_text()
+            time.sleep(0.05)
+    assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
+    assert len(read_restarts(run)) == kills
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_launcher(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(images, run, *LONGER, "train.num_workers=1")
+    wait_for_line(process, run, 3)
+    workers = workers_of(process)
+    loaders = [int(pid) for worker in workers for file in Path(f"/proc/{worker}/task").glob("*/children")
+               for pid in file.read_text().split()]  # fmt: skip
+    assert len(workers) == 2 and len(loaders) >= 2
+    process.kill()
+    process.wait()
+    assert gone([*workers, *loaders])
+
+
+SUPERVISE = """
+import sys
+from pathlib import Path
+from dinov2cli.cli.main import main
+from dinov2cli.console import set_up_logging
+from dinov2cli.errors import Dino2Error
+from dinov2cli.launch.supervisor import Group, supervise
+set_up_logging()
+try:
+    supervise(Group(["-c", sys.argv[1]], 2, Path(sys.argv[2]), Path(sys.argv[3])))
+except Dino2Error as error:
+    print(type(error).__name__, error)
+    sys.exit(error.exit_code)
+"""
+
+
+def supervise(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run two processes of `code` under a supervisor of their own."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", SUPERVISE, code, str(tmp_path / "notes"), str(run)]
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+
+
+def test_failures_without_progress_end_with_the_failing_process_own_error(tmp_path: Path) -> None:
+    code = """if True:
+        import os, time
+        from dinov2cli.launch.notes import reported
+        with reported():
+            if os.environ["RANK"] == "1":
+                raise ArithmeticError("the cat ate it")
+            time.sleep(60)
+    """
+    result = supervise(code, tmp_path)
+    assert result.returncode == 1
+    assert "process 1 failed, again and again" in result.stdout and "ArithmeticError: the cat ate it" in result.stdout
+    assert result.stdout.count("Traceback") == 1 and "Traceback" not in result.stderr
+    restarts = read_restarts(tmp_path / "run")
+    assert [(each.rank, each.kind) for each in restarts] == [(1, "crash")] * MAX_CRASHES
+
+
+def test_progress_allows_any_number_of_failures(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        checkpoints = Path({str(tmp_path)!r}) / "run" / "checkpoints"
+        done = len(list(checkpoints.glob("*")))
+        if os.environ["RANK"] == "0" and done < 7:
+            (checkpoints / f"iteration_{{done + 1:08d}}").mkdir(parents=True)
+            os._exit(3)
+    """
+    result = supervise(code, tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert [each.iteration for each in read_restarts(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_first_error_counts_not_those_that_follow_from_it(tmp_path: Path) -> None:
+    code = """if True:
+        import os, time
+        from dinov2cli.errors import DataError
+        from dinov2cli.launch.notes import reported
+        with reported():
+            if os.environ["RANK"] == "1":
+                raise DataError("no such folder", "look again")
+            time.sleep(0.5)
+            raise RuntimeError("connection closed by peer")
+    """
+    result = supervise(code, tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == "Dino2Error no such folder\nlook again\n"
+    assert not read_restarts(tmp_path / "run")
+
+
+def test_kills_are_forgiven_longer_than_crashes() -> None:
+    crashes = [Restart("crash", "", 0, 10, "s")] * MAX_CRASHES
+    deaths = [Restart("death", "", 0, 10, "s")] * MAX_CRASHES
+    requeues = [Restart("requeue", "", -1, 10, "s")] * 100
+    assert enough(crashes, "s", 10)
+    assert not enough(crashes, "s", 20), "a newer checkpoint is progress"
+    assert not enough(crashes, "another", 10), "only this command's count"
+    assert not enough(deaths, "s", 10) and enough(deaths * 4, "s", 10)
+    assert not enough(requeues, "s", 10)
