@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
+from dinov2cli.models.attention import (
+    ATTENTION_BACKENDS,
+    TokenLayout,
+    sdpa_attention_at,
+    shapes_may_depend_on_data,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -41,9 +46,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, places: Tensor | None = None) -> Tensor:
+        """With `places`, int64 [U], only these tokens of the stream ask, while all answer: [T, D] -> [U, D]."""
+        if places is not None and self.backend == "sdpa" and shapes_may_depend_on_data(x):
+            return self.proj(self._attended_at(x, layout, places).flatten(1))
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        return self.proj(ATTENTION_BACKENDS[self.backend](q, k, v, layout).flatten(1))
+        attended = ATTENTION_BACKENDS[self.backend](q, k, v, layout)
+        if places is not None:
+            attended = attended.index_select(0, places)
+        return self.proj(attended.flatten(1))
+
+    def _attended_at(self, x: Tensor, layout: TokenLayout, places: Tensor) -> Tensor:
+        sizes = [x.shape[1], 2 * x.shape[1]]
+        weight_q, weight_kv = self.qkv.weight.split(sizes)
+        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        q = F.linear(x.index_select(0, places), weight_q, bias_q).unflatten(1, (self.num_heads, -1))
+        k, v = F.linear(x, weight_kv, bias_kv).view(x.shape[0], 2, self.num_heads, -1).unbind(1)
+        return sdpa_attention_at(q, k, v, layout, places)
 
 
 class Mlp(nn.Module):
@@ -109,6 +128,28 @@ class KeptSequences:
     layout: TokenLayout
     scale: Tensor
 
+    def find(self, places: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of some tokens of the whole stream are kept, where in the kept stream they lie, and their scale.
+
+        Where shapes may not depend on the data, dropped tokens are given too, at place 0 with scale 0.
+
+        Args:
+            places: int64 [U], in the whole stream.
+            tokens: length of the whole stream.
+
+        Returns:
+            int64 [U'], which of `places`; int64 [U'], places in the kept stream; float32 [U', 1].
+        """
+        kept_place = self.index.new_zeros(tokens)
+        kept_place[self.index] = torch.arange(self.index.shape[0], device=self.index.device)
+        scale = self.scale.new_zeros(tokens, 1)
+        scale[self.index] = self.scale
+        found, scale = kept_place[places], scale[places]
+        if not shapes_may_depend_on_data(self.index):
+            return torch.arange(places.shape[0], device=places.device), found, scale
+        rows = scale.flatten().nonzero().flatten()
+        return rows, found[rows], scale[rows]
+
 
 def draw_kept_sequences(
     layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
@@ -156,9 +197,23 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None = None
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        kept: tuple[KeptSequences, KeptSequences] | None = None,
+        used: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D]. With `kept`, each branch runs on its own random sequences alone, which saves their cost."""
+        """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens `used` alone.
+
+        Args:
+            x: the packed stream.
+            layout: its sequences.
+            kept: each branch runs on its own random sequences alone, which saves their cost.
+            used: int64 [U], places of the tokens that are wanted, where the others' outputs would go unused: what
+                follows attention is computed for these alone.
+        """
+        if used is not None:
+            return self._forward_used(x, layout, kept, used)
         if kept is None:
             x = x + self.attention_branch(x, layout)
             return x + self.mlp_branch(x, layout)
@@ -167,10 +222,26 @@ class Block(nn.Module):
             x = x.index_add(0, drawn.index, residual.to(x.dtype))
         return x
 
+    def _forward_used(
+        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None, used: Tensor
+    ) -> Tensor:
+        y = x.index_select(0, used)
+        if kept is None:
+            y = y + self.ls1(self.attn(self.norm1(x), layout, used))
+            return y + self.mlp_branch(y)
+        attending, transformed = kept
+        rows, places, scale = attending.find(used, x.shape[0])
+        normed = self.norm1(x.index_select(0, attending.index))
+        residual = self.ls1(self.attn(normed, attending.layout, places)) * scale
+        y = y.index_add(0, rows, residual.to(y.dtype))
+        rows, _, scale = transformed.find(used, x.shape[0])
+        residual = self.mlp_branch(y.index_select(0, rows)) * scale
+        return y.index_add(0, rows, residual.to(y.dtype))
+
     def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The first residual, [T, D] -> [T, D]."""
         return self.ls1(self.attn(self.norm1(x), layout))
 
-    def mlp_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
+    def mlp_branch(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """The second residual, [T, D] -> [T, D]; tokens are independent, so the layout does not matter."""
         return self.ls2(self.mlp(self.norm2(x)))

@@ -106,7 +106,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """The normalised class token: [B, C, H, W] -> [B, D]."""
-        return self.forward_features(x, masks)["x_norm_clstoken"]
+        stream, layout = self.prepare_tokens([x], [masks])
+        return self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
@@ -150,18 +151,25 @@ class VisionTransformer(nn.Module):
         return torch.cat([tokens.flatten(0, 1) for tokens in batches]), layout
 
     def forward_blocks(
-        self, stream: Tensor, layout: TokenLayout, drop_generator: torch.Generator | None = None
+        self,
+        stream: Tensor,
+        layout: TokenLayout,
+        drop_generator: torch.Generator | None = None,
+        used: Tensor | None = None,
     ) -> Tensor:
-        """All blocks, before the final norm. [T, D] -> [T, D].
+        """All blocks, before the final norm. [T, D] -> [T, D], or [U, D] of the tokens `used` (int64 [U]) alone.
 
         In training mode with a drop path rate, each residual branch draws its own sequences from `drop_generator`
         (a CPU generator; the global one if None).
         """
-        for block, kept in zip(self.blocks, self.draw_stochastic_depth(stream, layout, drop_generator), strict=True):
+        kept_by_block = self.draw_stochastic_depth(stream, layout, drop_generator)
+        for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
+            # Of the last block, only what is used afterwards is computed.
+            wanted = used if i == self.depth - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, kept, use_reentrant=False)
+                stream = checkpoint(block, stream, layout, kept, wanted, use_reentrant=False)
             else:
-                stream = block(stream, layout, kept)
+                stream = block(stream, layout, kept, wanted)
         return stream
 
     def forward_tokens(
@@ -184,9 +192,9 @@ class VisionTransformer(nn.Module):
         """
         stream, layout = self.prepare_tokens(images, masks)
         used = torch.cat([layout.sequence_starts(stream.device), self._patch_positions(layout, mask_indices)])
-        stream = self.forward_blocks(stream, layout, drop_generator)
         n_cls = sum(count for count, _ in layout.groups)
-        cls, patches = self.norm(stream.index_select(0, used)).split([n_cls, mask_indices.shape[0]])
+        tokens = self.norm(self.forward_blocks(stream, layout, drop_generator, used))
+        cls, patches = tokens.split([n_cls, mask_indices.shape[0]])
         return cls, patches
 
     def _patch_positions(self, layout: TokenLayout, patch_indices: Tensor) -> Tensor:
