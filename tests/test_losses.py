@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dinov2cli.losses import DINOLoss, KoLeoLoss, SoftmaxCentering, iBOTPatchLoss, sinkhorn_knopp
+from dinov2cli.losses.cross_entropy import soft_cross_entropy
 from dinov2cli.models.dino_head import DINOHead
 
 
@@ -120,3 +121,46 @@ def test_koleo_of_one_image_is_zero_and_of_equal_images_finite() -> None:
     loss = KoLeoLoss()(x)
     loss.backward()
     assert loss.isfinite() and x.grad.isfinite().all()
+
+
+def plain_cross_entropy(scores: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    return -(targets * torch.log_softmax(scores / temperature, -1)).sum(-1)
+
+
+def test_cross_entropy_and_its_gradient_in_float64() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(4, 7, dtype=torch.float64)  # rows need not sum to 1
+    expected = plain_cross_entropy(scores, targets, 0.1)
+    torch.testing.assert_close(soft_cross_entropy(scores, targets, 0.1), expected)
+    assert torch.autograd.gradcheck(lambda s: soft_cross_entropy(s, targets, 0.1), scores)
+
+
+def test_cross_entropy_in_several_chunks_equals_the_plain_one() -> None:
+    torch.manual_seed(0)
+    targets = torch.softmax(torch.randn(5, 2**19), -1)  # two rows a chunk
+    weights = torch.rand(2, 5)
+    scores = torch.randn(2, 5, 2**19, requires_grad=True)
+    results = []
+    for function in (plain_cross_entropy, soft_cross_entropy):
+        scores.grad = None
+        terms = function(scores, targets, 0.1)
+        (terms * weights).sum().backward()
+        results.append((terms.detach(), scores.grad))
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_cross_entropy_of_half_precision_scores_is_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    scores, targets = torch.randn(6, 50).bfloat16().requires_grad_(), torch.softmax(torch.randn(6, 50), -1)
+    terms = soft_cross_entropy(scores, targets, 0.1)
+    assert terms.dtype == torch.float32
+    torch.testing.assert_close(terms, plain_cross_entropy(scores.detach().float(), targets, 0.1))
+    terms.sum().backward()
+    softmax = torch.softmax(scores.detach().float() / 0.1, -1)
+    assert torch.equal(scores.grad, ((softmax - targets) / 0.1).bfloat16())
+
+
+def test_cross_entropy_of_no_rows() -> None:
+    assert soft_cross_entropy(torch.empty(0, 8, requires_grad=True), torch.empty(0, 8), 0.1).shape == (0,)

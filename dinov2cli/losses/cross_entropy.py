@@ -3,18 +3,66 @@
 Shape legend: B images, S student crops, M masked patches, K prototypes.
 """
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def soft_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-sum_k targets * log_softmax(scores / temperature), in float32: [..., K], [..., K] -> [...].
+    """-sum_k targets * log_softmax(scores / temperature), in float32: [..., B, K], [B, K] -> [..., B].
 
-    Targets need not sum to 1: with several teacher crops for a student crop, their sum gives the sum of the terms.
-    Written with logsumexp, so that no array of log-probabilities is kept.
+    Targets are shared along the scores' leading dimensions, and are constants. They need not sum to 1: with several
+    teacher crops for a student crop, their sum gives the sum of the terms. Rows are worked on a few at a time, forward
+    and backward, so that beside the scores and their gradient no array of their size exists, in whatever dtype they
+    are.
     """
-    scaled = scores.float() / temperature
-    return targets.sum(-1) * torch.logsumexp(scaled, dim=-1) - (targets * scaled).sum(-1)
+    result: Tensor = _SoftCrossEntropy.apply(scores, targets, temperature)
+    return result
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        crops = math.prod(scores.shape[: scores.dim() - targets.dim()])
+        rows = scores.reshape(crops, *targets.shape)  # [S, B, K]
+        logsumexp = torch.empty(rows.shape[:-1], dtype=exact, device=scores.device)
+        product = torch.empty_like(logsumexp)
+        mass = targets.sum(-1).to(exact)
+        for at in _chunks(rows):
+            scaled = rows[at].to(exact) * (1 / temperature)
+            torch.logsumexp(scaled, dim=-1, out=logsumexp[at])
+            product[at] = (scaled * targets[at[1]]).sum(-1)  # a dot product would follow autocast
+        ctx.save_for_backward(rows, targets, logsumexp, mass)
+        ctx.temperature, ctx.shape = temperature, scores.shape
+        return (mass * logsumexp - product).reshape(scores.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, targets, logsumexp, mass = ctx.saved_tensors
+        factor = (gradient.reshape(logsumexp.shape) / ctx.temperature)[..., None]
+        factor_of_softmax = factor * mass[:, None]
+        of_scores = torch.empty_like(rows)
+        for at in _chunks(rows):
+            # (sum of targets) * softmax - targets
+            part = rows[at].to(logsumexp.dtype) * (1 / ctx.temperature)
+            part.sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
+            of_scores[at] = part.addcmul_(targets[at[1]].to(part.dtype), factor[at], value=-1)
+        return of_scores.reshape(ctx.shape), None, None
+
+
+def _chunks(rows: Tensor) -> Iterator[tuple[int, slice]]:
+    """Consecutive parts of [S, B, K] of few enough rows to stay in a processor's cache, or to fill a GPU."""
+    s, b, k = rows.shape
+    at_once = max(1, (2**20 if rows.device.type == "cpu" else 2**26) // max(k, 1))
+    for crop in range(s):
+        for start in range(0, b, at_once):
+            yield crop, slice(start, min(start + at_once, b))
 
 
 class DINOLoss(nn.Module):

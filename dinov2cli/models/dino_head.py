@@ -63,5 +63,4 @@ class WeightNormLinear(nn.Module):
         nn.init.ones_(self.weight_g)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-        return F.linear(x, weight)
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g))
