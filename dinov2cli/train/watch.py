@@ -56,8 +56,6 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
-        with contextlib.suppress(OSError):
-            self.stacks.unlink()  # of an earlier attempt
         self._write()
         self._thread.start()
         return self
@@ -103,8 +101,9 @@ class Watch:
         with contextlib.suppress(OSError):
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             with self.stacks.open("w") as file:
-                print(f"rank {self.facts['rank']} on {self.facts['host']}, pid {self.facts['pid']}: no iteration "
-                      f"for {silence:.0f} s, after {self.facts['iteration']} iterations", file=file)  # fmt: skip
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.facts['rank']} on {self.facts['host']}, "
+                      f"pid {self.facts['pid']}: no iteration for {silence:.0f} s, after {self.facts['iteration']} "
+                      "iterations", file=file)  # fmt: skip
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         self._ended.wait(GRACE_S)

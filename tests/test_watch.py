@@ -1,0 +1,79 @@
+"""Heartbeats of a run, and what it says before it ends when it hangs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, metrics_of, write_images
+
+from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.watch import Watch
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.watch import Watch
+
+def stuck_here():
+    time.sleep(60)
+
+with Watch(RunFolder(Path(sys.argv[1])), total=100, iteration=7, hang_timeout=1) as watch:
+    with watch.doing("evaluating", endless=True):
+        time.sleep(2)
+    watch.beat(8, 0.5, 0.1)
+    stuck_here()
+"""
+
+
+def test_heartbeats_tell_state_and_pace(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with Watch(folder, total=10, iteration=3, hang_timeout=0) as watch:
+        started = json.loads(folder.heartbeat(0).read_text())
+        assert started["pid"] == os.getpid() and started["iteration"] == 3 and started["iter_time"] is None
+        for iteration, seconds in ((4, 0.2), (5, 0.4), (6, 9.0)):
+            watch.beat(iteration, seconds, seconds / 2)
+    ended = json.loads(folder.heartbeat(0).read_text())
+    assert ended["state"] == "finished" and ended["iteration"] == 6
+    assert (ended["iter_time"], ended["data_time"]) == (0.4, 0.2)  # medians
+    with pytest.raises(KeyboardInterrupt), Watch(folder, total=10, iteration=6, hang_timeout=0):
+        raise KeyboardInterrupt
+    assert json.loads(folder.heartbeat(0).read_text())["state"] == "interrupted"
+
+
+def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], timeout=120, capture_output=True, text=True)
+    assert result.returncode == 1
+    stacks = RunFolder(tmp_path).stacks(0).read_text()
+    assert "stuck_here" in stacks and "after 8 iterations" in stacks
+    assert "train.hang_timeout=1" in result.stderr and "logs/stacks" in result.stderr.replace("\n", "")
+    assert json.loads(RunFolder(tmp_path).heartbeat(0).read_text())["state"] == "hanging"
+
+
+@pytest.mark.slow
+def test_a_run_with_a_process_that_hangs_reports_it_and_goes_on(tmp_path: Path) -> None:
+    """One of two processes is frozen: the other waits for it, says so, and both start again from the checkpoint."""
+    images, run = write_images(tmp_path / "data"), tmp_path / "run"
+    length = ["train.OFFICIAL_EPOCH_LENGTH=60", "train.checkpoint_period=10", "optim.epochs=1",
+              "evaluation.eval_period_iterations=60", "train.hang_timeout=8"]  # fmt: skip
+    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--gpus", "2", "--data", str(images),
+               "--output-dir", str(run), *TINY, *length]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = run / "training_metrics.json"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 15):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    frozen = json.loads(RunFolder(run).heartbeat(1).read_text())["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "the run hangs after" in " ".join(said.split())
+    stacks = RunFolder(run).stacks(0).read_text()
+    assert "next_batches" in stacks or "train_step" in stacks
+    assert [line["iteration"] for line in metrics_of(run)] == list(range(60))
