@@ -25,6 +25,23 @@ from dinov2cli.cli.eval_options import (
     one_of,
     read_head,
     show,
+    split_arguments,
+)
+from dinov2cli.cli.slurm_options import (
+    Account,
+    Comment,
+    Constraint,
+    CpusPerTask,
+    Exclude,
+    GpusEach,
+    Mem,
+    Nodes,
+    Partition,
+    Qos,
+    Setup,
+    Slurm,
+    TimeoutMin,
+    launched_evaluation,
 )
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError
@@ -40,6 +57,7 @@ evaluation = typer.Typer(
 
 @evaluation.command("knn", cls=VariadicCommand)
 def knn(
+    context: typer.Context,
     arguments: Arguments = None,
     train_dataset: TrainDataset = None,
     val_dataset: ValDataset = None,
@@ -66,6 +84,19 @@ def knn(
     device: Device = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
+    gpus: GpusEach = None,
+    nodes: Nodes = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclude: Exclude = None,
+    comment: Comment = None,
+    timeout_min: TimeoutMin = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    slurm: Slurm = None,
+    setup: Setup = None,
 ) -> None:
     """Classify images by their nearest neighbours in feature space.
 
@@ -76,6 +107,9 @@ def knn(
 
         dino2 eval knn runs/demo --train-dataset photos/train --val-dataset photos/val
     """
+    checkpoint, _ = split_arguments(arguments, pretrained_weights)
+    if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
+        return
     from dinov2cli.distributed import process_group
     from dinov2cli.eval.knn import ALL_IMAGES, DEFAULT_KS, KnnSettings
     from dinov2cli.eval.tasks import run_knn
@@ -99,6 +133,7 @@ def knn(
 
 @evaluation.command("logreg", cls=VariadicCommand)
 def logreg(
+    context: typer.Context,
     arguments: Arguments = None,
     train_dataset: TrainDataset = None,
     val_dataset: ValDataset = None,
@@ -128,6 +163,19 @@ def logreg(
     device: Device = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
+    gpus: GpusEach = None,
+    nodes: Nodes = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclude: Exclude = None,
+    comment: Comment = None,
+    timeout_min: TimeoutMin = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    slurm: Slurm = None,
+    setup: Setup = None,
 ) -> None:
     """Fit a logistic regression to the features, its strength C chosen among 45 values.
 
@@ -137,6 +185,9 @@ def logreg(
 
         dino2 eval logreg runs/demo --train-dataset photos/train --val-dataset photos/val
     """
+    checkpoint, _ = split_arguments(arguments, pretrained_weights)
+    if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
+        return
     from dinov2cli.distributed import process_group
     from dinov2cli.eval.logreg import LogregSettings
     from dinov2cli.eval.tasks import run_logreg
@@ -164,6 +215,7 @@ def logreg(
 
 @evaluation.command("linear", cls=VariadicCommand)
 def linear(
+    context: typer.Context,
     arguments: Arguments = None,
     train_dataset: TrainDataset = None,
     val_dataset: ValDataset = None,
@@ -225,6 +277,19 @@ def linear(
     device: Device = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
+    gpus: GpusEach = None,
+    nodes: Nodes = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    constraint: Constraint = None,
+    exclude: Exclude = None,
+    comment: Comment = None,
+    timeout_min: TimeoutMin = None,
+    cpus_per_task: CpusPerTask = None,
+    mem: Mem = None,
+    slurm: Slurm = None,
+    setup: Setup = None,
 ) -> None:
     """Train linear classifiers on the frozen features and report the best.
 
@@ -234,6 +299,9 @@ def linear(
 
         dino2 eval linear runs/demo --train-dataset photos/train --val-dataset photos/val --epochs 1
     """
+    checkpoint, _ = split_arguments(arguments, pretrained_weights)
+    if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
+        return
     from dinov2cli.distributed import process_group
     from dinov2cli.eval.linear import LinearSettings
     from dinov2cli.eval.linear_heads import LEARNING_RATES

@@ -20,6 +20,7 @@ from dinov2cli.cli.plot import plot
 from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.presets import presets
 from dinov2cli.cli.results import results
+from dinov2cli.cli.status import status
 from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
@@ -38,6 +39,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "prepare-imagenet": prepare_imagenet,
     "train": train,
+    "status": status,
     "embed": embed,
     "results": results,
     "export": export,

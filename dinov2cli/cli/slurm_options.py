@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperArgument, TyperOption
 
 from dinov2cli.errors import ConfigError
+from dinov2cli.launch.environment import is_worker
 
 if TYPE_CHECKING:
     from dinov2cli.launch.slurm import SlurmOptions, Submitted
@@ -53,6 +54,11 @@ Setup = Annotated[
     ),
 ]  # fmt: skip
 
+GpusEach = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, metavar="N", help="Processes, each on a GPU of its own (or --device cpu) [1]."),
+]
+
 # The parameters above by their names in a command's function: what only launches, and is no business of the processes.
 LAUNCH = frozenset({
     "nodes", "partition", "account", "qos", "constraint", "exclude", "comment", "timeout_min", "cpus_per_task", "mem",
@@ -81,6 +87,42 @@ def given_slurm_options(context: typer.Context, *, gpus: int | None, cpu: bool) 
     return SlurmOptions(
         gpus=gpus or (1 if cpu else GPUS_PER_NODE), cpu=cpu, parameters=parameters, setup=setup, **given
     )
+
+
+def launched_evaluation(
+    context: typer.Context, checkpoint: str, *, gpus: int | None, device: str | None, output_dir: Path | None
+) -> bool:
+    """Start an evaluation in other processes, as a job or here, if its command line says so; whether it did.
+
+    Args:
+        context: of the command.
+        checkpoint: what is evaluated, whose run gets the job's folder.
+        gpus: processes on each machine; 1 if not said.
+        device: `--device`; "cpu" asks for no GPU.
+        output_dir: gets the job's folder where given.
+    """
+    if is_worker():
+        return False
+    words = words_of(context, without={*LAUNCH, "gpus"})
+    if (options := given_slurm_options(context, gpus=gpus or 1, cpu=device == "cpu")) is not None:
+        from dinov2cli.launch import slurm
+
+        folder = output_dir or run_of(Path(checkpoint)) or Path()
+        name = f"dino2-{context.info_name}"
+        say_submitted(slurm.submit(words, options, folder=folder.absolute() / "slurm", name=name), None)
+        return True
+    if gpus is None or gpus == 1:
+        return False
+    from dinov2cli.launch.local import launch_local, processes_here
+
+    launch_local(words, processes_here(gpus, cpu=device == "cpu"), None)
+    return True
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint's path is in."""
+    places = [checkpoint, *checkpoint.absolute().parents]
+    return next((place for place in places if (place / "config.yaml").exists()), None)
 
 
 def words_of(context: typer.Context, without: Iterable[str]) -> list[str]:

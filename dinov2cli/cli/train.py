@@ -25,7 +25,7 @@ from dinov2cli.cli.slurm_options import (
     say_submitted,
     words_of,
 )
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised, is_worker
 from dinov2cli.launch.notes import mark, reported
 
@@ -268,7 +268,32 @@ def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path],
     from dinov2cli.eval.tasks import evaluate_teacher
 
     datasets_for(config, None, None)
+    if config.evaluation.tasks_as_jobs:
+        from dinov2cli.launch.slurm import need_slurm
+
+        need_slurm()
+        return lambda checkpoint: submit_tasks(checkpoint, config, cpu=device.type == "cpu")
     return lambda checkpoint: evaluate_teacher(checkpoint, config, config.evaluation.tasks, device=str(device))
+
+
+def submit_tasks(checkpoint: Path, config: "Config", *, cpu: bool) -> None:
+    """Submit the evaluations of a teacher checkpoint; a queue that does not take them does not end the training."""
+    from dinov2cli import distributed
+    from dinov2cli.console import logger
+    from dinov2cli.launch import slurm
+
+    if not distributed.is_main():
+        return
+    options = slurm.options_of_this_job(nodes=1, gpus=1, cpu=cpu).with_parameters(config.evaluation.slurm)
+    for task in config.evaluation.tasks:
+        words = ["eval", task, str(checkpoint.absolute()), *(["--device", "cpu"] if cpu else [])]
+        folder = Path(config.train.output_dir).absolute() / "slurm"
+        try:
+            job = slurm.submit(words, options, folder=folder, name=f"dino2-{task}")
+        except EnvironmentProblem as error:
+            logger.error("evaluation %s of %s: %s", task, checkpoint.parent.name, error.message)
+        else:
+            logger.info("evaluation %s of %s is job %s", task, checkpoint.parent.name, job.job_id)
 
 
 def is_restart(run: Path) -> bool:

@@ -9,6 +9,10 @@ from typer.core import TyperCommand
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
+# Options that are repeated with each value, as what follows them may be anything.
+ONE_EACH = {"slurm", "setup"}
+
+
 class VariadicCommand(TyperCommand):
     """A command whose list options also take all their values at once.
 
@@ -18,7 +22,8 @@ class VariadicCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option's name before each value, then parse as usual."""
-        lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        many = [param for param in self.params if getattr(param, "multiple", False) and param.name not in ONE_EACH]
+        lists = {name for param in many for name in param.opts}
         return super().parse_args(ctx, repeat_names(args, lists))
 
 

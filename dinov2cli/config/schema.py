@@ -126,6 +126,9 @@ class Train(Group):
     activation_checkpointing: bool = Field(
         False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
+    compile: bool = Field(
+        False, description="(dino2) Run blocks and heads through torch.compile: same results, slower first steps."
+    )
     sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
         "auto",
         description="(dino2) How several processes share the work: ddp, each with all parameters; fsdp, each with a "
@@ -268,6 +271,12 @@ class Evaluation(Group):
         tuple[Literal["knn", "logreg", "linear"], ...], BeforeValidator(_tuple_from_list)
     ] = Field(
         (), description="(dino2) Evaluations of every teacher checkpoint, on the data of knn_period."
+    )
+    tasks_as_jobs: bool = Field(
+        False, description="(dino2) Submit these to Slurm, each as a job of its own, and go on training meanwhile."
+    )
+    slurm: Annotated[tuple[str, ...], BeforeValidator(_tuple_from_list)] = Field(
+        (), description="(dino2) KEY=VALUE: sbatch parameters of these jobs, on top of those of the training job."
     )
 
 

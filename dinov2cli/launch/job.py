@@ -105,7 +105,7 @@ class NodeTask:
 
         place = Path(self.folder) / f"rendezvous_{job}_{start}"
         if group.node == 0:
-            rendezvous, port = make_rendezvous(f"{address}:0", group, is_host=True)
+            rendezvous, port = make_rendezvous(f"{address}:0", group, address, is_host=True)
             aside = place.with_suffix(".tmp")
             aside.write_text(f"{address}:{port}")
             os.replace(aside, place)
@@ -118,7 +118,7 @@ class NodeTask:
                     "Is the run folder on a file system that all machines share? The first machine's log tells more.",
                 )
             time.sleep(0.5)
-        return make_rendezvous(place.read_text(), group, is_host=False)[0]
+        return make_rendezvous(place.read_text(), group, address, is_host=False)[0]
 
 
 def job_start() -> int:

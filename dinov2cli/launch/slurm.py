@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2cli.errors import ConfigError, EnvironmentProblem
+from dinov2cli.launch.environment import SLURM_OPTIONS
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -114,6 +115,12 @@ def submit(
     facts = {"job_id": job.job_id, "command": list(arguments), "time": time.time(), "nodes": options.nodes}
     (own / "job.json").write_text(json.dumps(facts))
     return Submitted(job.job_id, own)
+
+
+def options_of_this_job(*, nodes: int, gpus: int, cpu: bool) -> SlurmOptions:
+    """Options for a job that this one submits: as its own (partition, account, set-up, ...), but of another size."""
+    own = SlurmOptions.from_json(os.environ[SLURM_OPTIONS]) if SLURM_OPTIONS in os.environ else SlurmOptions()
+    return replace(own, nodes=nodes, gpus=gpus, cpu=cpu, cpus_per_task=None, mem=None)
 
 
 def script(arguments: Sequence[str], options: SlurmOptions, *, folder: Path, name: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server import WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 
 from dinov2cli.console import Interrupted, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
-from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
+from dinov2cli.launch.environment import NOTES_FOLDER, START, SUPERVISOR_PID
 from dinov2cli.launch.notes import Note, cause, read_notes, time_of_mark, write_note
 from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_restarts, record_restart
 
@@ -41,7 +41,7 @@ PATIENCE = 30.0
 JOINING = 120.0
 """Seconds from when all workers of a machine are ready to join the others until they have joined, times the machines.
 
-Joining takes a second; now and then gloo loses a connection on the way, and then waits for hours.
+Joining takes a second, but a lost connection is waited for for hours.
 """
 
 
@@ -84,13 +84,16 @@ def supervise(group: Group, rendezvous: "RendezvousHandler | None" = None, addre
     """
     quieten()
     os.environ[SUPERVISOR_PID] = str(os.getpid())
+    # Otherwise torch keeps one store for all starts, without a prefix for each: a process that is quick to start again
+    # finds the addresses of the dead there, and waits for them or gives up.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     spec = WorkerSpec(
         role="dino2",
         local_world_size=group.workers,
         entrypoint=sys.executable,
         # The agent fills in `${local_rank}` and the like; a dollar sign of the user's is doubled for it.
         args=tuple(word.replace("$", "$$") for word in group.command),
-        rdzv_handler=rendezvous or make_rendezvous("localhost:0", group, is_host=True)[0],
+        rdzv_handler=rendezvous or make_rendezvous("localhost:0", group, address, is_host=True)[0],
         max_restarts=1_000_000,  # the supervisor decides
         monitor_interval=0.1 if group.nodes == 1 else 0.5,
         local_addr=address,
@@ -111,11 +114,10 @@ def supervise(group: Group, rendezvous: "RendezvousHandler | None" = None, addre
     supervisor.raise_ending()
 
 
-def make_rendezvous(endpoint: str, group: Group, *, is_host: bool) -> tuple[RendezvousHandler, int]:
+def make_rendezvous(endpoint: str, group: Group, address: str, *, is_host: bool) -> tuple[RendezvousHandler, int]:
     """A c10d rendezvous at `host:port` (port 0: a free one, if this is its host); also returns the port."""
-    host = endpoint.rpartition(":")[0]
     parameters = RendezvousParameters(
-        "c10d", endpoint, group.session, group.nodes, group.nodes, local_addr=host, is_host=is_host, join_timeout=900
+        "c10d", endpoint, group.session, group.nodes, group.nodes, local_addr=address, is_host=is_host, join_timeout=900
     )
     backend, store = create_backend(parameters)
     port = store.port if isinstance(store, TCPStore) else 0
@@ -179,16 +181,22 @@ class Supervisor(LocalElasticAgent):
 
     # What the agent asks of its subclasses ---------------------------------------------------------------------------
 
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        # The machines' own order, not that of the rendezvous: so the first machine's log is that of rank 0.
+        return super()._assign_worker_ranks(store, self.group.node, group_world_size, spec)
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # All machines have just met, so all notes are written: the first decides for all whether to go on.
         store: Any = worker_group.store
-        if worker_group.group_rank == 0:
+        if self.group.node == 0:
             store.set("dino2/goes-on", "yes" if self.goes_on() else "no")
         if store.get("dino2/goes-on") == b"no":
             self.ended = True
             return {}
         self.round += 1
-        os.environ[NOTES_FOLDER] = str(self.notes)
+        os.environ[NOTES_FOLDER], os.environ[START] = str(self.notes), str(self.round)
         pids: dict[int, Any] = super()._start_workers(worker_group)
         for number in self.signals:  # that came while they were being started
             for pid in pids.values():

@@ -1,0 +1,202 @@
+"""How a run is doing, from the files in its folder, and from Slurm where it was submitted. Imports no torch."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov2cli.errors import ConfigError
+from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
+
+STALE_S = 90.0
+"""A process that trains gives a sign of life every few seconds; after this long without one it counts as gone."""
+RECENT = 50
+"""Lines of the metrics that the speed and the loss are taken from."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment.
+
+    Attributes:
+        state: "finished", "training", "saving", "interrupted", "failed", "hanging" (as its processes say), "dead" (they
+            say nothing any more), "waiting" (a job in the queue) or "not started".
+        iteration: done so far; of `total`.
+        checkpoint: iteration of the newest checkpoint, 0 for none.
+        seconds_left: to the end at the present speed; None if it does not train.
+        loss: mean total loss of the last lines of the metrics.
+        images_per_s: of all processes together.
+        iter_time, data_time: seconds of an iteration, and of those spent waiting for data; medians.
+        processes: the signs of life, by rank, each with its `age` in seconds.
+        slowest: rank that is held up longest by its own data, and by how many seconds against the median.
+        silent: ranks without a recent sign of life, while the run should be training.
+        restarts, requeues: how often so far; last_restart says why.
+        hangs: files with the stacks of processes that hung.
+        jobs: submitted jobs of the run, each with Slurm's `slurm_state`, None where it no longer knows.
+        logs: where to read on.
+    """
+
+    run: str
+    state: str
+    iteration: int
+    total: int | None
+    checkpoint: int
+    seconds_left: float | None
+    loss: float | None
+    images_per_s: float | None
+    iter_time: float | None
+    data_time: float | None
+    processes: list[dict[str, Any]]
+    slowest: int | None
+    slowest_by: float | None
+    silent: list[int]
+    restarts: int
+    requeues: int
+    last_restart: str | None
+    hangs: list[str]
+    jobs: list[dict[str, Any]]
+    logs: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_status(run: Path) -> Status:
+    """The status of the run in this folder.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    if not any((run / name).exists() for name in ("config.yaml", "logs", "slurm", "checkpoints")):
+        raise ConfigError(f"{run}: no run here", "Name the folder given to dino2 train as --output-dir.")
+    processes, metrics, jobs = read_heartbeats(run), last_metrics(run), read_jobs(run)
+    total = processes[0]["total"] if processes else total_of(run)
+    logged = int(metrics[-1]["iteration"]) + 1 if metrics else 0
+    iteration = max([logged, newest_checkpoint(run), *(int(process["iteration"]) for process in processes)])
+    state = state_of(processes, jobs, iteration)
+    silent = [process["rank"] for process in processes if process["age"] > STALE_S]
+    iter_time, data_time = median_of(metrics, "iter_time"), median_of(metrics, "data_time")
+    batch = metrics[-1].get("current_batch_size") if metrics else None
+    losses = [line["total_loss"] for line in metrics if line.get("total_loss") is not None]
+    restarts = read_restarts(run)
+    waits = {process["rank"]: process["data_time"] for process in processes if process.get("data_time") is not None}
+    slowest = max(waits, key=lambda rank: waits[rank]) if len(waits) > 1 else None
+    left = (total - iteration) * iter_time if total and iter_time and state in ("training", "saving") else None
+    return Status(
+        run=str(run),
+        state=state,
+        iteration=iteration,
+        total=total,
+        checkpoint=newest_checkpoint(run),
+        seconds_left=left,
+        loss=statistics.fmean(losses) if losses else None,
+        images_per_s=batch / iter_time if batch and iter_time else None,
+        iter_time=iter_time,
+        data_time=data_time,
+        processes=processes,
+        slowest=slowest,
+        slowest_by=waits[slowest] - statistics.median(waits.values()) if slowest is not None else None,
+        silent=silent if state in ("training", "saving", "hanging", "dead") else [],
+        restarts=sum(each.kind != "requeue" for each in restarts),
+        requeues=sum(each.kind == "requeue" for each in restarts),
+        last_restart=restarts[-1].reason if restarts else None,
+        hangs=[str(path) for path in sorted((run / "logs").glob("stacks*/rank_*.txt"))],
+        jobs=jobs,
+        logs=[str(path) for path in [run / "logs" / "train.log"] if path.exists()] + [job["log"] for job in jobs[-1:]],
+    )
+
+
+def state_of(processes: list[dict[str, Any]], jobs: list[dict[str, Any]], iteration: int) -> str:
+    """One word for the run."""
+    waiting = any(job["slurm_state"] in ("PENDING", "CONFIGURING", "REQUEUED") for job in jobs)
+    if not processes:
+        return "waiting" if waiting else "not started"
+    said = {process["state"] for process in processes}
+    if said == {"finished"}:
+        return "finished"
+    if all(process["age"] > STALE_S or process["state"] in ENDED for process in processes):
+        if waiting:
+            return "waiting"
+        return next((word for word in ("hanging", "failed", "interrupted") if word in said), "dead")
+    return next(word for word in ("hanging", "failed", "saving", "training", *sorted(said)) if word in said)
+
+
+ENDED = {"finished", "interrupted", "failed"}
+
+
+def read_heartbeats(run: Path) -> list[dict[str, Any]]:
+    """The signs of life of the run's present processes, by rank; those of an earlier, larger group are left out."""
+    found: list[dict[str, Any]] = []
+    for path in sorted((run / "logs" / "heartbeat").glob("rank_*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue  # replaced or cut short at this very moment
+    if not found:
+        return []
+    size = max(found, key=lambda beat: float(beat["time"]))["world_size"]
+    now = time.time()
+    return [{**beat, "age": max(0.0, now - beat["time"])} for beat in found if beat["rank"] < size]
+
+
+def last_metrics(run: Path, count: int = RECENT) -> list[dict[str, Any]]:
+    """The last lines of training_metrics.json; only the end of the file is read."""
+    path = run / "training_metrics.json"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000 * count))
+        lines = file.read().decode(errors="replace").splitlines()[-count:]
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the first may be cut, and the last is being written
+    return found
+
+
+def median_of(metrics: list[dict[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in metrics if line.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def total_of(run: Path) -> int | None:
+    """Iterations of the run by its config."""
+    if not (run / "config.yaml").exists():
+        return None
+    from dinov2cli.config import load_config
+
+    return load_config(config_file=run / "config.yaml").iterations()
+
+
+def read_jobs(run: Path) -> list[dict[str, Any]]:
+    """The training jobs submitted for the run, the newest last."""
+    found = []
+    for path in sorted((run / "slurm").glob("*/job.json")):
+        facts = json.loads(path.read_text())
+        if facts["command"][0] == "train":
+            log = str(path.with_name(f"{facts['job_id']}_0_log.out"))
+            found.append({**facts, "log": log, "slurm_state": None})
+    if found:
+        found[-1]["slurm_state"] = slurm_state(found[-1]["job_id"])
+    return found
+
+
+def slurm_state(job_id: str) -> str | None:
+    """What Slurm says of a job, None if it (or its commands) cannot be asked."""
+    asking = {"squeue": ["-h", "-j", job_id, "-o", "%T"], "sacct": ["-X", "-n", "-P", "-j", job_id, "-o", "State"]}
+    for program, arguments in asking.items():
+        if shutil.which(program) is None:
+            continue
+        try:
+            answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            continue
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.split()[0]
+    return None

@@ -1,0 +1,207 @@
+"""`dino2 ... --nodes 2` with real jobs: to the end, and through everything that happens to jobs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, metrics_of, write_images
+
+from dinov2cli.launch.restarts import read_restarts
+
+pytestmark = pytest.mark.slurm
+
+LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=20", "train.checkpoint_period=5", "evaluation.eval_period_iterations=0"]
+LINES = 60
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Metrics of two processes on one machine, without Slurm."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = dino2(*training(images, run), "--gpus", "2")
+    assert result.returncode == 0, result.stderr
+    return metrics_of(run)
+
+
+def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "dinov2cli", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env={**ENVIRONMENT, **slurm_conf()}, timeout=300)
+
+
+def slurm_conf() -> dict[str, str]:
+    return {"SLURM_CONF": os.environ["SLURM_CONF"]}
+
+
+def training(images: Path, run: Path) -> list[str]:
+    return ["train", "--cpu", "--data", str(images), "--output-dir", str(run), *TINY, *LENGTH]
+
+
+class Job:
+    """A submitted command."""
+
+    def __init__(self, run: Path, *arguments: str) -> None:
+        result = dino2(*arguments)
+        assert result.returncode == 0, result.stderr
+        said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+        self.run, self.id, self.log = run, said["job"], Path(said["log"])
+        assert said["stop"] == f"scancel {self.id}"
+
+    def state(self) -> str:
+        words = ["scontrol", "show", "job", self.id, "--oneliner"]
+        shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return shown.partition("JobState=")[2].split()[0]
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.log.parent.glob("*_log.out")))
+
+    def wait(self, *states: str, within: float = 240) -> str:
+        until = time.monotonic() + within
+        while (state := self.state()) not in (states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")):
+            assert time.monotonic() < until, f"{state}\n{self.logs()}"
+            time.sleep(0.5)
+        return state
+
+    def wait_for_line(self, number: int, within: float = 120) -> None:
+        metrics, until = self.run / "training_metrics.json", time.monotonic() + within
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < number:
+            assert time.monotonic() < until and self.state() in ("PENDING", "RUNNING"), self.logs()
+            time.sleep(0.1)
+
+    def finish(self) -> None:
+        assert self.wait() == "COMPLETED", self.logs()
+
+
+@pytest.fixture
+def submit(cluster: Path, images: Path, tmp_path: Path) -> Callable[..., Job]:
+    run = tmp_path / "run"
+    return lambda *more: Job(run, *training(images, run), "--nodes", "2", "--timeout-min", "20", *more)
+
+
+def worker(run: Path, rank: int) -> int:
+    """Process number of a worker, as it says itself."""
+    return int(json.loads((run / "logs" / "heartbeat" / f"rank_{rank:05d}.json").read_text())["pid"])
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_two_machines_train_as_two_processes(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit("--comment", "for the queue", "--slurm", "nice=1", "--setup", "export GREETING=hello")
+    job.finish()
+    assert metrics_of(job.run) == whole
+    assert job.log.read_text().count("iteration 1/60") == 1, "rank 0 speaks in the first machine's log"
+    script = next(job.log.parent.glob("*_submission.sh")).read_text()
+    assert "#SBATCH --comment='for the queue'" in script and "#SBATCH --nice=1" in script
+    assert script.index("export GREETING=hello") < script.index("srun")
+    status = json.loads(dino2("status", job.run, "--json").stdout)
+    assert status["iteration"] == LINES and status["state"] == "finished"
+    assert status["jobs"][-1]["job_id"] == job.id
+
+
+def test_requeued_by_hand(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit()
+    job.wait_for_line(20)
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    job.finish()
+    assert metrics_of(job.run) == whole
+    assert [each.kind for each in read_restarts(job.run)] == ["requeue"]
+
+
+def test_told_that_time_is_up(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit("train.num_workers=1")
+    job.wait_for_line(12)
+    subprocess.run(["scancel", "--signal", "USR2", job.id], check=True)
+    job.finish()
+    assert metrics_of(job.run) == whole
+    (restart,) = read_restarts(job.run)
+    assert restart.kind == "requeue"
+    assert f"interrupted: saved at iteration {restart.iteration};" in job.logs()
+
+
+def test_the_batch_script_survives_the_signal(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit()
+    job.wait_for_line(12)
+    subprocess.run(["scancel", "--signal", "USR2", "--batch", job.id], check=True)
+    job.finish()
+    assert metrics_of(job.run) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process(rank: int, submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit()
+    job.wait_for_line(12)
+    os.kill(worker(job.run, rank), signal.SIGKILL)
+    job.finish()
+    assert metrics_of(job.run) == whole
+    (restart,) = read_restarts(job.run)
+    assert (restart.kind, restart.rank) == ("death", rank)
+
+
+def test_a_killed_task(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit()
+    job.wait_for_line(12)
+    os.kill(parent(worker(job.run, 1)), signal.SIGKILL)
+    job.finish()
+    assert metrics_of(job.run) == whole
+    (restart,) = read_restarts(job.run)
+    assert restart.reason == "a machine's task was killed"
+
+
+def test_cancelled_is_cancelled(submit: Callable[..., Job]) -> None:
+    job = submit()
+    job.wait_for_line(5)
+    subprocess.run(["scancel", job.id], check=True)
+    assert job.wait() == "CANCELLED"
+    time.sleep(8)
+    assert job.state() == "CANCELLED", "it came back"
+
+
+def test_an_error_of_the_user_ends_the_job_with_one_message(submit: Callable[..., Job]) -> None:
+    job = submit("--data", "/no/such/folder")
+    assert job.wait() == "FAILED"
+    said = [line for line in job.logs().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "/no/such/folder" in said[0], job.logs()
+    assert "Traceback" not in job.logs()
+    assert read_restarts(job.run) == []
+
+
+def test_slurm_own_refusal_is_said(submit: Callable[..., Job], images: Path, tmp_path: Path) -> None:
+    result = dino2(*training(images, tmp_path / "refused"), "--nodes", "2", "--partition", "nowhere")
+    assert result.returncode == 2
+    assert "Slurm did not take the job" in result.stderr and "partition" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_evaluation_as_a_job(cluster: Path, images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert dino2("train", "--cpu", "--data", images, "--output-dir", run, *TINY).returncode == 0
+    data = ["--train-dataset", str(images), "--val-dataset", str(images), "--nb-knn", "5", "10"]
+    job = Job(run, "eval", "knn", str(run), *data, "--nodes", "1", "--device", "cpu", "--timeout-min", "5")
+    job.finish()
+    (evaluation,) = json.loads(dino2("results", run, "--json").stdout)["evaluations"]
+    assert evaluation["task"] == "knn"
+
+
+def test_evaluations_during_training_as_jobs(submit: Callable[..., Job], images: Path) -> None:
+    keys = ["tasks=[knn]", "tasks_as_jobs=true", f"knn_train_dataset={images}", f"knn_val_dataset={images}"]
+    job = submit(*[f"evaluation.{key}" for key in keys])
+    job.finish()
+    assert "evaluation knn of training_59 is job" in job.logs()
+    until = time.monotonic() + 120
+    while not (run_results := list(job.run.rglob("results.json"))):
+        assert time.monotonic() < until, "\n".join(p.read_text() for p in job.run.rglob("slurm/*/*_log.out"))
+        time.sleep(1)
+    assert run_results
