@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import logger
+from dinov2cli.eval.stopping import stoppable
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
@@ -58,6 +59,10 @@ class FeatureCache:
     def save(self, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
         entry = self._entry(extractor, dataset)
+        with stoppable("stopping once the features are in the cache"):
+            self._write(entry, extractor, dataset, features)
+
+    def _write(self, entry: Path, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
         part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
         tensors = {**features.tensors, "targets": features.targets, "indices": features.indices}
         try:

@@ -18,6 +18,7 @@ from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache, weights_hash
+from dinov2cli.eval.stopping import stoppable
 from dinov2cli.models.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 STANDARD_SIZE = 224
 LAST_BLOCKS = 4  # the class tokens kept for linear probes
+TOKENS_IN_CACHE = 4096
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,30 @@ class Extractor:
         """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
         with autocast(self.device, self.autocast_dtype):
-            if not self.detailed:
-                return {"cls": self.model(images).float()}
-            return detailed_features(self.model, images)
+            if self.device.type != "cpu":
+                return self._forward(images)
+            parts = [self._forward(part) for part in images.split(self._images_in_cache)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _forward(self, images: Tensor) -> dict[str, Tensor]:
+        return detailed_features(self.model, images) if self.detailed else {"cls": self.model(images).float()}
+
+    @property
+    def _images_in_cache(self) -> int:
+        """How many images the CPU computes at once: activations of a whole batch would not stay in its caches."""
+        tokens = (self.image_size // int(self.model.patch_size)) ** 2 + 1  # type: ignore[arg-type]
+        return max(1, TOKENS_IN_CACHE // tokens)
 
     def _batches(
         self, dataset: "ImageDataset", indices: Tensor, description: str
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         loader = make_eval_loader(dataset, self.transform, self.batch_size, self.num_workers, indices=indices.tolist())
-        with progress() as bar:
+        with progress() as bar, stoppable() as stop_if_asked:
             task = bar.add_task(description, total=len(indices))
             for batch in loader:
                 yield batch
                 bar.advance(task, len(batch[0]))
+                stop_if_asked()
 
 
 def detailed_features(model: Any, images: Tensor) -> dict[str, Tensor]:

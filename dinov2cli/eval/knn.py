@@ -4,7 +4,7 @@ The neighbours of an image vote for their classes with weights softmax(similarit
 the `cls` features. Shapes: Q queries, N train images, D features, C classes, k neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Extractor, Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
+from dinov2cli.eval.stopping import stoppable
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
@@ -75,7 +76,9 @@ def evaluate_knn(
             here = torch.isin(train.indices, chosen)
             bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
             exclude = val.indices if leave_one_out else None
-            tries.append(_accuracies(bank, queries, val.targets, ks, settings.temperature, n_classes, exclude))
+            with stoppable() as stop_if_asked:
+                arguments = ks, settings.temperature, n_classes, exclude, stop_if_asked
+                tries.append(_accuracies(bank, queries, val.targets, *arguments))
         results |= {(name, k): _mean([accuracies[k] for accuracies in tries]) for k in tries[0]}
     return results
 
@@ -161,6 +164,7 @@ def _accuracies(
     temperature: float,
     n_classes: int,
     exclude: Tensor | None,
+    after_block: Callable[[], None],
 ) -> dict[int, Accuracy]:
     meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
     block = int(-distributed.all_reduce_max(torch.tensor(-bank.query_block())))  # the smallest of all processes
@@ -174,6 +178,7 @@ def _accuracies(
         mine = slice(sum(sizes[: distributed.rank()]), sum(sizes[: distributed.rank() + 1]))
         scores = knn_scores(Neighbours(found.similarities[mine], found.labels[mine]), ks, temperature, n_classes)
         meter.update(scores, targets[here])
+        after_block()
     return dict(zip(ks, meter.compute(), strict=True))
 
 

@@ -23,6 +23,14 @@ class Memory(NamedTuple):
     changes: Tensor  # [P, m, n] of the gradient along `steps`
     rho: Tensor  # [P, m] 1 / (step . change); 0 where nothing is remembered yet
 
+    @staticmethod
+    def of(points: Tensor, memory: "int | Memory") -> "Memory":
+        """An empty one of that many steps for the problems at `points` [P, n], or the given one."""
+        if isinstance(memory, Memory):
+            return memory
+        nothing = points.new_zeros(len(points), memory, points.shape[1])
+        return Memory(nothing, nothing.clone(), points.new_zeros(len(points), memory))
+
 
 class Solution(NamedTuple):
     """Minima of all problems."""
@@ -78,14 +86,12 @@ def minimise(
         inverse_hessian: [P, n], positive: a rough diagonal of it, which is refined from the steps taken.
         max_iter: steps for each problem, or int64 [P].
         tol: a problem is solved once no component of its gradient is above this,
-        ftol: or once a step lowers its value by less than this, relative to the larger of the value and 1.
+        ftol: or once a step lowers its value by less than this, relative to it.
         rounding: relative error of the objective's values. Differences below it decide nothing; slopes do.
         memory: steps to remember, or the memory of an earlier solution of nearly the same functions.
     """
-    P, n = start.shape
-    if isinstance(memory, int):
-        nothing = start.new_zeros(P, memory, n)
-        memory = Memory(nothing, nothing.clone(), start.new_zeros(P, memory))
+    P = len(start)
+    memory = Memory.of(start, memory)
     run = _begin(objective, start, inverse_hessian, memory)
     remembered = Memory(*(tensor.clone() for tensor in memory))
     answer = Solution(start.clone(), start.new_zeros(P), torch.zeros_like(run.which), 0, remembered)
@@ -106,7 +112,7 @@ def minimise(
         run = _advance(run, accepted, trial, value, gradient, inverse_hessian)
         solved = accepted & (
             (gradient.abs().amax(1) <= tol)
-            | (lowered <= ftol * torch.maximum(run.value.abs(), value.new_ones(())))
+            | (lowered <= ftol * run.value.abs())
             | (run.iterations >= budget[run.which])
         )
         done = solved | (exhausted & ~accepted)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2cli import distributed
-from dinov2cli.console import logger, progress
+from dinov2cli.console import Interrupted, interruption, logger, progress
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
@@ -104,15 +104,19 @@ def evaluate_linear(
     ).to(extract.device)
     trainer = HeadTrainer(heads, settings.iterations)
     start = _resume(folder, trainer, settings) if resume and folder else 0
-    batches = frozen_batches if settings.frozen_crops else cropped_batches
-    with progress() as bar:
+    make_batches = frozen_batches if settings.frozen_crops else cropped_batches
+    batches = make_batches(extract, train_images, settings, start)
+    message = "stopping after this step; the same command resumes" if folder else "stopping"
+    with progress() as bar, interruption(message) as signals:
         task = bar.add_task("linear heads", total=settings.iterations, completed=start)
-        for iteration, (features, targets) in enumerate(batches(extract, train_images, settings, start), start):
+        for iteration, (features, targets) in enumerate(batches, start):
             loss = trainer.step(iteration, features, targets)
             bar.advance(task)
             done = iteration + 1
-            if folder and done % settings.checkpoint_period == 0:
+            if folder and (signals or done % settings.checkpoint_period == 0):
                 _save(folder, trainer, settings, done)
+            if signals:
+                raise Interrupted(signals[0])
             if settings.eval_period and done % settings.eval_period == 0 and done < settings.iterations:
                 name, accuracy = best_head(heads, measure_heads(heads, val, settings.metric))
                 logger.info("iteration %d: loss %.4f, best %s: %.2f %%", done, float(loss), name, accuracy.top1)
@@ -188,10 +192,13 @@ def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearS
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
     targets = distributed.all_gather_rows(part.targets)
     order = SampleOrder(part.size, settings.seed)
-    for iteration in range(start, settings.iterations):
+
+    def batch(iteration: int) -> Batch:
         rows = torch.tensor([order.index(k) for k in _samples_of(iteration, settings.batch_size)])
         features = {name: tensor[rows].to(extract.device) for name, tensor in tensors.items()}
-        yield features, targets[rows].to(extract.device)
+        return features, targets[rows].to(extract.device)
+
+    return map(batch, range(start, settings.iterations))
 
 
 class _CroppedImages(Dataset):

@@ -1,14 +1,15 @@
 """Multinomial logistic regression for many regularisation strengths C at once.
 
-scikit-learn's objective: sum of cross-entropies + |W|^2 / (2 C), the intercept free. It is solved by L-BFGS, in the
-eigenbasis of the features' covariance: there the problem's curvature is nearly diagonal for every C, so that weak
-regularisation takes tens of steps instead of thousands. The solution is the same, since the penalty does not see a
-rotation and the intercept absorbs the mean.
+scikit-learn's objective: sum of cross-entropies + |W|^2 / (2 C), the intercept free. It is solved by L-BFGS in the
+eigenbasis of the features' covariance, where the problem's curvature is nearly diagonal; its diagonal is computed anew
+now and then, because it falls by orders of magnitude, and unevenly, as the classes come apart. The solution is the same
+as without, since the penalty does not see a rotation and the intercept absorbs the mean.
 
 Shapes: N images (of this process), D features, K classes that occur, P values of C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from dinov2cli import distributed
 from dinov2cli.errors import DataError
-from dinov2cli.eval.lbfgs import Objective, minimise
+from dinov2cli.eval.lbfgs import Memory, Solution, minimise
 
 _MEMORY_BYTES = 2 << 30
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+FIRST_STRETCH = 8  # steps before the curvature is looked at again
 
 
 class Classifiers(NamedTuple):
@@ -30,6 +32,12 @@ class Classifiers(NamedTuple):
     bias: Tensor  # [P, K]
     classes: Tensor  # int64 [K], ascending: the class of each row
     iterations: Tensor  # int64 [P]
+
+    def select(self, which: Sequence[int]) -> "Classifiers":
+        """Those of some values of C."""
+        rows = torch.as_tensor(which, dtype=torch.int64)
+        Cs = tuple(self.Cs[i] for i in which)
+        return Classifiers(Cs, self.weight[rows], self.bias[rows], self.classes, self.iterations[rows])
 
     def scores(self, features: Tensor, n_classes: int) -> Tensor:
         """Logits [P, B, n_classes] of features [B, D]; -inf for classes that were not trained on."""
@@ -49,6 +57,7 @@ def fit(
     tol: float = 1e-12,
     dtype: torch.dtype = torch.float64,
     start: Classifiers | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Classifiers:
     """Fit a classifier for every C, on the device of `features`.
 
@@ -58,10 +67,12 @@ def fit(
     Args:
         features: float [N, D]; with several processes each passes its own part.
         targets: int64 [N].
-        max_iter, tol: as in scikit-learn; `tol` bounds the largest component of the gradient of the mean loss.
-        dtype: float64 solves to `tol`; float32 stops where a step lowers the mean loss by less than 1e-8, near the
-            precision of its products: the accuracy is the same, the coefficients of weak regularisation are not yet.
+        max_iter: steps, in each precision.
+        tol: as in scikit-learn, a bound on the largest component of the gradient of the mean loss.
+        dtype: float64 solves to `tol`; float32 stops where a step lowers the objective by less than a ten-millionth of
+            it, the precision of its products: accuracies are those of the minimum, but for an image or two.
         start: classifiers for the same Cs and classes to begin from.
+        after_step: called after every step of all; may raise to stop.
 
     Raises:
         DataError: fewer than two classes.
@@ -71,7 +82,7 @@ def fit(
     if K < 2:
         raise DataError(f"logistic regression needs at least two classes; the train images have {K}.")
     features = features.double()
-    rotation, mean, variance = _principal_axes(features, N)
+    rotation, mean = _principal_axes(features, N)
     rotated = (features - mean) @ rotation
     labels = torch.searchsorted(classes, targets)
     # With two classes scikit-learn penalises one vector, the difference w of ours, which are w/2 and -w/2: |w|^2 / 2
@@ -86,62 +97,112 @@ def fit(
         weight, bias = view(points)
         weight.copy_(start.weight @ rotation)
         bias.copy_(start.bias + start.weight @ mean)
-    curvature = (1 - 1 / K) / K  # of the cross-entropy where all classes are equally likely
-    hessian = torch.full_like(points, curvature)
-    view(hessian)[0].copy_(curvature * variance + penalty[:, None, None])
-
     # Of more than 30 steps nothing is gained; all Cs of a large problem (1000 classes) get fewer.
     memory = max(5, min(30, _MEMORY_BYTES // (2 * points.nbytes)))
-    rough = _objective(rotated.float(), labels, penalty, N, K)
-    found = minimise(rough, points, 1 / hessian, max_iter=max_iter, tol=tol, ftol=1e-8, rounding=1e-9, memory=memory)
+    rough = _Problem(rotated.float(), labels, penalty, N, K, after_step)
+    found = _minimise(rough, points, max_iter, tol, ftol=1e-7, rounding=1e-8, memory=memory)
     iterations = found.iterations
     if dtype is torch.float64:
-        exact = _objective(rotated, labels, penalty, N, K)
-        left = (max_iter - iterations).clamp(min=1)
-        found = minimise(exact, found.points, 1 / hessian, max_iter=left, tol=tol, memory=found.memory)
+        exact = _Problem(rotated, labels, penalty, N, K, after_step)
+        found = _minimise(exact, found.points, max_iter, tol, ftol=1e-13, rounding=1e-15, memory=found.memory)
         iterations = iterations + found.iterations
     weight, bias = view(found.points)
     weight = weight @ rotation.T
     return Classifiers(tuple(Cs), weight, bias - weight @ mean, classes, iterations)
 
 
-def _objective(features: Tensor, labels: Tensor, penalty: Tensor, N: int, K: int) -> Objective:
-    """Mean cross-entropy + penalty |W|^2 / 2 of all problems, and gradients: one product each way for all of them.
+def _minimise(
+    problem: "_Problem", start: Tensor, max_iter: int, tol: float, *, ftol: float, rounding: float, memory: int | Memory
+) -> Solution:
+    """L-BFGS in stretches that double in length, each with the curvature where it begins."""
+    which = torch.arange(len(start), device=start.device)
+    found = Solution(start, start.new_zeros(len(start)), torch.zeros_like(which), 0, Memory.of(start, memory))
+    length = FIRST_STRETCH
+    while len(which):
+        points, remembered = found.points[which], Memory(*(tensor[which] for tensor in found.memory))
+        stretch = minimise(
+            partial(problem.evaluate, within=which),
+            points,
+            1 / problem.curvature(points, which),
+            max_iter=(max_iter - found.iterations[which]).clamp(max=length),
+            tol=tol,
+            ftol=ftol,
+            rounding=rounding,
+            memory=remembered,
+        )
+        found.points[which], found.values[which] = stretch.points, stretch.values
+        found.iterations[which] += stretch.iterations
+        for kept, latest in zip(found.memory, stretch.memory, strict=True):
+            kept[which] = latest
+        which = which[(stretch.iterations == length) & (found.iterations[which] < max_iter)]
+        length *= 2
+    return found
+
+
+class _Problem:
+    """Mean cross-entropy + penalty |W|^2 / 2 for all penalties: one product each way for all of them.
 
     Products are in the precision of `features`, points and sums in float64.
     """
-    n, D = features.shape
 
-    def evaluate(parameters: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        P = len(which)
-        totals = parameters.new_zeros(P, 1 + K * (D + 1))  # value, weight gradient, bias gradient
-        weight = parameters[:, : K * D].reshape(P * K, D).to(features)
-        bias = parameters[:, K * D :].reshape(P * K).to(features)
-        rows = max(256, _CHUNK_BYTES.get(features.device.type, 32 << 20) // (P * K * features.element_size()))
-        for begin in range(0, n, rows):
-            x, y = features[begin : begin + rows], labels[begin : begin + rows]
-            own = y[:, None, None].expand(-1, P, 1)
-            log_probability = torch.addmm(bias, x, weight.T).view(-1, P, K).log_softmax(2)
-            totals[:, 0] -= log_probability.gather(2, own)[:, :, 0].sum(0, dtype=totals.dtype)
-            error = log_probability.exp_()
-            error.scatter_add_(2, own, error.new_full((), -1.0).expand(own.shape))
+    def __init__(
+        self, features: Tensor, labels: Tensor, penalty: Tensor, N: int, K: int, after_step: Callable[[], None]
+    ) -> None:
+        self.features, self.labels, self.penalty, self.N, self.K = features, labels, penalty, N, K
+        self.after_step = after_step
+
+    def evaluate(self, points: Tensor, chosen: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [P] and gradients [P, K * (D + 1)] of the problems `within[chosen]`."""
+        P, K, D = len(points), self.K, self.features.shape[1]
+        penalty = self.penalty[within[chosen]]
+        totals = points.new_zeros(P, 1 + K * (D + 1))  # value, weight gradient, bias gradient
+        for x, labels, logits in self._logits(points):
+            own = labels[:, None, None].expand(-1, P, 1)
+            log_probability = logits.log_softmax(2)
+            error = log_probability.exp()
+            # What the other classes get is summed, not taken from 1: where classes come apart it is below rounding.
+            others = error.scatter_(2, own, 0.0).sum(2)
+            loss = -log_probability.gather(2, own)[:, :, 0]
+            totals[:, 0] += torch.where(others < 0.1, -torch.log1p(-others), loss).sum(0, dtype=totals.dtype)
+            error.scatter_(2, own, -others[:, :, None])
             totals[:, 1 : 1 + K * D] += (error.view(-1, P * K).T @ x).view(P, K * D)
-            totals[:, 1 + K * D :] += error.sum(0, dtype=totals.dtype)
-        totals = distributed.all_reduce_sum(totals) / N
+            totals[:, 1 + K * D :] += error.sum(0, dtype=totals.dtype).view(P, K)
+        totals = distributed.all_reduce_sum(totals) / self.N
+        self.after_step()
         value, gradient = totals[:, 0], totals[:, 1:]
-        squares = parameters[:, : K * D].square().sum(1)
-        gradient[:, : K * D] += penalty[which, None] * parameters[:, : K * D]
-        return value + penalty[which] * squares / 2, gradient
+        gradient[:, : K * D] += penalty[:, None] * points[:, : K * D]
+        return value + penalty * points[:, : K * D].square().sum(1) / 2, gradient
 
-    return evaluate
+    def curvature(self, points: Tensor, which: Tensor) -> Tensor:
+        """The Hessian's diagonal [P, K * (D + 1)] of the problems `which`, at least a millionth of its largest."""
+        P, K, D = len(points), self.K, self.features.shape[1]
+        totals = points.new_zeros(P, K * (D + 1))
+        for x, _, logits in self._logits(points):
+            probability = logits.softmax(2)
+            weight = probability * (1 - probability)
+            totals[:, : K * D] += (weight.view(-1, P * K).T @ x.square()).view(P, K * D)
+            totals[:, K * D :] += weight.sum(0, dtype=totals.dtype)
+        totals = distributed.all_reduce_sum(totals) / self.N
+        totals[:, : K * D] += self.penalty[which, None]
+        return torch.maximum(totals, 1e-6 * totals.amax(1, keepdim=True))
+
+    def _logits(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(features [B, D], labels [B], logits [B, P, K]) of chunks of the images."""
+        P, K, D = len(points), self.K, self.features.shape[1]
+        weight = points[:, : K * D].reshape(P * K, D).to(self.features)
+        bias = points[:, K * D :].reshape(P * K).to(self.features)
+        budget = _CHUNK_BYTES.get(self.features.device.type, 32 << 20)
+        rows = max(256, budget // (P * K * self.features.element_size()))
+        for x, labels in zip(self.features.split(rows), self.labels.split(rows), strict=True):
+            yield x, labels, torch.addmm(bias, x, weight.T).view(-1, P, K)
 
 
-def _principal_axes(features: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotation [D, D] into the eigenbasis of the covariance, mean [D] and variances [D], over all processes."""
+def _principal_axes(features: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """Rotation [D, D] into the eigenbasis of the covariance and mean [D], over all processes."""
     mean = distributed.all_reduce_sum(features.sum(0)) / N
     centred = features - mean
     covariance = distributed.all_reduce_sum(centred.T @ centred) / N
-    variance, rotation = torch.linalg.eigh(covariance)
+    _, rotation = torch.linalg.eigh(covariance)
     # Eigenvectors have free signs: take those of one process.
     rotation = distributed.broadcast_object(rotation)
-    return rotation, mean, variance.clamp(min=0)
+    return rotation, mean
