@@ -1,12 +1,12 @@
 """What a person sees: rich consoles, logging, progress bars; and the JSON lines that programs read."""
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dinov2cli.errors import EnvironmentProblem
 
 out = Console()
 """Standard output: results."""
@@ -46,6 +48,9 @@ class _LateFileHandler(logging.FileHandler):
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """A log that cannot be written (a full disk) must not cover what is on the terminal with tracebacks."""
+
 
 def progress(**kwargs: Any) -> Progress:
     """A progress display on standard error with count, elapsed and remaining time; silent when not a terminal."""
@@ -73,7 +78,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
-@contextmanager
+@contextlib.contextmanager
 def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
     """A list that holds the signal after Ctrl-C or SIGTERM, for a loop to stop between two steps.
 
@@ -127,12 +132,23 @@ class MetricLogger:
         self._file = path.open("a", buffering=1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line; non-finite numbers become null, which every JSON reader takes."""
+        """Append one line; non-finite numbers become null, which every JSON reader takes.
+
+        Raises:
+            EnvironmentProblem: the disk is full.
+        """
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path}: cannot be written: {error.strerror or error}",
+                "Make space (or make the folder writable) and run the same command again: it resumes.",
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written is still in its buffer
+            self._file.close()
 
 
 def _iteration_of(line: str) -> float:

@@ -18,9 +18,8 @@ LAYERS = {
     "cli": 6,
     "__init__": 7, "__main__": 7,
 }  # fmt: skip
-# Two parts of a layer may not see each other, except the trainer, which writes checkpoints, and what shares an error
-# between processes.
-WITHIN_LAYER = {("train", "checkpoint"), ("distributed", "errors")}
+# Two parts of a layer may not see each other, except the trainer, which writes checkpoints, and what raises errors.
+WITHIN_LAYER = {("train", "checkpoint"), ("distributed", "errors"), ("console", "errors")}
 
 
 def imports_of(path: Path) -> set[str]:

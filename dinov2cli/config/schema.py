@@ -369,7 +369,10 @@ class Config(Group):
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise ConfigError(f"{path}: cannot write the configuration: {error.strerror or error}") from error
+            raise ConfigError(
+                f"{path}: cannot write the configuration: {error.strerror or error}",
+                "Make space (or make the folder writable) and run the same command again.",
+            ) from error
 
     def _epochs_to_iterations(self, epochs: int) -> int:
         return epochs * self.train.OFFICIAL_EPOCH_LENGTH

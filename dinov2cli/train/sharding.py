@@ -75,9 +75,7 @@ class Sharding:
         self.mode = mode
         self._ddp: DistributedDataParallel | None = None
         if mode == "ddp":
-            self._ddp = DistributedDataParallel(
-                meta_arch.student, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._ddp = DistributedDataParallel(meta_arch.student, gradient_as_bucket_view=True)
             meta_arch.forward_student = self._ddp.__call__
         elif mode == "fsdp":
             # The outputs are views, which is harmless as long as nobody writes into them, and the losses do not.

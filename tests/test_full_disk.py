@@ -1,0 +1,78 @@
+"""A disk that fills up during training: a clear end, nothing good lost, and the run goes on once there is space."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import TINY, metrics_of, write_images
+
+LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=40", "optim.epochs=1", "train.checkpoint_period=5",
+          "evaluation.eval_period_iterations=40", "train.batch_size_per_gpu=4"]  # fmt: skip
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def start(images: Path, run: Path, processes: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--gpus", str(processes), "--data", str(images),
+               "--output-dir", str(run), *TINY, *LENGTH]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def fill(folder: Path, leave: int) -> None:
+    with (folder / "filler").open("wb") as file:
+        file.write(b"\0" * (shutil.disk_usage(folder).free - leave))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("leave", [100_000, 0], ids=["no space for a checkpoint", "no space at all"])
+def test_a_full_disk_ends_a_run_that_resumes_later(
+    tmp_path: Path, small_disk: Path, processes: int, leave: int
+) -> None:
+    images = write_images(tmp_path / "data")
+    whole, run = tmp_path / "whole", small_disk / "run"
+    undisturbed = start(images, whole, processes)
+    assert undisturbed.communicate(timeout=200) and undisturbed.returncode == 0
+
+    first = start(images, run, processes)
+    until = time.monotonic() + 120
+    while not (run / "checkpoints" / "iteration_00000010").exists():
+        assert time.monotonic() < until and first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=100)
+    assert first.returncode == 130
+    good = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    fill(small_disk, leave)
+    second = start(images, run, processes)
+    _, said = second.communicate(timeout=200)
+    assert second.returncode == 2, said
+    assert said.count("error:") == 1 and "No space left on device" in said and "run the same command again" in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == good
+
+    (small_disk / "filler").unlink()
+    third = start(images, run, processes)
+    _, said = third.communicate(timeout=200)
+    assert third.returncode == 0, said
+    assert metrics_of(run) == metrics_of(whole)
+    final = "eval/training_39/teacher_checkpoint.pth"
+    one, other = (torch.load(folder / final, weights_only=True)["teacher"] for folder in (whole, run))
+    assert all(torch.equal(one[key], other[key]) for key in one)
