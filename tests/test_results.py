@@ -1,18 +1,22 @@
 """Result files and tables, features in files, and the benches."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dinov2cli.data.datasets import make_dataset
-from dinov2cli.errors import DataError
+from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.benchmarks import bench_knn, bench_linear, bench_logreg
-from dinov2cli.eval.embed import embed
+from dinov2cli.eval.cache import FeatureCache
+from dinov2cli.eval.embed import check_output, embed
 from dinov2cli.eval.features import Extractor
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results
@@ -71,8 +75,34 @@ def test_embedded_features_in_a_file(tmp_path: Path) -> None:
     assert paths == [images.path(i) for i in range(300)]
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
         assert file.metadata()["dino2.weights"] == extract.weights_hash
-    with pytest.raises(DataError, match=r"written as a \.safetensors file"):
+    with pytest.raises(DataError, match=r"written as a \.safetensors or \.parquet file"):
         embed(extract, images, tmp_path / "f.npy")
+
+
+def test_embedded_features_in_parquet_are_those_in_safetensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=2).eval()
+    extract = Extractor(model, num_workers=0, detailed=True, device="cpu", cache=FeatureCache(tmp_path / "cache"))
+    images = make_dataset("SamplePhotos:split=VAL")
+    for name in ("f.safetensors", "f.parquet"):
+        embed(extract, images, tmp_path / name)
+    stored, table = load_file(tmp_path / "f.safetensors"), pq.read_table(tmp_path / "f.parquet")
+    assert set(table.column_names) == {"path", "label", "cls", "mean_patch", "last_cls"} and len(table) == 300
+    for name in ("cls", "mean_patch", "last_cls"):
+        assert torch.equal(torch.tensor(np.stack(table[name].to_pylist()), dtype=torch.float32), stored[name])
+    assert table["label"].to_pylist() == stored["labels"].tolist()
+    assert table["path"].to_pylist() == [images.path(i) for i in range(300)]
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        written = {key.encode(): value.encode() for key, value in file.metadata().items()}
+    assert written.items() <= table.schema.metadata.items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "f.parquet", "f.safetensors"]
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    with pytest.raises(EnvironmentProblem, match="Parquet files need pyarrow") as raised:
+        check_output(tmp_path / "f.parquet")
+    assert "dinov2cli[parquet]" in str(raised.value.hint)
 
 
 def test_benches_measure() -> None:

@@ -21,7 +21,7 @@ def embed(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", metavar="FEATURES", help="A .safetensors file.", show_default=False),
+        typer.Option("--output", metavar="FEATURES", help="A .safetensors or .parquet file.", show_default=False),
     ],
     config_file: ConfigFile = None,
     batch_size: BatchSize = 256,
@@ -38,6 +38,8 @@ def embed(
     Example:
 
         dino2 embed runs/demo --data photos --output photos.safetensors
+
+        dino2 embed dinov2_vits14 --data photos --output photos.parquet
     """
     from dinov2cli.cli.eval_options import make_extraction
     from dinov2cli.console import out, print_json, set_up_logging

@@ -1,18 +1,36 @@
-"""Features of a dataset in a file, for use elsewhere."""
+"""Features of a dataset in a file, for use elsewhere.
+
+A table: a row is an image, in the order of the dataset, or, in safetensors, an entry of each tensor.
+"""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dinov2cli import __version__, distributed
-from dinov2cli.errors import DataError
+from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.stopping import stoppable
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from dinov2cli.data.datasets import ImageDataset
+
+
+class FeatureTable(NamedTuple):
+    """What is written: `tensors` as in `Features`, of all images; labels int64 [N], -1 for none; paths; metadata."""
+
+    tensors: dict[str, Tensor]
+    labels: Tensor
+    paths: list[str]
+    metadata: dict[str, str]
 
 
 def check_output(path: Path) -> None:
@@ -20,19 +38,28 @@ def check_output(path: Path) -> None:
 
     Raises:
         DataError: another suffix, or the folder does not exist.
+        EnvironmentProblem: a Parquet file without the package that writes it.
     """
-    if path.suffix != ".safetensors":
-        raise DataError(f"{path}: features are written as a .safetensors file; give such a name.")
+    if path.suffix not in WRITERS:
+        raise DataError(f"{path}: features are written as a {' or '.join(WRITERS)} file; give such a name.")
     if not path.resolve().parent.is_dir():
         raise DataError(f"{path}: the folder {path.resolve().parent} does not exist.")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise EnvironmentProblem(
+                f"{path}: Parquet files need pyarrow.", hint="pip install 'dinov2cli[parquet]', or write .safetensors"
+            ) from None
 
 
 def embed(extract: Extractor, dataset: "ImageDataset", output: Path) -> Features:
-    """Write the features of all images of `dataset`, in its order.
+    """Write the features of all images of `dataset`, in its order; returns those of this process.
 
-    The file holds `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks,
-    earliest first), `labels` int64 [N] (-1: none) and, as UTF-8 bytes, `paths` with `path_ends` int64 [N] (path i ends
-    there); its metadata names weights, dataset, transform and classes.
+    Both formats hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks, earliest
+    first), `labels` int64 [N] (-1: none) and `paths`; their metadata name weights, dataset, transform and classes.
+    In safetensors, paths are UTF-8 bytes one after the other, and `path_ends` int64 [N] tells where each ends; Parquet
+    has columns `label` and `path`, and lists of fixed sizes.
     """
     check_output(output)
     part = extract(dataset, "features")
@@ -47,18 +74,61 @@ def embed(extract: Extractor, dataset: "ImageDataset", output: Path) -> Features
             "dino2.classes": "\n".join(dataset.class_names),
         }
         paths = [dataset.path(i) for i in range(len(dataset))]
-        aside = output.with_name(f".{output.name}.tmp")
-        _write(aside, tensors, targets, paths, metadata)
-        os.replace(aside, output)
+        _write_whole(FeatureTable(tensors, targets, paths, metadata), output)
     distributed.barrier()
     return part
 
 
-def _write(
-    file: Path, tensors: dict[str, torch.Tensor], targets: torch.Tensor, paths: list[str], metadata: dict[str, str]
-) -> None:
-    encoded = [path.encode() for path in paths]
+def _write_whole(table: FeatureTable, output: Path) -> None:
+    """Write aside and rename, so that `output` is whole or not there.
+
+    Raises:
+        EnvironmentProblem: the disk is full or read-only.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with stoppable("stopping once the features are written"):
+            WRITERS[output.suffix](table, aside)
+            os.replace(aside, output)
+    except OSError as error:
+        raise EnvironmentProblem(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_safetensors(table: FeatureTable, file: Path) -> None:
+    encoded = [path.encode() for path in table.paths]
     ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
     joined = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-    columns = {**tensors, "labels": targets, "paths": joined, "path_ends": ends}
-    save_file({name: tensor.contiguous() for name, tensor in columns.items()}, file, metadata)
+    columns = {**table.tensors, "labels": table.labels, "paths": joined, "path_ends": ends}
+    save_file({name: tensor.contiguous() for name, tensor in columns.items()}, file, table.metadata)
+
+
+def _write_parquet(table: FeatureTable, file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "path": pa.array(table.paths, pa.string()),
+        "label": pa.array(table.labels.numpy()),
+        **{name: _lists(tensor.numpy()) for name, tensor in table.tensors.items()},
+    }
+    rows = pa.table(columns).replace_schema_metadata(table.metadata)
+    pq.write_table(rows, file, use_dictionary=["path"], row_group_size=1 << 14)
+
+
+def _lists(rows: np.ndarray) -> "pyarrow.Array":
+    """float32 [N, ...] as a column of lists of fixed sizes, nested as the dimensions are."""
+    import pyarrow as pa
+
+    column = pa.array(rows.reshape(-1))
+    for size in reversed(rows.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+WRITERS: dict[str, Callable[[FeatureTable, Path], None]] = {
+    ".safetensors": _write_safetensors,
+    ".parquet": _write_parquet,
+}
+"""Formats by suffix."""
