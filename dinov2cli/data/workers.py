@@ -48,11 +48,16 @@ def available_cores() -> int:
 
 
 def set_up_worker(worker: int) -> None:
-    """One thread a worker: parallelism comes from their number. Ctrl-C is for the main process to handle."""
+    """One thread a worker: parallelism comes from their number. Signals are for the main process to handle."""
     import cv2
     import torch
 
+    # A terminal sends Ctrl-C, and Slurm its signals, to all processes; without its loaders a training cannot save. The
+    # second SIGTERM is from the main process, which wants this one to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "SIGUSR2"):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.excepthook = _report_unless_reader_left
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

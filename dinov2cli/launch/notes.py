@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +56,8 @@ def reported() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if not is_supervised():
             raise
-        folder, rank = Path(os.environ[NOTES_FOLDER]), worker_rank()
-        note = note_of(error, rank)
-        if note.kind == "error" and time_of_mark(folder, rank, "joining") and not time_of_mark(folder, rank, "joined"):
-            note = replace(note, kind="crash", exit_code=1)  # not finding the others may pass
-        write_note(folder, note)
+        note = note_of(error, worker_rank())
+        write_note(Path(os.environ[NOTES_FOLDER]), note)
         raise SystemExit(1 if note.kind == "crash" else 0) from error
 
 

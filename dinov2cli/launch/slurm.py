@@ -158,7 +158,7 @@ def make_executor(
         tasks.append(f"--cpus-per-task={cpus}")  # newer versions of srun do not take it over from sbatch
     executor.update_parameters(
         **wanted,
-        additional_parameters=further,
+        additional_parameters={key: value for key, value in further.items() if value is not None},
         srun_args=tasks,
         stderr_to_stdout=True,
         setup=[*options.setup, IGNORE_IN_SCRIPT],

@@ -1,0 +1,129 @@
+"""Submission to Slurm, as far as it goes without a cluster: the script, what it must not import, what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinov2cli.errors import ConfigError
+from dinov2cli.launch.slurm import SlurmOptions, last_line, new_folder, outside_of_any_job, script, split_parameter
+
+TRAIN = ["train", "--preset", "vitl16_short", "--output-dir"]
+
+
+def run_without_torch(arguments: list[str], path: str) -> subprocess.CompletedProcess[str]:
+    """`dino2 arguments` in a process that fails if it has imported torch at the end."""
+    code = (
+        "import sys\n"
+        "from dinov2cli.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def directives(text: str) -> dict[str, str]:
+    words = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words}
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
+    more = ["--nodes", "4", "--gpus", "8", "--partition", "gpu", "--account", "vision", "--qos", "long",
+            "--constraint", "a100", "--exclude", "n[3-4]", "--comment", "a run", "--timeout-min", "600",
+            "--mem", "900G", "--slurm", "reservation=spring", "--slurm", "exclusive=true",
+            "--slurm", "signal_delay_s=300",
+            "--setup", "module load cuda", "--setup", "export A=1"]  # fmt: skip
+    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--dry-run", *more], "/nowhere")
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+    found = directives(result.stdout)
+    expected = {
+        "nodes": "4", "ntasks-per-node": "1", "gpus-per-node": "8", "cpus-per-task": "64", "partition": "gpu",
+        "account": "vision", "qos": "long", "constraint": "a100", "exclude": "'n[3-4]'", "comment": "'a run'",
+        "time": "600", "mem": "900G", "reservation": "spring", "exclusive": "", "signal": "USR2@300", "requeue": "",
+        "job-name": "dino2-run",
+    }  # fmt: skip
+    assert {key: found.get(key) for key in expected} == expected
+    assert "wckey" not in found
+    lines = result.stdout.splitlines()
+    (srun,) = [line for line in lines if line.startswith("srun ")]
+    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=64" in srun
+    assert lines.index("module load cuda") < lines.index("export A=1") < lines.index(srun)
+
+
+def test_the_configuration_is_checked_before_anything_is_submitted(tmp_path: Path) -> None:
+    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--nodes", "4", "optim.epoch=3"], "/nowhere")
+    assert result.returncode == 2
+    assert "did you mean optim.epochs?" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_without_slurm_one_line_says_so_and_names_the_alternative(tmp_path: Path) -> None:
+    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--nodes", "4"], "/nowhere")
+    assert result.returncode == 2
+    first, second = result.stderr.strip().splitlines()
+    assert "no Slurm here" in first and "--gpus N" in second
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_slurm_option_submits(tmp_path: Path) -> None:
+    for option in (["--partition", "gpu"], ["--slurm", "nice=3"], ["--timeout-min", "10"]):
+        result = run_without_torch([*TRAIN, str(tmp_path / "run"), *option], "/nowhere")
+        assert result.returncode == 2 and "no Slurm here" in result.stderr
+    evaluation = run_without_torch(["eval", "knn", "runs/x", "--partition", "gpu"], "/nowhere")
+    assert evaluation.returncode == 2 and "no Slurm here" in evaluation.stderr
+
+
+def test_jobs_on_the_cpu_ask_for_no_gpus(tmp_path: Path) -> None:
+    found = directives(script(["train"], SlurmOptions(gpus=6, cpu=True), folder=tmp_path, name="x"))
+    assert "gpus-per-node" not in found and found["cpus-per-task"] == "6"
+
+
+def test_parameters_win_over_the_options_of_their_name(tmp_path: Path) -> None:
+    options = SlurmOptions(partition="gpu", parameters=("partition=big", "mail-type=END", "requeue=false"))
+    found = directives(script(["train"], options, folder=tmp_path, name="x"))
+    assert found["partition"] == "big" and found["mail-type"] == "END" and "requeue" not in found
+
+
+@pytest.mark.parametrize("word", ["partition", "=x", "--=x"])
+def test_parameters_that_are_none(word: str) -> None:
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        split_parameter(word)
+
+
+def test_a_short_limit_leaves_time_to_train_before_the_signal(tmp_path: Path) -> None:
+    found = directives(script(["train"], SlurmOptions(timeout_min=3), folder=tmp_path, name="x"))
+    assert found["signal"] == "USR2@60"
+
+
+def test_options_travel_to_the_job(tmp_path: Path) -> None:
+    options = SlurmOptions(nodes=3, partition="gpu", setup=("a", "b"), parameters=("x=1",))
+    assert SlurmOptions.from_json(options.to_json()) == options
+
+
+def test_every_job_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    folders = {new_folder(tmp_path) for _ in range(5)}
+    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_job_does_not_hand_its_own_variables_to_those_it_submits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "MASTER_PORT", "DINO2_NOTES", "SLURM_CONF", "HOME"):
+        monkeypatch.setenv(name, "1")
+    before = dict(os.environ)
+    with outside_of_any_job():
+        assert os.environ.keys() & before.keys() >= {"SLURM_CONF", "HOME"}
+        assert {name for name in os.environ if name.startswith("SLURM_")} == {"SLURM_CONF"}
+        assert not {"RANK", "MASTER_PORT", "DINO2_NOTES"} & os.environ.keys()
+    assert dict(os.environ) == before
+
+
+def test_the_reason_of_a_refusal_is_found() -> None:
+    text = "sbatch: hint: x\nsbatch: error: invalid partition specified: nowhere\nFailed to run"
+    assert last_line(text) == "sbatch: error: invalid partition specified: nowhere"
+    assert last_line("") == "no reason given"
+    assert json.loads(SlurmOptions().to_json())["nodes"] == 1
