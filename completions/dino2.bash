@@ -9,6 +9,7 @@ _dino2() {
         case "$path ${COMP_WORDS[i]}" in
             "dino2 prepare-imagenet") path="dino2 prepare-imagenet" ;;
             "dino2 train") path="dino2 train" ;;
+            "dino2 status") path="dino2 status" ;;
             "dino2 embed") path="dino2 embed" ;;
             "dino2 results") path="dino2 results" ;;
             "dino2 export") path="dino2 export" ;;
@@ -17,6 +18,7 @@ _dino2() {
             "dino2 pca-image") path="dino2 pca-image" ;;
             "dino2 attention") path="dino2 attention" ;;
             "dino2 plot") path="dino2 plot" ;;
+            "dino2 doctor") path="dino2 doctor" ;;
             "dino2 eval") path="dino2 eval" ;;
             "dino2 eval knn") path="dino2 eval knn" ;;
             "dino2 eval logreg") path="dino2 eval logreg" ;;
@@ -25,6 +27,8 @@ _dino2() {
             "dino2 presets list") path="dino2 presets list" ;;
             "dino2 presets show") path="dino2 presets show" ;;
             "dino2 bench") path="dino2 bench" ;;
+            "dino2 bench train") path="dino2 bench train" ;;
+            "dino2 bench extract") path="dino2 bench extract" ;;
             "dino2 bench knn") path="dino2 bench knn" ;;
             "dino2 bench logreg") path="dino2 bench logreg" ;;
             "dino2 bench linear") path="dino2 bench linear" ;;
@@ -34,7 +38,7 @@ _dino2() {
     case "$path" in
         "dino2")
             options="--version --install-completion --show-completion --help -h"
-            words="prepare-imagenet train embed results export info pca-video pca-image attention plot eval presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor eval presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -51,12 +55,27 @@ _dino2() {
                 --config-file) :; return ;;
                 --data) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --init-from) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
                 compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
                 compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
@@ -71,9 +90,13 @@ _dino2() {
                 data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --output-dir --cpu --init-from --no-resume --dry-run --help -h"
-            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks=" ;;
+            options="--preset --config-file --data --output-dir --gpus --cpu --init-from --no-resume --dry-run --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 status")
+            options="--json --help -h"
+            words="" ;;
         "dino2 embed")
             case "$prev" in
                 --data) :; return ;;
@@ -157,6 +180,15 @@ _dino2() {
             esac
             options="--output -o --smooth --help -h"
             words="" ;;
+        "dino2 doctor")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+            esac
+            options="--preset --config-file --data --output-dir --cpu --json --help -h"
+            words="" ;;
         "dino2 eval")
             options="--help -h"
             words="knn logreg linear" ;;
@@ -175,8 +207,21 @@ _dino2() {
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
             words="" ;;
         "dino2 eval logreg")
             case "$prev" in
@@ -194,8 +239,21 @@ _dino2() {
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
             words="" ;;
         "dino2 eval linear")
             case "$prev" in
@@ -221,8 +279,21 @@ _dino2() {
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --help -h"
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
             words="" ;;
         "dino2 presets")
             options="--help -h"
@@ -235,7 +306,76 @@ _dino2() {
             words="adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
         "dino2 bench")
             options="--help -h"
-            words="knn logreg linear augment" ;;
+            words="train extract knn logreg linear augment" ;;
+        "dino2 bench train")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --attention) :; return ;;
+                --precision) :; return ;;
+                --compile) :; return ;;
+                --device) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --device --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 bench extract")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batches) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--preset --config-file --data --batch-size --batches --image-size --device --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench knn")
             case "$prev" in
                 --queries) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -279,6 +419,8 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
@@ -293,9 +435,10 @@ _dino2() {
                 data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
             options="--data --preset --config-file --workers --images --repeats --json --help -h"
-            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks=" ;;
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
     esac
     if [[ $cur == -* ]]; then words=$options; fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dinov2cli.cli.bench_eval import knn_command, linear_command, logreg_command
+from dinov2cli.cli.bench_train import extract_command, train_command
 from dinov2cli.cli.completion import complete_override, complete_preset
 from dinov2cli.console import out, print_json
 from dinov2cli.errors import ConfigError
@@ -17,6 +18,8 @@ bench = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+bench.command("train")(train_command)
+bench.command("extract")(extract_command)
 bench.command("knn")(knn_command)
 bench.command("logreg")(logreg_command)
 bench.command("linear")(linear_command)

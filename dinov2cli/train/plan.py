@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dinov2cli.data.loaders import TrainLoader
+from dinov2cli.train.memory import describe, estimate
 
 if TYPE_CHECKING:
     from dinov2cli.train.trainer import Trainer
@@ -49,6 +50,14 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         ("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})"),
         ("processes", f"{world}; sharding {trainer.sharding.mode} ({trainer.sharding_reason})"),
         ("attention", f"{trainer.attention_backend} ({trainer.attention_reason})"),
+        (
+            "expected memory",
+            describe(
+                estimate(
+                    config, world_size=world, sharding=trainer.sharding.mode, precision=trainer.precision.name
+                )
+            ),
+        ),
     ]
     return rows
 

@@ -22,6 +22,7 @@ from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
+from dinov2cli.train.compilation import compile_networks
 from dinov2cli.train.display import print_plan
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients, optimizer_state
 from dinov2cli.train.parameter_groups import apply_schedules
@@ -96,6 +97,8 @@ class Trainer:
         if device.type == "cpu":
             keep_freed_memory()
         self.meta_arch.to(device).train()
+        if config.train.compile:
+            compile_networks(self.meta_arch)
         self.sharding = Sharding(self.meta_arch, mode, self.precision)
         self.optimizer = build_optimizer(self.meta_arch.student, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale_gradients)
