@@ -19,6 +19,7 @@ from dinov2cli.console import Interrupted
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.errors import DataError
+from dinov2cli.train.precision import Precision
 from dinov2cli.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -264,3 +265,32 @@ def test_what_befalls_one_process_ends_both(images: Path, tmp_path: Path) -> Non
     )
     assert said == said_there == ["the disk of node 2 is gone"]
     assert unchanged and unchanged_there
+
+
+def losses_in_bfloat16(images: str, run: str) -> dict[str, list[float]]:
+    """Three iterations of each way of sharing, with matrix products in bfloat16 as on a GPU."""
+    found = {}
+    Precision.resolve = classmethod(  # type: ignore[method-assign, assignment]
+        lambda cls, config, device: cls(device, torch.bfloat16, False, "for this test")
+    )
+    for mode in ("ddp", "fsdp"):
+        config = configure(Path(images), Path(run) / mode, "train.batch_size_per_gpu=4", f"train.sharding={mode}",
+                           "train.activation_checkpointing=true", "ibot.separate_head=true",
+                           "ibot.head_n_prototypes=24", "optim.warmup_epochs=0")  # fmt: skip
+        trainer = Trainer(config, CPU)
+        batches = iter(trainer.make_loader())
+        found[mode] = [trainer.train_step([next(batches)]).losses.total.item() for _ in range(3)]
+        backbone = trainer.sharding.teacher_backbone()
+        assert not any(isinstance(value, DTensor) for value in backbone.parameters())
+        found[f"{mode} features"] = backbone(torch.ones(1, 3, 32, 32)).flatten().tolist()
+    return found
+
+
+def test_half_precision_and_checkpointed_activations_combine_with_both(images: Path, tmp_path: Path) -> None:
+    found, other = run_in_processes(2, losses_in_bfloat16, str(images), str(tmp_path))
+    assert found == other  # each the mean over both
+    assert found["ddp"] == pytest.approx(found["fsdp"], rel=2e-2)
+    assert found["ddp"][0] != found["ddp"][1]
+    torch.testing.assert_close(
+        torch.tensor(found["ddp features"]), torch.tensor(found["fsdp features"]), rtol=0.05, atol=0.05
+    )
