@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_MEAN, _STD = np.array(IMAGENET_MEAN, np.float32) * 255, np.array(IMAGENET_STD, np.float32) * 255
 BLUR_KERNEL = 9
 """Width in pixels of the Gaussian blur of the crops."""
 
@@ -90,8 +91,7 @@ def solarize(image: np.ndarray) -> np.ndarray:
 
 def normalize_image(image: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> float32 [3, H, W] with ImageNet's mean and standard deviation."""
-    mean, std = np.array(IMAGENET_MEAN, np.float32) * 255, np.array(IMAGENET_STD, np.float32) * 255
-    return torch.from_numpy(np.ascontiguousarray(((image - mean) / std).transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(((image - _MEAN) / _STD).transpose(2, 0, 1)))
 
 
 @lru_cache

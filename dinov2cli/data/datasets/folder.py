@@ -1,5 +1,6 @@
 """A folder of images, with class subfolders or without."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class FolderDataset(ImageDataset):
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
+        self._prefix = os.path.join(self.root, "")  # pathlib would take longer than reading a small image
         listing = list_images(self.root)
         self._paths = listing.paths
         self._classes = listing.classes
@@ -41,7 +43,7 @@ class FolderDataset(ImageDataset):
 
     def path(self, index: int) -> str:
         self._check_index(index)
-        return str(self.root / self._paths[index])
+        return f"{self._prefix}{self._paths[index]}"
 
     def targets(self) -> np.ndarray:
         return self._classes.astype(np.int64)

@@ -1,0 +1,83 @@
+"""PNG files: the fast way gives Pillow's pixels, and what it may not touch or what is damaged goes the other way."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from dinov2cli.data.decoding import UnreadableImage, decode_image, is_plain_png
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (13, 29, 3), dtype=np.uint8)
+
+
+def png_of(pixels: np.ndarray, mode: str | None = None, **how: object) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(file, "PNG", **how)
+    return file.getvalue()
+
+
+def with_text() -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "taken in spring")
+    return info
+
+
+@pytest.mark.parametrize(
+    ("data", "plain"),
+    [
+        (png_of(RGB), True),
+        (png_of(RGB, "L"), True),
+        (png_of(RGB, compress_level=0), True),
+        (png_of(RGB, pnginfo=with_text(), dpi=(72, 72)), True),
+        (png_of(np.tile(RGB, (60, 60, 1))), True),  # several data chunks
+        (png_of(RGB, "P"), False),
+        (png_of(RGB, "RGBA"), False),
+        (png_of(RGB, "LA"), False),
+        (png_of(RGB, "1"), False),
+        (png_of(RGB, transparency=(0, 0, 0)), False),
+        (png_of(RGB[:, :, 0].astype(np.uint16) * 257), False),
+    ],
+)
+def test_pixels_are_those_of_pillow(data: bytes, plain: bool) -> None:
+    assert is_plain_png(data) == is_plain_png(memoryview(data)) == plain
+    image = Image.open(io.BytesIO(data))
+    if not image.mode.startswith("I;16"):
+        np.testing.assert_array_equal(decode_image(data, "x"), np.asarray(image.convert("RGB")))
+
+
+def test_damage_is_told_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    whole = png_of(RGB)
+    damaged = [whole[:20], whole[: len(whole) // 2], whole[:-60], bytes([*whole[:60], whole[60] ^ 1, *whole[61:]])]
+    for data in damaged:
+        assert not is_plain_png(data)
+        with pytest.raises(UnreadableImage, match="x: "):
+            decode_image(data, "x")
+    assert not capfd.readouterr().err
+
+
+def test_a_checksum_that_fits_does_not_make_data_good() -> None:
+    whole = png_of(RGB)
+    start = whole.index(b"IDAT")
+    size = int.from_bytes(whole[start - 4 : start], "big")
+    body = b"IDAT" + bytes(size)
+    data = whole[:start] + body + zlib.crc32(body).to_bytes(4, "big") + whole[start + size + 8 :]
+    assert is_plain_png(data)
+    with pytest.raises(UnreadableImage, match="x: "):
+        decode_image(data, "x")
+
+
+def test_paths_of_a_folder_are_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinov2cli.data.datasets import make_dataset
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(png_of(RGB))
+    monkeypatch.chdir(tmp_path)
+    for root in (str(tmp_path), f"{tmp_path}/", "../" + tmp_path.name):
+        images = make_dataset(root)
+        assert Path(images.path(0)) == Path(root) / "a" / "1.png"
+        np.testing.assert_array_equal(images.image(0), RGB)
