@@ -204,6 +204,7 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
     from dinov2cli import distributed
     from dinov2cli.console import logger, set_up_logging
     from dinov2cli.data.datasets import make_dataset
+    from dinov2cli.launch.preflight import preflight
     from dinov2cli.models.vision_transformer import VisionTransformer
     from dinov2cli.train.precision import choose_device
     from dinov2cli.train.rehearsal import rehearse
@@ -231,6 +232,7 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
         set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
     device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+    preflight(config, device, dataset=dataset)
     with distributed.same_error_everywhere():
         on_teacher = teacher_tasks(config, device)
     trainer = Trainer(
