@@ -159,4 +159,5 @@ def _adopt_srun_variables() -> None:
         return
     from submitit.helpers import TorchDistributedEnvironment
 
+    os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")  # by which submitit knows where it is
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
