@@ -3,6 +3,7 @@
 import json
 import logging
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,37 @@ def test_the_newest_are_kept_and_loaded_in_place(checkpointer: Checkpointer) -> 
     tensor = state["model"]["w"]
     assert checkpointer.load_latest(state) == 40
     assert tensor.eq(40).all() and state["model"]["w"] is tensor and state["plain"]["scale"] == 40
+
+
+def test_in_the_background_what_was_there_is_written(tmp_path: Path) -> None:
+    """The state may change while it is written, and again before the next copy of it."""
+    checkpointer = Checkpointer(tmp_path, keep=3)
+    live = state_of(0)
+    for iteration in (1, 2, 3):
+        live["model"]["w"].fill_(iteration)
+        checkpointer.save(iteration, live, facts={"world_size": 7}, wait=False)
+        live["model"]["w"].fill_(-1)
+    checkpointer.finish()
+    assert [iteration for iteration, _ in checkpointer.list()] == [3, 2, 1]
+    for iteration, path in checkpointer.list():
+        loaded = {"model": {"w": torch.zeros(300, 7)}}
+        torch.distributed.checkpoint.load(loaded, checkpoint_id=path, no_dist=True)
+        assert loaded["model"]["w"].eq(iteration).all()
+    assert checkpointer.newest_facts() == {"iteration": 3, "world_size": 7}
+
+
+def test_a_failure_in_the_background_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    checkpointer = Checkpointer(tmp_path / "file", keep=1)
+    checkpointer.save(1, state_of(0), wait=False)
+    until = time.monotonic() + 30
+    while not checkpointer.failed():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match="iteration_00000001: the checkpoint could not be written"):
+        checkpointer.finish()
+    checkpointer.finish()  # told once
+    assert not checkpointer.failed()
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
