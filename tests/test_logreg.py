@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from dinov2cli.errors import DataError
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.lbfgs import minimise
-from dinov2cli.eval.logreg import C_VALUES, LogregSettings, evaluate_logreg, hold_out_tenth
+from dinov2cli.eval.logreg import C_VALUES, LogregSettings, evaluate_logreg, hold_out_tenth, sweep
 from dinov2cli.eval.metrics import MetricType
 from dinov2cli.eval.softmax_regression import fit
 
@@ -160,3 +160,37 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert together.accuracy == alone.accuracy and together.best_C == alone.best_C
         assert together.sweep == alone.sweep
         torch.testing.assert_close(together.classifier.weight, alone.classifier.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.15, 0.5, 1.5])
+def test_the_C_chosen_is_that_of_float64(spread: float) -> None:  # noqa: N802
+    train, held = make_features(1500, 1, 5, 16, spread), make_features(400, 2, 5, 16, spread)
+    Cs = C_VALUES[4::2]
+    exact = fit(train.cls, train.targets, Cs, max_iter=3000)
+    (expected,) = (100 * (exact.scores(held.cls, 5).argmax(2) == held.targets).double().mean(1)).unsqueeze(0)
+    chosen, accuracies = sweep(train, held, LogregSettings(Cs=Cs), 5)
+    found = torch.tensor([accuracy.top1 for accuracy in accuracies])
+    assert float((found - expected).abs().max()) <= 0.25 + 1e-6  # an image of 400
+    assert float(expected[found.argmax()]) == pytest.approx(float(expected.max()))
+    assert int(found.argmax()) == int(expected.argmax())
+    assert chosen.Cs == Cs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_that_come_apart(dtype: torch.dtype) -> None:
+    """Weak regularisation of nearly separable classes: losses far below the rounding of probabilities near 1."""
+    data = make_features(2000, 1, 6, 40, spread=1.2)
+    Cs = [10.0, 1e3, 1e5]
+    ours = fit(data.cls, data.targets, Cs, dtype=dtype)
+    assert int(ours.iterations.max()) < 1000
+    x, y = data.cls.double(), data.targets
+
+    def objective(weight: torch.Tensor, bias: torch.Tensor, C: float) -> float:
+        return float(
+            torch.nn.functional.cross_entropy(x @ weight.T + bias, y) + weight.square().sum() / (2 * C * len(x))
+        )
+
+    for i, C in enumerate(Cs):
+        oracle = LogisticRegression(C=C, tol=1e-10, max_iter=5000).fit(x.numpy(), y.numpy())
+        theirs = objective(torch.tensor(oracle.coef_), torch.tensor(oracle.intercept_), C)
+        assert objective(ours.weight[i], ours.bias[i], C) < (1 + (1e-4 if dtype is torch.float32 else 1e-7)) * theirs

@@ -95,7 +95,8 @@ def sweep(
     margin = max(CONTENDERS, 200 / max(1, accuracies[0].images))
     needed = max(accuracy.top1 for accuracy in accuracies) - margin - 1e-9
     contenders = [i for i, accuracy in enumerate(accuracies) if accuracy.top1 >= needed]
-    exact = _fit([train], [settings.Cs[i] for i in contenders], settings, device, rough.select(contenders))
+    Cs = [settings.Cs[i] for i in contenders]
+    exact = _fit([train], Cs, settings, device, ftol=1e-9, start=rough.select(contenders))
     for i, accuracy in zip(contenders, measure(exact, chosen_on, n_classes, settings.metric), strict=True):
         accuracies[i] = accuracy
     rough.weight[contenders], rough.bias[contenders] = exact.weight, exact.bias
@@ -127,6 +128,8 @@ def _fit(
     Cs: Sequence[float],
     settings: LogregSettings,
     device: torch.device | str,
+    *,
+    ftol: float = 1e-13,
     start: Classifiers | None = None,
 ) -> Classifiers:
     features = torch.cat([part.cls for part in parts]).to(device)
@@ -139,6 +142,7 @@ def _fit(
             Cs,
             max_iter=settings.max_iter,
             tol=settings.tol,
+            ftol=ftol,
             dtype=dtype,
             start=start,
             after_step=stop_if_asked,

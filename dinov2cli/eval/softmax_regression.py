@@ -55,6 +55,7 @@ def fit(
     *,
     max_iter: int = 1000,
     tol: float = 1e-12,
+    ftol: float = 1e-13,
     dtype: torch.dtype = torch.float64,
     start: Classifiers | None = None,
     after_step: Callable[[], None] = lambda: None,
@@ -69,8 +70,9 @@ def fit(
         targets: int64 [N].
         max_iter: steps, in each precision.
         tol: as in scikit-learn, a bound on the largest component of the gradient of the mean loss.
-        dtype: float64 solves to `tol`; float32 stops where a step lowers the objective by less than a ten-millionth of
-            it, the precision of its products: accuracies are those of the minimum, but for an image or two.
+        ftol: float64 also stops where a step lowers the objective by less than this, relative to it.
+        dtype: float32 stops where a step lowers the objective by less than a ten-millionth of it, the precision of its
+            products: accuracies are those of the minimum, but for an image or two.
         start: classifiers for the same Cs and classes to begin from.
         after_step: called after every step of all; may raise to stop.
 
@@ -104,7 +106,7 @@ def fit(
     iterations = found.iterations
     if dtype is torch.float64:
         exact = _Problem(rotated, labels, penalty, N, K, after_step)
-        found = _minimise(exact, found.points, max_iter, tol, ftol=1e-13, rounding=1e-15, memory=found.memory)
+        found = _minimise(exact, found.points, max_iter, tol, ftol=ftol, rounding=1e-15, memory=found.memory)
         iterations = iterations + found.iterations
     weight, bias = view(found.points)
     weight = weight @ rotation.T
