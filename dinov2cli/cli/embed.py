@@ -27,6 +27,16 @@ def embed(
     batch_size: BatchSize = 256,
     num_workers: NumWorkers = None,
     image_size: ImageSize = None,
+    resize_ratio: Annotated[
+        float,
+        typer.Option(
+            "--resize-ratio",
+            min=1,
+            help="Short side to resize to, as a multiple of the image size: 256/224 as in eval knn and linear, 1 as in "
+            "eval logreg.",
+            show_default="256/224",
+        ),
+    ] = 256 / 224,
     device: Device = None,
     no_cache: NoCache = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the file.")] = False,
@@ -53,7 +63,8 @@ def embed(
     with process_group():
         images = make_dataset(data)
         subject = load_subject(checkpoint, config_file)
-        extract = make_extraction(image_size, batch_size, num_workers, device, no_cache).of(subject, detailed=True)
+        extraction = make_extraction(image_size, batch_size, num_workers, device, no_cache)
+        extract = extraction.of(subject, detailed=True, resize_ratio=resize_ratio)
         features = embedding.embed(extract, images, output)
         if not is_main():
             return
