@@ -97,6 +97,17 @@ def test_architecture_follows_the_weights_unless_it_is_set(tmp_path: Path) -> No
     assert (chosen.arch, chosen.embed_dim, chosen.num_register_tokens) == ("vit_small", None, 0)
 
 
+def test_a_run_resumes_without_the_weights_it_began_with(tmp_path: Path) -> None:
+    weights = exported(tmp_path, "official")
+    begun = config_for(tmp_path, weights, "optim.epochs=1")
+    run(begun, cpu=True, resume=True, dry_run=False)
+    weights.unlink()
+    resumed = config_for(tmp_path, weights)  # as typed before, but for its length
+    assert resumed.student == begun.student
+    run(resumed, cpu=True, resume=True, dry_run=False)
+    assert len(metrics_of(tmp_path / "run")) == 12
+
+
 def test_adaptation_preset_takes_the_weights_architecture(tmp_path: Path) -> None:
     source = save(sample_state(replace(SOURCE, embed_dim=192, num_heads=3, hidden_dim=512, patch_size=14, img_size=56)),
                   tmp_path / "weights.pth")  # fmt: skip

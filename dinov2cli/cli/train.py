@@ -119,7 +119,7 @@ def train(
             # What the weights say of the model is left to the job: reading them needs torch.
             submit(context, resolve_config(*arguments, read_weights=False), options, dry_run=dry_run)
             return
-    config = resolve_config(*arguments)
+    config = resolve_config(*arguments, resume=not no_resume)
     if not is_worker():
         from dinov2cli.launch.local import launch_local, processes_here
 
@@ -154,6 +154,7 @@ def resolve_config(
     init_from: str | None,
     *,
     read_weights: bool = True,
+    resume: bool = True,
 ) -> "Config":
     """The configuration that the options say: options that stand for a key are overrides of it.
 
@@ -171,23 +172,39 @@ def resolve_config(
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = load_config(preset=preset, config_file=config_file, overrides=[*overrides, *given])
     if config.student.pretrained_weights and read_weights:
-        follow = keys_that_follow_weights(config)
+        follow = keys_that_follow_weights(config, Path(config.train.output_dir) if resume else None)
         config = load_config(preset=preset, config_file=config_file, overrides=[*follow, *overrides, *given])
     if config.train.output_dir == ".":
         raise ConfigError("no run folder given", "Add --output-dir DIR; the run can be resumed from it.")
     return config
 
 
-def keys_that_follow_weights(config: "Config") -> list[str]:
-    """Overrides that make the student like the weights it starts from, for the keys that nobody has set."""
+def keys_that_follow_weights(config: "Config", run_folder: Path | None) -> list[str]:
+    """Overrides that make the student like the weights it starts from, for the keys that nobody has set.
+
+    A run that is resumed in `run_folder` already says them in its `config.yaml`: the weights may be gone by then.
+    """
     from dinov2cli.models.weights import read_weights, spell, student_settings
 
-    settings = student_settings(read_weights(config.student.pretrained_weights).architecture)
+    settings = settings_of_run(run_folder) if run_folder is not None else {}
+    settings = settings or student_settings(read_weights(config.student.pretrained_weights).architecture)
     chosen = set(config.student.model_fields_set)
     size = {"arch", "embed_dim", "depth", "num_heads"}
     if chosen & size:  # these describe one thing together: whoever sets one has chosen
         chosen |= size
     return [f"student.{key}={spell(value)}" for key, value in settings.items() if key not in chosen]
+
+
+def settings_of_run(run_folder: Path) -> dict[str, object]:
+    """The student's architecture in a run that has something to resume from; empty otherwise."""
+    from dinov2cli.config import load_config
+    from dinov2cli.train.run_folder import RunFolder
+
+    folder = RunFolder(run_folder)
+    if not folder.config.exists() or not any(folder.checkpoints.glob("iteration_*")):
+        return {}
+    settings = load_config(config_file=folder.config).student.model_dump()
+    return {key: value for key, value in settings.items() if key != "pretrained_weights"}
 
 
 def run(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -> None:
