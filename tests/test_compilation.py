@@ -1,0 +1,49 @@
+"""`train.compile`: the same losses and gradients, through PyTorch's compiler for the CPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from dinov2cli.config import Config, load_config
+from dinov2cli.train.benchmark import synthetic_batch
+from dinov2cli.train.compilation import compile_networks
+from dinov2cli.train.ssl_meta_arch import SSLMetaArch
+
+SIZES = [
+    "student.arch=vit_tiny", "student.embed_dim=32", "student.depth=3", "student.num_heads=2", "student.patch_size=14",
+    "student.layerscale=0.5", "student.drop_path_rate=0.3",
+    "crops.global_crops_size=56", "crops.local_crops_size=28", "crops.local_crops_number=2",
+    "dino.head_n_prototypes=64", "dino.head_hidden_dim=40", "dino.head_bottleneck_dim=16", "train.batch_size_per_gpu=6",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
+@pytest.mark.parametrize("variant", [[], ["student.ffn_layer=swiglufused", "ibot.separate_head=true"]])
+def test_compiled_steps_equal_uncompiled_ones(variant: list[str]) -> None:
+    config = load_config(overrides=[*SIZES, *variant])
+    plain, compiled = (losses_and_gradients(config, compile_it) for compile_it in (False, True))
+    for (plain_losses, plain_gradients), (losses, gradients) in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == plain_gradients.keys()
+        for name, gradient in gradients.items():
+            difference = (gradient - plain_gradients[name]).norm() / plain_gradients[name].norm().clamp(min=1e-6)
+            assert difference < 1e-3, (name, difference)
+
+
+def losses_and_gradients(config: Config, compile_it: bool) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Of three batches with different numbers of masked patches."""
+    torch.manual_seed(0)
+    meta_arch = SSLMetaArch(config).train()
+    if compile_it:
+        compile_networks(meta_arch)
+    results = []
+    for seed in range(3):
+        batch = synthetic_batch(config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}))
+        meta_arch.zero_grad()
+        losses = meta_arch(batch, 0.05, torch.Generator().manual_seed(seed))
+        losses.total.backward()
+        gradients = {name: p.grad.clone() for name, p in meta_arch.student.named_parameters() if p.grad is not None}
+        results.append((torch.stack(losses).detach(), gradients))
+    return results
