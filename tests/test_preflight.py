@@ -20,7 +20,7 @@ from dinov2cli.cli.main import main
 from dinov2cli.config import Config, load_config
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
-from dinov2cli.launch import machine_checks, preflight
+from dinov2cli.launch import machine_checks, preflight, run_checks
 from dinov2cli.launch.findings import Situation, Status, failure, ok, warning
 from dinov2cli.launch.run_checks import checkpoint_bytes, within
 from dinov2cli.models import attention
@@ -134,6 +134,14 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
     written = trainer.checkpointer.save(0, trainer.state())
     size = sum(file.stat().st_size for file in written.iterdir())
     assert checkpoint_bytes(config) == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.parametrize(("gigabytes", "status"), [(100, Status.OK), (0.09, Status.WARNING), (0.01, Status.FAILURE)])
+def test_memory_too_small(gigabytes: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2cli.launch.run_checks.main_memory", lambda: int(gigabytes * 1e9))
+    found = run_checks.memory(Situation(load_config(preset="demo"), CPU))
+    assert found.status is status and f"{gigabytes:,.1f} GB are there" in found.text
+    assert ("smaller student.arch" in found.remedy) == (status is Status.FAILURE)
 
 
 def test_kernels_that_are_wrong_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:

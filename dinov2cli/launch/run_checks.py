@@ -23,7 +23,10 @@ from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.launch.findings import Finding, Situation, Status, failure, ok, warning
 from dinov2cli.launch.machine_checks import main_memory
+from dinov2cli.train.memory import describe, estimate
+from dinov2cli.train.precision import Precision
 from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.sharding import choose_sharding
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 T = TypeVar("T")
@@ -178,32 +181,34 @@ def disk_space(situation: Situation) -> Finding:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of a training checkpoint: student, teacher and Adam's two moments, in float32."""
-    student, everything = _sizes(config)
-    return 4 * (everything + 2 * student)
-
-
-def _sizes(config: Config) -> tuple[int, int]:
-    """Numbers in the student, and in student, teacher and centers together."""
+    """Size of a training checkpoint: student, teacher and centers, and Adam's two moments, in float32."""
     with torch.device("meta"):  # shapes only
         networks = SSLMetaArch(config, "sdpa")
     student = sum(parameter.numel() for parameter in networks.student.parameters())
-    return student, sum(tensor.numel() for tensor in networks.state_dict().values())
+    return 4 * (sum(tensor.numel() for tensor in networks.state_dict().values()) + 2 * student)
 
 
 def memory(situation: Situation) -> Finding:
-    """What the networks, gradients and optimizer take, against what the device has."""
-    student, everything = _sizes(situation.config)
-    needed = 4 * (everything + 3 * student)
-    where = situation.device
+    """What a process is expected to need at its peak, against what its device has."""
+    config, where = situation.config, situation.device
+    precision = Precision.resolve(config, where)
+    sharding, _ = choose_sharding(config, precision, distributed.world_size())
+    expected = estimate(config, world_size=distributed.world_size(), sharding=sharding, precision=precision.name)
     if where.type == "cuda":
-        total = torch.cuda.get_device_properties(where).total_memory
+        there = torch.cuda.get_device_properties(where).total_memory / 1e9
     else:
-        total = main_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    text = f"parameters, gradients and optimizer take {needed / 1e9:,.3g} GB of {total / 1e9:,.3g} GB"
-    facts = {"state_bytes": needed, "memory_bytes": total}
-    if needed > total and distributed.world_size() == 1:
-        return failure(text, "Choose a smaller student.arch or smaller heads, or more devices.", **facts)
+        there = main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
+    text = f"{describe(expected)}; {there:,.1f} GB are there"
+    facts = {"needed_gb": expected.total, "memory_gb": there, "sharding": sharding}
+    if expected.parameters + expected.gradients + expected.optimizer + expected.teacher > there:
+        return failure(
+            f"{text}, less than the networks and their optimizer take",
+            "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp.",
+            **facts,
+        )
+    if expected.total > there:
+        remedy = "Lower train.batch_size_per_gpu (and raise train.gradient_accumulation), or set "
+        return warning(text, f"{remedy}train.activation_checkpointing=true.", **facts)
     return ok(text, **facts)
 
 
