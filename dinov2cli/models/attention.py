@@ -43,11 +43,10 @@ class TokenLayout:
 
     def split(self, stream: Tensor) -> Iterator[Tensor]:
         """Views `[sequences, length, ...]` of the stream `[tokens, ...]`, one for each group."""
-        start = 0
-        for count, length in self.groups:
-            part = stream[start : start + count * length]
+        # One split: its gradient is one concatenation, where that of slices would be a sum of arrays full of zeros.
+        parts = stream.split([count * length for count, length in self.groups])
+        for (count, length), part in zip(self.groups, parts, strict=True):
             yield part.view(count, length, *stream.shape[1:])
-            start += count * length
 
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor]
