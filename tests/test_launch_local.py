@@ -1,5 +1,6 @@
 """`dino2 train --gpus N`: several processes of this machine, their errors, signals, deaths and restarts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -129,6 +130,19 @@ def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
     assert "--gpus 2: this machine has no GPU" in result.stderr and "--cpu" in result.stderr
 
 
+def test_an_evaluation_in_two_processes_is_said_once_and_as_in_one(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(images, run, "optim.epochs=1", "optim.warmup_epochs=0").wait(timeout=120) == 0
+    data = ["--train-dataset", str(images), "--val-dataset", str(images), "--nb-knn", "5", "--device", "cpu"]
+    words = [sys.executable, "-m", "dinov2cli", "eval", "knn", str(run), *data, "--no-cache", "--json"]
+    results = []
+    for more in ([], ["--gpus", "2"]):
+        result = subprocess.run([*words, *more], capture_output=True, text=True, env=ENVIRONMENT)
+        assert result.returncode == 0, result.stderr
+        results.append(json.loads(result.stdout)["rows"])
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_ends_all_processes_saved(number: signal.Signals, images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -144,6 +158,46 @@ def test_a_signal_ends_all_processes_saved(number: signal.Signals, images: Path,
     assert "Traceback" not in log and "start again" not in log
     reached = lines_of(run)
     assert (run / "checkpoints" / f"iteration_{reached:08d}").is_dir()
+
+
+def test_a_second_ctrl_c_does_not_wait(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(images, run, *LONGER)
+    wait_for_line(process, run, 3)
+    workers = workers_of(process)
+    os.kill(workers[1], signal.SIGSTOP)  # so that the first cannot be obeyed
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert gone(workers)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_replaced(images: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(images, run, *LONGER, "train.hang_timeout=8")
+    wait_for_line(process, run, 12)
+    os.kill(workers_of(process)[1], signal.SIGSTOP)
+    assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
+    (restart,) = read_restarts(run)
+    assert restart.kind == "crash" and "rank_00000.txt" in restart.reason
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.slow
+def test_starting_over_is_done_once_not_at_every_restart(images: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(images, run, "optim.epochs=1", "optim.warmup_epochs=0").wait(timeout=120) == 0
+    process = start(images, run, *LONGER, "--no-resume")
+    while not (run / "previous_1").exists():
+        time.sleep(0.05)
+    wait_for_line(process, run, 12)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
+    assert_equal_runs(run, whole)
+    assert [path.name for path in run.glob("previous_*")] == ["previous_1"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov2cli.errors import ConfigError, WeightsError
+from dinov2cli.launch.environment import worker_rank
 
 if TYPE_CHECKING:
     from dinov2cli.eval.metrics import MetricType
@@ -91,7 +92,7 @@ def load(
     from dinov2cli.console import set_up_logging
     from dinov2cli.eval.subject import datasets_for, load_subject
 
-    set_up_logging()
+    set_up_logging(quiet=worker_rank() > 0)
     checkpoint, overrides = split_arguments(arguments, pretrained_weights)
     subject = load_subject(checkpoint, config_file, overrides)
     return subject, *datasets_for(subject.config, train_dataset or (None if trains else "none"), val_dataset)
@@ -169,10 +170,9 @@ def make_extraction(
 
 def show(result: "Evaluation", as_json: bool, **extra: Any) -> None:
     from dinov2cli.console import out, print_json
-    from dinov2cli.distributed import is_main
     from dinov2cli.eval.reports import results_table
 
-    if not is_main():
+    if worker_rank() > 0:  # the processes have parted by now, so that each would be the main one
         return
     if as_json:
         print_json({**result.as_dict(), **extra})

@@ -14,7 +14,7 @@ from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
 
 STALE_S = 90.0
 """A process that trains gives a sign of life every few seconds; after this long without one it counts as gone."""
-RECENT = 50
+RECENT = 10
 """Lines of the metrics that the speed and the loss are taken from."""
 
 

@@ -279,7 +279,14 @@ class Supervisor(LocalElasticAgent):
             if code and ranks[local] not in known:
                 number = -code if code < 0 else 0
                 how = f"was killed ({signal.Signals(number).name})" if number else f"ended with exit code {code}"
+                if code == 1 and (stacks := self.fresh_stacks(ranks[local])):
+                    how = f"hung; what it was doing is in {stacks}"
                 write_note(self.notes, Note(ranks[local], "death", how, signal=number, time=time.time()))
+
+    def fresh_stacks(self, rank: int) -> Path | None:
+        """The stacks that a worker has written in the last minute, as it does when it hangs (`train.hang_timeout`)."""
+        path = self.group.run / "logs" / "stacks" / f"rank_{rank:05d}.txt" if self.group.run else None
+        return path if path and path.exists() and time.time() - path.stat().st_mtime < 60 else None
 
     def raise_ending(self) -> None:
         """Say how the workers ended, if not by finishing.
