@@ -130,11 +130,10 @@ def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
     assert "--gpus 2: this machine has no GPU" in result.stderr and "--cpu" in result.stderr
 
 
-def test_an_evaluation_in_two_processes_is_said_once_and_as_in_one(images: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert start(images, run, "optim.epochs=1", "optim.warmup_epochs=0").wait(timeout=120) == 0
+@pytest.mark.slow
+def test_an_evaluation_in_two_processes_is_said_once_and_as_in_one(images: Path, whole: Path) -> None:
     data = ["--train-dataset", str(images), "--val-dataset", str(images), "--nb-knn", "5", "--device", "cpu"]
-    words = [sys.executable, "-m", "dinov2cli", "eval", "knn", str(run), *data, "--no-cache", "--json"]
+    words = [sys.executable, "-m", "dinov2cli", "eval", "knn", str(whole), *data, "--no-cache", "--json"]
     results = []
     for more in ([], ["--gpus", "2"]):
         result = subprocess.run([*words, *more], capture_output=True, text=True, env=ENVIRONMENT)
