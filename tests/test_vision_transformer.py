@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend
-from dinov2cli.models.layers import draw_kept_sequences
+from dinov2cli.models.layers import draw_for_branches, draw_kept_sequences
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,3 +162,23 @@ def test_wrong_sizes_are_named() -> None:
         VisionTransformer(embed_dim=24, num_heads=5)
     with pytest.raises(ValueError, match="ffn_layer 'glu' is unknown"):
         VisionTransformer(ffn_layer="glu")
+
+
+def test_draws_for_several_branches_are_those_made_one_by_one() -> None:
+    layout, cpu = TokenLayout(((8, 5), (6, 3))), torch.device("cpu")
+    together = draw_for_branches(4, layout, 0.4, torch.Generator().manual_seed(7), cpu)
+    generator = torch.Generator().manual_seed(7)
+    for drawn in together:
+        alone = draw_kept_sequences(layout, 0.4, generator, cpu)
+        assert torch.equal(drawn.index, alone.index) and torch.equal(drawn.scale, alone.scale)
+    assert len({tuple(drawn.index.tolist()) for drawn in together}) > 1
+
+
+def test_depth_dependent_rates_draw_for_each_block() -> None:
+    model = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5, drop_path_uniform=False
+    ).train()
+    stream, layout = model.prepare_tokens([torch.randn(8, 3, 28, 28)], [None])
+    first, second, third = model.draw_stochastic_depth(stream, layout, torch.Generator().manual_seed(0))
+    assert first is None
+    assert [kept.layout.groups[0][0] for kept in (*second, *third)] == [6, 6, 4, 4]

@@ -1,6 +1,7 @@
 """Multi-crop augmentation (DINOv2 paper, section 4 and appendix): two global and several local views of an image."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,9 +114,15 @@ def normalize(crops: Tensor) -> Tensor:
     """
     if crops.dtype != torch.uint8:
         return crops
-    mean = torch.tensor(pixels.IMAGENET_MEAN, device=crops.device) * 255
-    std = torch.tensor(pixels.IMAGENET_STD, device=crops.device) * 255
+    mean, std = _mean_and_std(crops.device)
     return ((crops.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache  # made anew in every step, they would each time be copied to a GPU, and waited for
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, of levels 0 to 255, each [3]."""
+    mean, std = (torch.tensor(levels, device=device) * 255 for levels in (pixels.IMAGENET_MEAN, pixels.IMAGENET_STD))
+    return mean, std
 
 
 def shrink_for(parameters: list[CropParameters]) -> int:

@@ -154,23 +154,40 @@ class KeptSequences:
 def draw_kept_sequences(
     layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
 ) -> KeptSequences:
-    """Draw, for each crop size by itself, max(int(b * (1 - rate)), 1) of its b sequences to keep.
+    """Draw, for each crop size by itself, max(int(b * (1 - rate)), 1) of its b sequences to keep."""
+    return draw_for_branches(1, layout, drop_rate, generator, device)[0]
 
-    The draw is made on the CPU, so that it is the same on every device.
+
+def draw_for_branches(
+    branches: int, layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
+) -> list[KeptSequences]:
+    """One draw after the other for so many residual branches.
+
+    It is made on the CPU, so that it is the same on every device. Only the numbers of the sequences travel to a GPU,
+    all at once and from page-locked memory, so that nobody waits.
     """
-    index, groups, scale, start = [], [], [], 0
-    for count, length in layout.groups:
-        kept = max(int(count * (1 - drop_rate)), 1)
-        chosen = torch.randperm(count, generator=generator)[:kept]
-        index.append((start + chosen[:, None] * length + torch.arange(length)).flatten())
-        groups.append((kept, length))
-        scale.append(torch.full((kept * length, 1), count / kept))
-        start += count * length
-    return KeptSequences(
-        torch.cat(index).to(device, non_blocking=True),
-        TokenLayout(tuple(groups)),
-        torch.cat(scale).to(device, non_blocking=True),
+    groups = [(max(int(count * (1 - drop_rate)), 1), length) for count, length in layout.groups]
+    chosen = torch.stack(
+        [
+            torch.cat(
+                [
+                    torch.randperm(count, generator=generator)[:kept]
+                    for (count, _), (kept, _) in zip(layout.groups, groups, strict=True)
+                ]
+            )
+            for _ in range(branches)
+        ]
     )
+    if device.type == "cuda":
+        chosen = chosen.pin_memory().to(device, non_blocking=True)
+    index, scale, start = [], [], 0
+    parts = chosen.split([kept for kept, _ in groups], dim=1)
+    for (count, length), (kept, _), part in zip(layout.groups, groups, parts, strict=True):
+        index.append((start + part[:, :, None] * length + torch.arange(length, device=device)).flatten(1))
+        scale.append(torch.full((kept * length, 1), count / kept, device=device))
+        start += count * length
+    kept_layout, scales = TokenLayout(tuple(groups)), torch.cat(scale)
+    return [KeptSequences(places, kept_layout, scales) for places in torch.cat(index, dim=1).unbind()]
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.models.attention import TokenLayout
-from dinov2cli.models.layers import FFN_LAYERS, Block, KeptSequences, PatchEmbed, draw_kept_sequences
+from dinov2cli.models.layers import FFN_LAYERS, Block, KeptSequences, PatchEmbed, draw_for_branches
 
 
 class VisionTransformer(nn.Module):
@@ -208,16 +208,15 @@ class VisionTransformer(nn.Module):
         self, stream: Tensor, layout: TokenLayout, generator: torch.Generator | None
     ) -> list[tuple[KeptSequences, KeptSequences] | None]:
         """For each block the sequences that its two branches keep, or None where nothing is dropped."""
+        if not self.training or not any(self.drop_path_rates):
+            return [None] * self.depth
         generator = torch.default_generator if generator is None else generator
-        return [
-            (
-                draw_kept_sequences(layout, rate, generator, stream.device),
-                draw_kept_sequences(layout, rate, generator, stream.device),
-            )
-            if self.training and rate > 0
-            else None
-            for rate in self.drop_path_rates
-        ]
+        rates = self.drop_path_rates
+        if len(set(rates)) == 1:
+            drawn = draw_for_branches(2 * self.depth, layout, rates[0], generator, stream.device)
+            return list(zip(drawn[::2], drawn[1::2], strict=True))
+        pairs = [draw_for_branches(2, layout, rate, generator, stream.device) if rate else None for rate in rates]
+        return [(pair[0], pair[1]) if pair else None for pair in pairs]
 
     def get_intermediate_layers(
         self,
