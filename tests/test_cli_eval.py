@@ -93,13 +93,24 @@ def test_datasets_of_the_config(run: Path, capsys: pytest.CaptureFixture[str]) -
         (["RUN", *DATA, "--nb-knn", "5000"], "needs at least 5000 train images, but there are 1200"),
         (["RUN", "--train-dataset", "EMPTY", "--val-dataset", "EMPTY"], "EMPTY"),
         (["nowhere.pth", *DATA], "nowhere.pth"),
+        (["EMPTY", *DATA], "no weights in this folder; looked for eval/training_*/teacher_checkpoint.pth"),
+        (["NO_TEACHER", *DATA], "no model weights in it"),
+        (
+            ["RUN", "--train-dataset", "PHOTOS", "--val-dataset", "OTHERS"],
+            "1 of 2 classes that the train dataset has not",
+        ),
+        (["RUN", "--train-dataset", "ONE_CLASS", "--val-dataset", "ONE_CLASS"], "8 of 8 images without a class"),
     ],
 )
 def test_wrong_input(
     words: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "EMPTY").mkdir()
-    places = {"RUN": run, "EMPTY": tmp_path / "EMPTY"}
+    photos, others = write_images(tmp_path / "PHOTOS"), write_images(tmp_path / "OTHERS")
+    (others / "class1").rename(others / "class2")
+    torch.save({"student": {}}, tmp_path / "NO_TEACHER")
+    places = {"RUN": run, "PHOTOS": photos, "OTHERS": others, "ONE_CLASS": photos / "class0"}
+    places |= {word: tmp_path / word for word in ("EMPTY", "NO_TEACHER")}
     assert dino2("eval", "knn", *(places.get(word, word) for word in words)) == 2
     shown = capsys.readouterr()
     assert message in shown.err.replace("\n", " ") and "Traceback" not in shown.err and not shown.out
@@ -138,6 +149,36 @@ def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pyte
     gathered = json.loads(capsys.readouterr().out)["evaluations"]
     assert [each["task"] for each in gathered] == ["linear", "linear", "logreg"]
     assert gathered[2] == logreg
+
+
+def test_logreg_chooses_C_on_other_images(  # noqa: N802
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, few = write_images(tmp_path / "images", classes=3), write_images(tmp_path / "few", classes=3, per_class=2)
+    words = [
+        "eval",
+        "logreg",
+        run,
+        "--train-dataset",
+        images,
+        "--val-dataset",
+        images,
+        "--json",
+        "--max-train-iters",
+        "9",
+    ]
+    assert dino2(*words, "--finetune-on-val") == 0
+    on_val = json.loads(capsys.readouterr().out)
+    assert on_val["settings"]["finetune_on_val"] and on_val["rows"][0]["top1"] == max(on_val["extra"]["sweep"].values())
+    assert dino2(*words, "--finetune-dataset", few) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["finetune_dataset"] == str(few)
+
+
+def test_labels_of_other_length(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.json").write_text("[1, 2, 3]")
+    test = ["--test-datasets", "SamplePhotos:split=VAL", "--test-labels", tmp_path / "labels.json"]
+    assert dino2("eval", "linear", run, *DATA, *test) == 2
+    assert "3 labels, but SamplePhotos VAL" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_training_evaluates_each_of_its_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,8 @@ def run_knn(
     """
     settings = settings or KnnSettings()
     train_images, val_images = make_dataset(train_dataset), make_dataset(val_dataset)
+    labelled(train_images, "train", "k-NN")
+    labelled(val_images, "val", "k-NN")
     mapping = align_classes(train_images, val_images)
     extract = (extraction or Extraction()).of(subject)
     train = extract(train_images, "train features")
