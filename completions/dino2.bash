@@ -105,9 +105,10 @@ _dino2() {
                 --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--data --output --config-file --batch-size --batch_size --num-workers --image-size --device --no-cache --json --help -h"
+            options="--data --output --config-file --batch-size --batch_size --num-workers --image-size --resize-ratio --device --no-cache --json --help -h"
             words="" ;;
         "dino2 results")
             case "$prev" in

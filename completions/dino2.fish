@@ -182,6 +182,7 @@ complete -c dino2 -n '__dino2_at dino2 embed' -l config-file -r -F -d 'Configura
 complete -c dino2 -n '__dino2_at dino2 embed' -l batch-size -l batch_size -x -d 'Images at a time.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l num-workers -x -d 'Processes that decode images; by default from the cores.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l image-size -x -d 'Side in pixels to evaluate at; by default the model\'s, at most 224.'
+complete -c dino2 -n '__dino2_at dino2 embed' -l resize-ratio -x -d 'Short side to resize to, as a multiple of the image size: 256/224 as in eval knn and linear, 1 as in eval logreg.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l device -r -F -d 'cpu, cuda or cuda:N; by default a GPU if there is one.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l no-cache -d 'Extract features anew and keep none.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l json -d 'Print one JSON object about the file.'
