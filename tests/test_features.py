@@ -75,6 +75,19 @@ def test_cache_is_used_and_equal(images: Path, tmp_path: Path, caplog: pytest.Lo
     assert torch.equal(first.cls, second.cls) and torch.equal(first.targets, second.targets)
 
 
+def test_class_tokens_come_from_detailed_features_too(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset, cache = make_dataset(str(images)), FeatureCache(tmp_path / "cache")
+    detailed = Extractor(tiny_model(), num_workers=0, cache=cache, device="cpu", detailed=True)(dataset)
+    with caplog.at_level("INFO", logger="dino2"):
+        plain = Extractor(tiny_model(), num_workers=0, cache=cache, device="cpu")(dataset)
+    assert "from the cache" in caplog.text and set(plain.tensors) == {"cls"}
+    assert torch.equal(plain.cls, detailed.cls)
+    anew = Extractor(tiny_model(), num_workers=0, device="cpu")(dataset)
+    torch.testing.assert_close(plain.cls, anew.cls, rtol=1e-4, atol=1e-5)
+
+
 def test_cache_notices_what_changed(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = FeatureCache(tmp_path / "cache")
 

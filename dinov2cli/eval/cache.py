@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
     from dinov2cli.eval.features import Extractor, Features
 
+FEATURES = {False: ("cls",), True: ("cls", "mean_patch", "last_cls")}
+"""Names of the tensors of an entry, by whether they are detailed."""
 _CHANGED = {
     "version": "it was written by another version of dino2",
     "dataset": "the images or labels have changed since",
@@ -43,22 +45,26 @@ class FeatureCache:
         self.folder = folder or default_cache_folder() / "features"
 
     def load(self, extractor: "Extractor", dataset: "ImageDataset") -> "Features | None":
-        """This process's part of an entry, or None where there is none that still holds; then the log says why."""
-        entry = self._entry(extractor, dataset)
-        reason = None
-        if distributed.is_main():
-            reason = _why_not(entry, self._identity(extractor, dataset))
-        reason = distributed.broadcast_object(reason)
-        if reason is None:
-            logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
-            return _read(entry, len(dataset))
-        if reason:
-            logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
+        """This process's part of an entry, or None where there is none that still holds; then the log says why.
+
+        Class tokens alone are also taken from an entry that holds more.
+        """
+        for detailed in dict.fromkeys((extractor.detailed, True)):
+            entry = self._entry(extractor, dataset, detailed)
+            reason = None
+            if distributed.is_main():
+                reason = _why_not(entry, self._identity(extractor, dataset, detailed))
+            reason = distributed.broadcast_object(reason)
+            if reason is None:
+                logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
+                return _read(entry, len(dataset), FEATURES[extractor.detailed])
+            if reason:
+                logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
         return None
 
     def save(self, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
-        entry = self._entry(extractor, dataset)
+        entry = self._entry(extractor, dataset, extractor.detailed)
         with stoppable("stopping once the features are in the cache"):
             self._write(entry, extractor, dataset, features)
 
@@ -82,20 +88,21 @@ class FeatureCache:
             logger.warning("features not cached in %s: %s", self.folder, problems[0])
             return
         aside = entry / "entry.json.tmp"
-        aside.write_text(json.dumps({**self._identity(extractor, dataset), "parts": parts}, indent=1))
+        identity = self._identity(extractor, dataset, extractor.detailed)
+        aside.write_text(json.dumps({**identity, "parts": parts}, indent=1))
         os.replace(aside, entry / "entry.json")
 
-    def _entry(self, extractor: "Extractor", dataset: "ImageDataset") -> Path:
-        name = json.dumps([extractor.weights_hash, dataset.describe(), _transform(extractor)])
+    def _entry(self, extractor: "Extractor", dataset: "ImageDataset", detailed: bool) -> Path:
+        name = json.dumps([extractor.weights_hash, dataset.describe(), _transform(extractor, detailed)])
         return self.folder / hashlib.sha256(name.encode()).hexdigest()[:24]
 
-    def _identity(self, extractor: "Extractor", dataset: "ImageDataset") -> dict[str, Any]:
+    def _identity(self, extractor: "Extractor", dataset: "ImageDataset", detailed: bool) -> dict[str, Any]:
         return {
             "version": __version__,
             "weights": extractor.weights_hash,
             "dataset": dataset_fingerprint(dataset),
             "precision": str(extractor.autocast_dtype),
-            "transform": _transform(extractor),
+            "transform": _transform(extractor, detailed),
             "of": dataset.describe(),
         }
 
@@ -134,9 +141,8 @@ def dataset_fingerprint(dataset: "ImageDataset") -> str:
     return digest.hexdigest()
 
 
-def _transform(extractor: "Extractor") -> str:
-    detail = "cls, mean_patch, last_cls" if extractor.detailed else "cls"
-    return f"resize {extractor.resize}, crop {extractor.image_size}: {detail}"
+def _transform(extractor: "Extractor", detailed: bool) -> str:
+    return f"resize {extractor.resize}, crop {extractor.image_size}: {', '.join(FEATURES[detailed])}"
 
 
 def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
@@ -158,14 +164,14 @@ def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
     return None
 
 
-def _read(entry: Path, size: int) -> "Features":
+def _read(entry: Path, size: int, names: tuple[str, ...]) -> "Features":
     from dinov2cli.eval.features import Features, part_of_this_process
 
     mine = part_of_this_process(size)
     rows: dict[str, list[Tensor]] = {}
     for name, tensor in _parts(entry, int(mine[0]), int(mine[-1]) + 1):
         rows.setdefault(name, []).append(tensor)
-    tensors = {name: torch.cat(parts) for name, parts in rows.items()}
+    tensors = {name: torch.cat(rows[name]) for name in (*names, "targets", "indices")}
     targets, indices = tensors.pop("targets"), tensors.pop("indices")
     return Features(tensors, targets, indices, size)
 
