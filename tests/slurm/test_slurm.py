@@ -160,6 +160,24 @@ def test_a_killed_task(submit: Callable[..., Job], whole: list[dict[str, float]]
     assert restart.reason == "a machine's task was killed"
 
 
+def test_preempted(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    job = submit()
+    job.wait_for_line(12)
+    words = ["srun", "--partition", "high", "--nodes", "2", "--exclusive", "true"]
+    subprocess.run(words, check=True, timeout=120, capture_output=True)
+    job.finish()
+    assert metrics_of(job.run) == whole
+    assert [each.kind for each in read_restarts(job.run)] == ["requeue"]
+
+
+def test_srun_by_hand(cluster: Path, images: Path, whole: list[dict[str, float]], tmp_path: Path) -> None:
+    words = ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, "-m", "dinov2cli"]
+    result = subprocess.run([*words, *training(images, tmp_path / "run")], capture_output=True, text=True,
+                            env={**ENVIRONMENT, **slurm_conf()}, timeout=200)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert metrics_of(tmp_path / "run") == whole
+
+
 def test_cancelled_is_cancelled(submit: Callable[..., Job]) -> None:
     job = submit()
     job.wait_for_line(5)
