@@ -30,14 +30,13 @@ class SoftmaxCentering(nn.Module):
     @torch.no_grad()
     def forward(self, scores_BK: Tensor, temperature: float) -> Tensor:
         """Target probabilities, float32 [B, K]; then moves the center by the scores of all processes."""
-        scores_BK = scores_BK.float()
-        targets_BK = torch.softmax((scores_BK - self.center) / temperature, dim=-1)
+        targets_BK = torch.softmax((scores_BK - self.center).div_(temperature), dim=-1)  # the center is float32
         self._update(scores_BK)
         return targets_BK
 
     def _update(self, scores_BK: Tensor) -> None:
         # Weighted by each process's number of samples, so that the split over processes does not matter.
-        total = distributed.all_reduce_sum(scores_BK.sum(0, keepdim=True))
+        total = distributed.all_reduce_sum(scores_BK.sum(0, keepdim=True, dtype=torch.float32))
         count = distributed.all_reduce_sum(torch.full((1, 1), float(scores_BK.shape[0]), device=scores_BK.device))
         moved = torch.lerp(total / count.clamp(min=1), self.center, self.momentum)
         # No samples say nothing; and one batch with non-finite scores must not spoil the center for good (the trainer
@@ -71,7 +70,8 @@ def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -
         float32 [B, K]; each row sums to 1.
     """
     with torch.autocast(scores_BK.device.type, enabled=False):  # matrix-vector products, too, in float32
-        return _sinkhorn_knopp(scores_BK.float() / temperature, iterations)
+        # One float32 copy, which becomes the result.
+        return _sinkhorn_knopp(scores_BK.to(torch.float32, copy=True).div_(temperature), iterations)
 
 
 def _sinkhorn_knopp(log_BK: Tensor, iterations: int) -> Tensor:

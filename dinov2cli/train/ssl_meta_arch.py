@@ -98,7 +98,7 @@ class SSLMetaArch(nn.Module):
         self.forward_student: Callable[..., NetworkOutputs] = self.student.__call__
         """Runs the student; `train.sharding` puts a wrapper here that averages gradients over processes."""
         self.last_targets: TeacherTargets | None = None
-        """The teacher's view of the last batch, which the monitors look at."""
+        """The teacher's view of the last batch's class tokens, which the monitors look at; without the patches."""
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """As `nn.Module.train`, except that the teacher stays in evaluation mode."""
@@ -117,7 +117,9 @@ class SSLMetaArch(nn.Module):
             drop_generator: CPU generator of the student's stochastic depth.
         """
         global_crops, local_crops = normalize(batch.global_crops), normalize(batch.local_crops)
-        targets = self.last_targets = self.teacher_targets(global_crops, batch.mask_indices, teacher_temp)
+        targets = self.teacher_targets(global_crops, batch.mask_indices, teacher_temp)
+        # Those of the patches are by far the largest, and would stay in memory through the next step.
+        self.last_targets = targets._replace(patch_targets=targets.patch_targets.new_empty(0))
         crops: list[Tensor] = [global_crops]
         masks: list[Tensor | None] = [batch.masks]
         if self.config.crops.local_crops_number:
