@@ -70,7 +70,8 @@ def doctor(
     asked = config_given(arguments, preset, config_file)
     checks, left_out = choose_checks(config, with_model=asked)
     with distributed.process_group():
-        device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+        with distributed.same_error_everywhere():
+            device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
         findings = preflight.examine(checks, Situation(config, device, thorough=True))
         if distributed.is_main():
             if as_json:

@@ -12,9 +12,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(*, cpu: bool = False, local_rank: int = 0) -> torch.device:
-    """This process's CUDA device, or the CPU if asked for or if there is no other."""
+    """This process's CUDA device, or the CPU if asked for or if there is no other.
+
+    Raises:
+        EnvironmentProblem: the machine runs more processes than it has GPUs.
+    """
     if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= (there := torch.cuda.device_count()):
+        raise EnvironmentProblem(
+            f"process {local_rank} of this machine has no GPU: {there} can be seen.",
+            "Start one process for each GPU (--gpus, torchrun --nproc-per-node), or train on the CPU (--cpu).",
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
