@@ -248,7 +248,8 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
     if not dry_run:
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
         set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
-    device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+    with distributed.same_error_everywhere():
+        device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
     preflight(config, device, dataset=dataset)
     with distributed.same_error_everywhere():
         on_teacher = teacher_tasks(config, device)
@@ -288,9 +289,11 @@ def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path],
 
     datasets_for(config, None, None)
     if config.evaluation.tasks_as_jobs:
-        from dinov2cli.launch.slurm import need_slurm
+        from dinov2cli.launch.slurm import need_slurm, split_parameter
 
         need_slurm()
+        for word in config.evaluation.slurm:
+            split_parameter(word)
         return lambda checkpoint: submit_tasks(checkpoint, config, cpu=device.type == "cpu")
     return lambda checkpoint: evaluate_teacher(checkpoint, config, config.evaluation.tasks, device=str(device))
 

@@ -265,4 +265,3 @@ if [ $status -eq 137 ]; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit $status"""
-
