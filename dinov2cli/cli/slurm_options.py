@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperArgument, TyperOption
 
-from dinov2cli.errors import ConfigError
 from dinov2cli.launch.environment import is_worker
 
 if TYPE_CHECKING:
@@ -82,8 +81,6 @@ def given_slurm_options(context: typer.Context, *, gpus: int | None, cpu: bool) 
     parameters, setup = tuple(given.pop("slurm", ())), tuple(given.pop("setup", ()))
     for word in parameters:
         split_parameter(word)
-    if gpus == 0:
-        raise ConfigError("--gpus 0 with Slurm options: for a job without GPUs add --cpu")
     return SlurmOptions(
         gpus=gpus or (1 if cpu else GPUS_PER_NODE), cpu=cpu, parameters=parameters, setup=setup, **given
     )

@@ -65,7 +65,7 @@ def train(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=0, metavar="N", help="GPUs to use on each machine, a process for each [all]; with "
+        typer.Option("--gpus", min=1, metavar="N", help="GPUs to use on each machine, a process for each [all]; with "
                      "--cpu, processes [1]."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,

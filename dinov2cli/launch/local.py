@@ -42,8 +42,8 @@ def processes_here(gpus: int | None, *, cpu: bool) -> int:
     Raises:
         EnvironmentProblem: there are fewer GPUs.
     """
-    if cpu or gpus == 0:
-        return max(1, gpus or 1)
+    if cpu:
+        return gpus or 1
     import torch
 
     there = torch.cuda.device_count()
