@@ -65,8 +65,8 @@ def train(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=1, metavar="N", help="GPUs to use on each machine, a process for each [all]; with "
-                     "--cpu, processes [1]."),
+        typer.Option("--gpus", min=1, metavar="N", help="GPUs to use on each machine, a process for each [all; with "
+                     "Slurm 8]; with --cpu, processes [1]."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,
     init_from: Annotated[
@@ -75,7 +75,7 @@ def train(
                      "run, a file, a URL or a released name. Short for student.pretrained_weights."),
     ] = None,
     no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_<n>/.")
+        bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_1/ and so on.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, estimate time and memory; do not train. With Slurm "
@@ -98,6 +98,9 @@ def train(
 
     Ctrl-C saves; the same command resumes, with the same losses as if it had never stopped. The run folder gets
     config.yaml, training_metrics.json, checkpoints/ and eval/training_*/teacher_checkpoint.pth.
+
+    Several processes, on this machine or as a Slurm job, start again from the last checkpoint when one of them dies.
+    `dino2 status RUN` shows how they are doing.
 
     Example:
 
