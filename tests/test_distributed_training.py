@@ -1,6 +1,7 @@
 """Training on several processes: the same numbers as on one, in any way of sharing, and on changing numbers of them."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -294,3 +295,25 @@ def test_half_precision_and_checkpointed_activations_combine_with_both(images: P
     torch.testing.assert_close(
         torch.tensor(found["ddp features"]), torch.tensor(found["fsdp features"]), rtol=0.05, atol=0.05
     )
+
+
+def losses_when_compiled(images: str, run: str) -> dict[str, list[float]]:
+    found = {}
+    for name, mode, compiled in (("plain", "ddp", False), ("ddp", "ddp", True), ("fsdp", "fsdp", True)):
+        config = configure(
+            Path(images), Path(run) / name, "train.batch_size_per_gpu=4", f"train.sharding={mode}",
+            f"train.compile={str(compiled).lower()}", "train.activation_checkpointing=true", "optim.warmup_epochs=0",
+            "student.depth=3",
+        )  # fmt: skip
+        trainer = Trainer(config, CPU)
+        batches = iter(trainer.make_loader())
+        found[name] = [trainer.train_step([next(batches)]).losses.total.item() for _ in range(3)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
+def test_compiled_blocks_combine_with_both(images: Path, tmp_path: Path) -> None:
+    found, _ = run_in_processes(2, losses_when_compiled, str(images), str(tmp_path))
+    assert found["ddp"] == pytest.approx(found["plain"], rel=1e-4)
+    assert found["fsdp"] == pytest.approx(found["plain"], rel=1e-4)
