@@ -78,8 +78,9 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
 
 def describe(expected: MemoryEstimate) -> str:
     """One line for a plan."""
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in zip(expected._fields, expected, strict=True))
-    return f"about {expected.total:.1f} GB a process ({parts})"
+    unit, size, digits = ("GB", 1.0, 1) if expected.total >= 1 else ("MB", 1e-3, 0)
+    parts = (f"{name} {value / size:.{digits}f}" for name, value in zip(expected._fields, expected, strict=True))
+    return f"about {expected.total / size:.{digits}f} {unit} a process ({', '.join(parts)})"
 
 
 def _sizes(network: nn.Module) -> tuple[int, int, int]:
