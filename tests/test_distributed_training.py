@@ -311,7 +311,7 @@ def losses_when_compiled(images: str, run: str) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
 def test_compiled_blocks_combine_with_both(images: Path, tmp_path: Path) -> None:
     found, _ = run_in_processes(2, losses_when_compiled, str(images), str(tmp_path))

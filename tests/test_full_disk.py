@@ -40,7 +40,7 @@ def fill(folder: Path, leave: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("leave", [100_000, 0], ids=["no space for a checkpoint", "no space at all"])
 def test_a_full_disk_ends_a_run_that_resumes_later(
     tmp_path: Path, small_disk: Path, processes: int, leave: int

@@ -33,7 +33,7 @@ def progress(run: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_ten_kills_change_nothing(workers: int, tmp_path: Path) -> None:
     images = write_images(tmp_path / "data")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

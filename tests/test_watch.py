@@ -55,7 +55,7 @@ def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
     assert json.loads(RunFolder(tmp_path).heartbeat(0).read_text())["state"] == "hanging"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_a_process_that_hangs_reports_it_and_goes_on(tmp_path: Path) -> None:
     """One of two processes is frozen: the other waits for it, says so, and both start again from the checkpoint."""
     images, run = write_images(tmp_path / "data"), tmp_path / "run"
