@@ -130,7 +130,7 @@ def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
     assert "--gpus 2: this machine has no GPU" in result.stderr and "--cpu" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_in_two_processes_is_said_once_and_as_in_one(images: Path, whole: Path) -> None:
     data = ["--train-dataset", str(images), "--val-dataset", str(images), "--nb-knn", "5", "--device", "cpu"]
     words = [sys.executable, "-m", "dinov2cli", "eval", "knn", str(whole), *data, "--no-cache", "--json"]
@@ -173,7 +173,7 @@ def test_a_second_ctrl_c_does_not_wait(images: Path, tmp_path: Path) -> None:
     assert gone(workers)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_hangs_is_replaced(images: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(images, run, *LONGER, "train.hang_timeout=8")
@@ -185,7 +185,7 @@ def test_a_process_that_hangs_is_replaced(images: Path, whole: Path, tmp_path: P
     assert_equal_runs(run, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_starting_over_is_done_once_not_at_every_restart(images: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert start(images, run, "optim.epochs=1", "optim.warmup_epochs=0").wait(timeout=120) == 0

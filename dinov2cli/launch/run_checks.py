@@ -108,7 +108,8 @@ def output_folder(situation: Situation) -> Finding:
     if problem:
         return failure(
             f"{folder} cannot be written to: {problem}",
-            "Choose another --output-dir, or make this one writable on all nodes.",
+            "Make space (or make the folder writable on all nodes) and run the same command again, or choose another "
+            "--output-dir.",
         )
     if not seen:
         return failure(
