@@ -11,17 +11,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dinov2cli.config import Config
-from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.augmentations import MultiCropAugmentation
+from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng
-from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
-from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.train.compilation import compile_networks
 from dinov2cli.train.flops import step_flops
 from dinov2cli.train.memory import crop_groups, estimate, masked_patches
@@ -30,6 +28,7 @@ from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.ssl_meta_arch import N_GLOBAL, SSLMetaArch, SSLNetwork
+from dinov2cli.train.trainer import choose_attention
 
 PARTS = ("data", "teacher forward", "student forward", "heads and losses", "backward", "optimizer", "EMA")
 WARM_UP = 2
@@ -82,10 +81,7 @@ def benchmark_training(
     if device.type == "cpu":
         keep_freed_memory()
     precision = Precision.resolve(config, device)
-    try:
-        attention, _ = choose_attention_backend(config.student.attention_backend, device, precision.dtype)
-    except ValueError as error:
-        raise ConfigError(f"student.attention_backend={config.student.attention_backend}: {error}") from error
+    attention, _ = choose_attention(config, device, precision)
     rates = [matrix_rates(config, device, precision.dtype)]
     memory_before = _memory(device)
     step = _Step(config, device, precision, attention)
@@ -257,27 +253,17 @@ def _batches(
 def synthetic_batch(config: Config) -> MultiCropBatch:
     """Random pixels, with masks as in training."""
     crops, batch, patch = config.crops, config.train.batch_size_per_gpu, config.student.patch_size
+    buffers = CropBuffers(MultiCropAugmentation.from_config(config).recipes, batch)
     generator = torch.Generator().manual_seed(0)
-
-    def pixels(count: int, size: int) -> Tensor:
-        return torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
-
+    for views in (buffers.global_crops, buffers.local_crops):
+        views.random_(256, generator=generator)
     side = crops.global_crops_size // patch
     masking = MaskingGenerator(side, side, max_block_patches(crops.global_crops_size, patch))
     probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
     ratios = config.ibot.mask_ratio_min_max
     numbers = mask_rng(config.train.seed, 0, 0)
-    drawn = make_masks(N_GLOBAL * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
-    masks = torch.from_numpy(drawn)
-    return MultiCropBatch(
-        global_crops=pixels(N_GLOBAL * batch, crops.global_crops_size),
-        local_crops=pixels(crops.local_crops_number * batch, crops.local_crops_size),
-        masks=masks,
-        mask_indices=masks.flatten().nonzero().flatten(),
-        masks_weight=(1 / masks.sum(1, keepdim=True).clamp(min=1).float()).expand_as(masks)[masks],
-        iteration=0,
-        samples=torch.arange(batch),
-    )
+    masks = make_masks(N_GLOBAL * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
+    return collate(buffers, masks, iteration=0, samples=list(range(batch)), bad=[])
 
 
 def _memory(device: torch.device) -> float:
