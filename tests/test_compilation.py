@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dinov2cli.config import Config, load_config
+from dinov2cli.losses.cross_entropy import soft_cross_entropy
 from dinov2cli.train.benchmark import synthetic_batch
-from dinov2cli.train.compilation import compile_networks
+from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 SIZES = [
@@ -20,7 +21,10 @@ SIZES = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
-@pytest.mark.parametrize("variant", [[], ["student.ffn_layer=swiglufused", "ibot.separate_head=true"]])
+@pytest.mark.parametrize(
+    "variant",
+    [[], ["student.ffn_layer=swiglufused", "ibot.separate_head=true", "train.centering=sinkhorn_knopp"]],
+)
 def test_compiled_steps_equal_uncompiled_ones(variant: list[str]) -> None:
     config = load_config(overrides=[*SIZES, *variant])
     plain, compiled = (losses_and_gradients(config, compile_it) for compile_it in (False, True))
@@ -32,12 +36,28 @@ def test_compiled_steps_equal_uncompiled_ones(variant: list[str]) -> None:
             assert difference < 1e-3, (name, difference)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
+def test_compiled_losses_of_half_precision_scores_are_exact_too() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 8, 512, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.softmax(3 * torch.randn(8, 512), -1)
+    results = []
+    for function in (soft_cross_entropy, torch.compile(soft_cross_entropy)):
+        terms = function(scores, targets, 0.1)
+        assert terms.dtype == torch.float32
+        results.append((terms.detach(), torch.autograd.grad(terms.sum(), scores)[0]))
+    (terms, gradient), (compiled_terms, compiled_gradient) = results
+    torch.testing.assert_close(compiled_terms, terms, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-2, atol=1e-6)
+
+
 def losses_and_gradients(config: Config, compile_it: bool) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Of three batches with different numbers of masked patches."""
     torch.manual_seed(0)
     meta_arch = SSLMetaArch(config).train()
     if compile_it:
-        compile_networks(meta_arch)
+        compile_training(meta_arch)
     results = []
     for seed in range(3):
         batch = synthetic_batch(config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}))

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend
-from dinov2cli.models.layers import draw_for_branches, draw_kept_sequences
+from dinov2cli.models.layers import LayerScale, draw_for_branches, draw_kept_sequences, linear_and_scale
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -136,6 +137,40 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_scale_within_the_weights_is_the_scale_of_the_output() -> None:
+    torch.manual_seed(0)
+    layer, scale = nn.Linear(6, 4).double(), LayerScale(4, 1.0).double()
+    nn.init.normal_(scale.gamma)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x, layer.weight, layer.bias, scale.gamma]
+    found, expected = linear_and_scale(x, layer, scale), scale(layer(x))
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(y.cos().sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(linear_and_scale(x, layer, None), layer(x))
+
+
+def test_small_scales_survive_float16() -> None:
+    torch.manual_seed(0)
+    layer, scale, x = nn.Linear(64, 4, bias=False), LayerScale(4, 1e-7), torch.randn(5, 64)
+    exact = scale(layer(x))
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = linear_and_scale(x, layer, scale)
+    torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-9)
+
+
+def test_the_gradient_of_packed_heads_is_that_of_plain_attention() -> None:
+    torch.manual_seed(0)
+    layout = TokenLayout(((2, 5), (3, 2)))
+    qkv = torch.randn(layout.tokens, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: ATTENTION_BACKENDS["sdpa"](values, layout), qkv)
+    plain = []
+    for q, k, v in (part.unbind(1) for part in qkv.split([5, 5, 2, 2, 2])):
+        weights = torch.softmax(torch.einsum("qhc,khc->hqk", q, k) / 2, -1)
+        plain.append(torch.einsum("hqk,khc->qhc", weights, v))
+    torch.testing.assert_close(ATTENTION_BACKENDS["sdpa"](qkv, layout), torch.cat(plain))
+
+
 def test_attention_backends_by_name() -> None:
     cpu = torch.device("cpu")
     assert choose_attention_backend("auto", cpu, torch.float32)[0] == "sdpa"
@@ -150,9 +185,12 @@ def test_attention_backends_by_name() -> None:
 @pytest.mark.parametrize("name", ["xformers", "varlen"])
 def test_packed_kernels_agree_with_sdpa(name: str) -> None:
     layout = TokenLayout(((4, 257), (16, 50)))
-    q, k, v = (torch.randn(layout.tokens, 6, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    expected = ATTENTION_BACKENDS["sdpa"](q, k, v, layout)
-    torch.testing.assert_close(ATTENTION_BACKENDS[name](q, k, v, layout), expected, atol=2e-2, rtol=2e-2)
+    qkv = torch.randn(layout.tokens, 3, 6, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expected = ATTENTION_BACKENDS["sdpa"](qkv, layout)
+    found = ATTENTION_BACKENDS[name](qkv, layout)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    of_expected, of_found = (torch.autograd.grad(y.float().square().sum(), qkv)[0] for y in (expected, found))
+    torch.testing.assert_close(of_found, of_expected, atol=5e-2, rtol=5e-2)
 
 
 def test_wrong_sizes_are_named() -> None:

@@ -57,7 +57,7 @@ def train_command(
 
     Every combination of the given attention backends, precisions and compilation is measured. The model's FLOPs are
     those that the losses and gradients need (a table in docs/speed.md); the share is of the highest matrix-product rate
-    that the same process measures, before and after the steps.
+    that the same process measures, before and after each step.
 
     Example:
 
@@ -68,19 +68,16 @@ def train_command(
         dino2 bench train --preset vitl16_short --compile off --compile on --json
     """
     from dinov2cli.data.datasets import make_dataset
-    from dinov2cli.train.benchmark import benchmark_training
+    from dinov2cli.train.benchmark import benchmark_variants
 
     place, variants = _device(device), _variants(attention, precision, compiled)
     if place.type == "cpu" and precision and set(precision) != {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")
     dataset = None if synthetic else make_dataset(data)
-    results, failures = [], []
-    for changes in variants:
-        config = _config(preset, config_file, [*(overrides or []), *changes])
-        try:
-            results.append(benchmark_training(config, place, dataset=dataset, steps=steps))
-        except ConfigError as error:
-            failures.append(error.message)
+    configs = [_config(preset, config_file, [*(overrides or []), *changes]) for changes in variants]
+    outcomes = list(benchmark_variants(configs, place, data=None if synthetic else data, steps=steps))
+    results = [outcome for outcome in outcomes if not isinstance(outcome, ConfigError)]
+    failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
     if not results:
         raise ConfigError("; ".join(failures))
     _show_training(results, failures, "random crops" if dataset is None else dataset.describe(), as_json)

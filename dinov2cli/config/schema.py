@@ -127,7 +127,8 @@ class Train(Group):
         False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
     compile: bool = Field(
-        False, description="(dino2) Run blocks and heads through torch.compile: same results, slower first steps."
+        False,
+        description="(dino2) Run blocks, heads and losses through torch.compile: same results, slower first steps.",
     )
     sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
         "auto",

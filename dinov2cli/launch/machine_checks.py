@@ -112,12 +112,12 @@ def kernel_problem(backend: str, config: Config, where: torch.device, dtype: tor
     """What is wrong with an attention backend on packed sequences of unequal lengths, or None."""
     arch = config.arch()
     layout = TokenLayout(((2, 37), (3, 17)))
-    shape = (3, layout.tokens, arch.num_heads, arch.embed_dim // arch.num_heads)
+    shape = (layout.tokens, 3, arch.num_heads, arch.embed_dim // arch.num_heads)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(where)
     exact, found = values.clone().requires_grad_(), values.to(dtype, copy=True).requires_grad_()
     try:
-        expected = sdpa_attention(exact[0], exact[1], exact[2], layout)
-        computed = ATTENTION_BACKENDS[backend](found[0], found[1], found[2], layout)
+        expected = sdpa_attention(exact, layout)
+        computed = ATTENTION_BACKENDS[backend](found, layout)
         expected.square().sum().backward()
         computed.float().square().sum().backward()
     except (RuntimeError, ValueError, NotImplementedError, ImportError, OSError) as error:

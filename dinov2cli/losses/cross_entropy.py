@@ -18,8 +18,11 @@ def soft_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> T
     Targets are shared along the scores' leading dimensions, and are constants. They need not sum to 1: with several
     teacher crops for a student crop, their sum gives the sum of the terms. Rows are worked on a few at a time, forward
     and backward, so that beside the scores and their gradient no array of their size exists, in whatever dtype they
-    are.
+    are. Under torch.compile the compiler sees to that: it is given the formula.
     """
+    if torch.compiler.is_compiling():
+        scaled = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (1 / temperature)
+        return targets.sum(-1) * torch.logsumexp(scaled, -1) - (scaled * targets).sum(-1)
     result: Tensor = _SoftCrossEntropy.apply(scores, targets, temperature)
     return result
 
@@ -50,9 +53,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
         of_scores = torch.empty_like(rows)
         for at in _chunks(rows):
             # (sum of targets) * softmax - targets
-            part = rows[at].to(logsumexp.dtype) * (1 / ctx.temperature)
-            part.sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
-            of_scores[at] = part.addcmul_(targets[at[1]].to(part.dtype), factor[at], value=-1)
+            place = of_scores[at]
+            # In place, unless the scores are in half precision.
+            part = place.copy_(rows[at]) if place.dtype == logsumexp.dtype else rows[at].to(logsumexp.dtype)
+            part.mul_(1 / ctx.temperature).sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
+            part.addcmul_(targets[at[1]].to(part.dtype), factor[at], value=-1)
+            if part is not place:
+                place.copy_(part)
         return of_scores.reshape(ctx.shape), None, None
 
 

@@ -1,15 +1,17 @@
 """Attention over packed token streams: one layout, one signature, one table of backends.
 
-Shape legend: T tokens of all sequences together, H heads, C channels a head.
+Shape legend: T tokens of all sequences together, H heads, C channels a head; b sequences of L tokens.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,47 @@ class TokenLayout:
             yield part.view(count, length, *stream.shape[1:])
 
 
-AttentionBackend = Callable[[Tensor, Tensor, Tensor, TokenLayout], Tensor]
+AttentionBackend = Callable[[Tensor, TokenLayout], Tensor]
+"""Queries, keys and values of all tokens [T, 3, H, C] -> what their sequences answer [T, H, C]."""
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-    """PyTorch's scaled dot-product attention, one batched call for each group of equal lengths. [T, H, C] each."""
+def sdpa_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
+    """PyTorch's scaled dot-product attention, one batched call for each group of equal lengths."""
     outputs = [
-        F.scaled_dot_product_attention(q_g.transpose(1, 2), k_g.transpose(1, 2), v_g.transpose(1, 2))
-        .transpose(1, 2)
-        .reshape(-1, *q.shape[1:])
-        for q_g, k_g, v_g in zip(layout.split(q), layout.split(k), layout.split(v), strict=True)
+        F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1) for q, k, v in _split_heads(qkv, layout)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _split_heads(qkv: Tensor, layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each group as views [b, H, L, C]."""
+    views = _head_views(qkv, layout) if torch.compiler.is_compiling() else _HeadViews.apply(qkv, layout)
+    return zip(views[::3], views[1::3], views[2::3], strict=True)
+
+
+def _head_views(qkv: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
+    return tuple(part.transpose(1, 2) for group in layout.split(qkv) for part in group.unbind(2))
+
+
+class _HeadViews(torch.autograd.Function):
+    """`_head_views` with a gradient that is written once, into its place.
+
+    Autograd's own would put together each group's, then each of q, k and v, then all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
+        ctx.layout = layout
+        return _head_views(qkv, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        _, heads, _, channels = gradients[0].shape
+        of_qkv = gradients[0].new_empty(ctx.layout.tokens, 3, heads, channels)
+        for view, gradient in zip(_head_views(of_qkv, ctx.layout), gradients, strict=True):
+            view.copy_(gradient)
+        return of_qkv, None
 
 
 def sdpa_attention_at(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, places: Tensor) -> Tensor:
@@ -100,19 +131,21 @@ def shapes_may_depend_on_data(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def xformers_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-    """xFormers' memory-efficient attention with a block-diagonal mask. [T, H, C] each."""
-    from xformers.ops import memory_efficient_attention
+def xformers_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
+    """xFormers' memory-efficient attention with a block-diagonal mask."""
+    from xformers.ops import memory_efficient_attention, unbind
 
-    mask = _block_diagonal_mask(layout, q.device)
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+    mask = _block_diagonal_mask(layout, qkv.device)
+    q, k, v = unbind(qkv[None], 2)  # its kernels write the three gradients side by side, which this one then sees
+    return memory_efficient_attention(q, k, v, attn_bias=mask)[0]
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-    """PyTorch's variable-length flash attention. [T, H, C] each, half precision, CUDA."""
+def varlen_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
+    """PyTorch's variable-length flash attention, half precision, CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative = _cumulative_lengths(layout, q.device)
+    q, k, v = qkv.unbind(1)
+    cumulative = _cumulative_lengths(layout, qkv.device)
     longest = max(length for _, length in layout.groups)
     attended = varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
     assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for

@@ -46,15 +46,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, layout: TokenLayout, places: Tensor | None = None) -> Tensor:
-        """With `places`, int64 [U], only these tokens of the stream ask, while all answer: [T, D] -> [U, D]."""
+    def forward(
+        self, x: Tensor, layout: TokenLayout, places: Tensor | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
+        """Attention, then the output projection.
+
+        Args:
+            x: the packed stream [T, D].
+            layout: its sequences.
+            places: int64 [U]; only these tokens of the stream ask, while all answer: [T, D] -> [U, D].
+            scale: the output's LayerScale, if it has one.
+        """
+        return linear_and_scale(self.attend(x, layout, places).flatten(1), self.proj, scale)
+
+    def attend(self, x: Tensor, layout: TokenLayout, places: Tensor | None) -> Tensor:
+        """Before the projection: [T, H, C] or [U, H, C]."""
         if places is not None and self.backend == "sdpa" and shapes_may_depend_on_data(x):
-            return self.proj(self._attended_at(x, layout, places).flatten(1))
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        attended = ATTENTION_BACKENDS[self.backend](q, k, v, layout)
-        if places is not None:
-            attended = attended.index_select(0, places)
-        return self.proj(attended.flatten(1))
+            return self._attended_at(x, layout, places)
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
+        attended = ATTENTION_BACKENDS[self.backend](qkv, layout)
+        return attended if places is None else attended.index_select(0, places)
 
     def _attended_at(self, x: Tensor, layout: TokenLayout, places: Tensor) -> Tensor:
         sizes = [x.shape[1], 2 * x.shape[1]]
@@ -73,8 +84,8 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        return linear_and_scale(F.gelu(self.fc1(x)), self.fc2, scale)
 
 
 class SwiGLUFFN(nn.Module):
@@ -90,9 +101,9 @@ class SwiGLUFFN(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width, bias=bias)
         self.w3 = nn.Linear(width, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return linear_and_scale(F.silu(gate) * value, self.w3, scale)
 
 
 FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
@@ -112,6 +123,26 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Tensor:
+    """`scale(layer(x))`, where `scale` is a LayerScale, or no scale at all.
+
+    The factors go into the layer's weight, which is small beside the stream: neither a scaled stream is made, forward
+    or backward, nor the unscaled one kept. A new network's factors of 1e-5 would leave float16's range there.
+    """
+    if not isinstance(scale, LayerScale):
+        return layer(x)
+    if _products_in_half(x):
+        return scale(layer(x))
+    bias = None if layer.bias is None else scale.gamma * layer.bias
+    return F.linear(x, scale.gamma[:, None] * layer.weight, bias)
+
+
+def _products_in_half(x: Tensor) -> bool:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype == torch.float16
 
 
 @dataclass(frozen=True)
@@ -244,12 +275,12 @@ class Block(nn.Module):
     ) -> Tensor:
         y = x.index_select(0, used)
         if kept is None:
-            y = y + self.ls1(self.attn(self.norm1(x), layout, used))
+            y = y + self.attn(self.norm1(x), layout, used, self.ls1)
             return y + self.mlp_branch(y)
         attending, transformed = kept
         rows, places, scale = attending.find(used, x.shape[0])
         normed = self.norm1(x.index_select(0, attending.index))
-        residual = self.ls1(self.attn(normed, attending.layout, places)) * scale
+        residual = self.attn(normed, attending.layout, places, self.ls1) * scale
         y = y.index_add(0, rows, residual.to(y.dtype))
         rows, _, scale = transformed.find(used, x.shape[0])
         residual = self.mlp_branch(y.index_select(0, rows)) * scale
@@ -257,8 +288,8 @@ class Block(nn.Module):
 
     def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The first residual, [T, D] -> [T, D]."""
-        return self.ls1(self.attn(self.norm1(x), layout))
+        return self.attn(self.norm1(x), layout, scale=self.ls1)
 
     def mlp_branch(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """The second residual, [T, D] -> [T, D]; tokens are independent, so the layout does not matter."""
-        return self.ls2(self.mlp(self.norm2(x)))
+        return self.mlp(self.norm2(x), self.ls2)

@@ -1,13 +1,15 @@
 """How fast a training step runs on this machine, where its time goes, and how much of the hardware it uses."""
 
+import multiprocessing
 import resource
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import islice, repeat
-from typing import NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise, repeat
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +17,21 @@ import torch.nn.functional as F
 from dinov2cli.config import Config
 from dinov2cli.data.augmentations import MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
-from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng
+from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
-from dinov2cli.train.compilation import compile_networks
+from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.flops import step_flops
 from dinov2cli.train.memory import crop_groups, estimate, masked_patches
-from dinov2cli.train.optimizer import build_optimizer, clip_gradients
-from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.schedules import Schedules
+from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.ssl_meta_arch import N_GLOBAL, SSLMetaArch, SSLNetwork
 from dinov2cli.train.trainer import choose_attention
+from dinov2cli.train.training_step import TrainingStep
 
 PARTS = ("data", "teacher forward", "student forward", "heads and losses", "backward", "optimizer", "EMA")
 WARM_UP = 2
@@ -57,11 +60,36 @@ class TrainBenchmark(NamedTuple):
     matrix_gflops_per_s: dict[str, float]
     """Median rate of `F.linear` in the step's precision, by rows x inputs x outputs."""
     utilisation: float
-    """`model_gflops_per_s` over the highest of those rates."""
+    """Median over the steps of each one's model FLOPs per second over the highest of the rates that were measured
+    right before and after it: a machine that others use, too, is not equally fast all the time."""
     memory_gb: float
     """Largest amount that the steps took: allocated on the GPU; on the CPU, growth of the process's resident memory."""
     expected_memory_gb: float
     """`memory.estimate`."""
+
+
+def benchmark_variants(
+    configs: list[Config], device: torch.device, *, data: str | None, steps: int
+) -> Iterator[TrainBenchmark | ConfigError]:
+    """Several variants, each in a process of its own: one's memory and compiled code do not count for the next.
+
+    Args:
+        configs: the variants.
+        device: where.
+        data: dataset string for the training's own loader; None for random crops.
+        steps: see `benchmark_training`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
+        for config in configs:
+            try:
+                yield processes.submit(_benchmark, config, device, data, steps).result()
+            except ConfigError as error:
+                yield error
+
+
+def _benchmark(config: Config, device: torch.device, data: str | None, steps: int) -> TrainBenchmark:
+    return benchmark_training(config, device, dataset=None if data is None else make_dataset(data), steps=steps)
 
 
 def benchmark_training(
@@ -82,18 +110,26 @@ def benchmark_training(
         keep_freed_memory()
     precision = Precision.resolve(config, device)
     attention, _ = choose_attention(config, device, precision)
-    rates = [matrix_rates(config, device, precision.dtype)]
     memory_before = _memory(device)
-    step = _Step(config, device, precision, attention)
-    total, waiting = WARM_UP + steps, time.perf_counter()
-    for number, batch in enumerate(islice(_batches(config, dataset, total, device), total)):
-        step(batch, counted=number >= WARM_UP, waited=time.perf_counter() - waiting)
+    step = _TimedStep(config, device, precision, attention)
+    total = WARM_UP + steps
+    times, masked, rates = [], [], []
+    batches, waiting = iter(_batches(config, dataset, total, device)), time.perf_counter()
+    for number in range(total):
+        batch = next(batches)
+        waited = time.perf_counter() - waiting
+        parts = step(batch)
+        if number >= WARM_UP:
+            times.append({**parts, "data": parts["data"] + waited})
+            masked.append(batch.mask_indices.shape[0])
+        if number >= WARM_UP - 1:  # before and after each step that counts
+            rates.append(matrix_rates(config, device, precision.dtype))
         waiting = time.perf_counter()
-    rates.append(matrix_rates(config, device, precision.dtype))  # the machine may have been busier before, or later
 
-    flops = step_flops(config, masked=round(statistics.mean(step.masked)))
-    step_s = statistics.median(sum(parts.values()) for parts in step.times)
-    best = {shape: max(rate[shape] for rate in rates) for shape in rates[0]}
+    flops = step_flops(config, masked=round(statistics.mean(masked)))
+    seconds = [sum(parts.values()) for parts in times]
+    step_s = statistics.median(seconds)
+    around = [max(*before.values(), *after.values()) for before, after in pairwise(rates)]
     return TrainBenchmark(
         device=_name(device),
         threads=torch.get_num_threads(),
@@ -103,61 +139,47 @@ def benchmark_training(
         compiled=config.train.compile,
         images_per_s=config.train.batch_size_per_gpu / step_s,
         step_s=step_s,
-        parts_s={part: statistics.median(parts[part] for parts in step.times) for part in PARTS},
+        parts_s={part: statistics.median(parts[part] for parts in times) for part in PARTS},
         model_gflops=flops.step / 1e9,
         whole_gflops=flops.whole / 1e9,
         model_gflops_per_s=flops.step / 1e9 / step_s,
-        matrix_gflops_per_s=best,
-        utilisation=flops.step / 1e9 / step_s / max(best.values()),
+        matrix_gflops_per_s={shape: statistics.median(each[shape] for each in rates) for shape in rates[0]},
+        utilisation=statistics.median(
+            flops.step / 1e9 / taken / rate for taken, rate in zip(seconds, around, strict=True)
+        ),
         memory_gb=(_memory(device) - memory_before) / 1e9,
         expected_memory_gb=estimate(config, world_size=1, sharding="none", precision=precision.name).total,
     )
 
 
-class _Step:
-    """The training step of `train.trainer`, with a clock between its parts."""
+class _TimedStep:
+    """The training step with a clock that is read between its parts."""
 
     def __init__(self, config: Config, device: torch.device, precision: Precision, attention: str) -> None:
         torch.manual_seed(config.train.seed)
-        self.config, self.device, self.precision = config, device, precision
+        self.device = device
         self.meta_arch = SSLMetaArch(config, attention).to(device).train()
         if config.train.compile:
-            compile_networks(self.meta_arch)
-        self.optimizer = build_optimizer(self.meta_arch.student, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.scale_gradients)
+            compile_training(self.meta_arch)
+        self.step = TrainingStep(config, self.meta_arch, Sharding(self.meta_arch, "none", precision), precision)
         self.schedules = Schedules(config, 1)
         self.clock = _Clock(device)
-        self.times: list[dict[str, float]] = []
-        self.masked: list[int] = []
         self._time_networks()
 
-    def __call__(self, batch: MultiCropBatch, *, counted: bool, waited: float) -> None:
-        values = self.schedules.at(batch.iteration)
-        apply_schedules(self.optimizer.param_groups, values)
+    def __call__(self, batch: MultiCropBatch) -> dict[str, float]:
+        """Seconds by part of one step."""
         self.clock.start()
         batch = batch.to(self.device, non_blocking=True)
-        with self.precision.autocast():
-            losses = self.meta_arch(batch, values.teacher_temp, torch.Generator().manual_seed(batch.iteration))
-        self.clock.mark("heads and losses")
-        self.scaler.scale(losses.total).backward()
-        self.clock.mark("backward")
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.meta_arch.student, self.config.optim.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.clock.mark("optimizer")
-        self.meta_arch.update_teacher(values.momentum)
-        self.clock.mark("EMA")
-        parts = self.clock.read()
-        if counted:
-            self.times.append({**parts, "data": parts["data"] + waited})
-            self.masked.append(batch.mask_indices.shape[0])
+        self.step(batch.iteration, self.schedules.at(batch.iteration), [batch], self.clock.mark)
+        return self.clock.read()
 
     def _time_networks(self) -> None:
-        """Around networks and heads: what passes before a network is called belongs to the part before it."""
+        """Around networks and their backbones: what passes before a network is called belongs to the part before.
 
-        def at_entry(part: str) -> Callable[..., None]:
+        Not inside of them, where torch.compile would meet the clock.
+        """
+
+        def marking(part: str) -> Callable[..., None]:
             return lambda *_: self.clock.mark(part)
 
         networks: list[tuple[SSLNetwork, str, str]] = [
@@ -165,11 +187,17 @@ class _Step:
             (self.meta_arch.student, "heads and losses", "student forward"),
         ]
         for network, before, within in networks:
-            network.register_forward_pre_hook(at_entry(before))
-            network.register_forward_hook(at_entry(within))
-            for head in [network.dino_head, *([network.ibot_head] if network.separate_head else [])]:
-                head.register_forward_pre_hook(at_entry(within))
-                head.register_forward_hook(at_entry("heads and losses"))
+            network.register_forward_pre_hook(marking(before))
+            setattr(network.backbone, "forward_tokens", self._timed(network.backbone.forward_tokens, within))  # noqa: B010
+            network.register_forward_hook(marking("heads and losses"))
+
+    def _timed(self, run: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run_and_mark(*args: Any) -> Any:
+            result = run(*args)
+            self.clock.mark(part)
+            return result
+
+        return run_and_mark
 
 
 class _Clock:
@@ -211,7 +239,7 @@ def _seconds(before: float | torch.cuda.Event, now: float | torch.cuda.Event) ->
     return now - before
 
 
-def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> dict[str, float]:
+def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
     """Median GFLOP/s of the step's own matrix products: the blocks' layers, the prototypes, and one square product."""
     dim = config.arch().embed_dim
     tokens = sum(count * length for count, length in crop_groups(config))

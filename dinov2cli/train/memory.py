@@ -63,7 +63,7 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     # The sharded teacher gathers a block or head at a time, and the next one meanwhile.
     gathered = half * (2 * block + head) if shards > 1 else 0
     unreduced = half * (2 * block + head) if shards > 1 else 0
-    activations, workspace = _activations(config, network.backbone.drop_path_rates, half)
+    activations, workspace = _activations(config, network.backbone.drop_path_rates, precision)
     expected = MemoryEstimate(
         parameters=(FLOAT32 * whole / shards + copies) / GB,
         gradients=(FLOAT32 * whole / shards + unreduced) / GB,
@@ -116,24 +116,27 @@ def masked_patches(config: Config) -> int:
     return round(images * patches * (low + high) / 2)
 
 
-def _activations(config: Config, drop_rates: list[float], half: int) -> tuple[float, float]:
+def _activations(config: Config, drop_rates: list[float], precision: str) -> tuple[float, float]:
     """Bytes that the student's blocks keep for the backward pass, and the largest short-lived ones beside them."""
-    dim = config.arch().embed_dim
+    dim, half = config.arch().embed_dim, BYTES[precision]
     groups = list(crop_groups(config))
     tokens = sum(count * length for count, length in groups)
     used = sum(count for count, _ in groups) + masked_patches(config)
     gated = config.student.ffn_layer != "mlp"
     hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8 if gated else 4 * dim
     wide = (4 if gated else 2) * hidden  # gate, value, silu(gate), product; or before and after GELU
-    scaled = bool(config.student.layerscale)  # LayerScale keeps its input
+    # LayerScale is part of the weights, of which float32 keeps the product; in float16 it keeps its input.
+    scaled = bool(config.student.layerscale) and precision == "fp16"
+    weights = FLOAT32 * (dim + hidden) * dim if config.student.layerscale and precision == "fp32" else 0
+    attended = 2 if precision == "fp32" else 1  # PyTorch's kernel keeps each group's output, too
     by_block = []
     for i, rate in enumerate(drop_rates):
         kept = sum(max(int(count * (1 - rate)), 1) * length for count, length in groups) if rate else tokens
         # LayerNorm keeps its input (the stream is float32 where nothing is dropped), the next layer LayerNorm's output.
         stream = half if rate else FLOAT32
-        attention = kept * dim * (stream + half * (1 + 3 + 1 + scaled))
+        attention = kept * dim * (stream + half * (1 + 3 + attended + scaled))
         after = used if i == len(drop_rates) - 1 else kept
-        by_block.append(attention + after * (dim * (stream + half * (1 + scaled)) + half * wide))
+        by_block.append(weights + attention + after * (dim * (stream + half * (1 + scaled)) + half * wide))
     workspace = 3 * tokens * hidden * half + 4 * tokens * dim * FLOAT32
     if config.train.activation_checkpointing:
         return len(by_block) * tokens * dim * FLOAT32 + max(by_block), workspace

@@ -53,9 +53,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         (
             "expected memory",
             describe(
-                estimate(
-                    config, world_size=world, sharding=trainer.sharding.mode, precision=trainer.precision.name
-                )
+                estimate(config, world_size=world, sharding=trainer.sharding.mode, precision=trainer.precision.name)
             ),
         ),
     ]

@@ -1,4 +1,4 @@
-"""The training loop: one visible step, and around it resuming, checkpoints and interruption."""
+"""The training loop: around the step of `train.training_step` resuming, checkpoints and interruption."""
 
 import time
 from collections import deque
@@ -16,16 +16,14 @@ from dinov2cli.console import Interrupted, MetricLogger, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import TrainLoader, make_train_loader
-from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
-from dinov2cli.train.compilation import compile_networks
+from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.display import print_plan
-from dinov2cli.train.optimizer import build_optimizer, clip_gradients, optimizer_state
-from dinov2cli.train.parameter_groups import apply_schedules
+from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.plan import plan_rows
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.record import Record, StepResult
@@ -33,7 +31,8 @@ from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effectiv
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.sharding import Sharding, choose_sharding
-from dinov2cli.train.ssl_meta_arch import SSLLosses, SSLMetaArch
+from dinov2cli.train.ssl_meta_arch import SSLMetaArch
+from dinov2cli.train.training_step import TrainingStep
 from dinov2cli.train.watch import Watch
 
 OnlineKnn = Callable[[VisionTransformer], float]
@@ -98,10 +97,9 @@ class Trainer:
             keep_freed_memory()
         self.meta_arch.to(device).train()
         if config.train.compile:
-            compile_networks(self.meta_arch)
+            compile_training(self.meta_arch)
         self.sharding = Sharding(self.meta_arch, mode, self.precision)
-        self.optimizer = build_optimizer(self.meta_arch.student, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.scale_gradients)
+        self.step = TrainingStep(config, self.meta_arch, self.sharding, self.precision)
         self.record = Record(config, self.folder, watched_gradients=not self.precision.scale_gradients)
         self.iteration = 0
         if resume:
@@ -177,42 +175,8 @@ class Trainer:
         )
 
     def train_step(self, batches: list[MultiCropBatch]) -> StepResult:
-        """One iteration of DINOv2 on `train.gradient_accumulation` batches (DINOv2 paper, section 4).
-
-        A step whose losses or gradients are not finite leaves the student as it is; the device decides that by itself.
-        """
-        values = self.schedules.at(self.iteration)
-        apply_schedules(self.optimizer.param_groups, values)
-
-        losses_of = []
-        for batch in batches:
-            drop_generator = self.random_numbers_of(batch.iteration)
-            with self.sharding.averaging_gradients(now=batch is batches[-1]):
-                with self.precision.autocast():
-                    losses = self.meta_arch(batch, values.teacher_temp, drop_generator)
-                self.scaler.scale(losses.total / len(batches)).backward()
-            losses_of.append(losses)
-        losses = mean_losses(losses_of)
-
-        self.scaler.unscale_(self.optimizer)
-        grad_norms = clip_gradients(self.meta_arch.student, self.config.optim.clip_grad)
-        setattr(self.optimizer, "found_inf", self.is_not_finite(losses, grad_norms))  # noqa: B010  (AdamW reads it)
-        self.scaler.step(self.optimizer)
-        self.meta_arch.update_teacher(values.momentum)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        assert self.meta_arch.last_targets is not None
-        return StepResult(self.iteration, values, losses, grad_norms, self.meta_arch.last_targets)
-
-    def random_numbers_of(self, micro_step: int) -> torch.Generator:
-        """Generator of the step's stochastic depth, a function of (seed, micro step, rank) alone."""
-        numbers = keyed_rng(self.config.train.seed, Stream.STOCHASTIC_DEPTH, micro_step, distributed.rank())
-        return torch.Generator().manual_seed(int(numbers.integers(2**63)))
-
-    def is_not_finite(self, losses: SSLLosses, grad_norms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """1.0 if the step must be left out: float16 overflows are left to the gradient scaler."""
-        watched = [losses.total] if self.precision.scale_gradients else [losses.total, *grad_norms.values()]
-        return 1 - torch.stack([value.float() for value in watched]).isfinite().all().float()
+        """The method's step; see `TrainingStep`."""
+        return self.step(self.iteration, self.schedules.at(self.iteration), batches)
 
     def what_is_due(self) -> set[str]:
         """What belongs after the iterations done so far: `teacher`, `knn`, `checkpoint`."""
@@ -284,16 +248,16 @@ class Trainer:
         assert iteration is not None, "the caller has seen a checkpoint"
         self.iteration = iteration
         self.record.samples_seen, self.record.bad_images = (int(value) for value in state["counters"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        if self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(state["scaler"])
         logger.info("resumed after %d iterations from %s", iteration, self.checkpointer.folder)
 
     def state(self) -> dict[str, Any]:
         """All that resuming needs; the tensors are the live ones, so that loading into them restores the run."""
         return {
             "model": self.meta_arch.state_dict(),
-            "optimizer": optimizer_state(self.optimizer, self.meta_arch.student),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": optimizer_state(self.step.optimizer, self.meta_arch.student),
+            "scaler": self.step.scaler.state_dict(),
             "counters": torch.tensor([self.record.samples_seen, self.record.bad_images]),
         }
 
@@ -305,9 +269,3 @@ def choose_attention(config: Config, device: torch.device, precision: Precision)
         return choose_attention_backend(asked, device, precision.dtype)
     except ValueError as error:
         raise ConfigError(f"student.attention_backend={asked}: {error}", "auto chooses one that runs.") from error
-
-
-def mean_losses(losses: list[SSLLosses]) -> SSLLosses:
-    """Each term's mean over the accumulated batches and over the processes, without gradients."""
-    terms = torch.stack([torch.stack([value.detach() for value in each]) for each in losses]).mean(0)
-    return SSLLosses(*distributed.all_reduce_mean(terms))
