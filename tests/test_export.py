@@ -152,7 +152,8 @@ def test_transformers_classifies_with_the_head(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     source = source_file(tmp_path, replace(REGISTERS, depth=4))
     result = export_model(source, "hf", tmp_path / "m", linear_head=head_file(tmp_path))
-    assert all(comparison.difference < 1e-5 for comparison in result.comparisons)
+    # Scores reach 40: the difference is one of rounding, a millionth of the largest.
+    assert all(comparison.difference < 1e-6 * comparison.scale for comparison in result.comparisons)
     with pytest.raises(WeightsError, match="this linear head has 960 inputs instead of 384"):
         export_model(source, "hf", tmp_path / "n", linear_head=head_file(tmp_path, 5 * 192))
 

@@ -171,6 +171,17 @@ def test_the_gradient_of_packed_heads_is_that_of_plain_attention() -> None:
     torch.testing.assert_close(ATTENTION_BACKENDS["sdpa"](qkv, layout), torch.cat(plain))
 
 
+@pytest.mark.parametrize("layerscale", [None, 0.5])
+def test_under_autocast_an_evaluated_stream_is_float32(layerscale: float | None) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=28, patch_size=14, embed_dim=16, depth=3, num_heads=2, layerscale=layerscale)
+    x = torch.randn(2, 3, 28, 28)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model.eval().forward_features(x)
+    assert features["x_prenorm"].dtype == torch.float32
+    torch.testing.assert_close(features["x_prenorm"], model.forward_features(x)["x_prenorm"], rtol=0, atol=0.02)
+
+
 def test_attention_backends_by_name() -> None:
     cpu = torch.device("cpu")
     assert choose_attention_backend("auto", cpu, torch.float32)[0] == "sdpa"

@@ -163,6 +163,8 @@ class VisionTransformer(nn.Module):
         (a CPU generator; the global one if None).
         """
         kept_by_block = self.draw_stochastic_depth(stream, layout, drop_generator)
+        if not any(kept_by_block):
+            stream = exact_under_autocast(stream)
         for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
             wanted = used if i == self.depth - 1 else None
@@ -242,6 +244,7 @@ class VisionTransformer(nn.Module):
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
             raise ValueError(f"n={n}: the model has blocks 0 to {self.depth - 1}")
         stream, layout = self.prepare_tokens([x], [None])
+        stream = exact_under_autocast(stream)
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -284,3 +287,12 @@ class VisionTransformer(nn.Module):
             registers = self.register_tokens.expand(patches.shape[0], -1, -1).to(tokens.dtype)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens
+
+
+def exact_under_autocast(stream: Tensor) -> Tensor:
+    """The residual stream in float32, though patches are embedded in half precision.
+
+    So it is in the reference wherever nothing is dropped, as LayerScale's float32 factors promote it; with stochastic
+    depth it stays in half precision there, too.
+    """
+    return stream.float() if torch.is_autocast_enabled(stream.device.type) else stream
