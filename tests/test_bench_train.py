@@ -1,13 +1,19 @@
 """`dino2 bench train|extract`: what they print adds up, and wrong wishes are refused."""
 
 import json
+import multiprocessing
+import threading
+import time
 
 import pytest
+import torch
 from test_flops import SIZES
 from typer.testing import CliRunner
 
 from dinov2cli.cli.bench import bench
+from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
+from dinov2cli.train.benchmark import TrainBenchmark, benchmark_variants
 
 
 def run(*arguments: str) -> dict:
@@ -34,6 +40,23 @@ def test_a_backend_that_cannot_run_is_named_and_the_others_are_measured() -> Non
     assert "CUDA" in result["not_measured"][0]
     with pytest.raises(ConfigError, match="varlen"):
         run("train", *SIZES, "--synthetic", "--attention", "varlen")
+
+
+def test_a_variant_whose_process_is_killed_is_named_and_the_next_is_measured() -> None:
+    config = load_config(overrides=SIZES)
+    outcomes = benchmark_variants([config, config], torch.device("cpu"), data=None, steps=3)
+
+    def kill_the_first() -> None:
+        while not (processes := multiprocessing.active_children()):
+            time.sleep(0.05)
+        processes[0].kill()
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    killed, measured = outcomes
+    killer.join()
+    assert isinstance(killed, ConfigError) and "train.batch_size_per_gpu=8 (auto, not compiled)" in killed.message
+    assert isinstance(measured, TrainBenchmark) and measured.images_per_s > 0
 
 
 @pytest.mark.parametrize(

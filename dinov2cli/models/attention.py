@@ -136,7 +136,7 @@ def xformers_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
     from xformers.ops import memory_efficient_attention, unbind
 
     mask = _block_diagonal_mask(layout, qkv.device)
-    q, k, v = unbind(qkv[None], 2)  # its kernels write the three gradients side by side, which this one then sees
+    q, k, v = unbind(qkv[None], 2)  # many of its kernels write the gradients side by side, which this sees
     return memory_efficient_attention(q, k, v, attn_bias=mask)[0]
 
 

@@ -133,13 +133,13 @@ def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Te
     """
     if not isinstance(scale, LayerScale):
         return layer(x)
-    if _products_in_half(x):
+    if _products_in_float16(x):
         return scale(layer(x))
     bias = None if layer.bias is None else scale.gamma * layer.bias
     return F.linear(x, scale.gamma[:, None] * layer.weight, bias)
 
 
-def _products_in_half(x: Tensor) -> bool:
+def _products_in_float16(x: Tensor) -> bool:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return dtype == torch.float16

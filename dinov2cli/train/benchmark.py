@@ -2,12 +2,14 @@
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -80,12 +82,20 @@ def benchmark_variants(
         steps: see `benchmark_training`.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
-        for config in configs:
+    for config in configs:
+        with ProcessPoolExecutor(1, context, initializer=_end_on_interrupt) as process:
             try:
-                yield processes.submit(_benchmark, config, device, data, steps).result()
+                yield process.submit(_benchmark, config, device, data, steps).result()
             except ConfigError as error:
                 yield error
+            except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+                said = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "its process was killed"
+                variant = f"{config.student.attention_backend}, {'' if config.train.compile else 'not '}compiled"
+                yield ConfigError(f"train.batch_size_per_gpu={config.train.batch_size_per_gpu} ({variant}): {said}")
+
+
+def _end_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the process that waits for this one, too
 
 
 def _benchmark(config: Config, device: torch.device, data: str | None, steps: int) -> TrainBenchmark:
