@@ -5,7 +5,7 @@ import torch
 
 from dinov2cli.config import load_config
 from dinov2cli.train.benchmark import synthetic_batch
-from dinov2cli.train.memory import MemoryEstimate, estimate
+from dinov2cli.train.memory import MemoryEstimate, estimate, room_for_gaps
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 SIZES = [
@@ -63,6 +63,14 @@ def test_what_saves_memory_does() -> None:
     assert total("train.activation_checkpointing=true") < total() < total(precision="fp32")
     assert total(sharding="fsdp", world_size=64) < total(sharding="fsdp") < total()
     assert total("train.batch_size_per_gpu=6") < total()
+
+
+def test_freed_memory_is_kept_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = MemoryEstimate(1, 2, 3, 4, 5, 3, 2)  # 20 GB
+    for gigabytes, processes, kept in ((24, 1, False), (32, 1, True), (32, 2, False), (64, 2, True)):
+        monkeypatch.setattr("dinov2cli.train.memory.main_memory", lambda there=gigabytes: there * 10**9)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert room_for_gaps(expected) == kept
 
 
 def test_parts_make_the_total() -> None:

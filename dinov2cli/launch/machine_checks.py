@@ -16,6 +16,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.workers import available_cores, choose_workers
 from dinov2cli.launch.findings import Finding, Situation, failure, ok, warning
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend, sdpa_attention
+from dinov2cli.train.memory import main_memory
 from dinov2cli.train.precision import Precision
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
@@ -243,13 +244,3 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     return found[0] if found else None
-
-
-def main_memory() -> int:
-    """Bytes of main memory that this process may use, by the machine and its container."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return total if limit == "max" else min(total, int(limit))

@@ -22,8 +22,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.launch.findings import Finding, Situation, Status, failure, ok, warning
-from dinov2cli.launch.machine_checks import main_memory
-from dinov2cli.train.memory import describe, estimate
+from dinov2cli.train.memory import describe, estimate, main_memory
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
@@ -207,7 +206,8 @@ def memory(situation: Situation) -> Finding:
             "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp.",
             **facts,
         )
-    if expected.total > there:
+    beside = 1 if where.type == "cpu" else 0  # interpreter and loader; a GPU's own part is not in its total
+    if expected.total + beside > there:
         remedy = "Lower train.batch_size_per_gpu (and raise train.gradient_accumulation), or set "
         return warning(text, f"{remedy}train.activation_checkpointing=true.", **facts)
     return ok(text, **facts)

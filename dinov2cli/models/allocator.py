@@ -10,8 +10,9 @@ def keep_freed_memory() -> bool:
     """Have glibc's malloc reuse freed memory of any size for the rest of the process; say whether it does.
 
     By default an array of more than 32 MB is a mapping of its own: every one that a training step makes is fetched from
-    the system page by page, zeroed, and given back at once. On a CPU that takes a sixth of a ViT-S step. The price is
-    that memory freed after a peak stays with the process. Elsewhere than on Linux with glibc nothing is changed.
+    the system page by page, zeroed, and given back at once. On a CPU that takes a sixth of a ViT-S step, and a quarter
+    where batches are large. The price is that memory freed after a peak stays with the process, and that reuse leaves
+    gaps: a training step then needs up to a fifth more. Elsewhere than on Linux with glibc nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -4,7 +4,9 @@ Shape legend: T tokens of all crops of a process's batch, D embedding dimension,
 W processes.
 """
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -74,6 +76,25 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         workspace=(workspace + _crops(config)) / GB,
     )
     return expected._replace(workspace=expected.workspace + 0.05 * expected.total)
+
+
+def room_for_gaps(expected: MemoryEstimate) -> bool:
+    """Whether a process on the CPU may keep freed memory (`models.allocator`).
+
+    Reused memory has gaps: a step then needs up to a fifth more. Interpreter and loader take a gigabyte.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1.25 * expected.total + 1 < main_memory() / processes / GB
+
+
+def main_memory() -> int:
+    """Bytes of main memory that this process may use, by the machine and its container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return total if limit == "max" else min(total, int(limit))
 
 
 def describe(expected: MemoryEstimate) -> str:

@@ -23,6 +23,7 @@ from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.display import print_plan
+from dinov2cli.train.memory import estimate, room_for_gaps
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.plan import plan_rows
 from dinov2cli.train.precision import Precision
@@ -93,7 +94,8 @@ class Trainer:
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
         self.schedules = Schedules(config, self.world_size)
-        if device.type == "cpu":
+        expected = estimate(config, world_size=self.world_size, sharding=mode, precision=self.precision.name)
+        if device.type == "cpu" and room_for_gaps(expected):
             keep_freed_memory()
         self.meta_arch.to(device).train()
         if config.train.compile:
