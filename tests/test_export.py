@@ -53,6 +53,16 @@ def installed(package: str) -> bool:
     return True
 
 
+def test_an_export_is_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    source = source_file(tmp_path, REGISTERS)
+    (tmp_path / "other").touch()
+    for kind, name in (("safetensors", "m.safetensors"), ("official", "m.pth"), ("hf", "m")):
+        export_model(source, kind, tmp_path / name)
+    files = [tmp_path / "m.safetensors", tmp_path / "m.pth", *(tmp_path / "m").iterdir()]
+    assert len(files) == 5
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "other").stat().st_mode}
+
+
 # ---- Round trips -----------------------------------------------------------------------------------------------------
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import logger
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
@@ -76,7 +76,7 @@ class FeatureCache:
                 shutil.rmtree(entry, ignore_errors=True)
                 entry.mkdir(parents=True)
             distributed.barrier()
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+            write_tensors(tensors, part)
             problem, facts = "", [part.name, part.stat().st_size, _file_hash(part)]
         except (OSError, SafetensorError) as error:
             problem, facts = str(error), []

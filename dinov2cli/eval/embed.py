@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.features import Extractor, Features
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     import pyarrow
@@ -101,7 +101,7 @@ def _write_safetensors(table: FeatureTable, file: Path) -> None:
     ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
     joined = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
     columns = {**table.tensors, "labels": table.labels, "paths": joined, "path_ends": ends}
-    save_file({name: tensor.contiguous() for name, tensor in columns.items()}, file, table.metadata)
+    write_tensors(columns, file, table.metadata)
 
 
 def _write_parquet(table: FeatureTable, file: Path) -> None:

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
 from dinov2cli.models.classifier import head_input
 from dinov2cli.models.conversion import to_hf, why_not_hf
+from dinov2cli.models.tensor_files import write_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,7 +34,7 @@ def write_hf(bundle: Bundle, folder: Path) -> None:
     if bundle.head is not None:
         tensors = {f"{_kind(bundle)}.{name}": tensor for name, tensor in tensors.items()}
         tensors |= {f"classifier.{name}": tensor for name, tensor in bundle.head.state_dict().items()}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def open_hf(bundle: Bundle, folder: Path) -> Runner:

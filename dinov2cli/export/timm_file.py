@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
 from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.conversion import lost_in_timm, to_timm
+from dinov2cli.models.tensor_files import write_tensors
 from dinov2cli.models.weights import write_lost_tensors
 from dinov2cli.models.zoo import RELEASED
 
@@ -45,7 +45,7 @@ def write_timm(bundle: Bundle, path: Path) -> None:
         **write_lost_tensors(lost_in_timm(bundle.state)),
     }
     tensors = to_timm(bundle.state)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    write_tensors(tensors, path, metadata)
 
 
 def timm_model(architecture: VitArchitecture) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from dinov2cli import __version__
 from dinov2cli.errors import WeightsError
@@ -14,6 +13,7 @@ from dinov2cli.export.graph import ExportGraph
 from dinov2cli.models.architecture import infer_architecture
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.sources import architecture_file
+from dinov2cli.models.tensor_files import write_tensors
 from dinov2cli.models.weights import build_from, read_weights
 
 
@@ -24,9 +24,9 @@ def write_safetensors(bundle: Bundle, path: Path) -> None:
         "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
         "dino2.provenance": json.dumps({"dino2": __version__, **bundle.provenance}),
     }
-    save_file({name: tensor.contiguous() for name, tensor in bundle.state.items()}, path, metadata=metadata)
+    write_tensors(bundle.state, path, metadata)
     if bundle.head is not None:
-        save_file(dict(bundle.head.state_dict()), head_path(bundle, path), metadata={"format": "pt"})
+        write_tensors(bundle.head.state_dict(), head_path(bundle, path), {"format": "pt"})
 
 
 def write_official(bundle: Bundle, path: Path) -> None:

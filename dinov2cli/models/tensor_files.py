@@ -1,12 +1,14 @@
-"""Reading weights from disk without running anything that the file brings along."""
+"""Reading weights from disk without running anything that the file brings along, and writing safetensors."""
 
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2cli.console import logger
@@ -24,6 +26,18 @@ _FIRST_BYTES = (
     (b"\x89HDF", "an HDF5 (Keras) file"),
     (b"GGUF", "a GGUF file"),
 )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A `.safetensors` file with the permissions of any other new file: the library alone would keep it private.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(permissions)
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
