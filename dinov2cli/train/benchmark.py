@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2cli.config import Config
+from dinov2cli.console import progress
 from dinov2cli.data.augmentations import MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
@@ -126,16 +127,18 @@ def benchmark_training(
     total = WARM_UP + steps
     times, masked, rates = [], [], []
     batches, waiting = iter(_batches(config, dataset, total, device)), time.perf_counter()
-    for number in range(total):
-        batch = next(batches)
-        waited = time.perf_counter() - waiting
-        parts = step(batch)
-        if number >= WARM_UP:
-            times.append({**parts, "data": parts["data"] + waited})
-            masked.append(batch.mask_indices.shape[0])
-        if number >= WARM_UP - 1:  # before and after each step that counts
-            rates.append(matrix_rates(config, device, precision.dtype))
-        waiting = time.perf_counter()
+    name = f"{precision.name} {attention}{' compiled' if config.train.compile else ''}, steps"
+    with progress() as bar:
+        for number in bar.track(range(total), description=name):
+            batch = next(batches)
+            waited = time.perf_counter() - waiting
+            parts = step(batch)
+            if number >= WARM_UP:
+                times.append({**parts, "data": parts["data"] + waited})
+                masked.append(batch.mask_indices.shape[0])
+            if number >= WARM_UP - 1:  # before and after each step that counts
+                rates.append(matrix_rates(config, device, precision.dtype))
+            waiting = time.perf_counter()
 
     flops = step_flops(config, masked=round(statistics.mean(masked)))
     seconds = [sum(parts.values()) for parts in times]
