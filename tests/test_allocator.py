@@ -23,3 +23,13 @@ def test_large_arrays_reuse_memory() -> None:
     faults = int(subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True).stdout)
     pages_written = 10 * 40_000_000 // 4096
     assert faults < pages_written / 20
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_evaluation_does_not_overrule_its_training(room: bool) -> None:
+    code = (
+        "from dinov2cli.models.allocator import keep_freed_memory\n"
+        f"print(keep_freed_memory(room={room}), keep_freed_memory(), keep_freed_memory(room={not room}))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert said == [str(room and platform.libc_ver()[0] == "glibc")] * 3

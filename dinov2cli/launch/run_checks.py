@@ -22,7 +22,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.launch.findings import Finding, Situation, Status, failure, ok, warning
-from dinov2cli.train.memory import describe, estimate, main_memory
+from dinov2cli.train.memory import describe, estimate, main_memory_of_a_process
 from dinov2cli.train.precision import Precision
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
@@ -197,7 +197,7 @@ def memory(situation: Situation) -> Finding:
     if where.type == "cuda":
         there = torch.cuda.get_device_properties(where).total_memory / 1e9
     else:
-        there = main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
+        there = main_memory_of_a_process() / 1e9
     text = f"{describe(expected)}; {there:,.1f} GB are there"
     facts = {"needed_gb": expected.total, "memory_gb": there, "sharding": sharding}
     if expected.parameters + expected.gradients + expected.optimizer + expected.teacher > there:

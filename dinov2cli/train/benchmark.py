@@ -119,8 +119,8 @@ def benchmark_training(
     """
     precision = Precision.resolve(config, device)
     expected = estimate(config, world_size=1, sharding="none", precision=precision.name)
-    if device.type == "cpu" and room_for_gaps(expected):
-        keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory(room=room_for_gaps(expected))
     attention, _ = choose_attention(config, device, precision)
     memory_before = _memory(device)
     step = _TimedStep(config, device, precision, attention)

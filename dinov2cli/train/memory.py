@@ -83,8 +83,12 @@ def room_for_gaps(expected: MemoryEstimate) -> bool:
 
     Reused memory has gaps: a step then needs up to a fifth more. Interpreter and loader take a gigabyte.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1.25 * expected.total + 1 < main_memory() / processes / GB
+    return 1.25 * expected.total + 1 < main_memory_of_a_process() / GB
+
+
+def main_memory_of_a_process() -> float:
+    """Bytes of main memory for each of the processes that share this machine."""
+    return main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def main_memory() -> int:

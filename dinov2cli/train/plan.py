@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinov2cli.data.loaders import TrainLoader
-from dinov2cli.train.memory import describe, estimate, room_for_gaps
+from dinov2cli.train.memory import describe, room_for_gaps
 
 if TYPE_CHECKING:
     from dinov2cli.train.trainer import Trainer
@@ -28,9 +28,8 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     resumed = f", resumed after {trainer.iteration} iterations" if trainer.iteration else ""
     heads = [student.dino_head, *([student.ibot_head] if student.separate_head else [])]
     head_sizes = " + ".join(count_parameters(head) for head in heads)
-    expected = estimate(config, world_size=world, sharding=trainer.sharding.mode, precision=trainer.precision.name)
     hint = ""
-    if trainer.device.type == "cpu" and not room_for_gaps(expected):
+    if trainer.device.type == "cpu" and not room_for_gaps(trainer.expected_memory):
         hint = "; little room, a smaller train.batch_size_per_gpu would be faster an image"
     rows = [
         ("run", f"{trainer.folder.path}{resumed}"),
@@ -54,7 +53,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         ("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})"),
         ("processes", f"{world}; sharding {trainer.sharding.mode} ({trainer.sharding_reason})"),
         ("attention", f"{trainer.attention_backend} ({trainer.attention_reason})"),
-        ("expected memory", describe(expected) + hint),
+        ("expected memory", describe(trainer.expected_memory) + hint),
     ]
     return rows
 

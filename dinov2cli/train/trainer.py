@@ -94,9 +94,11 @@ class Trainer:
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
         self.schedules = Schedules(config, self.world_size)
-        expected = estimate(config, world_size=self.world_size, sharding=mode, precision=self.precision.name)
-        if device.type == "cpu" and room_for_gaps(expected):
-            keep_freed_memory()
+        self.expected_memory = estimate(
+            config, world_size=self.world_size, sharding=mode, precision=self.precision.name
+        )
+        if device.type == "cpu":
+            keep_freed_memory(room=room_for_gaps(self.expected_memory))
         self.meta_arch.to(device).train()
         if config.train.compile:
             compile_training(self.meta_arch)
