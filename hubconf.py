@@ -1,6 +1,6 @@
 """torch.hub entry points, with the names and arguments of the reference implementation.
 
-    model = torch.hub.load("path/to/this/repository", "dinov2_vits14", source="local")
+model = torch.hub.load("path/to/this/repository", "dinov2_vits14", source="local")
 """
 
 from collections.abc import Callable as _Callable

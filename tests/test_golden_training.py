@@ -71,9 +71,7 @@ def config_of(name: str, *overrides: str) -> Config:
     return load_config(overrides=[*SHARED, *TRAININGS[name], *overrides])
 
 
-def train_steps(
-    golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor]
-) -> Iterator[Step]:
+def train_steps(golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor]) -> Iterator[Step]:
     """The recorded four steps from the given weights, with our code."""
     meta_arch = SSLMetaArch(config).train()
     meta_arch.student.load_state_dict(initial, strict=True)

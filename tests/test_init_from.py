@@ -49,9 +49,7 @@ def exported(tmp_path: Path, format_name: str, architecture: VitArchitecture = S
 def test_first_teacher_gives_the_sources_features(tmp_path: Path, format_name: str) -> None:
     weights = exported(tmp_path, format_name)
     config = config_for(tmp_path, weights)
-    trainer = Trainer(
-        config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights)
-    )
+    trainer = Trainer(config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights))
     source = load_model(weights)
     images = torch.randn(2, 3, 32, 48)
     for network in (trainer.meta_arch.teacher, trainer.meta_arch.student):
@@ -79,9 +77,7 @@ def test_training_from_an_export_runs_and_warms_the_heads_up_first(tmp_path: Pat
 def test_a_larger_resolution_starts_with_the_sources_features_there(tmp_path: Path) -> None:
     weights = exported(tmp_path, "official")
     config = config_for(tmp_path, weights, "crops.global_crops_size=64")
-    trainer = Trainer(
-        config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights)
-    )
+    trainer = Trainer(config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights))
     images = torch.randn(2, 3, 64, 64)
     backbone = trainer.meta_arch.teacher.backbone.eval()
     assert backbone.pos_embed.shape == (1, 65, 24)

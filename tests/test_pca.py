@@ -37,9 +37,7 @@ def test_incremental_components_equal_scikit_learn_up_to_sign(batch: int) -> Non
     signs = np.sign((ours.components * theirs.components_).sum(1))
     np.testing.assert_allclose(ours.components * signs[:, None], theirs.components_, atol=1e-8)
     np.testing.assert_allclose(ours.variance, theirs.explained_variance_, rtol=1e-8)
-    np.testing.assert_allclose(
-        ours.project(vectors) * signs, theirs.transform(vectors.astype(np.float64)), atol=1e-6
-    )
+    np.testing.assert_allclose(ours.project(vectors) * signs, theirs.transform(vectors.astype(np.float64)), atol=1e-6)
 
 
 def photo_features() -> list[np.ndarray]:
@@ -64,9 +62,7 @@ def test_patch_features_have_scikit_learns_components() -> None:
 
     colors = fit_color_basis(lambda: maps, "none").colors
     np.testing.assert_allclose(colors.components * signs, full.components_, atol=1e-6)
-    np.testing.assert_allclose(
-        colors.project(vectors) * signs.T, full.transform(vectors.astype(np.float64)), atol=1e-5
-    )
+    np.testing.assert_allclose(colors.project(vectors) * signs.T, full.transform(vectors.astype(np.float64)), atol=1e-5)
 
 
 def test_colours_of_the_foreground_are_scikit_learns_components_of_it() -> None:

@@ -340,7 +340,7 @@ def test_features_do_not_depend_on_the_batch(model: VisionTransformer) -> None:
 
 def test_features_are_the_models_patch_tokens(model: VisionTransformer) -> None:
     square = picture(0, 56, 56)
-    (_, features), = PatchFeatures(model, 4).maps([(None, square)])
+    ((_, features),) = PatchFeatures(model, 4).maps([(None, square)])
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     images = torch.from_numpy(((square / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_spool_gives_back_what_it_got() -> None:
 @pytest.mark.parametrize("upsampling", ["nearest", "bicubic"])
 def test_layouts(model: VisionTransformer, upsampling: str) -> None:
     photo = picture(0, 70, 98)
-    (_, features), = PatchFeatures(model, 5).maps([(None, photo)])
+    ((_, features),) = PatchFeatures(model, 5).maps([(None, photo)])
     basis = fit_color_basis(lambda: [features], 0.5)
     colors, opacity = paint(features, basis, (70, 98), upsampling)
     assert colors.min() >= 0 and colors.max() <= 1 and 0 < opacity.mean() < 1

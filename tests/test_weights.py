@@ -425,9 +425,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_with_its_reason(
-    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input_is_refused_with_its_reason(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make, message = WRONG[case]
     source = make(tmp_path / "weights.pth")

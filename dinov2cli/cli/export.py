@@ -26,13 +26,19 @@ class Format(StrEnum):
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CKPT", help="A run folder, teacher checkpoint, weights file, Hugging Face folder, URL "
-                       "or released name; a name ending in _lc brings its linear head."),
+        typer.Argument(
+            metavar="CKPT",
+            help="A run folder, teacher checkpoint, weights file, Hugging Face folder, URL "
+            "or released name; a name ending in _lc brings its linear head.",
+        ),
     ],
     output_format: Annotated[
         Format,
-        typer.Option("--format", help="safetensors: our weights; official: a flat .pth as released; hf: a folder for "
-                     "transformers; timm: a .safetensors for timm; onnx; torch-export: a .pt2."),
+        typer.Option(
+            "--format",
+            help="safetensors: our weights; official: a flat .pth as released; hf: a folder for "
+            "transformers; timm: a .safetensors for timm; onnx; torch-export: a .pt2.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", metavar="PATH", help="The file to write (hf: the folder).")],
     linear_head: Annotated[
@@ -42,8 +48,12 @@ def export(
     layers: Annotated[int, typer.Option("--layers", help="Released head of a _lc name: on 1 or 4 layers.")] = 4,
     image_size: Annotated[
         str | None,
-        typer.Option("--image-size", metavar="H[xW]", help="onnx, torch-export: one image size only. By default any "
-                     "size that is a multiple of the patch size, two patches or more."),
+        typer.Option(
+            "--image-size",
+            metavar="H[xW]",
+            help="onnx, torch-export: one image size only. By default any "
+            "size that is a multiple of the patch size, two patches or more.",
+        ),
     ] = None,
     opset: Annotated[int, typer.Option("--opset", min=18, max=23, help="onnx: operator set.")] = 18,
     config_file: Annotated[

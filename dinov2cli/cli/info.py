@@ -9,8 +9,10 @@ import typer
 def info(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CKPT", help="A run folder, teacher checkpoint, weights file, Hugging Face folder, URL "
-                       "or released name."),
+        typer.Argument(
+            metavar="CKPT",
+            help="A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name.",
+        ),
     ],
     config_file: Annotated[
         Path | None,

@@ -43,21 +43,32 @@ def train(
     context: typer.Context,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[a.b=value ...]", help="Changes of single keys, such as optim.epochs=10.",
-                       autocompletion=complete_override),
+        typer.Argument(
+            metavar="[a.b=value ...]",
+            help="Changes of single keys, such as optim.epochs=10.",
+            autocompletion=complete_override,
+        ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="NAME", help="A ready configuration; see dino2 presets list.",
-                     autocompletion=complete_preset),
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="A ready configuration; see dino2 presets list.",
+            autocompletion=complete_preset,
+        ),
     ] = None,
     config_file: Annotated[
         Path | None, typer.Option("--config-file", metavar="YAML", help="A configuration file instead of a preset.")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="DATASET", help="A folder of images, or a string such as "
-                     "ImageNet:split=TRAIN:root=/data:extra=/data. Short for train.dataset_path."),
+        typer.Option(
+            "--data",
+            metavar="DATASET",
+            help="A folder of images, or a string such as "
+            "ImageNet:split=TRAIN:root=/data:extra=/data. Short for train.dataset_path.",
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
@@ -65,21 +76,32 @@ def train(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=1, metavar="N", help="GPUs to use on each machine, a process for each [all; with "
-                     "Slurm 8]; with --cpu, processes [1]."),
+        typer.Option(
+            "--gpus",
+            min=1,
+            metavar="N",
+            help="GPUs to use on each machine, a process for each [all; with Slurm 8]; with --cpu, processes [1].",
+        ),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,
     init_from: Annotated[
         str | None,
-        typer.Option("--init-from", metavar="WEIGHTS", help="Start student and teacher from these backbone weights: a "
-                     "run, a file, a URL or a released name. Short for student.pretrained_weights."),
+        typer.Option(
+            "--init-from",
+            metavar="WEIGHTS",
+            help="Start student and teacher from these backbone weights: a "
+            "run, a file, a URL or a released name. Short for student.pretrained_weights.",
+        ),
     ] = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over; an earlier run's files move to previous_1/ and so on.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, estimate time and memory; do not train. With Slurm "
-                           "options: print the script.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, estimate time and memory; do not train. With Slurm options: print the script.",
+        ),
     ] = False,
     nodes: Nodes = None,
     partition: Partition = None,

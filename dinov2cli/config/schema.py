@@ -136,7 +136,9 @@ class Train(Group):
         "part of them; auto: ddp, or fsdp where memory demands it.",
     )
     hang_timeout: int = Field(
-        1800, ge=0, description="(dino2) Seconds without a finished iteration after which the stacks of all processes "
+        1800,
+        ge=0,
+        description="(dino2) Seconds without a finished iteration after which the stacks of all processes "
         "are written and the run ends, for its supervisor to restart it; 0: never.",
     )
     tensorboard: bool = Field(
@@ -268,9 +270,7 @@ class Evaluation(Group):
     knn_period: int = Field(0, ge=0, description="(dino2) Iterations between k-NN scores of the teacher; 0: none.")
     knn_train_dataset: str = Field("", description="(dino2) Labelled data whose neighbours vote, for knn_period.")
     knn_val_dataset: str = Field("", description="(dino2) Labelled data that is classified, for knn_period.")
-    tasks: Annotated[
-        tuple[Literal["knn", "logreg", "linear"], ...], BeforeValidator(_tuple_from_list)
-    ] = Field(
+    tasks: Annotated[tuple[Literal["knn", "logreg", "linear"], ...], BeforeValidator(_tuple_from_list)] = Field(
         (), description="(dino2) Evaluations of every teacher checkpoint, on the data of knn_period."
     )
     tasks_as_jobs: bool = Field(

@@ -136,9 +136,7 @@ def _strip_prefixes(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor
 
 
 def _has_patch_embedding(tensors: Mapping[str, Tensor]) -> bool:
-    return any(
-        name in tensors for name in ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-    )
+    return any(name in tensors for name in ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"))
 
 
 def _as_float32(state: State, source: str, report: LoadReport) -> State:

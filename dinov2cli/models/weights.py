@@ -125,9 +125,7 @@ def _build(architecture: VitArchitecture, size_policy: str, **overrides: Any) ->
         raise WeightsError(f"these arguments do not make a model: {error}") from None
 
 
-def read_weights(
-    name_or_path: str | Path, *, config_file: str | Path | None = None, **given: Any
-) -> RecognisedWeights:
+def read_weights(name_or_path: str | Path, *, config_file: str | Path | None = None, **given: Any) -> RecognisedWeights:
     """Find, read, convert and check weights without building a model. Arguments and errors as in `load_model`."""
     asked = zoo.RELEASED.get(str(name_or_path))
     if asked and asked.classifier:

@@ -174,6 +174,7 @@ class Record:
             "bad_images": self.bad_images,
         }
 
+
 def read_numbers(result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
     """Losses with the reference's names, and gradient norms, as numbers: one transfer from the device."""
     losses = result.losses

@@ -39,9 +39,7 @@ class Schedules:
             last_layer_lr=0.0 if iteration < config.freeze_last_layer_iterations() else lr,
             backbone_lr=0.0 if iteration < config.freeze_backbone_iterations() else lr,
             weight_decay=cosine(iteration, total, config.optim.weight_decay, config.optim.weight_decay_end),
-            momentum=cosine(
-                iteration, total, config.teacher.momentum_teacher, config.teacher.final_momentum_teacher
-            ),
+            momentum=cosine(iteration, total, config.teacher.momentum_teacher, config.teacher.final_momentum_teacher),
             teacher_temp=linear(
                 iteration,
                 config.teacher_temp_warmup_iterations(),

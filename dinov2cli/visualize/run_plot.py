@@ -101,7 +101,7 @@ def _html(runs: Sequence[Run], smooth: int) -> str:
         of_group = [key for key in names if key[0] == group]
         if of_group:
             svg = _draw(runs, of_group, smooth, "svg").decode()
-            sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg'):]}\n{_table(runs, of_group)}")
+            sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg') :]}\n{_table(runs, of_group)}")
     title = html.escape("dino2: " + ", ".join(run.name for run in runs))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'

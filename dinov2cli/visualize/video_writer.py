@@ -90,9 +90,7 @@ class Writer:
             os.replace(self.aside, self.path)
         except OSError as failure:
             self._abandon()
-            raise EnvironmentProblem(
-                f"{self.path}: writing failed ({failure.strerror or failure})"
-            ) from failure
+            raise EnvironmentProblem(f"{self.path}: writing failed ({failure.strerror or failure})") from failure
         except BaseException:
             self._abandon()
             raise
