@@ -135,7 +135,7 @@ def broadcast_object(value: T) -> T:
     """Rank 0's `value` on every process."""
     if not is_initialized():
         return value
-    box: list[Any] = [value]
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

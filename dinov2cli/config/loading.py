@@ -123,9 +123,8 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _nest(path: Sequence[str], value: Any) -> Layer:
-    for name in reversed(path):
-        value = {name: value}
-    return value
+    first, *rest = path
+    return {first: _nest(rest, value) if rest else value}
 
 
 def _refuse_unresolved(tree: Layer, prefix: str = "") -> None:

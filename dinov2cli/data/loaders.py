@@ -88,7 +88,7 @@ class TrainLoader:
                 yield batch
 
 
-class _TrainBatches(Dataset):
+class _TrainBatches(Dataset[Any]):
     """Item s is the batch of micro step s."""
 
     def __init__(self, dataset: ImageDataset, config: Any, *, rank: int, world_size: int) -> None:
@@ -219,7 +219,7 @@ class EvalLoader:
                 yield batch
 
 
-class _EvalBatches(Dataset):
+class _EvalBatches(Dataset[Any]):
     def __init__(
         self,
         dataset: ImageDataset,

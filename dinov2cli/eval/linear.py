@@ -151,7 +151,8 @@ def measure_heads(
         layer, sees = heads, _input_of(heads, features)
 
         def classify(batch: Mapping[str, Tensor]) -> Tensor:
-            return layer(sees.of(batch))[None]
+            logits: Tensor = layer(sees.of(batch))
+            return logits[None]
 
     meter = AccuracyMeter(n_classes if class_mapping is None else len(class_mapping), n_heads, metric, str(device))
     for rows in torch.arange(len(features.targets)).split(256):
@@ -201,7 +202,7 @@ def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearS
     return map(batch, range(start, settings.iterations))
 
 
-class _CroppedImages(Dataset):
+class _CroppedImages(Dataset[tuple[Tensor, Tensor] | WorkerError]):
     """Item i is this process's part of the batch of iteration i: float32 [B, 3, S, S], int64 [B]."""
 
     def __init__(self, images: "ImageDataset", size: int, settings: LinearSettings) -> None:

@@ -77,7 +77,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in `results.json`."""
-        return json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Evaluation":

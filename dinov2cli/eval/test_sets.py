@@ -88,6 +88,7 @@ def _read_json_labels(path: Path) -> Tensor:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path)
+        array: np.ndarray = np.load(path)
+        return array
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as .npy ({error}).") from None

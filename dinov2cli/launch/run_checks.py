@@ -185,7 +185,8 @@ def checkpoint_bytes(config: Config) -> int:
     with torch.device("meta"):  # shapes only
         networks = SSLMetaArch(config, "sdpa")
     student = sum(parameter.numel() for parameter in networks.student.parameters())
-    return 4 * (sum(tensor.numel() for tensor in networks.state_dict().values()) + 2 * student)
+    tensors: int = sum(tensor.numel() for tensor in networks.state_dict().values())
+    return 4 * (tensors + 2 * student)
 
 
 def memory(situation: Situation) -> Finding:

@@ -115,7 +115,7 @@ def state_of(processes: list[dict[str, Any]], jobs: list[dict[str, Any]], iterat
     waiting = any(job["slurm_state"] in ("PENDING", "CONFIGURING", "REQUEUED") for job in jobs)
     if not processes:
         return "waiting" if waiting else "not started"
-    said = {process["state"] for process in processes}
+    said: set[str] = {process["state"] for process in processes}
     if said == {"finished"}:
         return "finished"
     if all(process["age"] > STALE_S or process["state"] in ENDED for process in processes):

@@ -185,7 +185,8 @@ class Supervisor(LocalElasticAgent):
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
         # The machines' own order, not that of the rendezvous: so the first machine's log is that of rank 0.
-        return super()._assign_worker_ranks(store, self.group.node, group_world_size, spec)
+        workers: list[Worker] = super()._assign_worker_ranks(store, self.group.node, group_world_size, spec)
+        return workers
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # All machines have just met, so all notes are written: the first decides for all whether to go on.
@@ -218,7 +219,8 @@ class Supervisor(LocalElasticAgent):
                 self.ended = True
                 return finished
             return RunResult(WorkerState.FAILED)
-        return super()._monitor_workers(worker_group)
+        watched: RunResult = super()._monitor_workers(worker_group)
+        return watched
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         # Whoever still runs here waits for a worker that is gone.

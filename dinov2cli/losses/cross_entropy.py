@@ -23,7 +23,7 @@ def soft_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> T
     if torch.compiler.is_compiling():
         scaled = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (1 / temperature)
         return targets.sum(-1) * torch.logsumexp(scaled, -1) - (scaled * targets).sum(-1)
-    result: Tensor = _SoftCrossEntropy.apply(scores, targets, temperature)
+    result: Tensor = _SoftCrossEntropy.apply(scores, targets, temperature)  # type: ignore[no-untyped-call]
     return result
 
 

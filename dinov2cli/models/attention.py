@@ -65,7 +65,8 @@ def sdpa_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
 
 def _split_heads(qkv: Tensor, layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each group as views [b, H, L, C]."""
-    views = _head_views(qkv, layout) if torch.compiler.is_compiling() else _HeadViews.apply(qkv, layout)
+    split = _head_views if torch.compiler.is_compiling() else _HeadViews.apply
+    views = split(qkv, layout)
     return zip(views[::3], views[1::3], views[2::3], strict=True)
 
 
@@ -137,7 +138,8 @@ def xformers_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
 
     mask = _block_diagonal_mask(layout, qkv.device)
     q, k, v = unbind(qkv[None], 2)  # many of its kernels write the gradients side by side, which this sees
-    return memory_efficient_attention(q, k, v, attn_bias=mask)[0]
+    answers: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask)[0]
+    return answers
 
 
 def varlen_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:

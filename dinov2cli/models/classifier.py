@@ -39,7 +39,8 @@ class LinearClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, K]."""
-        return self.linear_head(self.features(x))
+        logits: Tensor = self.linear_head(self.features(x))
+        return logits
 
     def features(self, x: Tensor) -> Tensor:
         """What the head sees: [B, C, H, W] -> [B, F]."""

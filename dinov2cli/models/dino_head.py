@@ -42,7 +42,8 @@ class DINOHead(nn.Module):
         x = self.mlp(x)
         # 1e-12 is not representable in float16
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
-        return self.last_layer(x)
+        scores: Tensor = self.last_layer(x)
+        return scores
 
 
 class WeightNormLinear(nn.Module):

@@ -33,7 +33,8 @@ class PatchEmbed(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             size = f"image of {height}x{width} pixels"
             raise ValueError(f"{size}: both must be multiples of patch size {self.patch_size}")
-        return self.proj(images).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return tokens
 
 
 class Attention(nn.Module):
@@ -131,10 +132,9 @@ def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Te
     The factors go into the layer's weight, which is small beside the stream: neither a scaled stream is made, forward
     or backward, nor the unscaled one kept. A new network's factors of 1e-5 would leave float16's range there.
     """
-    if not isinstance(scale, LayerScale):
-        return layer(x)
-    if _products_in_float16(x):
-        return scale(layer(x))
+    if not isinstance(scale, LayerScale) or _products_in_float16(x):
+        y: Tensor = scale(layer(x)) if isinstance(scale, LayerScale) else layer(x)
+        return y
     bias = None if layer.bias is None else scale.gamma * layer.bias
     return F.linear(x, scale.gamma[:, None] * layer.weight, bias)
 
@@ -273,7 +273,7 @@ class Block(nn.Module):
     def _forward_used(
         self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None, used: Tensor
     ) -> Tensor:
-        y = x.index_select(0, used)
+        y: Tensor = x.index_select(0, used)
         if kept is None:
             y = y + self.attn(self.norm1(x), layout, used, self.ls1)
             return y + self.mlp_branch(y)
@@ -288,8 +288,10 @@ class Block(nn.Module):
 
     def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The first residual, [T, D] -> [T, D]."""
-        return self.attn(self.norm1(x), layout, scale=self.ls1)
+        residual: Tensor = self.attn(self.norm1(x), layout, scale=self.ls1)
+        return residual
 
     def mlp_branch(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """The second residual, [T, D] -> [T, D]; tokens are independent, so the layout does not matter."""
-        return self.mlp(self.norm2(x), self.ls2)
+        residual: Tensor = self.mlp(self.norm2(x), self.ls2)
+        return residual

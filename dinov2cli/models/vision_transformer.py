@@ -107,7 +107,8 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """The normalised class token: [B, C, H, W] -> [B, D]."""
         stream, layout = self.prepare_tokens([x], [masks])
-        return self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
+        cls_token: Tensor = self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
+        return cls_token
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None

@@ -69,7 +69,7 @@ def special_token_attention(model: VisionTransformer, images: Tensor, block: int
         hook.remove()
     q, k, _ = entered[0].float().view(len(images), -1, 3, attention.num_heads, head_width).unbind(2)
     q = q[:, : 1 + model.num_register_tokens]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     return scores.softmax(-1)
 
 
@@ -91,4 +91,5 @@ def _heat(weights: NDArray[np.float32], size: tuple[int, int]) -> Picture:
     top = max(float(np.percentile(weights, 99.5)), 1e-12)
     levels = cv2.resize(np.clip(weights / top, 0, 1), size[::-1], interpolation=cv2.INTER_CUBIC)
     levels = (np.clip(levels, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    coloured: NDArray[np.uint8] = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    return coloured

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -103,7 +103,8 @@ class PatchFeatures:
             images = normalize(torch.from_numpy(pictures).to(self.device))
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
                 tokens = self.model.forward_features(images)["x_norm_patchtokens"]
-            return tokens.float().cpu().numpy().reshape(len(pictures), *grid, -1)
+            features: FeatureMap = tokens.float().cpu().numpy()
+            return features.reshape(len(pictures), *grid, -1)
         except torch.OutOfMemoryError as error:
             if len(pictures) == 1:
                 raise EnvironmentProblem(
@@ -152,7 +153,7 @@ class FeatureSpool:
         self._file.close()
 
 
-def resize(picture: NDArray, size: tuple[int, int]) -> NDArray:
+def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """Resize [H, W, C] to `size` (H, W): averaging where it shrinks, bicubic where it grows."""
     if picture.shape[:2] == size:
         return picture

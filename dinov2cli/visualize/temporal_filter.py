@@ -73,4 +73,5 @@ class TemporalFilter:
 def _patch_mean_square(difference: NDArray[np.float32]) -> NDArray[np.floating]:
     height, width = difference.shape[0] // CELLS, difference.shape[1] // CELLS
     squares = np.square(difference).reshape(height, CELLS, width, CELLS, -1)
-    return squares.mean((1, 3, 4), dtype=np.float64)
+    means: NDArray[np.floating] = squares.mean((1, 3, 4), dtype=np.float64)
+    return means

@@ -31,7 +31,8 @@ def tone_map(image: NDArray[np.uint16], transfer: int) -> NDArray[np.uint8]:
     np.maximum(linear, 0, out=linear)
     over = np.maximum(linear - KNEE, 0)
     compressed = np.minimum(linear, KNEE) + (1 - KNEE) * over / (over + (1 - KNEE))
-    return _srgb_table()[(compressed * 4095 + 0.5).astype(np.uint16)]
+    result: NDArray[np.uint8] = _srgb_table()[(compressed * 4095 + 0.5).astype(np.uint16)]
+    return result
 
 
 @cache

@@ -102,7 +102,7 @@ class VideoFile:
             try:
                 return max(sum(1 for packet in container.demux(stream) if packet.size), 1)
             except av.error.FFmpegError:
-                return max(stream.frames, 1)
+                return max(int(stream.frames), 1)
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
         with self._open() as container:

@@ -86,7 +86,9 @@ class RecordFile:
         if not 0 <= index < self._length:
             raise IndexError(f"index {index} is outside {self.path} with {self._length} records")
         size = self.dtype.itemsize
-        return np.frombuffer(self._files.read(str(self.path), self._start + index * size, size), self.dtype)[0]
+        content = self._files.read(str(self.path), self._start + index * size, size)
+        record: np.void = np.frombuffer(content, self.dtype)[0]
+        return record
 
     def column(self, name: str) -> np.ndarray:
         """One field of all records, copied into memory."""
