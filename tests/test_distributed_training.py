@@ -19,8 +19,8 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.console import Interrupted
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.device import Precision
 from dinov2cli.errors import DataError
-from dinov2cli.train.precision import Precision
 from dinov2cli.train.trainer import Trainer
 from dinov2cli.train.training_step import random_numbers_of
 
@@ -273,7 +273,7 @@ def losses_in_bfloat16(images: str, run: str) -> dict[str, list[float]]:
     """Three iterations of each way of sharing, with matrix products in bfloat16 as on a GPU."""
     found = {}
     Precision.resolve = classmethod(  # type: ignore[method-assign, assignment]
-        lambda cls, config, device: cls(device, torch.bfloat16, False, "for this test")
+        lambda cls, asked, device, **_: cls(device, torch.bfloat16, False, "for this test")
     )
     for mode in ("ddp", "fsdp"):
         config = configure(Path(images), Path(run) / mode, "train.batch_size_per_gpu=4", f"train.sharding={mode}",

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dinov2cli"
 LAYERS = {
-    "errors": 0, "console": 0, "distributed": 0,
+    "errors": 0, "console": 0, "distributed": 0, "device": 0, "files": 0,
     "config": 1,
     "data": 2, "models": 2, "losses": 2,
     "checkpoint": 3, "train": 3,
@@ -19,7 +19,15 @@ LAYERS = {
     "__init__": 7, "__main__": 7,
 }  # fmt: skip
 # Two parts of a layer may not see each other, except the trainer, which writes checkpoints, and what raises errors.
-WITHIN_LAYER = {("train", "checkpoint"), ("distributed", "errors"), ("console", "errors")}
+WITHIN_LAYER = {
+    ("train", "checkpoint"),
+    ("distributed", "errors"),
+    ("console", "errors"),
+    ("device", "errors"),
+    ("device", "distributed"),
+    ("files", "errors"),
+    ("console", "files"),
+}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -68,7 +68,7 @@ def test_what_saves_memory_does() -> None:
 def test_freed_memory_is_kept_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = MemoryEstimate(1, 2, 3, 4, 5, 3, 2)  # 20 GB
     for gigabytes, processes, kept in ((24, 1, False), (32, 1, True), (32, 2, False), (64, 2, True)):
-        monkeypatch.setattr("dinov2cli.train.memory.main_memory", lambda there=gigabytes: there * 10**9)
+        monkeypatch.setattr("dinov2cli.device.main_memory", lambda there=gigabytes: there * 10**9)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert room_for_gaps(expected) == kept
 

@@ -138,7 +138,7 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("gigabytes", "status"), [(100, Status.OK), (0.09, Status.WARNING), (0.01, Status.FAILURE)])
 def test_memory_too_small(gigabytes: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2cli.train.memory.main_memory", lambda: int(gigabytes * 1e9))
+    monkeypatch.setattr("dinov2cli.device.main_memory", lambda: int(gigabytes * 1e9))
     found = run_checks.memory(Situation(load_config(preset="demo"), CPU))
     assert found.status is status and f"{gigabytes:,.1f} GB are there" in found.text
     assert ("smaller student.arch" in found.remedy) == (status is Status.FAILURE)

@@ -44,7 +44,7 @@ def attention(
     inputs, output = split_inputs_and_output(paths)
     pictures = expand_inputs(inputs)
     check_picture_output(output)
-    loaded = load_picture_model(model, device)
+    loaded, _ = load_picture_model(model, device)
     rows = []
     files = 0
     for name, path in pictures:

@@ -10,8 +10,6 @@ from dinov2cli.cli.completion import complete_override, complete_preset
 from dinov2cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from dinov2cli.config import Config
     from dinov2cli.train.benchmark import TrainBenchmark
 
@@ -68,9 +66,10 @@ def train_command(
         dino2 bench train --preset vitl16_short --compile off --compile on --json
     """
     from dinov2cli.data.datasets import make_dataset
+    from dinov2cli.device import choose_device
     from dinov2cli.train.benchmark import benchmark_variants
 
-    place, variants = _device(device), _variants(attention, precision, compiled)
+    place, variants = choose_device(device), _variants(attention, precision, compiled)
     if place.type == "cpu" and precision and set(precision) != {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")
     dataset = None if synthetic else make_dataset(data)
@@ -105,11 +104,12 @@ def extract_command(
     """
     from dinov2cli.console import out, print_json
     from dinov2cli.data.datasets import make_dataset
+    from dinov2cli.device import choose_device
     from dinov2cli.eval.extraction_benchmark import benchmark_extraction
 
     result = benchmark_extraction(
         _config(None if config_file else preset, config_file, overrides),
-        _device(device),
+        choose_device(device),
         dataset=None if data is None else make_dataset(data),
         batch_size=batch_size,
         batches=batches,
@@ -137,16 +137,6 @@ def _config(preset: str | None, config_file: Path | None, overrides: list[str] |
     from dinov2cli.config import load_config
 
     return load_config(preset=preset, config_file=config_file, overrides=overrides or [])
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {name}: known are auto, cpu and cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no CUDA device here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _variants(attention: list[str] | None, precision: list[str] | None, compiled: list[str] | None) -> list[list[str]]:

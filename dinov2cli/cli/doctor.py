@@ -61,9 +61,9 @@ def doctor(
     """  # fmt: skip
     from dinov2cli import distributed
     from dinov2cli.console import out, print_json, set_up_logging
+    from dinov2cli.device import choose_device
     from dinov2cli.launch import preflight
     from dinov2cli.launch.findings import Situation
-    from dinov2cli.train.precision import choose_device
 
     set_up_logging()
     config = resolve(arguments or [], preset, config_file, data, output_dir)
@@ -71,7 +71,7 @@ def doctor(
     checks, left_out = choose_checks(config, with_model=asked)
     with distributed.process_group():
         with distributed.same_error_everywhere():
-            device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+            device = choose_device("cpu" if cpu else "auto")
         findings = preflight.examine(checks, Situation(config, device, thorough=True))
         if distributed.is_main():
             if as_json:

@@ -65,7 +65,8 @@ def pca_image(
     photos = expand_inputs(inputs)
     check_picture_output(output)
     colors = ColorBasis.load(basis) if basis else None
-    extractor = PatchFeatures(load_picture_model(model, device), resolution, batch_size)
+    loaded, precision = load_picture_model(model, device)
+    extractor = PatchFeatures(loaded, resolution, batch_size, precision)
     if colors:
         check_basis(colors, extractor)
     else:

@@ -88,7 +88,8 @@ def pca_video(
     for path in outputs:
         check_output(path)
     colors = ColorBasis.load(basis) if basis else None
-    extractor = PatchFeatures(load_picture_model(model, device), resolution, batch_size)
+    loaded, precision = load_picture_model(model, device)
+    extractor = PatchFeatures(loaded, resolution, batch_size, precision)
     if colors:
         check_basis(colors, extractor)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
+from dinov2cli.errors import DataError, WeightsError
 
 if TYPE_CHECKING:
     from dinov2cli.models.vision_transformer import VisionTransformer
@@ -77,27 +77,21 @@ def split_inputs_and_output(paths: list[Path]) -> tuple[list[Path], Path]:
     return inputs, output
 
 
-def load_picture_model(name: str | None, device: str) -> "VisionTransformer":
-    """The model of --model in evaluation mode on --device.
+def load_picture_model(name: str | None, device: str) -> tuple["VisionTransformer", str]:
+    """The model of --model in evaluation mode on --device, and the precision of the run that it comes from.
 
     Raises:
         EnvironmentProblem: a device that is not there.
         WeightsError: weights that cannot be had.
     """
-    import torch
-
+    from dinov2cli.config import load_config
+    from dinov2cli.device import choose_device
+    from dinov2cli.models.sources import locate
     from dinov2cli.models.weights import load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = choose_device(device)
     try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise EnvironmentProblem(f"--device {device}: unknown; give auto, cpu, cuda or cuda:N") from error
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    try:
-        return load_model(name or DEFAULT_MODEL).to(where).eval()
+        model = load_model(name or DEFAULT_MODEL).to(where).eval()
     except WeightsError as error:
         if name is not None:
             raise
@@ -105,3 +99,7 @@ def load_picture_model(name: str | None, device: str) -> "VisionTransformer":
             f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
             "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
         ) from error
+    run = locate(name).run if name else None
+    if run is None or not (run / "config.yaml").is_file():
+        return model, "auto"
+    return model, load_config(config_file=run / "config.yaml").compute_precision.precision

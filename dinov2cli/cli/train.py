@@ -246,9 +246,9 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
     from dinov2cli import distributed
     from dinov2cli.console import logger, set_up_logging
     from dinov2cli.data.datasets import make_dataset
+    from dinov2cli.device import choose_device
     from dinov2cli.launch.preflight import preflight
     from dinov2cli.models.vision_transformer import VisionTransformer
-    from dinov2cli.train.precision import choose_device
     from dinov2cli.train.rehearsal import rehearse
     from dinov2cli.train.run_folder import RunFolder
     from dinov2cli.train.trainer import Trainer
@@ -274,7 +274,7 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
         set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
     with distributed.same_error_everywhere():
-        device = choose_device(cpu=cpu, local_rank=distributed.local_rank())
+        device = choose_device("cpu" if cpu else "auto")
     preflight(config, device, dataset=dataset)
     with distributed.same_error_everywhere():
         on_teacher = teacher_tasks(config, device)
@@ -302,7 +302,8 @@ def online_knn(config: "Config") -> "OnlineKnn | None":
 
     train_dataset = make_dataset(config.evaluation.knn_train_dataset)
     val_dataset = make_dataset(config.evaluation.knn_val_dataset)
-    return lambda backbone: knn.online_knn(backbone, train_dataset, val_dataset)
+    precision = config.compute_precision.precision
+    return lambda backbone: knn.online_knn(backbone, train_dataset, val_dataset, precision=precision)
 
 
 def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path], object] | None":

@@ -101,7 +101,7 @@ class FeatureCache:
             "version": __version__,
             "weights": extractor.weights_hash,
             "dataset": dataset_fingerprint(dataset),
-            "precision": str(extractor.autocast_dtype),
+            "precision": str(extractor.precision.dtype),
             "transform": _transform(extractor, detailed),
             "of": dataset.describe(),
         }

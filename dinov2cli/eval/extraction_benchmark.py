@@ -48,7 +48,7 @@ def benchmark_extraction(
     """
     model = build_backbone(config).eval()
     extractor = Extractor(model, image_size=image_size, batch_size=batch_size, device=device)
-    dtype, dim = extractor.autocast_dtype, model.embed_dim
+    dtype, dim = extractor.precision.dtype, model.embed_dim
     tokens = batch_size * ((image_size // model.patch_size) ** 2 + 1)
     images = torch.randn(batch_size, 3, image_size, image_size)
 

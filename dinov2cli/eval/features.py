@@ -4,7 +4,6 @@ Shapes: N images (of this process), D features, n blocks.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from dinov2cli import distributed
 from dinov2cli.console import progress
 from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
+from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache, weights_hash
 from dinov2cli.eval.stopping import stoppable
@@ -63,8 +63,8 @@ class Extractor:
         resize_ratio: the short side is resized to this times `image_size` first; 256/224 in the k-NN and linear
             protocols, 1 in that of logistic regression.
         num_workers: processes that decode images; None: from the number of cores.
-        device: None for this process's GPU where there is one, else the CPU.
-        autocast_dtype: precision of matrix products; None for bfloat16 on a GPU and float32 on the CPU.
+        device: as in `choose_device`: None for this process's GPU where there is one, else the CPU.
+        precision: that of matrix products, as `compute_precision.precision` says it.
         detailed: also keep `mean_patch` and `last_cls`.
         cache: where to look for and keep the features.
 
@@ -81,11 +81,11 @@ class Extractor:
         batch_size: int = 256,
         num_workers: int | None = None,
         device: torch.device | str | None = None,
-        autocast_dtype: torch.dtype | None = None,
+        precision: str = "auto",
         detailed: bool = False,
         cache: FeatureCache | None = None,
     ) -> None:
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = choose_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = model.to(self.device)
@@ -94,7 +94,7 @@ class Extractor:
         self.transform = EvalTransform(resize=self.resize, crop=self.image_size)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.autocast_dtype = autocast_dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.precision = Precision.resolve(precision, self.device, frozen=True)
         self.detailed = detailed
         self.cache = cache
 
@@ -133,7 +133,7 @@ class Extractor:
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
-        with autocast(self.device, self.autocast_dtype):
+        with self.precision.autocast():
             if self.device.type != "cpu":
                 return self._forward(images)
             parts = [self._forward(part) for part in images.split(self._images_in_cache)]
@@ -185,11 +185,6 @@ def fitting_image_size(model: Any, image_size: int | None) -> int:
     return size
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Automatic mixed precision, or nothing for float32."""
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
 def part_of_this_process(size: int) -> Tensor:
     """The consecutive positions of `size` images that fall to this process, int64."""
     return torch.arange(size).tensor_split(distributed.world_size())[distributed.rank()]
@@ -198,8 +193,3 @@ def part_of_this_process(size: int) -> Tensor:
 def renumber(targets: Tensor, mapping: Tensor) -> Tensor:
     """`mapping[target]`, leaving -1 as it is."""
     return torch.where(targets < 0, targets, mapping[targets.clamp(min=0)])
-
-
-def default_device() -> torch.device:
-    """This process's GPU where there is one, else the CPU."""
-    return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")

@@ -135,6 +135,7 @@ def online_knn(
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
+    precision: str = "auto",
 ) -> float:
     """Top-1 accuracy in percent of the k nearest neighbours: one number to follow during a training.
 
@@ -145,7 +146,7 @@ def online_knn(
     model.eval()
     try:
         device = device or next(model.parameters()).device
-        extract = Extractor(model, batch_size=batch_size, num_workers=num_workers, device=device)
+        extract = Extractor(model, batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
         train = extract(train_dataset)
         same = train_dataset.describe() == val_dataset.describe()
         val = train if same else extract(val_dataset).with_classes(mapping)

@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dinov2cli.config import Config, load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.sources import locate
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.models.weights import load_model
-
-AUTOCAST = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,9 @@ class Subject:
     config: Config | None = None
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Precision as configured; None for the device's default."""
-        return AUTOCAST[self.config.compute_precision.precision] if self.config else None
+    def precision(self) -> str:
+        """As configured; `auto` without a configuration."""
+        return self.config.compute_precision.precision if self.config else "auto"
 
     def output_dir(self, task: str, wanted: Path | None) -> Path | None:
         """Where a task's files go: where asked for, else beside a run's teacher, else nowhere."""

@@ -46,7 +46,7 @@ class Extraction:
     def of(self, subject: Subject, **arguments: Any) -> Extractor:
         """An extractor for the subject's model in its configured precision."""
         options = {key: getattr(self, key) for key in ("image_size", "batch_size", "num_workers", "device", "cache")}
-        return Extractor(subject.model, autocast_dtype=subject.autocast_dtype, **options, **arguments)
+        return Extractor(subject.model, precision=subject.precision, **options, **arguments)
 
 
 def run_knn(
@@ -321,4 +321,4 @@ def _origin(subject: Subject, task: str, extract: Extractor, train: str, val: st
 
 
 def _settings(extract: Extractor) -> dict[str, Any]:
-    return {"image_size": extract.image_size, "resize": extract.resize, "precision": str(extract.autocast_dtype)}
+    return {"image_size": extract.image_size, "resize": extract.resize, "precision": str(extract.precision.dtype)}

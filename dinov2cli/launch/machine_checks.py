@@ -14,10 +14,9 @@ import torch
 from dinov2cli import __version__, distributed
 from dinov2cli.config import Config
 from dinov2cli.data.workers import available_cores, choose_workers
+from dinov2cli.device import Precision, main_memory
 from dinov2cli.launch.findings import Finding, Situation, failure, ok, warning
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend, sdpa_attention
-from dinov2cli.train.memory import main_memory
-from dinov2cli.train.precision import Precision
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
 TENSORS_OF_A_BATCH = 6
@@ -88,13 +87,13 @@ def _cpu() -> Finding:
 
 def precision(situation: Situation) -> Finding:
     """The arithmetic of the run on this device."""
-    found = Precision.resolve(situation.config, situation.device)
+    found = Precision.resolve(situation.config.compute_precision.precision, situation.device)
     return ok(f"{found.name} ({found.reason})", precision=found.name)
 
 
 def attention(situation: Situation) -> Finding:
     """The attention kernels that the run would use, really run forward and backward, beside plain float32."""
-    dtype = Precision.resolve(situation.config, situation.device).dtype
+    dtype = Precision.resolve(situation.config.compute_precision.precision, situation.device).dtype
     requested = situation.config.student.attention_backend
     try:
         backend, reason = choose_attention_backend(requested, situation.device, dtype)

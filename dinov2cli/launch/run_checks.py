@@ -20,10 +20,10 @@ from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
+from dinov2cli.device import Precision, main_memory_of_a_process
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.launch.findings import Finding, Situation, Status, failure, ok, warning
-from dinov2cli.train.memory import describe, estimate, main_memory_of_a_process
-from dinov2cli.train.precision import Precision
+from dinov2cli.train.memory import describe, estimate
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch
@@ -192,7 +192,8 @@ def checkpoint_bytes(config: Config) -> int:
 def memory(situation: Situation) -> Finding:
     """What a process is expected to need at its peak, against what its device has."""
     config, where = situation.config, situation.device
-    precision = Precision.resolve(config, where)
+    arithmetic = config.compute_precision
+    precision = Precision.resolve(arithmetic.precision, where, grad_scaler=arithmetic.grad_scaler)
     sharding, _ = choose_sharding(config, precision, distributed.world_size())
     expected = estimate(config, world_size=distributed.world_size(), sharding=sharding, precision=precision.name)
     if where.type == "cuda":

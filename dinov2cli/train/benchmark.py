@@ -24,12 +24,12 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng
+from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.flops import step_flops
 from dinov2cli.train.memory import crop_groups, estimate, masked_patches, room_for_gaps
-from dinov2cli.train.precision import Precision
 from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.ssl_meta_arch import N_GLOBAL, SSLMetaArch, SSLNetwork
@@ -117,7 +117,8 @@ def benchmark_training(
     Raises:
         ConfigError: the attention backend cannot run here.
     """
-    precision = Precision.resolve(config, device)
+    arithmetic = config.compute_precision
+    precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
     expected = estimate(config, world_size=1, sharding="none", precision=precision.name)
     if device.type == "cpu":
         keep_freed_memory(room=room_for_gaps(expected))

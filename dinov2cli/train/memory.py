@@ -4,15 +4,14 @@ Shape legend: T tokens of all crops of a process's batch, D embedding dimension,
 W processes.
 """
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from dinov2cli.config import Config
+from dinov2cli.device import main_memory_of_a_process
 from dinov2cli.train.ssl_meta_arch import N_GLOBAL, build_network
 
 GB = 1e9
@@ -84,21 +83,6 @@ def room_for_gaps(expected: MemoryEstimate) -> bool:
     Reused memory has gaps: a step then needs up to a fifth more. Interpreter and loader take a gigabyte.
     """
     return 1.25 * expected.total + 1 < main_memory_of_a_process() / GB
-
-
-def main_memory_of_a_process() -> float:
-    """Bytes of main memory for each of the processes that share this machine."""
-    return main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def main_memory() -> int:
-    """Bytes of main memory that this process may use, by the machine and its container."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return total if limit == "max" else min(total, int(limit))
 
 
 def describe(expected: MemoryEstimate) -> str:

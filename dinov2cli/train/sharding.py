@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
+from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.train.precision import Precision
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch, SSLNetwork, build_backbone
 
 

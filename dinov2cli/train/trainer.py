@@ -16,6 +16,7 @@ from dinov2cli.console import Interrupted, MetricLogger, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import TrainLoader, make_train_loader
+from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import choose_attention_backend
@@ -26,7 +27,6 @@ from dinov2cli.train.display import print_plan
 from dinov2cli.train.memory import estimate, room_for_gaps
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.plan import plan_rows
-from dinov2cli.train.precision import Precision
 from dinov2cli.train.record import Record, StepResult
 from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
 from dinov2cli.train.run_folder import RunFolder
@@ -82,7 +82,8 @@ class Trainer:
                     check_resumable(self.folder.config, config)
                 config = keep_effective_batch(config, self.checkpointer.newest_facts(), self.world_size)
             self.dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
-            self.precision = Precision.resolve(config, device)
+            arithmetic = config.compute_precision
+            self.precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
             self.attention_backend, self.attention_reason = choose_attention(config, device, self.precision)
             mode, self.sharding_reason = choose_sharding(config, self.precision, self.world_size)
             torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator

@@ -8,9 +8,9 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.randomness import Stream, keyed_rng
+from dinov2cli.device import Precision
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
-from dinov2cli.train.precision import Precision
 from dinov2cli.train.record import StepResult
 from dinov2cli.train.schedules import ScheduledValues
 from dinov2cli.train.sharding import Sharding

@@ -3,7 +3,6 @@
 Shape legend: H x W pixels, h x w patches, D feature dimension.
 """
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from dinov2cli.console import logger
 from dinov2cli.data.augmentations import normalize
+from dinov2cli.device import Precision, free_memory
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -38,14 +38,18 @@ class PatchFeatures:
         model: in evaluation mode, on the device to be used.
         resolution: patches along the short side of a picture.
         batch_size: pictures of equal size at a time; None: from the device's free memory.
+        precision: that of matrix products, as `compute_precision.precision` says it.
     """
 
-    def __init__(self, model: VisionTransformer, resolution: int, batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: VisionTransformer, resolution: int, batch_size: int | None = None, precision: str = "auto"
+    ) -> None:
         self.model = model
         self.resolution = resolution
         self._batch_size = batch_size
         self._by_grid: dict[tuple[int, int], int] = {}
         self.device = next(model.parameters()).device
+        self.precision = Precision.resolve(precision, self.device, frozen=True)
 
     def grid(self, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
         """Patches (h, w) of a picture of `size` (H, W) pixels, as near to its shape as whole patches allow."""
@@ -83,10 +87,9 @@ class PatchFeatures:
         tokens = grid[0] * grid[1] + 1 + self.model.num_register_tokens
         # Live at once in a block: the residual stream, qkv, attention output, the 4-fold hidden layer and its gate.
         bytes_per_picture = tokens * self.model.embed_dim * 4 * 20
+        free = free_memory(self.device)
         if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
             return min(max(free // (2 * bytes_per_picture), 1), LARGEST_BATCH["cuda"])
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         most = min(CPU_TOKENS_PER_BATCH // tokens, LARGEST_BATCH["cpu"])
         return min(max(free // (4 * bytes_per_picture), 1), max(most, 1))
 
@@ -101,7 +104,7 @@ class PatchFeatures:
         grid = pictures.shape[1] // patch, pictures.shape[2] // patch
         try:
             images = normalize(torch.from_numpy(pictures).to(self.device))
-            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.inference_mode(), self.precision.autocast():
                 tokens = self.model.forward_features(images)["x_norm_patchtokens"]
             features: FeatureMap = tokens.float().cpu().numpy()
             return features.reshape(len(pictures), *grid, -1)
