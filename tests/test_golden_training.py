@@ -15,7 +15,6 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
-from dinov2cli.train.schedules import ScheduledValues
 from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,14 +78,14 @@ def train_steps(golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str,
     optimizer = build_optimizer(meta_arch.student, config)
     for number in range(4):
         lr, weight_decay, momentum, temperature, last_lr = golden[f"step{number}/hyper_lr_wd_mom_temp_lastlr"]
-        values = ScheduledValues(lr, last_lr, lr, weight_decay, momentum, temperature)
+        values = {"lr": lr, "last_layer_lr": last_lr, "backbone_lr": lr, "weight_decay": weight_decay}
         apply_schedules(optimizer.param_groups, values)
-        losses = meta_arch(batch_of(golden, number, config), values.teacher_temp)
+        losses = meta_arch(batch_of(golden, number, config), temperature)
         losses.total.backward()
         norms = clip_gradients(meta_arch.student, config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        meta_arch.update_teacher(values.momentum)
+        meta_arch.update_teacher(momentum)
         printed = {
             "dino_local_crops_loss": losses.dino_local.item(),
             "dino_global_crops_loss": losses.dino_global.item(),

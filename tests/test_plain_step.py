@@ -55,13 +55,13 @@ def losses_of_a_run(config: Config, batches: list[MultiCropBatch], total_loss: L
     for batch in batches:
         values = schedules.at(batch.iteration)
         apply_schedules(optimizer.param_groups, values)
-        total = total_loss(meta_arch, batch, values.teacher_temp, torch.Generator().manual_seed(batch.iteration))
+        total = total_loss(meta_arch, batch, values["teacher_temp"], torch.Generator().manual_seed(batch.iteration))
         total.backward()
         clip_gradients(meta_arch.student, config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         for teacher, student in zip(meta_arch.teacher.parameters(), meta_arch.student.parameters(), strict=True):
-            teacher.data = values.momentum * teacher.data + (1 - values.momentum) * student.data
+            teacher.data = values["momentum"] * teacher.data + (1 - values["momentum"]) * student.data
         totals.append(total.item())
     return totals
 

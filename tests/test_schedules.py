@@ -32,10 +32,11 @@ def test_run_schedules() -> None:
     config = load_config(overrides=["train.OFFICIAL_EPOCH_LENGTH=10", "student.freeze_backbone_epochs=2"])
     schedules = Schedules(config, world_size=32)
     first, later, peak, last = (schedules.at(i) for i in (0, 15, 99, config.iterations() - 1))
-    assert first == pytest.approx((0.0, 0.0, 0.0, 0.04, 0.992, 0.04))
-    assert later.last_layer_lr == later.lr > 0 == later.backbone_lr and schedules.at(9).last_layer_lr == 0
-    assert peak.lr == pytest.approx(0.004 * (64 * 32 / 1024) ** 0.5)
-    assert 1e-6 <= last.lr < 1.1e-5 and 0.399 < last.weight_decay <= 0.4 and last.teacher_temp == 0.07
+    expected = {"lr": 0, "last_layer_lr": 0, "backbone_lr": 0, "weight_decay": 0.04, "momentum": 0.992}
+    assert first == pytest.approx({"iteration": 0, **expected, "teacher_temp": 0.04})
+    assert later["last_layer_lr"] == later["lr"] > 0 == later["backbone_lr"] and schedules.at(9)["last_layer_lr"] == 0
+    assert peak["lr"] == pytest.approx(0.004 * (64 * 32 / 1024) ** 0.5)
+    assert 1e-6 <= last["lr"] < 1.1e-5 and 0.399 < last["weight_decay"] <= 0.4 and last["teacher_temp"] == 0.07
 
 
 def test_every_parameter_is_in_one_group_with_its_own_factors() -> None:
@@ -44,7 +45,7 @@ def test_every_parameter_is_in_one_group_with_its_own_factors() -> None:
                                     "ibot.head_n_prototypes=16"])  # fmt: skip
     network = build_network(config, "sdpa", 0.0)
     groups = parameter_groups(network, config)
-    values = Schedules(config).at(5000)._replace(lr=1.0, backbone_lr=1.0, last_layer_lr=0.0, weight_decay=0.1)
+    values = {"lr": 1.0, "backbone_lr": 1.0, "last_layer_lr": 0.0, "weight_decay": 0.1}
     apply_schedules(groups, values)
     found = {id(p): group for group in groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups) == len(list(network.parameters()))

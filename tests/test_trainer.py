@@ -88,7 +88,7 @@ def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_train
     for key in ("backbone.blocks.0.attn.proj.weight", "backbone.patch_embed.proj.weight", "dino_head.mlp.0.weight"):
         old, new = before[f"student.{key}"], after[f"student.{key}"]
         assert not torch.equal(old, new)
-        expected = values.momentum * before[f"teacher.{key}"] + (1 - values.momentum) * new
+        expected = values["momentum"] * before[f"teacher.{key}"] + (1 - values["momentum"]) * new
         torch.testing.assert_close(after[f"teacher.{key}"], expected)
     frozen = "student.dino_head.last_layer.weight_v"
     assert torch.equal(before[frozen], after[frozen])
@@ -161,7 +161,7 @@ def test_a_non_finite_loss_is_left_out_then_stops_the_run(
         trainer.train()
     # The step that had no finite loss left the student as it was; the teacher's average over the students went on.
     assert_same_weights(*({k: v for k, v in before[i].items() if k.startswith("student.")} for i in (2, 3)))
-    momentum = trainer.schedules.at(2).momentum
+    momentum = trainer.schedules.at(2)["momentum"]
     for name in trainer.meta_arch.student.state_dict():
         expected = momentum * before[2][f"teacher.{name}"] + (1 - momentum) * before[2][f"student.{name}"]
         torch.testing.assert_close(before[3][f"teacher.{name}"], expected)

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dinov2cli.train.schedules import ScheduledValues
-
 if TYPE_CHECKING:
     from dinov2cli.config import Config
 
@@ -14,32 +12,27 @@ FIRST_LAYER = ("patch_embed.", "cls_token", "pos_embed", "register_tokens", "mas
 
 
 def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any]]:
-    """AdamW parameter groups of a network with children `backbone`, `dino_head` and perhaps `ibot_head`.
+    """AdamW parameter groups of a network with a child `backbone` and heads beside it.
 
-    Each group holds the parameters that are treated alike, and says how: `lr_multiplier`, `wd_multiplier` (0 or 1),
-    `is_last_layer` (prototypes, which are frozen at first) and `is_backbone`.
+    Each group holds the parameters that are treated alike, and says how: `lr_schedule` names the schedule of its
+    learning rate (prototypes and backbone have their own, as they may be frozen at first), `lr_multiplier` and
+    `wd_multiplier` (0 or 1) are its factors.
     """
     depth = config.arch().depth
-    alike: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = defaultdict(list)
+    alike: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         module, _, name_within = name.partition(".")
-        is_backbone = module == "backbone"
-        layers_above = depth + 1 - layer_of(name_within, depth) if is_backbone else 0
-        lr_multiplier = config.optim.layerwise_decay**layers_above
-        if is_backbone and name_within.startswith("patch_embed."):
-            lr_multiplier *= config.optim.patch_embed_lr_mult
+        schedule, lr_multiplier = "last_layer_lr" if "last_layer" in name else "lr", 1.0
+        if module == "backbone":
+            schedule = "backbone_lr"
+            lr_multiplier = config.optim.layerwise_decay ** (depth + 1 - layer_of(name_within, depth))
+            if name_within.startswith("patch_embed."):
+                lr_multiplier *= config.optim.patch_embed_lr_mult
         undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
-        key = (lr_multiplier, 0.0 if undecayed else 1.0, "last_layer" in name, is_backbone)
-        alike[key].append(parameter)
+        alike[schedule, lr_multiplier, 0.0 if undecayed else 1.0].append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr_multiplier": lr_multiplier,
-            "wd_multiplier": wd_multiplier,
-            "is_last_layer": is_last_layer,
-            "is_backbone": is_backbone,
-        }
-        for (lr_multiplier, wd_multiplier, is_last_layer, is_backbone), parameters in alike.items()
+        {"params": parameters, "lr_schedule": schedule, "lr_multiplier": lr_multiplier, "wd_multiplier": wd_multiplier}
+        for (schedule, lr_multiplier, wd_multiplier), parameters in alike.items()
     ]
 
 
@@ -52,11 +45,8 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1
 
 
-def apply_schedules(groups: list[dict[str, Any]], values: ScheduledValues) -> None:
+def apply_schedules(groups: list[dict[str, Any]], values: dict[str, float]) -> None:
     """Set each group's learning rate and weight decay for the coming step."""
     for group in groups:
-        lr = values.backbone_lr if group["is_backbone"] else values.lr
-        if group["is_last_layer"]:
-            lr = values.last_layer_lr
-        group["lr"] = lr * group["lr_multiplier"]
-        group["weight_decay"] = values.weight_decay * group["wd_multiplier"]
+        group["lr"] = values[group["lr_schedule"]] * group["lr_multiplier"]
+        group["weight_decay"] = values["weight_decay"] * group["wd_multiplier"]

@@ -16,7 +16,6 @@ from dinov2cli.errors import DataError, TrainingFailure
 from dinov2cli.train.display import TrainingDisplay
 from dinov2cli.train.monitors import collapse_verdict, teacher_health
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.schedules import ScheduledValues
 from dinov2cli.train.ssl_meta_arch import SSLLosses, TeacherTargets
 from dinov2cli.train.trackers import Tracker, make_trackers
 
@@ -33,7 +32,7 @@ class StepResult(NamedTuple):
     """
 
     iteration: int
-    values: ScheduledValues
+    values: dict[str, float]
     losses: SSLLosses
     grad_norms: dict[str, torch.Tensor]
     targets: TeacherTargets
@@ -162,13 +161,13 @@ class Record:
             "iteration": result.iteration,
             "iter_time": iter_time,
             "data_time": data_time,
-            "lr": values.lr,
-            "wd": values.weight_decay,
-            "mom": values.momentum,
-            "last_layer_lr": values.last_layer_lr,
+            "lr": values["lr"],
+            "wd": values["weight_decay"],
+            "mom": values["momentum"],
+            "last_layer_lr": values["last_layer_lr"],
             "current_batch_size": self.images_per_iteration,
             **losses,
-            "teacher_temp": values.teacher_temp,
+            "teacher_temp": values["teacher_temp"],
             **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
             **health._asdict(),
             "bad_images": self.bad_images,

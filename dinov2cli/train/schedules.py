@@ -1,25 +1,18 @@
 """Learning rate, weight decay, teacher momentum and temperature as pure functions of the iteration."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov2cli.config import Config
 
-
-class ScheduledValues(NamedTuple):
-    """What the optimizer and the teacher use in one iteration."""
-
-    lr: float
-    last_layer_lr: float
-    backbone_lr: float
-    weight_decay: float
-    momentum: float
-    teacher_temp: float
+Schedule = Callable[[int], float]
+"""A value for the iteration, counted from 0."""
 
 
 class Schedules:
-    """All schedules of a run.
+    """All schedules of a run by name: `functions` is the table of them.
 
     Args:
         config: gives lengths and end points.
@@ -27,26 +20,30 @@ class Schedules:
     """
 
     def __init__(self, config: "Config", world_size: int = 1) -> None:
-        self.config = config
         self.peak_lr = config.scaled_lr(world_size)
+        optim, teacher, total = config.optim, config.teacher, config.iterations()
+        warmup, temp_warmup = config.warmup_iterations(), config.teacher_temp_warmup_iterations()
 
-    def at(self, iteration: int) -> ScheduledValues:
-        """Values of the iteration, counted from 0."""
-        config, total = self.config, self.config.iterations()
-        lr = cosine(iteration, total, self.peak_lr, config.optim.min_lr, warmup=config.warmup_iterations())
-        return ScheduledValues(
-            lr=lr,
-            last_layer_lr=0.0 if iteration < config.freeze_last_layer_iterations() else lr,
-            backbone_lr=0.0 if iteration < config.freeze_backbone_iterations() else lr,
-            weight_decay=cosine(iteration, total, config.optim.weight_decay, config.optim.weight_decay_end),
-            momentum=cosine(iteration, total, config.teacher.momentum_teacher, config.teacher.final_momentum_teacher),
-            teacher_temp=linear(
-                iteration,
-                config.teacher_temp_warmup_iterations(),
-                config.teacher.warmup_teacher_temp,
-                config.teacher.teacher_temp,
-            ),
-        )
+        def lr(iteration: int) -> float:
+            return cosine(iteration, total, self.peak_lr, optim.min_lr, warmup=warmup)
+
+        self.functions: dict[str, Schedule] = {
+            "lr": lr,
+            "last_layer_lr": frozen_until(config.freeze_last_layer_iterations(), lr),
+            "backbone_lr": frozen_until(config.freeze_backbone_iterations(), lr),
+            "weight_decay": lambda i: cosine(i, total, optim.weight_decay, optim.weight_decay_end),
+            "momentum": lambda i: cosine(i, total, teacher.momentum_teacher, teacher.final_momentum_teacher),
+            "teacher_temp": lambda i: linear(i, temp_warmup, teacher.warmup_teacher_temp, teacher.teacher_temp),
+        }
+
+    def at(self, iteration: int) -> dict[str, float]:
+        """What the step of this iteration goes by: the value of every schedule, and `iteration` itself."""
+        return {"iteration": iteration, **{name: value(iteration) for name, value in self.functions.items()}}
+
+
+def frozen_until(start: int, schedule: Schedule) -> Schedule:
+    """0 before the iteration `start`, then `schedule`."""
+    return lambda iteration: 0.0 if iteration < start else schedule(iteration)
 
 
 def cosine(iteration: int, total: int, start: float, end: float, warmup: int = 0) -> float:

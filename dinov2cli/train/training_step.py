@@ -12,7 +12,6 @@ from dinov2cli.device import Precision
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.record import StepResult
-from dinov2cli.train.schedules import ScheduledValues
 from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.ssl_meta_arch import SSLLosses, SSLMetaArch
 
@@ -35,7 +34,7 @@ class TrainingStep:
     def __call__(
         self,
         iteration: int,
-        values: ScheduledValues,
+        values: dict[str, float],
         batches: list[MultiCropBatch],
         mark: Callable[[str], object] = lambda part: None,
     ) -> StepResult:
@@ -56,7 +55,7 @@ class TrainingStep:
             drop_generator = random_numbers_of(self.config, batch.iteration)
             with self.sharding.averaging_gradients(now=batch is batches[-1]):
                 with self.precision.autocast():
-                    losses = self.meta_arch(batch, values.teacher_temp, drop_generator)
+                    losses = self.meta_arch(batch, values["teacher_temp"], drop_generator)
                 mark("heads and losses")
                 self.scaler.scale(losses.total / len(batches)).backward()
                 mark("backward")
@@ -68,7 +67,7 @@ class TrainingStep:
         setattr(self.optimizer, "found_inf", self.is_not_finite(losses, grad_norms))  # noqa: B010  (AdamW reads it)
         self.scaler.step(self.optimizer)
         mark("optimizer")
-        self.meta_arch.update_teacher(values.momentum)
+        self.meta_arch.update_teacher(values["momentum"])
         mark("EMA")
         self.scaler.update()
         self.optimizer.zero_grad()
