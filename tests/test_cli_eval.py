@@ -10,7 +10,6 @@ import torch
 from tiny_run import TINY, write_images
 
 from dinov2cli.cli.main import main
-from dinov2cli.cli.variadic import repeat_names
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 CONFIG = """
@@ -114,18 +113,6 @@ def test_wrong_input(
     assert dino2("eval", "knn", *(places.get(word, word) for word in words)) == 2
     shown = capsys.readouterr()
     assert message in shown.err.replace("\n", " ") and "Traceback" not in shown.err and not shown.out
-
-
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ("--nb-knn 10 20 run a.b=1", "--nb-knn 10 --nb-knn 20 run a.b=1"),
-        ("run --nb-knn 10 -1 --json", "run --nb-knn 10 --nb-knn -1 --json"),
-        ("--test-datasets A:b=c D a.b=1 x", "--test-datasets A:b=c --test-datasets D a.b=1 x"),
-    ],
-)
-def test_list_options_take_all_their_values(given: str, read: str) -> None:
-    assert repeat_names(given.split(), {"--nb-knn", "--test-datasets"}) == read.split()
 
 
 def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The `dino2` executable: gathers the commands and turns errors into one message and an exit code."""
+"""The `dino2` executable: the table of commands; errors become one message and an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import typer
 from dinov2cli import __version__
 from dinov2cli.cli.attention import attention
 from dinov2cli.cli.bench import bench
+from dinov2cli.cli.command import add_command, perform, request_from
 from dinov2cli.cli.doctor import doctor
 from dinov2cli.cli.embed import embed
 from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
-from dinov2cli.cli.info import info
 from dinov2cli.cli.pca_image import pca_image
 from dinov2cli.cli.pca_video import pca_video
 from dinov2cli.cli.plot import plot
@@ -25,42 +25,65 @@ from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
+from dinov2cli.requests.base import Request
+from dinov2cli.requests.tools import Info
 
-app = typer.Typer(
-    name="dino2",
-    help="DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# What can be asked, in the order of --help: requests, whose `command` says the words; (name, function) and
+# (name, group) are still to become such. Their modules import no torch.
+COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
+    ("prepare-imagenet", prepare_imagenet),
+    ("train", train),
+    ("status", status),
+    ("embed", embed),
+    ("results", results),
+    ("export", export),
+    Info,
+    ("pca-video", pca_video),
+    ("pca-image", pca_image),
+    ("attention", attention),
+    ("plot", plot),
+    ("doctor", doctor),
+    ("eval", evaluation),
+    ("presets", presets),
+    ("bench", bench),
+]
+# Groups of requests (the first of two words), with their help.
+GROUPS: dict[str, str] = {}
+# Further words for a command.
+ALIASES: dict[str, type[Request]] = {}
 
-# Commands of the top level, in the order of --help: name -> function. Their modules import no torch.
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "prepare-imagenet": prepare_imagenet,
-    "train": train,
-    "status": status,
-    "embed": embed,
-    "results": results,
-    "export": export,
-    "info": info,
-    "pca-video": pca_video,
-    "pca-image": pca_image,
-    "attention": attention,
-    "plot": plot,
-    "doctor": doctor,
-}
-# Groups of commands: name -> Typer app.
-GROUPS: dict[str, typer.Typer] = {
-    "eval": evaluation,
-    "presets": presets,
-    "bench": bench,
-}
 
-for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
-for _name, _group in GROUPS.items():
-    app.add_typer(_group, name=_name)
+def make_app() -> typer.Typer:
+    """The command line of the tables above."""
+    app = new_group(
+        "dino2", "DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see."
+    )
+    groups = {name: new_group(name, text) for name, text in GROUPS.items()}
+    for item in COMMANDS:
+        if isinstance(item, tuple):
+            name, made = item
+            app.add_typer(made, name=name) if isinstance(made, typer.Typer) else app.command(name)(made)
+        else:
+            *group, name = item.command.split()
+            add_command(groups[group[0]] if group else app, name, item)
+    for name, request in ALIASES.items():
+        add_command(app, name, request)
+    for name, made in groups.items():
+        app.add_typer(made, name=name)
+    app.callback()(_root)
+    return app
+
+
+def new_group(name: str, text: str) -> typer.Typer:
+    """An empty group of commands."""
+    return typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +92,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -78,16 +100,25 @@ def _root(
     pass
 
 
+app = make_app()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 2 the user's input, 1 a failure of ours, 130 interrupted.
+
+    `--request JSON`, by which dino2 starts its processes, stands for the words that were typed.
 
     One of several processes says nothing of an error that all of them raise, unless it is the first; started by dino2
     itself, it leaves a note instead, and the command that was typed speaks for all.
     """
+    words = sys.argv[1:] if argv is None else argv
     end_with_supervisor()
     try:
         with reported():
-            app(argv)
+            if words[:1] == ["--request"]:
+                perform(request_from(words[1], [item for item in COMMANDS if not isinstance(item, tuple)]))
+            else:
+                app(words)
     except Dino2Error as error:
         if worker_rank() > 0:
             sys.exit(error.exit_code)

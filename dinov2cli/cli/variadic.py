@@ -9,38 +9,58 @@ from typer.core import TyperCommand
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
-# Options that are repeated with each value, as what follows them may be anything.
-ONE_EACH = {"slurm", "setup"}
-
-
 class VariadicCommand(TyperCommand):
-    """A command whose list options also take all their values at once.
+    """A command whose list options also take all their values at once: `--nb-knn 10 20` is `--nb-knn 10 --nb-knn 20`.
 
-    `--nb-knn 10 20` is read as `--nb-knn 10 --nb-knn 20`. Values end at the next option, at an `a.b=value`, or after
-    numbers at the first word that is none.
+    Attributes:
+        one_each: names of the parameters whose values each need the option's name before them.
+        waits: whether there is an argument (CKPT) that words after an option may be meant for.
+        instead: flags of options that give this argument.
     """
+
+    one_each: frozenset[str] = frozenset({"slurm", "setup"})
+    waits = True
+    instead: frozenset[str] = frozenset({"--pretrained-weights"})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option's name before each value, then parse as usual."""
-        many = [param for param in self.params if getattr(param, "multiple", False) and param.name not in ONE_EACH]
-        lists = {name for param in many for name in param.opts}
-        return super().parse_args(ctx, repeat_names(args, lists))
+        options = [param for param in self.params if param.param_type_name == "option"]
+        valued = {flag for param in options if not getattr(param, "is_flag", False) for flag in param.opts}
+        lists = {
+            flag for param in options if getattr(param, "multiple", False) and param.name not in self.one_each
+            for flag in param.opts
+        }  # fmt: skip
+        waits = self.waits and not any(word.split("=")[0] in self.instead for word in args)
+        return super().parse_args(ctx, repeat_names(args, lists, valued, waits=waits))
 
 
-def repeat_names(words: list[str], lists: set[str]) -> list[str]:
-    """`words` with the name of a list option before each of its values."""
+def repeat_names(words: list[str], lists: set[str], valued: set[str], *, waits: bool = False) -> list[str]:
+    """`words` with the name of a list option before each of its values.
+
+    Values end at the next option, at an `a.b=value`, or after numbers at the first word that is none. While the
+    command waits for its argument, an option takes one word, or numbers: the next word is the argument.
+
+    Args:
+        lists: flags that take several values.
+        valued: flags that take a value, these among them.
+        waits: whether the argument is among the words.
+    """
     spread: list[str] = []
-    option = None
+    option = ""  # the list option whose values may go on
     numbers = False
-    for before, word in zip(["", *words], words, strict=False):
-        if option is not None and before == option:
+    before = ""  # the option whose value the next word is
+    for index, word in enumerate(words):
+        if before:
+            option, before = before if before in lists else "", ""
             numbers = _is_number(word)  # the first value tells what the others are
-            spread.append(word)
-        elif option is not None and (_is_number(word) if numbers else _is_word(word)):
-            spread += [option, word]
+        elif option and (_is_number(word) if numbers else not waits and _is_word(word)):
+            spread.append(option)
+        elif word == "--":
+            return spread + words[index:]
         else:
-            option = word if word in lists else None
-            spread.append(word)
+            option, before = "", word if word in valued else ""
+            waits = waits and (word.startswith("-") or bool(_OVERRIDE.match(word)))
+        spread.append(word)
     return spread
 
 

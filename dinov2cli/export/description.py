@@ -1,14 +1,36 @@
 """What a checkpoint is: for `dino2 info`."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.file_digest import sha256
 from dinov2cli.models.sources import newest_teacher
 from dinov2cli.models.weights import RecognisedWeights, read_weights
+from dinov2cli.requests.tools import Info
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found, for people as a table."""
+
+    facts: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    def __rich__(self) -> Table:
+        return _table(self.facts)
+
+
+def run(request: Info) -> Description:
+    """Do what `dino2 info` asks; the errors are those of `describe`."""
+    return Description(describe(request.checkpoint, config_file=request.config_file, digest=request.digest))
 
 
 def describe(source: str | Path, *, config_file: str | Path | None = None, digest: bool = False) -> dict[str, Any]:
@@ -89,3 +111,42 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
     return {}
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows = {
+        "model": found["what"],
+        "parameters": f"{found['parameters']:,}",
+        "released as": found.get("released"),
+        "file": ", ".join(found["files"]),
+        "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['layout']} layout, {found['tensors_read']} tensors",
+        "left out": f"{len(found['left_out'])} tensors ({_groups(found['left_out'])})" if found["left_out"] else None,
+        "position embeddings": _interpolation(found["architecture"]),
+        "sha256": found.get("sha256"),
+        **{f"training {key.replace('_', ' ')}": _short(value) for key, value in found["training"].items()},
+        **{f"provenance {key}": value for key, value in found["provenance"].items()},
+        "notes": "; ".join(found["notes"]) or None,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    return table
+
+
+def _groups(names: list[str]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name in names}))
+
+
+def _interpolation(architecture: dict[str, Any]) -> str:
+    how = f"offset {architecture['interpolate_offset']}, antialias {architecture['interpolate_antialias']}"
+    return f"for {architecture['img_size']}x{architecture['img_size']} pixels; elsewhere resized with {how}"
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        shown = {key: round(item, 4) if isinstance(item, float) else item for key, item in value.items()}
+        return ", ".join(f"{key} {item}" for key, item in list(shown.items())[:8])
+    return value

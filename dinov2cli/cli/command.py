@@ -1,0 +1,197 @@
+"""Requests as commands: a class becomes a Typer command, the words typed become a request, and it is done."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from dinov2cli.cli.completion import complete_override, complete_preset
+from dinov2cli.cli.output import show
+from dinov2cli.cli.variadic import VariadicCommand
+from dinov2cli.errors import ConfigError
+from dinov2cli.launch.environment import worker_rank
+from dinov2cli.requests.base import Argument, Group, Option, Request, run
+
+COMPLETERS = {"presets": complete_preset, "overrides": complete_override}
+
+
+class Parameter(NamedTuple):
+    """A field of a request as it is typed.
+
+    Attributes:
+        path: where the value goes: the field's name, after that of its group if it is in one.
+        plain: the type of one value, without None.
+        many: whether there may be several.
+        bounds: smallest and largest value, None where there is none.
+    """
+
+    path: tuple[str, ...]
+    field: FieldInfo
+    option: Option
+    plain: Any
+    many: bool
+    bounds: tuple[float | None, float | None]
+
+    @property
+    def name(self) -> str:
+        return self.path[-1]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Spellings of an option, as click wants them; those of a switch that is on by default have `--no-`."""
+        spelled = self.option.flags.split() or [f"--{self.name.replace('_', '-')}"]
+        if self.plain is bool and self.field.default is True:
+            spelled = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in spelled]
+        return tuple(spelled)
+
+    @property
+    def as_typed(self) -> str:
+        """What messages call it."""
+        is_argument = isinstance(self.option, Argument)
+        return (self.option.metavar or self.name.upper()) if is_argument else self.flags[0].split("/")[0]
+
+
+def parameters(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
+    """The options and arguments of a request, in the order of its fields; those of groups in the group's place."""
+    for name, field in request.model_fields.items():
+        plain = _without_none(field.annotation)
+        if isinstance(plain, type) and issubclass(plain, Group):
+            yield from parameters(plain, (*above, name))
+            continue
+        option = next((extra for extra in field.metadata if isinstance(extra, Option)), None)
+        assert option is not None, f"{request.__name__}.{name}: neither Option, Argument nor Group"
+        many, limits = get_origin(plain) is tuple, list(field.metadata)
+        if many:
+            plain, *inner = _unpacked(get_args(plain)[0])
+            limits += [bound for extra in inner for bound in getattr(extra, "metadata", [extra])]
+        least = next((extra.ge for extra in limits if hasattr(extra, "ge")), None)
+        most = next((extra.le for extra in limits if hasattr(extra, "le")), None)
+        yield Parameter((*above, name), field, option, plain, many, (least, most))
+
+
+def add_command(app: typer.Typer, name: str, request: type[Request], *, hidden: bool = False) -> None:
+    """Make a request a command of `app`; the function of the command is the request's doing."""
+    found = list(parameters(request))
+    kind: type[VariadicCommand] = type(
+        "Command",
+        (VariadicCommand,),
+        {
+            "one_each": frozenset(each.name for each in found if each.option.one_each),
+            "waits": any(isinstance(each.option, Argument) and each.option.completes is None for each in found),
+            "instead": frozenset(flag for each in found if each.option.names_argument for flag in each.flags),
+        },
+    )
+
+    def command(context: typer.Context, **values: Any) -> None:
+        typed = {
+            name: value for name, value in values.items()
+            if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+        }  # fmt: skip
+        perform(request_of(request, typed))
+
+    signature = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    signature += [_typer_parameter(each) for each in found]
+    command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in signature}
+    help_text = inspect.cleandoc(request.__doc__ or "")
+    app.command(name, cls=kind, help=help_text, hidden=hidden)(command)
+
+
+def request_of(request: type[Request], typed: Mapping[str, Any]) -> Request:
+    """The request that the words typed make.
+
+    Args:
+        typed: parameter -> value, of those that were typed.
+
+    Raises:
+        ConfigError: values that do not go together, or are none that an option takes.
+    """
+    nested: dict[str, Any] = {}
+    for each in parameters(request):
+        if each.name in typed:
+            inner = nested
+            for group in each.path[:-1]:
+                inner = inner.setdefault(group, {})
+            inner[each.name] = typed[each.name]
+    return checked(request, nested)
+
+
+def checked(request: type[Request], values: Any) -> Request:
+    """The request of these values; ConfigError if they make none."""
+    try:
+        return request.model_validate(values)
+    except ValidationError as error:
+        raise explain(request, error) from error
+
+
+def explain(request: type[Request], error: ValidationError) -> ConfigError:
+    """What is wrong with a request, one line for each option, by the option's name as it is typed."""
+    names = {each.path: each.as_typed for each in parameters(request)}
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = tuple(part for part in problem["loc"] if isinstance(part, str))
+        name = next((names[path[:end]] for end in range(len(path), 0, -1) if path[:end] in names), ".".join(path))
+        if problem["type"] == "value_error":  # a validator's own words
+            lines.append(str(problem["ctx"]["error"]))
+        elif problem["type"] == "missing":
+            lines.append(f"{name} is missing")
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            lines.append(f"{name} {problem['input']}: {message.replace('input should be', 'must be')}")
+    return ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def perform(request: Request) -> None:
+    """Do what a request asks and print its result."""
+    from dinov2cli.console import set_up_logging
+
+    set_up_logging(quiet=not request.logs or worker_rank() > 0)
+    show(run(request), as_json=getattr(request, "as_json", False))
+
+
+def payload(request: Request) -> str:
+    """The request as JSON, for a process that is to do it: `dino2 --request JSON`."""
+    return json.dumps({"command": request.command, "request": request.model_dump(mode="json", exclude_unset=True)})
+
+
+def request_from(text: str, known: Iterable[type[Request]]) -> Request:
+    """The request that `payload` has written."""
+    content = json.loads(text)
+    request = next(each for each in known if each.command == content["command"])
+    return checked(request, content["request"])
+
+
+def _typer_parameter(each: Parameter) -> inspect.Parameter:
+    option, default = each.option, each.field.get_default(call_default_factory=True)
+    annotation: Any = each.plain
+    if each.many:
+        annotation, default = list[annotation], (list(default) or None) if default else None
+    if each.field.is_required():
+        default = inspect.Parameter.empty
+    elif default is None:
+        annotation = annotation | None
+    common: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "min": each.bounds[0],
+                              "max": each.bounds[1], "rich_help_panel": option.panel,
+                              "show_default": option.default_text}  # fmt: skip
+    if option.completes:
+        common["autocompletion"] = COMPLETERS[option.completes]
+    maker: Callable[..., Any] = typer.Argument if isinstance(option, Argument) else typer.Option
+    info = maker(**common) if isinstance(option, Argument) else maker(*each.flags, **common)
+    return inspect.Parameter(
+        each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
+    )
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, UnionType):
+        return next(part for part in get_args(annotation) if part is not NoneType)
+    return annotation
+
+
+def _unpacked(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)

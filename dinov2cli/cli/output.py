@@ -1,0 +1,43 @@
+"""What a command prints: its result for people, or with `--json` one JSON object for programs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dinov2cli.errors import Dino2Error
+from dinov2cli.launch.environment import worker_rank
+
+
+def show(result: Any, *, as_json: bool = False) -> None:
+    """Print the result of a command on standard output.
+
+    Args:
+        result: None for nothing to print. Else something that rich renders (it has `__rich__`) or that `str` makes
+            text, and for `as_json` a mapping, a named tuple, or something with `as_dict()`.
+        as_json: print one JSON object.
+
+    Raises:
+        Dino2Error: the result's `problem`, where it has one: what was found is printed first.
+    """
+    if result is None or worker_rank() > 0:  # the processes have parted by now, so that each would be the main one
+        return
+    from dinov2cli.console import out, print_json
+
+    if as_json:
+        print_json(plain(result))
+    else:
+        shown = result if hasattr(result, "__rich__") else str(result)
+        text = shown if isinstance(shown, str) else None
+        end = "" if text is not None and text.endswith("\n") else "\n"
+        # Lines are not broken, so that paths and commands can be copied.
+        out.print(shown, markup=False, highlight=False, soft_wrap=text is not None, end=end)
+    problem = getattr(result, "problem", None)
+    if isinstance(problem, Dino2Error):
+        raise problem
+
+
+def plain(result: Any) -> Mapping[str, Any]:
+    """A result as a mapping of names to values."""
+    if isinstance(result, Mapping):
+        return result
+    values: Mapping[str, Any] = result._asdict() if hasattr(result, "_asdict") else result.as_dict()
+    return values
