@@ -13,7 +13,7 @@ import torch
 
 from dinov2cli.cli.main import main
 from dinov2cli.console import Interrupted, interruption
-from dinov2cli.eval.features import Extractor
+from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.linear import CHECKPOINT
 from dinov2cli.eval.linear_heads import HeadTrainer
 from dinov2cli.eval.nearest import KeyBank

@@ -17,7 +17,7 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.benchmarks import bench_knn, bench_linear, bench_logreg
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.embed import check_output, embed
-from dinov2cli.eval.features import Extractor
+from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results
 from dinov2cli.models.vision_transformer import VisionTransformer

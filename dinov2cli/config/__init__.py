@@ -1,8 +1,9 @@
 """Configuration: a frozen, validated tree with the key names of the DINOv2 reference. Imports no torch."""
 
+from dinov2cli.config.config import Config
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
-from dinov2cli.config.schema import ARCHITECTURES, Architecture, Config
+from dinov2cli.config.schema import ARCHITECTURES, Architecture
 from dinov2cli.config.tree import annotated_yaml
 
 __all__ = [

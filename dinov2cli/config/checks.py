@@ -1,20 +1,22 @@
 """Checks across keys: values that are fine one by one and contradict each other."""
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dinov2cli.config.schema import Config
+from dinov2cli.config.schema import Crops, Evaluation, Ibot, Optim, Student
 
 
-def contradictions(config: "Config") -> list[str]:
+def contradictions(crops: Crops, student: Student, ibot: Ibot, optim: Optim, evaluation: Evaluation) -> list[str]:
     """Problems, one line each, as `key=value: what is wrong and what would be right`; empty when all is well."""
-    checks = (_crops, _ranges, _heads, _schedules, _online_knn)
-    return [problem for check in checks for problem in check(config)]
+    return [
+        *_crops(crops, student.patch_size),
+        *_ranges(crops, ibot, optim),
+        *_heads(student),
+        *_schedules(optim),
+        *_online_knn(evaluation),
+    ]
 
 
-def _crops(config: "Config") -> Iterator[str]:
-    crops, patch = config.crops, config.student.patch_size
+def _crops(crops: Crops, patch: int) -> Iterator[str]:
     sizes = {"global_crops_size": crops.global_crops_size}
     if crops.local_crops_number > 0:
         sizes["local_crops_size"] = crops.local_crops_size
@@ -30,21 +32,21 @@ def _crops(config: "Config") -> Iterator[str]:
         )
 
 
-def _ranges(config: "Config") -> Iterator[str]:
+def _ranges(crops: Crops, ibot: Ibot, optim: Optim) -> Iterator[str]:
     ranges: Iterable[tuple[str, tuple[float, float]]] = (
-        ("crops.global_crops_scale", config.crops.global_crops_scale),
-        ("crops.local_crops_scale", config.crops.local_crops_scale),
-        ("ibot.mask_ratio_min_max", config.ibot.mask_ratio_min_max),
+        ("crops.global_crops_scale", crops.global_crops_scale),
+        ("crops.local_crops_scale", crops.local_crops_scale),
+        ("ibot.mask_ratio_min_max", ibot.mask_ratio_min_max),
     )
     for key, (low, high) in ranges:
         if low > high:
             yield f"{key}=[{low}, {high}]: the first number must not exceed the second; write [{high}, {low}]"
-    if config.optim.min_lr > config.optim.base_lr:
-        yield f"optim.min_lr={config.optim.min_lr:g}: must not exceed optim.base_lr={config.optim.base_lr:g}"
+    if optim.min_lr > optim.base_lr:
+        yield f"optim.min_lr={optim.min_lr:g}: must not exceed optim.base_lr={optim.base_lr:g}"
 
 
-def _heads(config: "Config") -> Iterator[str]:
-    embed_dim, _, num_heads = config.arch()
+def _heads(student: Student) -> Iterator[str]:
+    embed_dim, _, num_heads = student.size()
     if embed_dim % num_heads:
         fitting = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
         nearest = min(fitting, key=lambda heads: abs(heads - num_heads))
@@ -54,8 +56,7 @@ def _heads(config: "Config") -> Iterator[str]:
         )
 
 
-def _schedules(config: "Config") -> Iterator[str]:
-    optim = config.optim
+def _schedules(optim: Optim) -> Iterator[str]:
     if optim.warmup_epochs > optim.epochs:
         yield (
             f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
@@ -63,8 +64,7 @@ def _schedules(config: "Config") -> Iterator[str]:
         )
 
 
-def _online_knn(config: "Config") -> Iterator[str]:
-    evaluation = config.evaluation
+def _online_knn(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.knn_period > 0:
         for key in ("knn_train_dataset", "knn_val_dataset"):
             if not getattr(evaluation, key):

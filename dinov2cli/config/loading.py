@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dinov2cli.config.config import Config
 from dinov2cli.config.messages import explain
 from dinov2cli.config.presets import find_preset, list_presets
 from dinov2cli.config.reference import translate
-from dinov2cli.config.schema import Config
 from dinov2cli.config.tree import FIELDS, takes_text
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError

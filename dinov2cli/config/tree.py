@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dinov2cli.config.schema import Config
+from dinov2cli.config.config import Config
 
 
 def _groups() -> dict[str, type[BaseModel]]:

@@ -9,21 +9,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import logger
+from dinov2cli.eval.features import Features, Recipe, part_of_this_process
 from dinov2cli.eval.stopping import stoppable
 from dinov2cli.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
-    from dinov2cli.eval.features import Extractor, Features
 
 FEATURES = {False: ("cls",), True: ("cls", "mean_patch", "last_cls")}
 """Names of the tensors of an entry, by whether they are detailed."""
@@ -44,31 +45,31 @@ class FeatureCache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_cache_folder() / "features"
 
-    def load(self, extractor: "Extractor", dataset: "ImageDataset") -> "Features | None":
+    def load(self, recipe: Recipe, dataset: "ImageDataset") -> Features | None:
         """This process's part of an entry, or None where there is none that still holds; then the log says why.
 
         Class tokens alone are also taken from an entry that holds more.
         """
-        for detailed in dict.fromkeys((extractor.detailed, True)):
-            entry = self._entry(extractor, dataset, detailed)
+        for kept in dict.fromkeys((recipe, replace(recipe, detailed=True))):
+            entry = self._entry(kept, dataset)
             reason = None
             if distributed.is_main():
-                reason = _why_not(entry, self._identity(extractor, dataset, detailed))
+                reason = _why_not(entry, _identity(kept, dataset))
             reason = distributed.broadcast_object(reason)
             if reason is None:
                 logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
-                return _read(entry, len(dataset), FEATURES[extractor.detailed])
+                return _read(entry, len(dataset), FEATURES[recipe.detailed])
             if reason:
                 logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
         return None
 
-    def save(self, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
+    def save(self, recipe: Recipe, dataset: "ImageDataset", features: Features) -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
-        entry = self._entry(extractor, dataset, extractor.detailed)
+        entry = self._entry(recipe, dataset)
         with stoppable("stopping once the features are in the cache"):
-            self._write(entry, extractor, dataset, features)
+            self._write(entry, recipe, dataset, features)
 
-    def _write(self, entry: Path, extractor: "Extractor", dataset: "ImageDataset", features: "Features") -> None:
+    def _write(self, entry: Path, recipe: Recipe, dataset: "ImageDataset", features: Features) -> None:
         part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
         tensors = {**features.tensors, "targets": features.targets, "indices": features.indices}
         try:
@@ -88,23 +89,12 @@ class FeatureCache:
             logger.warning("features not cached in %s: %s", self.folder, problems[0])
             return
         aside = entry / "entry.json.tmp"
-        identity = self._identity(extractor, dataset, extractor.detailed)
-        aside.write_text(json.dumps({**identity, "parts": parts}, indent=1))
+        aside.write_text(json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
         os.replace(aside, entry / "entry.json")
 
-    def _entry(self, extractor: "Extractor", dataset: "ImageDataset", detailed: bool) -> Path:
-        name = json.dumps([extractor.weights_hash, dataset.describe(), _transform(extractor, detailed)])
+    def _entry(self, recipe: Recipe, dataset: "ImageDataset") -> Path:
+        name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
         return self.folder / hashlib.sha256(name.encode()).hexdigest()[:24]
-
-    def _identity(self, extractor: "Extractor", dataset: "ImageDataset", detailed: bool) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "weights": extractor.weights_hash,
-            "dataset": dataset_fingerprint(dataset),
-            "precision": str(extractor.precision.dtype),
-            "transform": _transform(extractor, detailed),
-            "of": dataset.describe(),
-        }
 
 
 def default_cache_folder() -> Path:
@@ -112,18 +102,6 @@ def default_cache_folder() -> Path:
     if folder := os.environ.get("DINO2_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino2"
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over what a model computes with: its layout and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(repr(model).encode())
-    for key in ("patch_size", "num_heads", "num_register_tokens", "interpolate_antialias", "interpolate_offset"):
-        digest.update(f"{key}={getattr(model, key, None)}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def dataset_fingerprint(dataset: "ImageDataset") -> str:
@@ -141,8 +119,19 @@ def dataset_fingerprint(dataset: "ImageDataset") -> str:
     return digest.hexdigest()
 
 
-def _transform(extractor: "Extractor", detailed: bool) -> str:
-    return f"resize {extractor.resize}, crop {extractor.image_size}: {', '.join(FEATURES[detailed])}"
+def _identity(recipe: Recipe, dataset: "ImageDataset") -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "weights": recipe.weights,
+        "dataset": dataset_fingerprint(dataset),
+        "precision": recipe.precision,
+        "transform": _transform(recipe),
+        "of": dataset.describe(),
+    }
+
+
+def _transform(recipe: Recipe) -> str:
+    return f"{recipe.transform}: {', '.join(FEATURES[recipe.detailed])}"
 
 
 def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
@@ -164,9 +153,7 @@ def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
     return None
 
 
-def _read(entry: Path, size: int, names: tuple[str, ...]) -> "Features":
-    from dinov2cli.eval.features import Features, part_of_this_process
-
+def _read(entry: Path, size: int, names: tuple[str, ...]) -> Features:
     mine = part_of_this_process(size)
     rows: dict[str, list[Tensor]] = {}
     for name, tensor in _parts(entry, int(mine[0]), int(mine[-1]) + 1):

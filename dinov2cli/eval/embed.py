@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import Features
 from dinov2cli.eval.stopping import stoppable
 from dinov2cli.models.tensor_files import write_tensors
 

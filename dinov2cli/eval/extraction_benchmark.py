@@ -8,7 +8,7 @@ import torch
 
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset
-from dinov2cli.eval.features import Extractor
+from dinov2cli.eval.extract import Extractor
 from dinov2cli.train.benchmark import matrix_rate
 from dinov2cli.train.flops import forward_flops
 from dinov2cli.train.ssl_meta_arch import build_backbone

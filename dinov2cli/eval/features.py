@@ -1,32 +1,14 @@
-"""Features of frozen models: extracted once, in the order of the dataset, by one process or several.
+"""Features of the images of a dataset: what the evaluations learn from.
 
 Shapes: N images (of this process), D features, n blocks.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2cli import distributed
-from dinov2cli.console import progress
-from dinov2cli.data.loaders import make_eval_loader
-from dinov2cli.data.transforms import EvalTransform
-from dinov2cli.device import Precision, choose_device
-from dinov2cli.errors import ConfigError, DataError, WeightsError
-from dinov2cli.eval.cache import FeatureCache, weights_hash
-from dinov2cli.eval.stopping import stoppable
-from dinov2cli.models.allocator import keep_freed_memory
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
-
-STANDARD_SIZE = 224
-LAST_BLOCKS = 4  # the class tokens kept for linear probes
-TOKENS_IN_CACHE = 4096
 
 
 @dataclass(frozen=True)
@@ -53,136 +35,18 @@ class Features:
         return self if mapping is None else replace(self, targets=renumber(self.targets, mapping))
 
 
-class Extractor:
-    """Runs a frozen model over datasets: `extractor(dataset) -> Features`.
+@dataclass(frozen=True)
+class Recipe:
+    """What features depend on, beside the images: the key of a cached entry."""
 
-    Args:
-        model: a vision transformer in eval mode; it is moved to `device`.
-        image_size: side in pixels of the centre crop. None: the model's own size, at most 224 (models with position
-            embeddings for 518 are evaluated at 224, as in the paper).
-        resize_ratio: the short side is resized to this times `image_size` first; 256/224 in the k-NN and linear
-            protocols, 1 in that of logistic regression.
-        num_workers: processes that decode images; None: from the number of cores.
-        device: as in `choose_device`: None for this process's GPU where there is one, else the CPU.
-        precision: that of matrix products, as `compute_precision.precision` says it.
-        detailed: also keep `mean_patch` and `last_cls`.
-        cache: where to look for and keep the features.
-
-    Raises:
-        ConfigError: `image_size` does not fit the model's patches.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        image_size: int | None = None,
-        resize_ratio: float = 256 / 224,
-        batch_size: int = 256,
-        num_workers: int | None = None,
-        device: torch.device | str | None = None,
-        precision: str = "auto",
-        detailed: bool = False,
-        cache: FeatureCache | None = None,
-    ) -> None:
-        self.device = choose_device(device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.model = model.to(self.device)
-        self.image_size = fitting_image_size(model, image_size)
-        self.resize = round(self.image_size * resize_ratio)
-        self.transform = EvalTransform(resize=self.resize, crop=self.image_size)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.precision = Precision.resolve(precision, self.device, frozen=True)
-        self.detailed = detailed
-        self.cache = cache
-
-    def __call__(self, dataset: "ImageDataset", description: str = "features") -> Features:
-        """Features of all images of `dataset`, or of this process's part of them.
-
-        Raises:
-            DataError: the dataset has no image, or fewer than there are processes.
-        """
-        if len(dataset) < distributed.world_size():
-            raise DataError(f"{dataset.describe()}: {len(dataset)} images, too few to evaluate.")
-        if self.cache is not None and (cached := self.cache.load(self, dataset)) is not None:
-            return cached
-        parts: dict[str, list[Tensor]] = {}
-        targets, indices = [], []
-        mine = part_of_this_process(len(dataset))
-        for images, batch_targets, batch_indices in self._batches(dataset, mine, description):
-            for name, tensor in self.features_of(images).items():
-                parts.setdefault(name, []).append(tensor.cpu())
-            targets.append(batch_targets)
-            indices.append(batch_indices)
-        tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-        features = Features(tensors, torch.cat(targets), torch.cat(indices), len(dataset))
-        if not features.cls.isfinite().all():
-            raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
-        if self.cache is not None:
-            self.cache.save(self, dataset, features)
-        return features
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """SHA-256 of the model: what tells its features from those of another."""
-        return weights_hash(self.model)
-
-    @torch.no_grad()  # not inference mode: heads are trained on these
-    def features_of(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
-        images = images.to(self.device, non_blocking=True)
-        with self.precision.autocast():
-            if self.device.type != "cpu":
-                return self._forward(images)
-            parts = [self._forward(part) for part in images.split(self._images_in_cache)]
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _forward(self, images: Tensor) -> dict[str, Tensor]:
-        return detailed_features(self.model, images) if self.detailed else {"cls": self.model(images).float()}
-
-    @property
-    def _images_in_cache(self) -> int:
-        """How many images the CPU computes at once: activations of a whole batch would not stay in its caches."""
-        tokens = (self.image_size // int(self.model.patch_size)) ** 2 + 1  # type: ignore[arg-type]
-        return max(1, TOKENS_IN_CACHE // tokens)
-
-    def _batches(
-        self, dataset: "ImageDataset", indices: Tensor, description: str
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        loader = make_eval_loader(dataset, self.transform, self.batch_size, self.num_workers, indices=indices.tolist())
-        with progress() as bar, stoppable() as stop_if_asked:
-            task = bar.add_task(description, total=len(indices))
-            for batch in loader:
-                yield batch
-                bar.advance(task, len(batch[0]))
-                stop_if_asked()
-
-
-def detailed_features(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """`cls`, `mean_patch` and `last_cls` of a batch, float32; models of fewer than four blocks give all they have."""
-    layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, len(model.blocks)), return_class_token=True)
-    last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
-    return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
-
-
-def fitting_image_size(model: Any, image_size: int | None) -> int:
-    """The side to evaluate at: what was asked for, else the model's own, at most 224.
-
-    Raises:
-        ConfigError: not a multiple of the patch size.
-    """
-    patch = model.patch_size
-    native = round((model.pos_embed.shape[1] - 1) ** 0.5) * patch
-    size = min(native, STANDARD_SIZE // patch * patch) if image_size is None else image_size
-    if size < patch or size % patch:
-        lower = max(1, size // patch) * patch
-        raise ConfigError(
-            f"image size {size} is not a multiple of the model's patch size {patch}; "
-            f"the nearest that fit are {lower} and {lower + patch}."
-        )
-    return size
+    weights: str
+    """SHA-256 of the model."""
+    precision: str
+    """dtype of the matrix products."""
+    transform: str
+    """Sizes in pixels, in words."""
+    detailed: bool
+    """All tensors are kept, not the class token alone."""
 
 
 def part_of_this_process(size: int) -> Tensor:

@@ -16,7 +16,8 @@ from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
-from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
 from dinov2cli.eval.stopping import stoppable

@@ -21,7 +21,8 @@ from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
 from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
 from dinov2cli.errors import CheckpointError, Dino2Error
-from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadInput, HeadTrainer, LinearHeads, input_of_head
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 

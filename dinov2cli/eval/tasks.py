@@ -17,7 +17,8 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.classes import align_classes
-from dinov2cli.eval.features import Extractor, Features
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import Features
 from dinov2cli.eval.knn import KnnSettings, evaluate_knn
 from dinov2cli.eval.linear import LinearSettings, evaluate_linear, measure_heads
 from dinov2cli.eval.logreg import LogregSettings, evaluate_logreg

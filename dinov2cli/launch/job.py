@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2cli.launch.environment import RUN_TOKEN, SLURM_OPTIONS
-from dinov2cli.launch.slurm import SlurmOptions
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -28,13 +27,15 @@ class NodeTask:
 
     Attributes:
         arguments: the command line of each process.
-        options: what was asked of Slurm.
+        workers: processes on each machine.
+        options: what was asked of Slurm, as JSON, for jobs that this one submits.
         folder: the job's own, seen by all machines.
         run: the run folder, if the command may be restarted from its checkpoints.
     """
 
     arguments: list[str]
-    options: SlurmOptions
+    workers: int
+    options: str
     folder: str
     run: str | None
 
@@ -72,7 +73,7 @@ class NodeTask:
         job, start, node = os.environ["SLURM_JOB_ID"], job_start(), int(os.environ["SLURM_NODEID"])
         group = Group(
             command=["-m", "dinov2cli", *self.arguments],
-            workers=self.options.gpus,
+            workers=self.workers,
             notes=Path(self.folder) / f"notes_{job}_{start}",
             run=Path(self.run) if self.run else None,
             session=job,
@@ -82,8 +83,8 @@ class NodeTask:
         )
         group.notes.mkdir(parents=True, exist_ok=True)
         os.environ[RUN_TOKEN] = Path(self.folder).name + job
-        os.environ[SLURM_OPTIONS] = self.options.to_json()
-        share_cores(self.options.gpus)
+        os.environ[SLURM_OPTIONS] = self.options
+        share_cores(self.workers)
         address = os.environ.get("SLURMD_NODENAME", "localhost")
         supervise(group, self.meet(group, job, start, address), address)
 

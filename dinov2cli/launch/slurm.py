@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.launch.environment import SLURM_OPTIONS
+from dinov2cli.launch.job import NodeTask
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -103,9 +104,7 @@ def submit(
     executor = make_executor(options, own, name)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    from dinov2cli.launch.job import NodeTask
-
-    task = NodeTask(list(arguments), options, str(own), str(run.absolute()) if run else None)
+    task = NodeTask(list(arguments), options.gpus, options.to_json(), str(own), str(run.absolute()) if run else None)
     try:
         with outside_of_any_job():
             job = executor.submit(task)

@@ -1,0 +1,155 @@
+"""The configuration: all groups of keys, checked as a whole.
+
+It is frozen, and derived values (learning rate after scaling, iterations, periods) are methods, so that nothing derived
+is stored.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from pydantic import model_validator
+
+from dinov2cli.config.checks import contradictions
+from dinov2cli.config.schema import (
+    Architecture,
+    ComputePrecision,
+    Crops,
+    Data,
+    Dino,
+    Evaluation,
+    Group,
+    Ibot,
+    Optim,
+    Student,
+    Teacher,
+    Train,
+)
+from dinov2cli.errors import ConfigError
+
+
+class Config(Group):
+    """Everything that defines a run. Build it with `load_config`, or `Config()` for the defaults.
+
+    Raises `pydantic.ValidationError` when built directly from wrong values; `load_config` turns that into a
+    `ConfigError` with one line per problem.
+    """
+
+    compute_precision: ComputePrecision = ComputePrecision()
+    dino: Dino = Dino()
+    ibot: Ibot = Ibot()
+    train: Train = Train()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    crops: Crops = Crops()
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Config":
+        problems = contradictions(self.crops, self.student, self.ibot, self.optim, self.evaluation)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def arch(self) -> Architecture:
+        """`(embed_dim, depth, num_heads)` of the backbone: those of `student.arch` where not given one by one."""
+        return self.student.size()
+
+    def iterations(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._epochs_to_iterations(self.optim.epochs)
+
+    def warmup_iterations(self) -> int:
+        """Iterations of the learning rate's linear warm-up."""
+        return self._epochs_to_iterations(self.optim.warmup_epochs)
+
+    def teacher_temp_warmup_iterations(self) -> int:
+        """Iterations of the teacher temperature's linear warm-up; may exceed `iterations()`."""
+        return self._epochs_to_iterations(self.teacher.warmup_teacher_temp_epochs)
+
+    def freeze_last_layer_iterations(self) -> int:
+        """Iterations in which the prototypes' learning rate is 0."""
+        return self._epochs_to_iterations(self.optim.freeze_last_layer_epochs)
+
+    def freeze_backbone_iterations(self) -> int:
+        """Iterations in which the backbone's learning rate is 0."""
+        return self._epochs_to_iterations(self.student.freeze_backbone_epochs)
+
+    def checkpoint_period(self) -> int:
+        """Iterations between checkpoints to resume from: `train.checkpoint_period`, or three epochs."""
+        return self.train.checkpoint_period or self._epochs_to_iterations(3)
+
+    def effective_batch(self, world_size: int = 1) -> int:
+        """Images per optimizer step over all processes and accumulated batches."""
+        return self.train.batch_size_per_gpu * world_size * self.train.gradient_accumulation
+
+    def scaled_lr(self, world_size: int = 1) -> float:
+        """Peak learning rate: `base_lr * sqrt(effective batch / 1024)`, as in the reference implementation."""
+        if self.optim.scaling_rule == "none":
+            return self.optim.base_lr
+        return self.optim.base_lr * math.sqrt(self.effective_batch(world_size) / 1024.0)
+
+    def deviations(self) -> list[str]:
+        """In which of its switches this run departs from what the published reference code does, one line each."""
+        return list(_deviations(self))
+
+    def to_yaml(self) -> str:
+        """The complete configuration, every key written out: it alone reproduces the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10_000)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_yaml()` to `path`, creating its folder. The file appears complete or not at all.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        path = Path(path)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(self.to_yaml(), encoding="utf-8")
+            aside.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise ConfigError(
+                f"{path}: cannot write the configuration: {error.strerror or error}",
+                "Make space (or make the folder writable) and run the same command again.",
+            ) from error
+
+    def _epochs_to_iterations(self, epochs: int) -> int:
+        return epochs * self.train.OFFICIAL_EPOCH_LENGTH
+
+
+def _deviations(config: Config) -> Iterable[str]:
+    precision, train = config.compute_precision, config.train
+    if precision.precision != "fp16":
+        used = {"auto": "bf16 on CUDA, fp32 on CPU"}.get(precision.precision, precision.precision)
+        yield f"compute_precision.precision={precision.precision}: {used}; the reference runs fp16 with a scaler"
+    elif not precision.grad_scaler:
+        yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
+    if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
+        yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
+    for key in ("color_jitter_prob", "grayscale_prob", "solarize_prob"):
+        value, default = getattr(config.crops, key), Crops.model_fields[key].default
+        if value != default:
+            yield f"crops.{key}={value}: the reference uses {default}"
+    if train.gradient_accumulation > 1:
+        yield (
+            f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "
+            f"{train.batch_size_per_gpu} images per process at a time; the reference has no accumulation"
+        )
+    if config.optim.scaling_rule != "sqrt_wrt_1024":
+        yield f"optim.scaling_rule={config.optim.scaling_rule}: the reference knows only sqrt_wrt_1024"
+    if train.max_nonfinite > 1:
+        yield f"train.max_nonfinite={train.max_nonfinite}: the reference stops at the first non-finite loss"
+    if train.max_bad_fraction > 0:
+        yield (
+            f"train.max_bad_fraction={train.max_bad_fraction}: an unreadable image is logged and replaced; "
+            "the reference stops at the first"
+        )
