@@ -247,7 +247,7 @@ def _run_in_group(config: "Config", *, cpu: bool, resume: bool, dry_run: bool) -
     from dinov2cli.console import logger, set_up_logging
     from dinov2cli.data.datasets import make_dataset
     from dinov2cli.device import choose_device
-    from dinov2cli.launch.preflight import preflight
+    from dinov2cli.doctor.report import preflight
     from dinov2cli.models.vision_transformer import VisionTransformer
     from dinov2cli.train.rehearsal import rehearse
     from dinov2cli.train.run_folder import RunFolder

@@ -19,10 +19,11 @@ from tiny_run import TINY, write_images
 from dinov2cli.cli.main import main
 from dinov2cli.config import Config, load_config
 from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.doctor import machine
+from dinov2cli.doctor.finding import Situation, Status, failure, merge, ok, wait_for_all, warning
+from dinov2cli.doctor.report import ALL, preflight
+from dinov2cli.doctor.run import checkpoint_bytes, memory, within
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
-from dinov2cli.launch import machine_checks, preflight, run_checks
-from dinov2cli.launch.findings import Situation, Status, failure, ok, warning
-from dinov2cli.launch.run_checks import checkpoint_bytes, within
 from dinov2cli.models import attention
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_two_processes_find_all_well_and_leave_nothing(images: Path, tmp_path: P
     finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     found = found_by(finished.stdout)
-    assert set(found) == set(preflight.ALL)
+    assert set(found) == set(ALL)
     assert {each["status"] for each in found.values()} == {"ok"}
     assert found["communication"]["facts"]["processes"] == 2
     assert found["communication"]["facts"]["bandwidth_gb_s"] > 0
@@ -117,16 +118,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small(images: Path, small_disk: Path) -> None:
     larger = ["student.embed_dim=96", "train.keep=20"]
     with pytest.raises(EnvironmentProblem, match="20 checkpoints and one being written take") as raised:
-        preflight.preflight(config_of(images, small_disk / "run", *larger), CPU)
+        preflight(config_of(images, small_disk / "run", *larger), CPU)
     assert "lower train.keep" in str(raised.value.hint)
-    preflight.preflight(config_of(images, small_disk / "run", "train.keep=1"), CPU)
+    preflight(config_of(images, small_disk / "run", "train.keep=1"), CPU)
 
 
 def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
     config = config_of(images, tmp_path, "student.embed_dim=96", "dino.head_hidden_dim=256")
     batch = next(iter(make_train_loader(config, start=0, stop=1)))
     crops = batch.global_crops.nbytes + batch.local_crops.nbytes
-    assert crops == machine_checks.batch_bytes(config)
+    assert crops == machine.batch_bytes(config)
 
     from dinov2cli.train.trainer import Trainer
 
@@ -139,19 +140,19 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("gigabytes", "status"), [(100, Status.OK), (0.09, Status.WARNING), (0.01, Status.FAILURE)])
 def test_memory_too_small(gigabytes: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2cli.device.main_memory", lambda: int(gigabytes * 1e9))
-    found = run_checks.memory(Situation(load_config(preset="demo"), CPU))
+    found = memory(Situation(load_config(preset="demo"), CPU))
     assert found.status is status and f"{gigabytes:,.1f} GB are there" in found.text
     assert ("smaller student.arch" in found.remedy) == (status is Status.FAILURE)
 
 
 def test_kernels_that_are_wrong_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine_checks.kernel_problem("sdpa", Config(), CPU, torch.float32) is None
+    assert machine.kernel_problem("sdpa", Config(), CPU, torch.float32) is None
     right = attention.sdpa_attention
     monkeypatch.setitem(attention.ATTENTION_BACKENDS, "varlen", lambda qkv, layout: 1.01 * right(qkv, layout))
-    assert "its output is off by 1 %" in str(machine_checks.kernel_problem("varlen", Config(), CPU, torch.float32))
-    assert "it does not run here" in str(machine_checks.kernel_problem("xformers", Config(), CPU, torch.float32))
+    assert "its output is off by 1 %" in str(machine.kernel_problem("varlen", Config(), CPU, torch.float32))
+    assert "it does not run here" in str(machine.kernel_problem("xformers", Config(), CPU, torch.float32))
     asked = load_config(overrides=["student.attention_backend=xformers"])
-    found = machine_checks.attention(Situation(asked, CPU))
+    found = machine.attention(Situation(asked, CPU))
     assert found.status is Status.FAILURE and "CUDA kernels only" in found.text
 
 
@@ -159,20 +160,20 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
-        found = machine_checks.open_files(Situation(Config(), CPU))
+        found = machine.open_files(Situation(Config(), CPU))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found.status is Status.WARNING and "ulimit -n" in found.remedy
-    assert machine_checks.open_files(Situation(Config(), CPU)).status is Status.OK
+    assert machine.open_files(Situation(Config(), CPU)).status is Status.OK
 
 
 def test_the_worst_finding_counts_and_names_its_processes() -> None:
     fine, slow, bad = ok("fine"), warning("slow", "x"), failure("bad", "y")
-    assert preflight.merge([("n1", fine), ("n2", fine)]) == fine
-    assert preflight.merge([("n1", fine), ("n2", slow)]).text == "process 1 of 2 (n2): slow"
-    found = preflight.merge([("n1", slow), ("n2", bad), ("n2", bad)])
+    assert merge([("n1", fine), ("n2", fine)]) == fine
+    assert merge([("n1", fine), ("n2", slow)]).text == "process 1 of 2 (n2): slow"
+    found = merge([("n1", slow), ("n2", bad), ("n2", bad)])
     assert (found.status, found.text) == (Status.FAILURE, "processes 1, 2 of 3 (n2): bad")
-    assert preflight.merge([("n1", bad), ("n2", bad)]) == bad
+    assert merge([("n1", bad), ("n2", bad)]) == bad
 
 
 def test_a_disk_that_hangs() -> None:
@@ -189,26 +190,26 @@ def one_of_two(rank: int, case: str, folder: Path) -> None:
     shared = folder / "run"
     try:
         if case == "fine":
-            preflight.preflight(config_of(folder / "images", shared), CPU)
+            preflight(config_of(folder / "images", shared), CPU)
             outcome = "fine"
         elif case == "own folders":  # each process has a file system of its own there
             (folder / f"run{rank}").mkdir()
-            preflight.preflight(config_of(folder / "images", folder / f"run{rank}"), CPU)
+            preflight(config_of(folder / "images", folder / f"run{rank}"), CPU)
         elif case == "other images":
             if rank == 0:
                 write_images(folder / "images0", per_class=3)
             torch.distributed.barrier()
-            preflight.preflight(config_of(folder / ("images0" if rank == 0 else "images"), shared), CPU)
+            preflight(config_of(folder / ("images0" if rank == 0 else "images"), shared), CPU)
         elif case == "images missing":
-            preflight.preflight(config_of(folder / ("images" if rank == 0 else "gone"), shared), CPU)
+            preflight(config_of(folder / ("images" if rank == 0 else "gone"), shared), CPU)
         elif case == "clocks":
             real = time.time
-            machine_checks.time.time = lambda: real() + 60 * rank
-            outcome = machine_checks.clocks(Situation(Config(), CPU)).text
+            machine.time.time = lambda: real() + 60 * rank
+            outcome = machine.clocks(Situation(Config(), CPU)).text
         else:
             if rank == 1:
                 time.sleep(4)
-            preflight.wait_for_all(seconds=1)
+            wait_for_all(seconds=1)
     except Dino2Error as error:
         outcome = f"{type(error).__name__}: {error.message}"
     (folder / f"outcome{rank}").write_text(outcome)
@@ -229,7 +230,7 @@ def one_of_two(rank: int, case: str, folder: Path) -> None:
 def test_two_processes_stop_for_the_same_reason(
     case: str, message: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2cli.launch.run_checks.SEEN_SECONDS", 1)
+    monkeypatch.setattr("dinov2cli.doctor.run.SEEN_SECONDS", 1)
     (tmp_path / "images").symlink_to(images)
     mp.start_processes(one_of_two, args=(case, tmp_path), nprocs=2, start_method="fork")
     outcomes = [(tmp_path / f"outcome{rank}").read_text() for rank in range(2)]

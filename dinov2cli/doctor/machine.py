@@ -15,7 +15,7 @@ from dinov2cli import __version__, distributed
 from dinov2cli.config import Config
 from dinov2cli.data.workers import available_cores, choose_workers
 from dinov2cli.device import Precision, main_memory
-from dinov2cli.launch.findings import Finding, Situation, failure, ok, warning
+from dinov2cli.doctor.finding import Check, Finding, Situation, failure, ok, warning
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend, sdpa_attention
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
@@ -54,20 +54,18 @@ def device(situation: Situation) -> Finding:
             "Start one process for each GPU (torchrun --nproc-per-node, --gpus, or srun --gpus-per-task=1).",
         )
     properties = torch.cuda.get_device_properties(situation.device)
-    arch = f"sm_{properties.major}{properties.minor}"
-    compiled = torch.cuda.get_arch_list()
     text = (
         f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, compute capability {properties.major}."
         f"{properties.minor}; CUDA {torch.version.cuda}, driver {driver_version() or 'unknown'}"
     )
     try:
-        product = torch.ones(64, 64, device=situation.device) @ torch.ones(64, 64, device=situation.device)
-        computes = bool((product == 64).all())
+        ones = torch.ones(64, 64, device=situation.device)
+        computes = bool((ones @ ones == 64).all())
     except RuntimeError as error:
         return failure(
             f"{text}: it does not compute ({str(error).splitlines()[0]}); this PyTorch is built for "
-            f"{', '.join(compiled)}",
-            f"Install a PyTorch built for {arch}, or a newer driver.",
+            f"{', '.join(torch.cuda.get_arch_list())}",
+            f"Install a PyTorch built for sm_{properties.major}{properties.minor}, or a newer driver.",
         )
     if not computes:
         return failure(f"{text}: a product of ones is wrong", "The GPU or its memory is faulty; use another one.")
@@ -243,3 +241,15 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     return found[0] if found else None
+
+
+MACHINE = {
+    "versions": Check(versions),
+    "device": Check(device),
+    "precision": Check(precision, after=("device",)),
+    "attention": Check(attention, after=("precision",)),
+    "communication": Check(communication, after=("device",)),
+    "clocks": Check(clocks),
+    "open files": Check(open_files),
+}
+"""With or without a run in mind."""

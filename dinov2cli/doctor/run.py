@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +22,9 @@ from dinov2cli.checkpoint import Checkpointer
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.device import Precision, main_memory_of_a_process
+from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
+from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
-from dinov2cli.launch.findings import Finding, Situation, Status, failure, ok, warning
 from dinov2cli.train.memory import describe, estimate
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
@@ -93,12 +95,10 @@ def output_folder(situation: Situation) -> Finding:
     mine, first = (folder / f"{MARK}-{token}-{number}" for number in (rank, 0))
     # Process 0 goes first, so that no other creates a folder of its own where the file system is not shared.
     made: list[Path] = []  # a run has made its folder; `dino2 doctor` leaves nothing behind
-    problem = _write(mine, token, made) if rank == 0 else ""
-    problem = distributed.broadcast_object(problem)
-    seen = True
-    if not problem and rank > 0:
-        seen = _appears(first, token)
-        problem = "" if not seen else _write(mine, token, made)
+    problem = distributed.broadcast_object(_write(mine, token, made) if rank == 0 else "")
+    seen = bool(problem) or rank == 0 or _appears(first, token)
+    if not problem and rank > 0 and seen:
+        problem = _write(mine, token, made)
     distributed.barrier()  # others may look for the files of process 0 until here
     if not problem and seen:
         mine.unlink(missing_ok=True)
@@ -149,15 +149,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _appears(path: Path, text: str) -> bool:
     end = time.monotonic() + SEEN_SECONDS
-    while True:
-        try:
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):  # not there yet, or never
             if path.read_text() == text:
                 return True
-        except OSError:
-            pass  # not there yet, or never
-        if time.monotonic() > end:
-            return False
         time.sleep(0.1)
+    return False
 
 
 def disk_space(situation: Situation) -> Finding:
@@ -247,22 +244,32 @@ def within(seconds: float, what: str, work: Callable[[], T]) -> T:
     Raises:
         EnvironmentProblem: it does not end.
     """
-    outcome: list[T] = []
-    errors: list[Exception] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.append(work())
+            outcome.set_result(work())
         except Exception as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not outcome:
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        if outcome.done():  # the work's own
+            raise
         raise EnvironmentProblem(
             f"{what}: no answer within {seconds:g} s", "The disk or network file system hangs: see dmesg and mount."
-        )
-    return outcome[0]
+        ) from None
+
+
+DATA = {"dataset": Check(dataset), "shared memory": Check(shared_memory)}
+"""Checks that need a dataset."""
+MODEL = {"memory": Check(memory, after=("precision",))}
+"""Checks that need a configuration."""
+OUTPUT = {
+    "output folder": Check(output_folder),
+    "disk space": Check(disk_space, after=("output folder",)),
+    "checkpoint": Check(checkpoint, after=("output folder", "disk space")),
+}
+"""Checks that need a run folder."""

@@ -1,0 +1,128 @@
+"""The checks before a run (`preflight`) and those that are asked for (`dino2 doctor`): chosen, made and told."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from dinov2cli import distributed
+from dinov2cli.config import Config, load_config
+from dinov2cli.console import logger, out, print_json, set_up_logging
+from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.device import choose_device
+from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine, raise_failures, severity
+from dinov2cli.doctor.machine import MACHINE
+from dinov2cli.doctor.run import DATA, MODEL, OUTPUT
+from dinov2cli.errors import ConfigError
+
+ALL = {**MACHINE, **DATA, **MODEL, **OUTPUT}
+COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
+
+
+def preflight(config: Config, device: torch.device, *, dataset: ImageDataset | None = None) -> None:
+    """Stop a run that cannot succeed, on all processes alike, within seconds of its start.
+
+    Collective: every process of the run calls it, inside `distributed.process_group()`, once the run folder exists.
+    Warnings are logged; otherwise process 0 says one line.
+
+    Args:
+        dataset: what `config.train.dataset_path` names, if it has been listed already.
+
+    Raises:
+        DataError: the training images cannot be read, or are not the same for all processes.
+        EnvironmentProblem: anything else that the run would fail of; the message names it and its remedy.
+    """
+    began = time.perf_counter()
+    findings = examine(ALL, Situation(config, device, dataset))
+    for name, finding in findings.items() if distributed.is_main() else ():
+        if finding.status is Status.WARNING:
+            logger.warning("%s: %s. %s", name, finding.text, finding.remedy)
+    raise_failures(findings)
+    reduced = findings["communication"].facts.get("bandwidth_gb_s")
+    speed = f"; all-reduce over {distributed.world_size()} processes: {reduced:.2g} GB/s" if reduced else ""
+    if distributed.is_main():
+        logger.info("%d checks in %.1f s%s", len(findings), time.perf_counter() - began, speed)
+
+
+def run(
+    arguments: Sequence[str], preset: str | None, config_file: Path | None, data: str | None, output_dir: Path | None,
+    *, cpu: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """`dino2 doctor`: make the checks that there is something to look at for, and show what they find.
+
+    Raises:
+        ConfigError: what is asked for makes no configuration.
+        DataError, EnvironmentProblem: a run would fail.
+    """
+    set_up_logging()
+    config = resolve(arguments, preset, config_file, data, output_dir)
+    checks, left_out = choose_checks(config, with_model=bool(arguments or preset or config_file))
+    with distributed.process_group():
+        with distributed.same_error_everywhere():
+            device = choose_device("cpu" if cpu else "auto")
+        findings = examine(checks, Situation(config, device, thorough=True))
+        if distributed.is_main():
+            show(findings, left_out, as_json=as_json)
+        raise_failures(findings)
+
+
+def resolve(
+    arguments: Sequence[str], preset: str | None, config_file: Path | None, data: str | None, output_dir: Path | None
+) -> Config:
+    """The configuration that the options say: as in `dino2 train`, or that of the run named first."""
+    words = list(arguments)
+    if words and "=" not in words[0]:
+        run = Path(words.pop(0))
+        if preset or config_file:
+            raise ConfigError(f"{run} has a configuration of its own; leave out --preset and --config-file.")
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(
+                f"{run}: no run folder; there is no config.yaml in it.",
+                hint="For a run to come, give --preset, --data and --output-dir, as for dino2 train.",
+            )
+        config_file = run / "config.yaml"
+        words = [f"train.output_dir={run}", *words]
+    words += [f"train.dataset_path={data}"] if data is not None else []
+    words += [f"train.output_dir={output_dir}"] if output_dir is not None else []
+    return load_config(preset=preset, config_file=config_file, overrides=words)
+
+
+def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check], list[str]]:
+    """The checks that the configuration has something to look at for, and what would make for more."""
+    default = Config().train
+    with_data = config.train.dataset_path != default.dataset_path
+    with_output = config.train.output_dir != default.output_dir
+    groups = (
+        (with_data, DATA, "dataset and loaders (--data DATASET)"),
+        (with_model or with_output, MODEL, "memory (--preset NAME)"),
+        (with_output, OUTPUT, "run folder, disk space and checkpoints (--output-dir DIR)"),
+    )
+    checks = dict(MACHINE)
+    for _, group, _ in filter(lambda each: each[0], groups):
+        checks |= group
+    return checks, [option for wanted, _, option in groups if not wanted]
+
+
+def show(findings: Mapping[str, Finding], left_out: Sequence[str], *, as_json: bool) -> None:
+    """Print a row for each check, or one JSON object."""
+    if as_json:
+        worst = max(findings.values(), key=severity)
+        print_json({"status": worst.status, "checks": [as_dict(name, each) for name, each in findings.items()]})
+        return
+    rows = Table("check", "", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, finding in findings.items():
+        text = finding.text if not finding.remedy else f"{finding.text}\n{finding.remedy}"
+        rows.add_row(Text(name), Text(finding.status, style=COLOURS[finding.status]), Text(text))
+    out.print(rows)
+    if left_out:
+        out.print(f"Not checked: {'; '.join(left_out)}.", markup=False)
+
+
+def as_dict(name: str, finding: Finding) -> dict[str, Any]:
+    plain = {"check": name, "status": finding.status, "finding": finding.text, "remedy": finding.remedy}
+    return {**plain, "facts": dict(finding.facts)} if finding.facts else plain
