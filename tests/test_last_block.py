@@ -5,15 +5,16 @@ import torch
 from torch import Tensor
 
 from dinov2cli.models.attention import TokenLayout
-from dinov2cli.models.layers import Block, draw_kept_sequences
+from dinov2cli.models.last_block import LastBlock
+from dinov2cli.models.layers import draw_kept_sequences
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 LAYOUT = TokenLayout(((6, 10), (8, 5)))
 
 
-def block_of(ffn_layer: str) -> Block:
+def block_of(ffn_layer: str) -> LastBlock:
     torch.manual_seed(0)
-    return Block(24, 2, 4.0, ffn_layer, True, True, True, 0.5, "sdpa").double()
+    return LastBlock(24, 2, 4.0, ffn_layer, True, True, True, 0.5, "sdpa").double()
 
 
 def used_tokens() -> Tensor:

@@ -95,43 +95,6 @@ class _HeadViews(torch.autograd.Function):
         return of_qkv, None
 
 
-def sdpa_attention_at(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, places: Tensor) -> Tensor:
-    """Attention of single tokens: queries [U, H, C] of the tokens at `places`, keys and values [T, H, C] of all.
-
-    How many tokens of a sequence ask is read from `places`, so on a GPU this would wait for the device.
-    """
-    outputs, asked = [], []
-    start = 0
-    for (count, length), k_g, v_g in zip(layout.groups, layout.split(k), layout.split(v), strict=True):
-        sequence = torch.div(places - start, length, rounding_mode="floor")
-        rows = ((sequence >= 0) & (sequence < count)).nonzero().flatten()
-        rows = rows[sequence[rows].argsort(stable=True)]
-        asking = sequence[rows].bincount(minlength=count).tolist()
-        q_g = q.index_select(0, rows)
-        if set(asking) == {1}:
-            single = F.scaled_dot_product_attention(q_g[:, :, None], k_g.transpose(1, 2), v_g.transpose(1, 2))
-            attended = single[:, :, 0]
-        else:
-            parts = zip(q_g.split(asking), k_g.unbind(), v_g.unbind(), strict=True)
-            attended = torch.cat([_attend(*part) for part in parts if len(part[0])]) if len(rows) else q_g
-        outputs.append(attended)
-        asked.append(rows)
-        start += count * length
-    back = torch.cat(asked).argsort()
-    return torch.cat(outputs).index_select(0, back)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence: queries [n, H, C], keys and values [L, H, C] -> [n, H, C]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-
-
-def shapes_may_depend_on_data(x: Tensor) -> bool:
-    """Whether sizes may be read from arrays: on the CPU. A GPU would be waited for, a compiled graph broken."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def xformers_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
     """xFormers' memory-efficient attention with a block-diagonal mask."""
     from xformers.ops import memory_efficient_attention, unbind

@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2cli.models.attention import (
-    ATTENTION_BACKENDS,
-    TokenLayout,
-    sdpa_attention_at,
-    shapes_may_depend_on_data,
-)
+from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 
 
 class PatchEmbed(nn.Module):
@@ -47,34 +42,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(
-        self, x: Tensor, layout: TokenLayout, places: Tensor | None = None, scale: nn.Module | None = None
-    ) -> Tensor:
-        """Attention, then the output projection.
+    def forward(self, x: Tensor, layout: TokenLayout, scale: nn.Module | None = None) -> Tensor:
+        """Attention, then the output projection, whose output `scale` (a LayerScale) multiplies if there is one."""
+        attended = ATTENTION_BACKENDS[self.backend](self.queries_keys_values(x), layout)
+        return linear_and_scale(attended.flatten(1), self.proj, scale)
 
-        Args:
-            x: the packed stream [T, D].
-            layout: its sequences.
-            places: int64 [U]; only these tokens of the stream ask, while all answer: [T, D] -> [U, D].
-            scale: the output's LayerScale, if it has one.
-        """
-        return linear_and_scale(self.attend(x, layout, places).flatten(1), self.proj, scale)
-
-    def attend(self, x: Tensor, layout: TokenLayout, places: Tensor | None) -> Tensor:
-        """Before the projection: [T, H, C] or [U, H, C]."""
-        if places is not None and self.backend == "sdpa" and shapes_may_depend_on_data(x):
-            return self._attended_at(x, layout, places)
-        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
-        attended = ATTENTION_BACKENDS[self.backend](qkv, layout)
-        return attended if places is None else attended.index_select(0, places)
-
-    def _attended_at(self, x: Tensor, layout: TokenLayout, places: Tensor) -> Tensor:
-        sizes = [x.shape[1], 2 * x.shape[1]]
-        weight_q, weight_kv = self.qkv.weight.split(sizes)
-        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
-        q = F.linear(x.index_select(0, places), weight_q, bias_q).unflatten(1, (self.num_heads, -1))
-        k, v = F.linear(x, weight_kv, bias_kv).view(x.shape[0], 2, self.num_heads, -1).unbind(1)
-        return sdpa_attention_at(q, k, v, layout, places)
+    def queries_keys_values(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, 3, H, C]."""
+        qkv: Tensor = self.qkv(x)
+        return qkv.view(x.shape[0], 3, self.num_heads, -1)
 
 
 class Mlp(nn.Module):
@@ -159,28 +135,6 @@ class KeptSequences:
     layout: TokenLayout
     scale: Tensor
 
-    def find(self, places: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which of some tokens of the whole stream are kept, where in the kept stream they lie, and their scale.
-
-        Where shapes may not depend on the data, dropped tokens are given too, at place 0 with scale 0.
-
-        Args:
-            places: int64 [U], in the whole stream.
-            tokens: length of the whole stream.
-
-        Returns:
-            int64 [U'], which of `places`; int64 [U'], places in the kept stream; float32 [U', 1].
-        """
-        kept_place = self.index.new_zeros(tokens)
-        kept_place[self.index] = torch.arange(self.index.shape[0], device=self.index.device)
-        scale = self.scale.new_zeros(tokens, 1)
-        scale[self.index] = self.scale
-        found, scale = kept_place[places], scale[places]
-        if not shapes_may_depend_on_data(self.index):
-            return torch.arange(places.shape[0], device=places.device), found, scale
-        rows = scale.flatten().nonzero().flatten()
-        return rows, found[rows], scale[rows]
-
 
 def draw_kept_sequences(
     layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
@@ -245,23 +199,15 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
 
     def forward(
-        self,
-        x: Tensor,
-        layout: TokenLayout,
-        kept: tuple[KeptSequences, KeptSequences] | None = None,
-        used: Tensor | None = None,
+        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None = None
     ) -> Tensor:
-        """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens `used` alone.
+        """[T, D] -> [T, D].
 
         Args:
             x: the packed stream.
             layout: its sequences.
             kept: each branch runs on its own random sequences alone, which saves their cost.
-            used: int64 [U], places of the tokens that are wanted, where the others' outputs would go unused: what
-                follows attention is computed for these alone.
         """
-        if used is not None:
-            return self._forward_used(x, layout, kept, used)
         if kept is None:
             x = x + self.attention_branch(x, layout)
             return x + self.mlp_branch(x, layout)
@@ -269,22 +215,6 @@ class Block(nn.Module):
             residual = branch(x.index_select(0, drawn.index), drawn.layout) * drawn.scale
             x = x.index_add(0, drawn.index, residual.to(x.dtype))
         return x
-
-    def _forward_used(
-        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None, used: Tensor
-    ) -> Tensor:
-        y: Tensor = x.index_select(0, used)
-        if kept is None:
-            y = y + self.attn(self.norm1(x), layout, used, self.ls1)
-            return y + self.mlp_branch(y)
-        attending, transformed = kept
-        rows, places, scale = attending.find(used, x.shape[0])
-        normed = self.norm1(x.index_select(0, attending.index))
-        residual = self.attn(normed, attending.layout, places, self.ls1) * scale
-        y = y.index_add(0, rows, residual.to(y.dtype))
-        rows, _, scale = transformed.find(used, x.shape[0])
-        residual = self.mlp_branch(y.index_select(0, rows)) * scale
-        return y.index_add(0, rows, residual.to(y.dtype))
 
     def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """The first residual, [T, D] -> [T, D]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.models.attention import TokenLayout
+from dinov2cli.models.last_block import LastBlock
 from dinov2cli.models.layers import FFN_LAYERS, Block, KeptSequences, PatchEmbed, draw_for_branches
 
 
@@ -85,8 +86,8 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         backend = "sdpa" if attention_backend == "auto" else attention_backend
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, ffn_layer, qkv_bias, proj_bias, ffn_bias, layerscale, backend)
-            for _ in range(depth)
+            kind(embed_dim, num_heads, mlp_ratio, ffn_layer, qkv_bias, proj_bias, ffn_bias, layerscale, backend)
+            for kind in [Block] * (depth - 1) + [LastBlock] * min(depth, 1)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()
@@ -168,11 +169,11 @@ class VisionTransformer(nn.Module):
             stream = exact_under_autocast(stream)
         for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
-            wanted = used if i == self.depth - 1 else None
+            wanted = () if i < self.depth - 1 else (used,)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, kept, wanted, use_reentrant=False)
+                stream = checkpoint(block, stream, layout, kept, *wanted, use_reentrant=False)
             else:
-                stream = block(stream, layout, kept, wanted)
+                stream = block(stream, layout, kept, *wanted)
         return stream
 
     def forward_tokens(
