@@ -187,7 +187,7 @@ def test_training_evaluates_each_of_its_teachers(tmp_path: Path, capsys: pytest.
 
 def test_tasks_of_a_training(run: Path) -> None:
     from dinov2cli.config import load_config
-    from dinov2cli.eval.tasks import evaluate_teacher
+    from dinov2cli.eval.protocol import evaluate_teacher
 
     data = "evaluation.knn_train_dataset=SamplePhotos:split=TRAIN", "evaluation.knn_val_dataset=SamplePhotos:split=VAL"
     config = load_config(config_file=run / "config.yaml", overrides=[*data, "evaluation.tasks=[knn]"])

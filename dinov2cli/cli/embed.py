@@ -51,11 +51,12 @@ def embed(
 
         dino2 embed dinov2_vits14 --data photos --output photos.parquet
     """
-    from dinov2cli.cli.eval_options import make_extraction
     from dinov2cli.console import out, print_json, set_up_logging
     from dinov2cli.data.datasets import make_dataset
     from dinov2cli.distributed import is_main, process_group
     from dinov2cli.eval import embed as embedding
+    from dinov2cli.eval.cache import FeatureCache
+    from dinov2cli.eval.extract import Extractor
     from dinov2cli.eval.subject import load_subject
 
     set_up_logging()
@@ -63,8 +64,17 @@ def embed(
     with process_group():
         images = make_dataset(data)
         subject = load_subject(checkpoint, config_file)
-        extraction = make_extraction(image_size, batch_size, num_workers, device, no_cache)
-        extract = extraction.of(subject, detailed=True, resize_ratio=resize_ratio)
+        extract = Extractor(
+            subject.model,
+            image_size=image_size,
+            resize_ratio=resize_ratio,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            precision=subject.precision,
+            detailed=True,
+            cache=None if no_cache else FeatureCache(),
+        )
         features = embedding.embed(extract, images, output)
         if not is_main():
             return

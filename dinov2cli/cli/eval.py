@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dinov2cli.cli.eval_options import (
+    METRICS,
     Arguments,
     AsJson,
     BatchSize,
@@ -18,13 +19,9 @@ from dinov2cli.cli.eval_options import (
     PretrainedWeights,
     TrainDataset,
     ValDataset,
-    load,
-    make_extraction,
-    make_test_sets,
-    metric_type,
     one_of,
-    read_head,
-    show,
+    request_of,
+    run,
     split_arguments,
 )
 from dinov2cli.cli.slurm_options import (
@@ -45,6 +42,7 @@ from dinov2cli.cli.slurm_options import (
 )
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError
+from dinov2cli.requests.eval import KnnRequest, LinearRequest, LogregRequest
 
 evaluation = typer.Typer(
     name="eval",
@@ -110,25 +108,19 @@ def knn(
     checkpoint, _ = split_arguments(arguments, pretrained_weights)
     if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
         return
-    from dinov2cli.distributed import process_group
-    from dinov2cli.eval.knn import ALL_IMAGES, DEFAULT_KS, KnnSettings
-    from dinov2cli.eval.tasks import run_knn
-
-    settings = KnnSettings(tuple(nb_knn or DEFAULT_KS), temperature, tuple(n_per_class or (ALL_IMAGES,)), n_tries)
-    if 0 in settings.n_per_class:
+    request = request_of(
+        KnnRequest,
+        context,
+        nb_knn=nb_knn,
+        temperature=temperature,
+        n_per_class_list=n_per_class,
+        n_tries=n_tries,
+        gather_on_cpu=gather_on_cpu,
+        batch_size=batch_size,
+    )
+    if 0 in request.n_per_class_list:
         raise ConfigError("--n-per-class-list 0: give at least 1 image per class, or -1 for all.")
-    with process_group():
-        subject, train, val = load(arguments, pretrained_weights, config_file, train_dataset, val_dataset)
-        result = run_knn(
-            subject,
-            train,
-            val,
-            settings=settings,
-            extraction=make_extraction(image_size, batch_size, num_workers, device, no_cache),
-            search_on_cpu=gather_on_cpu,
-            output_dir=output_dir,
-        )
-    show(result, as_json)
+    run(request, as_json)
 
 
 @evaluation.command("logreg", cls=VariadicCommand)
@@ -188,29 +180,18 @@ def logreg(
     checkpoint, _ = split_arguments(arguments, pretrained_weights)
     if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
         return
-    from dinov2cli.distributed import process_group
-    from dinov2cli.eval.logreg import LogregSettings
-    from dinov2cli.eval.tasks import run_logreg
-
-    settings = LogregSettings(
-        max_iter=max_iter,
-        dtype=one_of(train_dtype, ("float64", "float32"), "--train-dtype"),
+    request = request_of(
+        LogregRequest,
+        context,
+        finetune_dataset=finetune_dataset,
         finetune_on_val=finetune_on_val,
-        metric=metric_type(metric, "--metric-type"),
+        metric_type=one_of(metric, METRICS, "--metric-type"),
+        train_dtype=one_of(train_dtype, ("float64", "float32"), "--train-dtype"),
+        train_features_device=train_device,
+        max_train_iters=max_iter,
+        batch_size=batch_size,
     )
-    with process_group():
-        subject, train, val = load(arguments, pretrained_weights, config_file, train_dataset, val_dataset)
-        result = run_logreg(
-            subject,
-            train,
-            val,
-            finetune_dataset=finetune_dataset,
-            settings=settings,
-            extraction=make_extraction(image_size, batch_size, num_workers, device, no_cache),
-            fit_on=train_device,
-            output_dir=output_dir,
-        )
-    show(result, as_json)
+    run(request, as_json)
 
 
 @evaluation.command("linear", cls=VariadicCommand)
@@ -302,37 +283,24 @@ def linear(
     checkpoint, _ = split_arguments(arguments, pretrained_weights)
     if launched_evaluation(context, checkpoint, gpus=gpus, device=device, output_dir=output_dir):
         return
-    from dinov2cli.distributed import process_group
-    from dinov2cli.eval.linear import LinearSettings
-    from dinov2cli.eval.linear_heads import LEARNING_RATES
-    from dinov2cli.eval.tasks import run_linear
-
-    metric = metric_type(val_metric, "--val-metric-type")
-    settings = LinearSettings(
+    request = request_of(
+        LinearRequest,
+        context,
+        head=head,
+        head_layers=head_layers,
+        frozen_crops=frozen_crops,
+        test_datasets=test_datasets,
+        test_metric_types=[one_of(word, METRICS, "--test-metric-types") for word in test_metrics or ()],
+        test_class_mapping_fpaths=test_mappings,
+        test_labels=test_labels,
+        val_class_mapping_fpath=val_mapping,
+        val_metric_type=one_of(val_metric, METRICS, "--val-metric-type"),
         epochs=epochs,
         epoch_length=epoch_length,
         batch_size=batch_size,
-        learning_rates=tuple(learning_rates or LEARNING_RATES),
-        eval_period=eval_period,
-        checkpoint_period=save_frequency * epoch_length,
-        metric=metric,
-        frozen_crops=frozen_crops,
+        learning_rates=learning_rates,
+        eval_period_iterations=eval_period,
+        save_checkpoint_frequency=save_frequency,
+        no_resume=no_resume,
     )
-    tests = make_test_sets(test_datasets, test_metrics, test_mappings, test_labels, metric)
-    with process_group():
-        subject, train, val = load(
-            arguments, pretrained_weights, config_file, train_dataset, val_dataset, trains=head is None
-        )
-        result = run_linear(
-            subject,
-            train,
-            val,
-            test_sets=tests,
-            val_mapping=val_mapping,
-            head=read_head(head, head_layers),
-            settings=settings,
-            extraction=make_extraction(image_size, 256, num_workers, device, no_cache),
-            output_dir=output_dir,
-            resume=not no_resume,
-        )
-    show(result, as_json)
+    run(request, as_json)

@@ -1,19 +1,16 @@
 """Options that the evaluations share, and what they do with them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
 from dinov2cli.errors import ConfigError, WeightsError
 from dinov2cli.launch.environment import worker_rank
+from dinov2cli.requests.eval import EvalRequest, Metric
 
-if TYPE_CHECKING:
-    from dinov2cli.eval.metrics import MetricType
-    from dinov2cli.eval.reports import Evaluation
-    from dinov2cli.eval.subject import Subject
-    from dinov2cli.eval.tasks import Extraction
-    from dinov2cli.eval.test_sets import TestSet
+R = TypeVar("R", bound=EvalRequest)
+METRICS = get_args(Metric)
 
 Arguments = Annotated[
     list[str] | None,
@@ -79,23 +76,32 @@ def split_arguments(arguments: list[str] | None, pretrained_weights: str | None)
     return checkpoint, words
 
 
-def load(
-    arguments: list[str] | None,
-    pretrained_weights: str | None,
-    config_file: Path | None,
-    train_dataset: str | None,
-    val_dataset: str | None,
-    *,
-    trains: bool = True,
-) -> tuple["Subject", str, str]:
-    """The model to evaluate and its train and val dataset; without training the train dataset may be left out."""
-    from dinov2cli.console import set_up_logging
-    from dinov2cli.eval.subject import datasets_for, load_subject
+def request_of(kind: type[R], context: typer.Context, **options: Any) -> R:
+    """The request that a command line means; what it leaves out is the request's default."""
+    params = context.params
+    checkpoint, overrides = split_arguments(params["arguments"], params["pretrained_weights"])
+    shared = ("train_dataset", "val_dataset", "output_dir", "config_file", "num_workers", "image_size", "device")
+    options |= {name: params[name] for name in (*shared, "no_cache")}
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    return kind(checkpoint=checkpoint, overrides=tuple(overrides), **given)
+
+
+def run(request: EvalRequest, as_json: bool) -> None:
+    """Do what is asked, alone or as one of several processes, and print the result."""
+    from dinov2cli.console import out, print_json, set_up_logging
+    from dinov2cli.distributed import process_group
+    from dinov2cli.eval.protocol import evaluate
+    from dinov2cli.eval.reports import results_table
 
     set_up_logging(quiet=worker_rank() > 0)
-    checkpoint, overrides = split_arguments(arguments, pretrained_weights)
-    subject = load_subject(checkpoint, config_file, overrides)
-    return subject, *datasets_for(subject.config, train_dataset or (None if trains else "none"), val_dataset)
+    with process_group():
+        result = evaluate(request)
+    if worker_rank() > 0:  # the processes have parted by now, so that each would be the main one
+        return
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        out.print(results_table([result]))
 
 
 def one_of(word: str, known: tuple[str, ...], option: str) -> str:
@@ -103,78 +109,3 @@ def one_of(word: str, known: tuple[str, ...], option: str) -> str:
     if word not in known:
         raise ConfigError(f"{option} {word} is unknown; known: {', '.join(known)}.")
     return word
-
-
-def metric_type(word: str, option: str) -> "MetricType":
-    """The way to average that `word` names, as the reference implementation spells it."""
-    from dinov2cli.eval.metrics import MetricType
-
-    return MetricType(one_of(word, tuple(MetricType), option))
-
-
-def make_test_sets(
-    datasets: list[str] | None,
-    metrics: list[str] | None,
-    mappings: list[str] | None,
-    labels: list[str] | None,
-    metric: "MetricType",
-) -> list["TestSet"]:
-    """Test sets from options that give one value for each dataset, or none at all; `None` leaves one out."""
-    from dinov2cli.eval.test_sets import TestSet
-
-    names = datasets or []
-    for option, values in (
-        ("--test-metric-types", metrics),
-        ("--test-class-mapping-fpaths", mappings),
-        ("--test-labels", labels),
-    ):
-        if values and len(values) != len(names):
-            raise ConfigError(f"{option}: {len(values)} values for {len(names)} test datasets; give one for each.")
-
-    def path(values: list[str] | None, i: int) -> Path | None:
-        return Path(values[i]) if values and values[i] != "None" else None
-
-    return [
-        TestSet(
-            name,
-            metric_type(metrics[i], "--test-metric-types") if metrics else metric,
-            path(mappings, i),
-            path(labels, i),
-        )
-        for i, name in enumerate(names)
-    ]
-
-
-def read_head(head: str | None, layers: int) -> Any:
-    """A linear head from a file, a URL or a released name; None for none."""
-    if head is None:
-        return None
-    from dinov2cli.models import zoo
-    from dinov2cli.models.classifier import read_linear_head
-    from dinov2cli.models.download import fetch
-
-    if (released := zoo.RELEASED.get(head)) is None:
-        return read_linear_head(head)
-    one_of(str(layers), ("1", "4"), "--head-layers")
-    return read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
-
-
-def make_extraction(
-    image_size: int | None, batch_size: int, num_workers: int | None, device: str | None, no_cache: bool
-) -> "Extraction":
-    from dinov2cli.eval.cache import FeatureCache
-    from dinov2cli.eval.tasks import Extraction
-
-    return Extraction(image_size, batch_size, num_workers, device, None if no_cache else FeatureCache())
-
-
-def show(result: "Evaluation", as_json: bool, **extra: Any) -> None:
-    from dinov2cli.console import out, print_json
-    from dinov2cli.eval.reports import results_table
-
-    if worker_rank() > 0:  # the processes have parted by now, so that each would be the main one
-        return
-    if as_json:
-        print_json({**result.as_dict(), **extra})
-    else:
-        out.print(results_table([result]))

@@ -310,8 +310,8 @@ def teacher_tasks(config: "Config", device: "torch.device") -> "Callable[[Path],
     """What `evaluation.tasks` asks for of every teacher checkpoint. Fails at once where it has no data."""
     if not config.evaluation.tasks:
         return None
+    from dinov2cli.eval.protocol import evaluate_teacher
     from dinov2cli.eval.subject import datasets_for
-    from dinov2cli.eval.tasks import evaluate_teacher
 
     datasets_for(config, None, None)
     if config.evaluation.tasks_as_jobs:

@@ -20,13 +20,14 @@ from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
+from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.eval.subject import Subject
+from dinov2cli.requests.eval import KnnRequest
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
-
-DEFAULT_KS = (10, 20, 100, 200)
-ALL_IMAGES = -1  # in `n_per_class`: the whole train set
 
 KnnResults = dict[tuple[str, int], Accuracy]
 """(`full` or `<n> per class`, k) -> accuracy."""
@@ -34,12 +35,46 @@ KnnResults = dict[tuple[str, int], Accuracy]
 
 @dataclass(frozen=True)
 class KnnSettings:
-    """What may be chosen in the protocol; the defaults are the paper's and the reference implementation's."""
+    """What may be chosen in the protocol; the defaults are the paper's and the reference implementation's.
 
-    ks: tuple[int, ...] = DEFAULT_KS
+    Args:
+        n_per_class: train images of each class, chosen at random `n_tries` times; -1 for all.
+    """
+
+    ks: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
-    n_per_class: tuple[int, ...] = (ALL_IMAGES,)
+    n_per_class: tuple[int, ...] = (-1,)
     n_tries: int = 1
+
+
+def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
+    """k-NN of `cls` features: 256/224 resize, centre crop; leave-one-out where train and val are the same images.
+
+    Raises:
+        Dino2Error: weights or datasets that are missing, empty, or do not fit each other.
+    """
+    settings = KnnSettings(request.nb_knn, request.temperature, request.n_per_class_list, request.n_tries)
+    trial = Trial.of(request, subject)
+    train_images = labelled(trial.train_dataset, "train", "k-NN")
+    val_images = labelled(trial.val_dataset, "val", "k-NN")
+    mapping = align_classes(train_images, val_images)
+    extract = trial.extractor()
+    train = extract(train_images, "train features")
+    leave_one_out = same_images(train_images, val_images)
+    if leave_one_out:
+        logger.info("k-NN: train and val are the same images; each is classified by the others (leave-one-out)")
+        val = train
+    else:
+        val = extract(val_images, "val features").with_classes(mapping)
+    device = "cpu" if request.gather_on_cpu else extract.device
+    results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
+    rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
+    lines = [
+        {f"{key} Top {n}": value}
+        for key, accuracy in results.items()
+        for n, value in ((1, accuracy.top1), (5, accuracy.top5))
+    ]
+    return trial.report(extract, settings, rows, lines, leave_one_out=leave_one_out)
 
 
 def evaluate_knn(
@@ -156,6 +191,12 @@ def online_knn(
     k = max(1, min(k, train.size // 2))
     results = evaluate_knn(train, val, KnnSettings(ks=(k,)), leave_one_out=same, device=extract.device)
     return results["full", k].top1
+
+
+def same_images(first: "ImageDataset", second: "ImageDataset") -> bool:
+    """Whether two datasets are the same images in the same order."""
+    n = len(first)
+    return n == len(second) and first.describe() == second.describe() and first.path(n - 1) == second.path(n - 1)
 
 
 def _accuracies(

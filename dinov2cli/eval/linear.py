@@ -16,20 +16,33 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2cli import distributed
 from dinov2cli.console import Interrupted, interruption, logger, progress
+from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
 from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
-from dinov2cli.errors import CheckpointError, Dino2Error
+from dinov2cli.errors import CheckpointError, ConfigError, Dino2Error
+from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadInput, HeadTrainer, LinearHeads, input_of_head
-from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
+from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, best_head, measure_heads
+from dinov2cli.eval.metrics import Accuracy, MetricType
+from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.reports import Evaluation, Row
+from dinov2cli.eval.subject import Subject
+from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
+from dinov2cli.models import zoo
+from dinov2cli.models.classifier import read_linear_head
+from dinov2cli.models.download import fetch
+from dinov2cli.requests.eval import LinearRequest
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
 
 CHECKPOINT = "running_checkpoint_linear_eval.pth"
+BEST_HEAD = "best_head.pth"
+"""The best head in the layout of the released heads; `--head` takes it."""
+FROZEN_CROPS = "approximation: trained on centre crops only (--frozen-crops), not on random crops as in the protocol"
 Batch = tuple[Mapping[str, Tensor], Tensor]
 """Features of a batch, on the device where the heads are, and targets [B]."""
 
@@ -70,6 +83,65 @@ class LinearResult(NamedTuple):
     accuracy: Accuracy
     heads: dict[str, Accuracy]
     head: nn.Linear
+
+
+def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
+    """Linear probe, or, where a trained head is given, its accuracy without any training.
+
+    Raises:
+        Dino2Error: weights, datasets, labels or mappings that are missing or do not fit each other.
+    """
+    settings = LinearSettings(
+        epochs=request.epochs,
+        epoch_length=request.epoch_length,
+        batch_size=request.batch_size,
+        learning_rates=request.learning_rates,
+        eval_period=request.eval_period_iterations,
+        checkpoint_period=request.save_checkpoint_frequency * request.epoch_length,
+        metric=MetricType(request.val_metric_type),
+        frozen_crops=request.frozen_crops,
+    )
+    test_sets = test_sets_of(request)
+    trial = Trial.of(request, subject, trains=request.head is None)
+    val_images = labelled(trial.val_dataset, "val", "a linear probe")
+    for test in test_sets:  # before anything expensive
+        if test.labels is not None:
+            read_labels(test.labels, make_dataset(test.dataset))
+    extract = trial.extractor(detailed=True, batch_size=256)
+    notes: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
+    names: tuple[str, ...] = ()
+    if request.head is None:
+        train_images = labelled(trial.train_dataset, "train", "a linear probe")
+        n_classes, names = int(torch.as_tensor(train_images.targets()).max()) + 1, train_images.class_names
+        val = extract(val_images, "val features").with_classes(align_classes(train_images, val_images))
+        resume = not request.no_resume
+        result = evaluate_linear(extract, train_images, n_classes, val, settings, folder=trial.folder, resume=resume)
+        best, accuracy, head = result.best, result.accuracy, result.head
+        extra["heads"] = {name: each.top1 for name, each in result.heads.items()}
+        notes = (FROZEN_CROPS,) if settings.frozen_crops else ()
+        if trial.folder is not None:
+            _write(trial.folder / BEST_HEAD, {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()})
+    else:
+        best, head = "given head", read_head(request.head, request.head_layers).to(extract.device)
+        on_val = TestSet(trial.val_dataset, settings.metric, request.val_class_mapping_fpath)
+        accuracy = accuracy_on(on_val, extract, head)
+    rows = [Row.of(best, accuracy, names)]
+    lines: list[dict[str, Any]] = [{"best_classifier": {"name": best, "accuracy": accuracy.top1 / 100}}]
+    for test in test_sets:
+        on_test = accuracy_on(test, extract, head, names)
+        rows.append(Row.of(f"{test.dataset} ({test.metric})", on_test, names))
+        lines.append({f"{test.dataset}_accuracy": on_test.top1})
+    return trial.report(extract, settings, rows, lines, notes=notes, extra=extra, given_head=not extra)
+
+
+def read_head(head: str, layers: int) -> nn.Linear:
+    """A linear head from a file, a URL or a released name, for which `layers` is 1 or 4."""
+    if (released := zoo.RELEASED.get(head)) is None:
+        return read_linear_head(head)
+    if layers not in (1, 4):
+        raise ConfigError(f"--head-layers {layers} is unknown; known: 1, 4.")
+    return read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
 
 
 def evaluate_linear(
@@ -124,49 +196,6 @@ def evaluate_linear(
     accuracies = measure_heads(heads, val, settings.metric)
     best, accuracy = best_head(heads, accuracies)
     return LinearResult(best, accuracy, dict(zip(heads.names, accuracies, strict=True)), heads.head(best))
-
-
-def best_head(heads: LinearHeads, accuracies: list[Accuracy]) -> tuple[str, Accuracy]:
-    """Name and accuracy of the head with the highest top-1; the first of equals."""
-    at = max(range(len(accuracies)), key=lambda i: (accuracies[i].top1, -i))
-    return heads.names[at], accuracies[at]
-
-
-@torch.no_grad()
-def measure_heads(
-    heads: LinearHeads | nn.Linear,
-    features: Features,
-    metric: MetricType = MetricType.MEAN_ACCURACY,
-    class_mapping: Tensor | None = None,
-) -> list[Accuracy]:
-    """Accuracies on detailed features of every head, or of one layer.
-
-    Args:
-        class_mapping: the classifier's class for each class of the images, int64 [C']; other classes cannot win.
-    """
-    if isinstance(heads, LinearHeads):
-        device, n_heads, n_classes = heads.rates.device, len(heads.names), heads.n_classes
-        classify: Any = heads
-    else:
-        device, n_heads, n_classes = heads.weight.device, 1, heads.out_features
-        layer, sees = heads, _input_of(heads, features)
-
-        def classify(batch: Mapping[str, Tensor]) -> Tensor:
-            logits: Tensor = layer(sees.of(batch))
-            return logits[None]
-
-    meter = AccuracyMeter(n_classes if class_mapping is None else len(class_mapping), n_heads, metric, str(device))
-    for rows in torch.arange(len(features.targets)).split(256):
-        scores = classify({name: tensor[rows].to(device) for name, tensor in features.tensors.items()})
-        if class_mapping is not None:
-            scores = scores[:, :, class_mapping.to(device)]
-        meter.update(scores, features.targets[rows])
-    return meter.compute()
-
-
-def _input_of(head: nn.Linear, features: Features) -> HeadInput:
-    depth, width = features.tensors["last_cls"].shape[1:]
-    return input_of_head(head, width, depth)
 
 
 def cropped_batches(
@@ -239,18 +268,23 @@ def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:
 
 
 def _save(folder: Path, trainer: HeadTrainer, settings: LinearSettings, iteration: int) -> None:
-    if not distributed.is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{CHECKPOINT}.tmp"
     state = {
         "identity": _identity(trainer.heads, settings),
         "iteration": iteration,
         "heads": trainer.heads.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
     }
-    torch.save(state, aside)
-    os.replace(aside, folder / CHECKPOINT)
+    _write(folder / CHECKPOINT, state)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all, from one process."""
+    if not distributed.is_main():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    torch.save(content, aside)
+    os.replace(aside, path)
 
 
 def _resume(folder: Path, trainer: HeadTrainer, settings: LinearSettings) -> int:

@@ -5,13 +5,15 @@ Shapes: B images, D width of the model, F inputs of a head, R learning rates, C 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli import distributed
+from dinov2cli.eval.features import Features
+from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 from dinov2cli.models.classifier import head_input
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -144,6 +146,45 @@ def rate_names(rates: Sequence[float]) -> list[str]:
 def input_of_head(head: nn.Linear, width: int, depth: int) -> HeadInput:
     """What a head read from a file was made for, from its number of inputs; WeightsError if it fits nothing."""
     return HeadInput(*head_input(head.in_features, width, depth))
+
+
+def best_head(heads: LinearHeads, accuracies: list[Accuracy]) -> tuple[str, Accuracy]:
+    """Name and accuracy of the head with the highest top-1; the first of equals."""
+    at = max(range(len(accuracies)), key=lambda i: (accuracies[i].top1, -i))
+    return heads.names[at], accuracies[at]
+
+
+@torch.no_grad()
+def measure_heads(
+    heads: LinearHeads | nn.Linear,
+    features: Features,
+    metric: MetricType = MetricType.MEAN_ACCURACY,
+    class_mapping: Tensor | None = None,
+) -> list[Accuracy]:
+    """Accuracies on detailed features of every head, or of one layer.
+
+    Args:
+        class_mapping: the classifier's class for each class of the images, int64 [C']; other classes cannot win.
+    """
+    if isinstance(heads, LinearHeads):
+        device, n_heads, n_classes = heads.rates.device, len(heads.names), heads.n_classes
+        classify: Any = heads
+    else:
+        depth, width = features.tensors["last_cls"].shape[1:]
+        device, n_heads, n_classes = heads.weight.device, 1, heads.out_features
+        layer, sees = heads, input_of_head(heads, width, depth)
+
+        def classify(batch: Mapping[str, Tensor]) -> Tensor:
+            logits: Tensor = layer(sees.of(batch))
+            return logits[None]
+
+    meter = AccuracyMeter(n_classes if class_mapping is None else len(class_mapping), n_heads, metric, str(device))
+    for rows in torch.arange(len(features.targets)).split(256):
+        scores = classify({name: tensor[rows].to(device) for name, tensor in features.tensors.items()})
+        if class_mapping is not None:
+            scores = scores[:, :, class_mapping.to(device)]
+        meter.update(scores, features.targets[rows])
+    return meter.compute()
 
 
 @torch.no_grad()

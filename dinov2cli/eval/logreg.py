@@ -16,10 +16,15 @@ from torch import Tensor
 from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
+from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
+from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.softmax_regression import Classifiers, fit
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.eval.subject import Subject
+from dinov2cli.requests.eval import LogregRequest
 
 C_VALUES = tuple((10 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist())
 CONTENDERS = 0.02
@@ -45,6 +50,41 @@ class LogregResult(NamedTuple):
     best_C: float  # noqa: N815 (the field's letter)
     sweep: dict[float, float]
     classifier: Classifiers
+
+
+def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
+    """Logistic regression on `cls` features; images are resized to the crop's size, 224.
+
+    Raises:
+        Dino2Error: weights or datasets that are missing, empty, or do not fit each other.
+    """
+    settings = LogregSettings(
+        max_iter=request.max_train_iters,
+        dtype=request.train_dtype,
+        finetune_on_val=request.finetune_on_val,
+        metric=MetricType(request.metric_type),
+    )
+    trial = Trial.of(request, subject)
+    train_images = labelled(trial.train_dataset, "train", "logistic regression")
+    val_images = labelled(trial.val_dataset, "val", "logistic regression")
+    mapping = align_classes(train_images, val_images)
+    extract = trial.extractor(resize_ratio=1.0)
+    finetune = None
+    if request.finetune_dataset is not None:
+        images = labelled(request.finetune_dataset, "fine-tune", "logistic regression")
+        classes = align_classes(train_images, images, "fine-tune")
+        finetune = extract(images, "fine-tune features").with_classes(classes)
+    train = extract(train_images, "train features")
+    val = extract(val_images, "val features").with_classes(mapping)
+    result = evaluate_logreg(train, val, finetune, settings, device=request.train_features_device or extract.device)
+    return trial.report(
+        extract,
+        settings,
+        [Row.of(f"C={result.best_C:.3g}", result.accuracy, train_images.class_names)],
+        [{"top-1": result.accuracy.top1}, {"top-5": result.accuracy.top5}, {"best_C": result.best_C}],
+        extra={"best_C": result.best_C, "sweep": {f"{C:.6g}": top1 for C, top1 in result.sweep.items()}},
+        finetune_dataset=request.finetune_dataset,
+    )
 
 
 def evaluate_logreg(

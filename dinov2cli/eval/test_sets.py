@@ -2,16 +2,21 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov2cli.errors import DataError
-from dinov2cli.eval.metrics import MetricType
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.errors import ConfigError, DataError
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.linear_heads import measure_heads
+from dinov2cli.eval.metrics import Accuracy, MetricType
+from dinov2cli.eval.protocol import labelled
+from dinov2cli.requests.eval import LinearRequest
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
@@ -37,6 +42,61 @@ class TestSet:
     metric: MetricType = MetricType.MEAN_ACCURACY
     class_mapping: Path | None = None
     labels: Path | None = None
+
+
+def test_sets_of(request: LinearRequest) -> list[TestSet]:
+    """The further test sets of a request; `None` among its mappings and labels leaves one out.
+
+    Raises:
+        ConfigError: metrics, mappings or labels are given, but not one for each dataset.
+    """
+    names = request.test_datasets
+    metrics, mappings, labels = request.test_metric_types, request.test_class_mapping_fpaths, request.test_labels
+    for option, values in (
+        ("--test-metric-types", metrics),
+        ("--test-class-mapping-fpaths", mappings),
+        ("--test-labels", labels),
+    ):
+        if values and len(values) != len(names):
+            raise ConfigError(f"{option}: {len(values)} values for {len(names)} test datasets; give one for each.")
+
+    def path(values: tuple[str, ...], i: int) -> Path | None:
+        return Path(values[i]) if values and values[i] != "None" else None
+
+    return [
+        TestSet(
+            name,
+            MetricType(metrics[i] if metrics else request.val_metric_type),
+            path(mappings, i),
+            path(labels, i),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def accuracy_on(test: TestSet, extract: Extractor, head: nn.Linear, names: tuple[str, ...] = ()) -> Accuracy:
+    """Accuracy of one head on a test set; its classes are numbered by name where both have `names`.
+
+    Raises:
+        DataError: labels are missing, or there is a class that the head does not have.
+    """
+    mapping = read_class_mapping(test.class_mapping, head.out_features) if test.class_mapping else None
+    if test.labels is None and test.metric is MetricType.IMAGENET_REAL_ACCURACY:
+        raise DataError(f"{test.dataset}: {test.metric} needs a file of labels (--test-labels).")
+    has_labels = test.labels is not None
+    images = make_dataset(test.dataset) if has_labels else labelled(test.dataset, "test", "a linear probe")
+    features = extract(images, f"features of {test.dataset}")
+    if test.labels is not None:
+        features = replace(features, targets=read_labels(test.labels, images)[features.indices])
+    elif mapping is None and names and set(images.class_names) < set(names):
+        features = features.with_classes(torch.tensor([names.index(name) for name in images.class_names]))
+    n_classes = head.out_features if mapping is None else len(mapping)
+    if (largest := int(features.targets.max())) >= n_classes:
+        raise DataError(
+            f"{test.dataset} has a class {largest}, but the classifier has {n_classes} classes, 0 to {n_classes - 1}.",
+            hint="Give a class mapping, or a head for these classes.",
+        )
+    return measure_heads(head, features, test.metric, mapping)[0]
 
 
 def read_class_mapping(path: Path, n_classes: int) -> Tensor:

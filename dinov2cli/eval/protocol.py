@@ -1,0 +1,162 @@
+"""What all evaluations share: the model, the data and the features that a request means, and the report.
+
+A protocol is a module of this package with `run(request, subject=None) -> Evaluation`, and a request in
+`requests.eval` that names the module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from dinov2cli import distributed
+from dinov2cli.console import logger
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.errors import DataError, Dino2Error
+from dinov2cli.eval.cache import FeatureCache
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
+from dinov2cli.eval.subject import Subject, datasets_for, load_subject
+from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
+
+if TYPE_CHECKING:
+    from dinov2cli.config import Config
+    from dinov2cli.data.datasets import ImageDataset
+
+
+class Run(Protocol):
+    """`run` of a protocol: from a request to its report, which is also written where the request says.
+
+    `subject`: the model, where it is loaded already.
+    """
+
+    def __call__(self, request: Any, subject: Subject | None = None) -> Evaluation: ...
+
+
+def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:
+    """Run the protocol that a request is for."""
+    run: Run = import_module(f"dinov2cli.eval.{request.protocol}").run
+    return run(request, subject)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A request with the model that it names, and the strings of its train and val dataset."""
+
+    request: EvalRequest
+    subject: Subject
+    train_dataset: str
+    val_dataset: str
+
+    @staticmethod
+    def of(request: EvalRequest, subject: Subject | None = None, *, trains: bool = True) -> "Trial":
+        """Load the model, unless it is given, and find the datasets; without training, train may be left out.
+
+        Raises:
+            WeightsError, ConfigError: there is no such model, or a dataset is neither given nor known to its config.
+        """
+        subject = subject or load_subject(request.checkpoint, request.config_file, request.overrides)
+        train = request.train_dataset or (None if trains else "none")
+        return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
+
+    def extractor(self, *, batch_size: int | None = None, **options: Any) -> Extractor:
+        """An extractor of the model's features as the request wants them, in the configured precision."""
+        request = self.request
+        return Extractor(
+            self.subject.model,
+            image_size=request.image_size,
+            batch_size=batch_size or request.batch_size,
+            num_workers=request.num_workers,
+            device=request.device,
+            cache=None if request.no_cache else FeatureCache(),
+            precision=self.subject.precision,
+            **options,
+        )
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files of this evaluation go."""
+        return self.subject.output_dir(self.request.protocol, self.request.output_dir)
+
+    def report(
+        self,
+        extract: Extractor,
+        settings: Any,
+        rows: Sequence[Row],
+        lines: Sequence[dict[str, Any]],
+        *,
+        notes: tuple[str, ...] = (),
+        extra: dict[str, Any] | None = None,
+        **further_settings: Any,
+    ) -> Evaluation:
+        """The result; one process writes its files.
+
+        Args:
+            settings: a dataclass of what was chosen in the protocol; `further_settings` are added.
+            lines: what the reference implementation writes of it.
+        """
+        subject, task = self.subject, self.request.protocol
+        where = str(subject.weights.relative_to(subject.run)) if subject.run else subject.name
+        used = {"image_size": extract.image_size, "resize": extract.resize, "precision": str(extract.precision.dtype)}
+        evaluation = Evaluation(
+            task=task,
+            checkpoint=where,
+            iteration=subject.iteration,
+            weights_hash=extract.weights_hash,
+            train_dataset=self.train_dataset,
+            val_dataset=self.val_dataset,
+            settings={**asdict(settings), **used, **further_settings},
+            rows=tuple(rows),
+            notes=notes,
+            extra=extra or {},
+        )
+        if distributed.is_main():
+            if self.folder is not None:
+                write_reference_lines(self.folder / f"results_eval_{task}.json", lines)
+            if (gathered := subject.run or self.request.output_dir) is not None:
+                logger.info("results added to %s", add_result(gathered, evaluation))
+        distributed.barrier()
+        return evaluation
+
+
+def labelled(dataset: str, name: str, protocol: str) -> "ImageDataset":
+    """The images of a dataset, each of which has a class.
+
+    Args:
+        name, protocol: for the message, as "train" and "k-NN".
+
+    Raises:
+        DataError: some have none, or there is no such dataset.
+    """
+    images = make_dataset(dataset)
+    targets = torch.as_tensor(images.targets())
+    if missing := int((targets < 0).sum()):
+        raise DataError(
+            f"The {name} dataset ({images.describe()}) has {missing} of {len(targets)} images without a class; "
+            f"{protocol} needs a class for each.",
+            hint="Put the images into one subfolder per class.",
+        )
+    return images
+
+
+def evaluate_teacher(
+    checkpoint: Path, config: "Config", tasks: Sequence[str], *, device: str | None = None
+) -> list[Evaluation]:
+    """What `evaluation.tasks` asks for, on a teacher that a training has just written.
+
+    A task that cannot be done (its data are gone, say) is reported and left out: training goes on.
+    """
+    subject = replace(load_subject(str(checkpoint)), config=config)
+    done = []
+    for task in tasks:
+        try:
+            done.append(evaluate(EVALUATIONS[task](checkpoint=str(checkpoint), device=device), subject))
+        except Dino2Error as error:
+            logger.error("evaluation.tasks: %s of %s failed: %s", task, checkpoint, error)
+            continue
+        for row in done[-1].rows:
+            logger.info("%s after %s iterations, %s: top-1 %.2f %%", task, subject.iteration, row.name, row.top1)
+    return done
