@@ -1,8 +1,12 @@
 """Colour operations batched on the device give the workers' pixels."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dinov2cli.config import load_config
 from dinov2cli.data import device_augment, pixels
@@ -21,14 +25,20 @@ def photos() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
-    [("brightness", (0.6, 1.4)), ("contrast", (0.6, 1.4)), ("saturation", (0.8, 1.2)), ("hue", (-0.1, 0.1))],
+    ("operation", "name", "values"),
+    [
+        (0, "brightness", (0.6, 1.4)),
+        (1, "contrast", (0.6, 1.4)),
+        (2, "saturation", (0.8, 1.2)),
+        (3, "hue", (-0.1, 0.1)),
+    ],
 )
-def test_each_operation(photos: np.ndarray, name: str, values: tuple[float, float]) -> None:
+def test_each_operation(photos: np.ndarray, operation: int, name: str, values: tuple[float, float]) -> None:
     factors = np.linspace(*values, len(photos), dtype=np.float32)
     workers = np.stack([getattr(pixels, f"adjust_{name}")(p, float(f)) for p, f in zip(photos, factors, strict=True)])
     levels = torch.from_numpy(photos).permute(0, 3, 1, 2).float()
-    device = getattr(device_augment, f"adjust_{name}")(levels, torch.from_numpy(factors)[:, None, None, None])
+    operations = torch.full((len(photos), 1, 1, 1), float(operation))
+    device = device_augment.jitter(levels, operations, torch.from_numpy(factors)[:, None, None, None])
     assert np.abs(device.permute(0, 2, 3, 1).numpy() - workers).mean() < (0.5 if name == "hue" else 0.1)
 
 
@@ -66,6 +76,33 @@ def test_batches_are_those_of_the_worker_path() -> None:
     levels = torch.tensor(pixels.IMAGENET_STD)[:, None, None] * 255
     for ours, theirs in ((done.global_crops, plain.global_crops), (done.local_crops, plain.local_crops)):
         assert ((normalize(ours) - normalize(theirs)).abs() * levels).mean() < 0.5
+
+
+def test_one_copy_takes_the_decisions_to_a_device_and_nothing_waits_for_it() -> None:
+    """On meta tensors, which have no numbers: whatever asked for one would raise."""
+    overrides = ["train.dataset_path=SamplePhotos:split=TRAIN", "train.batch_size_per_gpu=8", "train.num_workers=0"]
+    config = load_config(overrides=[*overrides, "data.device_augment=true"])
+    batch = next(iter(make_train_loader(config, start=0, stop=1)))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    with CopiesToDevice() as copies:
+        done = batch.to("meta", non_blocking=True)
+    assert done.global_crops.dtype == torch.float32 and done.global_crops.device.type == "meta"
+    assert copies.count <= len(tensors) + 2  # tables of the global and of the local crops
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Counts operations that read main memory and write to a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, written = (
+            {leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+            for values in ((args, kwargs), result)
+        )
+        self.count += "cpu" in read and "meta" in written
+        return result
 
 
 def test_nothing_to_do_changes_nothing(photos: np.ndarray) -> None:

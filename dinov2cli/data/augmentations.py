@@ -114,13 +114,13 @@ def normalize(crops: Tensor) -> Tensor:
     """
     if crops.dtype != torch.uint8:
         return crops
-    mean, std = _mean_and_std(crops.device)
+    mean, std = mean_and_std(crops.device)
     return ((crops.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 @lru_cache  # made anew in every step, they would each time be copied to a GPU, and waited for
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's, of levels 0 to 255, each [3]."""
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, of levels 0 to 255, each float32 [3]."""
     mean, std = (torch.tensor(levels, device=device) * 255 for levels in (pixels.IMAGENET_MEAN, pixels.IMAGENET_STD))
     return mean, std
 

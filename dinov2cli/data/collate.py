@@ -40,22 +40,29 @@ class MultiCropBatch:
     bad: list[str] = field(default_factory=list)
     pending: tuple[ColorDecisions, ColorDecisions] | None = None
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MultiCropBatch":
-        """The batch with its tensors on `device`, where pending colour operations are done: float32 crops then."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False, compiled: bool = False) -> "MultiCropBatch":
+        """The batch with its tensors on `device`, where pending colour operations are done: float32 crops then.
+
+        `compiled` puts these through torch.compile.
+        """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         if moved.pending is None:
             return moved
         of_global, of_local = moved.pending
         return replace(
             moved,
-            global_crops=normalize_levels(color_crops(moved.global_crops, of_global)),
-            local_crops=normalize_levels(color_crops(moved.local_crops, of_local)),
+            global_crops=normalize_levels(color_crops(moved.global_crops, of_global, compiled=compiled)),
+            local_crops=normalize_levels(color_crops(moved.local_crops, of_local, compiled=compiled)),
             pending=None,
         )
 
     def pin_memory(self) -> "MultiCropBatch":
         """The batch with its tensors in page-locked memory, from which copies to a GPU run in the background."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        pinned = self._map(lambda tensor: tensor.pin_memory())
+        if pinned.pending is None:
+            return pinned
+        of_global, of_local = pinned.pending
+        return replace(pinned, pending=(of_global.pin_memory(), of_local.pin_memory()))
 
     def normalized(self) -> "MultiCropBatch":
         """The batch with float32 crops, as a network takes them."""

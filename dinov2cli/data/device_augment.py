@@ -4,119 +4,131 @@ Levels are float32 in 0..255 here. Every operation ends on whole levels, as uint
 paths do not drift apart over a chain of operations; what remains is the hue's 8-bit arithmetic.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2cli.data.augmentations import mean_and_std
 from dinov2cli.data.crop_parameters import CropParameters
-from dinov2cli.data.pixels import BLUR_KERNEL, IMAGENET_MEAN, IMAGENET_STD
+from dinov2cli.data.pixels import BLUR_KERNEL
 
 LUMA = (0.299, 0.587, 0.114)
 
 
+# Columns of a decision table: operation at each of the jitter's four places (see `jitter`; -1 none), the four
+# operations' factors, flags, the blur's sigma; the last column lists the rows that are blurred, and means nothing else.
+ORDER, FACTORS, GRAY, SOLARIZE, SIGMA, BLURRED, COLUMNS = 0, 4, 8, 9, 10, 11, 12
+HUE = 3
+
+
 @dataclass(frozen=True)
 class ColorDecisions:
-    """The colour decisions of n crops, by operation.
+    """The colour decisions of n crops.
 
-    operations[place][operation]: int64 indices of the crops whose `place`-th jitter step is that operation
-    (0 brightness, 1 contrast, 2 saturation, 3 hue). factors: float32 [n, 4]. gray, solarize: int64 indices.
-    blur: int64 indices, with sigmas float32. Arrays, not tensors: on the way from a worker they are a few bytes of
-    its message instead of a shared-memory file each.
+    Args:
+        table: float32 [n, COLUMNS]; one array, so that one copy takes it to a device. In a worker it is an array of
+            numpy's: a few bytes of the worker's message instead of a file in shared memory.
+        blurred: how many crops are blurred; the device is never asked for it.
     """
 
-    operations: list[list[np.ndarray]]
-    factors: np.ndarray
-    gray: np.ndarray
-    blur: np.ndarray
-    sigmas: np.ndarray
-    solarize: np.ndarray
+    table: np.ndarray | Tensor
+    blurred: int
 
     @classmethod
     def of(cls, crops: list[CropParameters]) -> "ColorDecisions":
-        places: list[list[list[int]]] = [[[] for _ in range(4)] for _ in range(4)]
-        for i, crop in enumerate(crops):
-            for place, operation in enumerate(crop.jitter.order if crop.jitter else ()):
-                places[place][operation].append(i)
-        blurred = [i for i, crop in enumerate(crops) if crop.blur_sigma > 0]
-        return cls(
-            operations=[[_indices(group) for group in groups] for groups in places],
-            factors=np.array(
-                [crop.jitter.factors if crop.jitter else (1.0, 1.0, 1.0, 0.0) for crop in crops], dtype=np.float32
-            ),
-            gray=_indices([i for i, crop in enumerate(crops) if crop.grayscale]),
-            blur=_indices(blurred),
-            sigmas=np.array([crops[i].blur_sigma for i in blurred], dtype=np.float32),
-            solarize=_indices([i for i, crop in enumerate(crops) if crop.solarize]),
-        )
+        table = np.zeros((len(crops), COLUMNS), dtype=np.float32)
+        table[:, ORDER:FACTORS] = -1
+        for row, crop in zip(table, crops, strict=True):
+            if crop.jitter:
+                row[ORDER:FACTORS], row[FACTORS:GRAY] = crop.jitter.order, crop.jitter.factors
+            row[GRAY], row[SOLARIZE], row[SIGMA] = crop.grayscale, crop.solarize, max(crop.blur_sigma, 0)
+        rows = table[:, SIGMA].nonzero()[0]
+        table[: len(rows), BLURRED] = rows
+        return cls(table, len(rows))
+
+    def pin_memory(self) -> "ColorDecisions":
+        """The same in page-locked memory."""
+        return replace(self, table=torch.as_tensor(self.table).pin_memory())
 
 
-def color_crops(crops: Tensor, decisions: ColorDecisions) -> Tensor:
-    """Jitter, grayscale, blur and solarize, in this order: uint8 [n, H, W, 3] -> levels, float32 [n, 3, H, W]."""
+def color_crops(crops: Tensor, decisions: ColorDecisions, *, compiled: bool = False) -> Tensor:
+    """Jitter, grayscale, blur and solarize, in this order: uint8 [n, H, W, 3] -> levels, float32 [n, 3, H, W].
+
+    Nothing here depends on numbers that are on the device, so that nobody waits for it. `compiled` puts jitter and
+    grayscale through torch.compile.
+    """
+    table = torch.as_tensor(decisions.table).to(crops.device, non_blocking=True)
+    levels = (_compiled_jitter() if compiled else jitter_and_gray)(crops, table)
+    if decisions.blurred:
+        rows = table[: decisions.blurred, BLURRED].long()
+        blurred = gaussian_blur(levels.index_select(0, rows), table[:, SIGMA].index_select(0, rows))
+        levels.index_copy_(0, rows, blurred)
+    return torch.where(_column(table, SOLARIZE) > 0, torch.minimum(levels, 255 - levels), levels)
+
+
+def jitter_and_gray(crops: Tensor, table: Tensor) -> Tensor:
+    """uint8 [n, H, W, 3] and decisions [n, COLUMNS] -> levels, float32 [n, 3, H, W]."""
     levels = crops.permute(0, 3, 1, 2).float().contiguous()
+    for place in range(FACTORS - ORDER):
+        operation = _column(table, ORDER + place)
+        factor = table.gather(1, FACTORS + table[:, ORDER + place, None].clamp(min=0).long())[..., None, None]
+        levels = jitter(levels, operation, factor)
+    return torch.where(_column(table, GRAY) > 0, _luma(levels), levels)
 
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(levels.device, non_blocking=True)
 
-    for groups in decisions.operations:
-        for column, (operation, group) in enumerate(zip(_OPERATIONS, groups, strict=True)):
-            if len(group):
-                chosen, factors = on_device(group), on_device(decisions.factors[group, column])
-                levels[chosen] = operation(levels[chosen], factors[:, None, None, None])
-    if len(decisions.gray):
-        chosen = on_device(decisions.gray)
-        levels[chosen] = _luma(levels[chosen]).expand(-1, 3, -1, -1)
-    if len(decisions.blur):
-        chosen = on_device(decisions.blur)
-        levels[chosen] = gaussian_blur(levels[chosen], on_device(decisions.sigmas))
-    if len(decisions.solarize):
-        chosen = on_device(decisions.solarize)
-        levels[chosen] = torch.minimum(levels[chosen], 255 - levels[chosen])
-    return levels
+@lru_cache
+def _compiled_jitter() -> Callable[[Tensor, Tensor], Tensor]:
+    """`jitter_and_gray` in a few kernels instead of some two hundred."""
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(jitter_and_gray)
+    return compiled
+
+
+def jitter(levels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """One operation a crop: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none.
+
+    The first three blend with black, with the mean grey and with the grey version. All crops go through all of it,
+    whatever their operation: so shapes do not depend on the draws.
+
+    Args:
+        levels: float32 [n, 3, H, W].
+        operation, factor: float32 [n, 1, 1, 1].
+    """
+    gray = _luma(levels)
+    mean = (gray.mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
+    base = torch.where(operation == 1, mean, torch.where(operation == 2, gray, 0))
+    blended = _truncated(base + (levels - base) * torch.where(operation < 0, 1, factor))
+    return torch.where(operation == HUE, adjust_hue(levels, factor), blended)
 
 
 def normalize_levels(levels: Tensor) -> Tensor:
     """Levels [n, 3, H, W] with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=levels.device)[:, None, None] * 255
-    std = torch.tensor(IMAGENET_STD, device=levels.device)[:, None, None] * 255
-    return (levels - mean) / std
-
-
-def adjust_brightness(levels: Tensor, factors: Tensor) -> Tensor:
-    """Blended with black. `factors`: [n, 1, 1, 1], here and below."""
-    return _truncated(levels * factors)
-
-
-def adjust_contrast(levels: Tensor, factors: Tensor) -> Tensor:
-    """Blended with the mean grey."""
-    mean = (_luma(levels).mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
-    return _truncated(mean + (levels - mean) * factors)
-
-
-def adjust_saturation(levels: Tensor, factors: Tensor) -> Tensor:
-    """Blended with the grey version."""
-    gray = _luma(levels)
-    return _truncated(gray + (levels - gray) * factors)
+    mean, std = mean_and_std(levels.device)
+    return (levels - mean[:, None, None]) / std[:, None, None]
 
 
 def adjust_hue(levels: Tensor, shifts: Tensor) -> Tensor:
-    """Hue turned by `shifts` of the colour circle, in 1/255 steps as 8-bit hues are."""
-    value, largest = levels.max(dim=1, keepdim=True)
-    chroma = value - levels.amin(dim=1, keepdim=True)
+    """Hue turned by `shifts` [n, 1, 1, 1] of the colour circle, in 1/255 steps as 8-bit hues are."""
+    value, smallest = levels.amax(dim=1, keepdim=True), levels.amin(dim=1, keepdim=True)
+    chroma = value - smallest
     red, green, blue = levels.split(1, dim=1)
     safe = chroma.clamp(min=1e-6)
     sixths = torch.where(
-        largest == 0,
+        red == value,
         (green - blue) / safe,
-        torch.where(largest == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        torch.where(green == value, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sixths = sixths + 6 * (shifts * 255).trunc() / 256
     # The channel k sixths away from the hue: value - chroma * clamp(min(k, 4 - k), 0, 1), the HSV to RGB formula.
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=levels.device)[:, None, None]
-    k = (offsets + sixths) % 6
-    return (value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).round()
+    turned = []
+    for offset in (5.0, 3.0, 1.0):
+        k = (offset + sixths) % 6
+        turned.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.cat(turned, dim=1).round()
 
 
 def gaussian_blur(levels: Tensor, sigmas: Tensor) -> Tensor:
@@ -133,18 +145,15 @@ def gaussian_blur(levels: Tensor, sigmas: Tensor) -> Tensor:
     return planes.reshape(n, channels, height, width).round()
 
 
-_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+def _column(table: Tensor, column: int) -> Tensor:
+    return table[:, column, None, None, None]
 
 
 def _luma(levels: Tensor) -> Tensor:
-    weights = torch.tensor(LUMA, device=levels.device)[:, None, None]
-    return (levels * weights).sum(dim=1, keepdim=True).round()
+    red, green, blue = levels.split(1, dim=1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).round()
 
 
 def _truncated(levels: Tensor) -> Tensor:
     # The small term undoes float32's error just below a whole level.
     return (levels + 1e-3).clamp(0, 255).floor()
-
-
-def _indices(values: list[int]) -> np.ndarray:
-    return np.array(values, dtype=np.int64)

@@ -156,7 +156,7 @@ class Trainer:
                 self.save_and_stop(standing.signal, unread)
             self.record.count(micro_batches, standing.bad_images)
 
-            unread.append(self.train_step([batch.to(self.device, non_blocking=True) for batch in micro_batches]))
+            unread.append(self.train_step([self.on_device(batch) for batch in micro_batches]))
 
             self.iteration += 1
             due = self.what_is_due()
@@ -165,6 +165,10 @@ class Trainer:
             while len(unread) > (0 if due else lag):
                 self.record.read(unread.popleft(), iter_time, data_time)
             self.save(due)
+
+    def on_device(self, batch: MultiCropBatch) -> MultiCropBatch:
+        """The batch where the networks are; from page-locked memory, nobody waits for the copy."""
+        return batch.to(self.device, non_blocking=True, compiled=self.config.train.compile)
 
     def make_loader(self) -> TrainLoader:
         """Batches of this process from the current iteration to the end of the run."""
