@@ -151,7 +151,8 @@ def _column(table: Tensor, column: int) -> Tensor:
 
 def _luma(levels: Tensor) -> Tensor:
     red, green, blue = levels.split(1, dim=1)
-    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).round()
+    luma: Tensor = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
+    return luma.round()
 
 
 def _truncated(levels: Tensor) -> Tensor:
