@@ -1,11 +1,13 @@
 """Device and arithmetic, decided in one way for training, evaluation and pictures; main memory."""
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dinov2cli import distributed
 from dinov2cli.errors import EnvironmentProblem
@@ -97,6 +99,31 @@ class Precision:
     def autocast(self) -> AbstractContextManager[None]:
         """Context in which matrix products run in `dtype`."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+class Arriving:
+    """Tensors on their way to main memory; from a GPU the copy runs behind the work that is queued already.
+
+    Reading a tensor of one step only when the next one is queued would else wait for that one, too.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._tensors = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for name, t in self._tensors.items()
+            }
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors in main memory; waits for their copy alone."""
+        if self._event is None:
+            return {name: tensor.cpu() for name, tensor in self._tensors.items()}
+        self._event.synchronize()
+        return self._tensors
 
 
 def main_memory() -> int:

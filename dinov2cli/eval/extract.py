@@ -4,6 +4,7 @@ Shapes: B images of a batch.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from dinov2cli import distributed
 from dinov2cli.console import progress
 from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
-from dinov2cli.device import Precision, choose_device
+from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
@@ -87,12 +88,20 @@ class Extractor:
             return cached
         parts: dict[str, list[Tensor]] = {}
         targets, indices = [], []
+
+        def keep(features: Arriving) -> None:
+            for name, tensor in features.read().items():
+                parts.setdefault(name, []).append(tensor.clone())  # page-locked memory is scarce
+
         mine = part_of_this_process(len(dataset))
+        arriving: deque[Arriving] = deque()
         for images, batch_targets, batch_indices in self._batches(dataset, mine, description):
-            for name, tensor in self.features_of(images).items():
-                parts.setdefault(name, []).append(tensor.cpu())
+            arriving.append(Arriving(self.features_of(images)))
             targets.append(batch_targets)
             indices.append(batch_indices)
+            if len(arriving) > 1:  # those of the batch before, while the GPU works on this one
+                keep(arriving.popleft())
+        keep(arriving.popleft())
         tensors = {name: torch.cat(rows) for name, rows in parts.items()}
         features = Features(tensors, torch.cat(targets), torch.cat(indices), len(dataset))
         if not features.cls.isfinite().all():
@@ -134,7 +143,14 @@ class Extractor:
     def _batches(
         self, dataset: "ImageDataset", indices: Tensor, description: str
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        loader = make_eval_loader(dataset, self.transform, self.batch_size, self.num_workers, indices=indices.tolist())
+        loader = make_eval_loader(
+            dataset,
+            self.transform,
+            self.batch_size,
+            self.num_workers,
+            indices=indices.tolist(),
+            pin_memory=self.device.type == "cuda",
+        )
         with progress() as bar, stoppable() as stop_if_asked:
             task = bar.add_task(description, total=len(indices))
             for batch in loader:
