@@ -1,6 +1,5 @@
 """Submission to Slurm, as far as it goes without a cluster: the script, what it must not import, what it says."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch.slurm import SlurmOptions, last_line, new_folder, outside_of_any_job, script, split_parameter
+from dinov2cli.launch.environment import SLURM_OPTIONS
+from dinov2cli.launch.slurm import (
+    Wanted,
+    last_line,
+    new_folder,
+    outside_of_any_job,
+    script,
+    slurm_of_this_job,
+    split_parameter,
+)
+from dinov2cli.requests.launch import GPUS_PER_NODE, Slurm
 
 TRAIN = ["train", "--preset", "vitl16_short", "--output-dir"]
 
@@ -80,13 +89,13 @@ def test_any_slurm_option_submits(tmp_path: Path) -> None:
 
 
 def test_jobs_on_the_cpu_ask_for_no_gpus(tmp_path: Path) -> None:
-    found = directives(script(["train"], SlurmOptions(gpus=6, cpu=True), folder=tmp_path, name="x"))
+    found = directives(script(Wanted(Slurm(), 6, cpu=True), folder=tmp_path, name="x"))
     assert "gpus-per-node" not in found and found["cpus-per-task"] == "6"
 
 
 def test_parameters_win_over_the_options_of_their_name(tmp_path: Path) -> None:
-    options = SlurmOptions(partition="gpu", parameters=("partition=big", "mail-type=END", "requeue=false"))
-    found = directives(script(["train"], options, folder=tmp_path, name="x"))
+    slurm = Slurm(partition="gpu", parameters=("partition=big", "mail-type=END", "requeue=false"))
+    found = directives(script(Wanted(slurm, GPUS_PER_NODE, cpu=False), folder=tmp_path, name="x"))
     assert found["partition"] == "big" and found["mail-type"] == "END" and "requeue" not in found
 
 
@@ -97,13 +106,16 @@ def test_parameters_that_are_none(word: str) -> None:
 
 
 def test_a_short_limit_leaves_time_to_train_before_the_signal(tmp_path: Path) -> None:
-    found = directives(script(["train"], SlurmOptions(timeout_min=3), folder=tmp_path, name="x"))
+    found = directives(script(Wanted(Slurm(timeout_min=3), GPUS_PER_NODE, cpu=False), folder=tmp_path, name="x"))
     assert found["signal"] == "USR2@60"
 
 
-def test_options_travel_to_the_job(tmp_path: Path) -> None:
-    options = SlurmOptions(nodes=3, partition="gpu", setup=("a", "b"), parameters=("x=1",))
-    assert SlurmOptions.from_json(options.to_json()) == options
+def test_a_job_submits_others_with_its_own_options_but_those_of_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Slurm(nodes=3, partition="gpu", mem="9G", cpus_per_task=4, setup=("a", "b"), parameters=("x=1",))
+    monkeypatch.setenv(SLURM_OPTIONS, own.model_dump_json())
+    assert slurm_of_this_job("x=2") == Slurm(partition="gpu", setup=("a", "b"), parameters=("x=1", "x=2"))
+    monkeypatch.delenv(SLURM_OPTIONS)
+    assert slurm_of_this_job() == Slurm()
 
 
 def test_every_job_gets_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -126,4 +138,3 @@ def test_the_reason_of_a_refusal_is_found() -> None:
     text = "sbatch: hint: x\nsbatch: error: invalid partition specified: nowhere\nFailed to run"
     assert last_line(text) == "sbatch: error: invalid partition specified: nowhere"
     assert last_line("") == "no reason given"
-    assert json.loads(SlurmOptions().to_json())["nodes"] == 1

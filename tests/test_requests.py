@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from typer.testing import CliRunner
 
 from dinov2cli.cli import command
-from dinov2cli.cli.command import add_command, payload, request_from
+from dinov2cli.cli.command import add_command, request_from
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Group, Option, Request, run
+from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Group, Option, Request, run, words_of
 
 
 class Where(Group):
@@ -90,7 +90,7 @@ def test_words_and_json_make_the_request(words: str, request_: Probe, typed: Any
     made = typed(words)
     assert made == request_
     assert made.model_fields_set == request_.model_fields_set  # what was said, and what is a default
-    again = request_from(payload(made), [Probe])
+    again = request_from(words_of(made)[1], [Probe])
     assert again == made and again.model_fields_set == made.model_fields_set
 
 

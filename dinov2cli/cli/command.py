@@ -14,8 +14,8 @@ from dinov2cli.cli.completion import complete_override, complete_preset
 from dinov2cli.cli.output import show
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch.environment import worker_rank
-from dinov2cli.requests.base import Argument, Group, Option, Request, run
+from dinov2cli.launch.environment import is_worker, worker_rank
+from dinov2cli.requests.base import Argument, Group, Option, Request, function_named, run
 
 COMPLETERS = {"presets": complete_preset, "overrides": complete_override}
 
@@ -59,16 +59,16 @@ class Parameter(NamedTuple):
 def parameters(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
     """The options and arguments of a request, in the order of its fields; those of groups in the group's place."""
     for name, field in request.model_fields.items():
-        plain = _without_none(field.annotation)
+        plain, limits = _bare(field.annotation)
         if isinstance(plain, type) and issubclass(plain, Group):
             yield from parameters(plain, (*above, name))
             continue
         option = next((extra for extra in field.metadata if isinstance(extra, Option)), None)
         assert option is not None, f"{request.__name__}.{name}: neither Option, Argument nor Group"
-        many, limits = get_origin(plain) is tuple, list(field.metadata)
+        many = get_origin(plain) is tuple
         if many:
-            plain, *inner = _unpacked(get_args(plain)[0])
-            limits += [bound for extra in inner for bound in getattr(extra, "metadata", [extra])]
+            plain, limits = _bare(get_args(plain)[0])
+        limits += field.metadata
         least = next((extra.ge for extra in limits if hasattr(extra, "ge")), None)
         most = next((extra.le for extra in limits if hasattr(extra, "le")), None)
         yield Parameter((*above, name), field, option, plain, many, (least, most))
@@ -76,7 +76,7 @@ def parameters(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterato
 
 def add_command(app: typer.Typer, name: str, request: type[Request], *, hidden: bool = False) -> None:
     """Make a request a command of `app`; the function of the command is the request's doing."""
-    found = list(parameters(request))
+    found = sorted(parameters(request), key=lambda each: each.option.last)
     kind: type[VariadicCommand] = type(
         "Command",
         (VariadicCommand,),
@@ -147,20 +147,18 @@ def explain(request: type[Request], error: ValidationError) -> ConfigError:
 
 
 def perform(request: Request) -> None:
-    """Do what a request asks and print its result."""
+    """Do what a request asks, here or in other processes, and print its result."""
     from dinov2cli.console import set_up_logging
 
     set_up_logging(quiet=not request.logs or worker_rank() > 0)
-    show(run(request), as_json=getattr(request, "as_json", False))
-
-
-def payload(request: Request) -> str:
-    """The request as JSON, for a process that is to do it: `dino2 --request JSON`."""
-    return json.dumps({"command": request.command, "request": request.model_dump(mode="json", exclude_unset=True)})
+    elsewhere = None
+    if request.launched_by and not is_worker():
+        elsewhere = function_named(request.launched_by)(request)
+    show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
 
 
 def request_from(text: str, known: Iterable[type[Request]]) -> Request:
-    """The request that `payload` has written."""
+    """The request that `requests.base.words_of` has written."""
     content = json.loads(text)
     request = next(each for each in known if each.command == content["command"])
     return checked(request, content["request"])
@@ -187,11 +185,11 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
     )
 
 
-def _without_none(annotation: Any) -> Any:
+def _bare(annotation: Any) -> tuple[Any, list[Any]]:
+    """A type without None and annotations, and what these say of its bounds."""
     if get_origin(annotation) in (Union, UnionType):
-        return next(part for part in get_args(annotation) if part is not NoneType)
-    return annotation
-
-
-def _unpacked(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        return _bare(next(part for part in get_args(annotation) if part is not NoneType))
+    if get_origin(annotation) is Annotated:
+        plain, *extras = get_args(annotation)
+        return plain, [bound for extra in extras for bound in getattr(extra, "metadata", [extra])]
+    return annotation, []

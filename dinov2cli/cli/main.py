@@ -21,18 +21,18 @@ from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.cli.presets import presets
 from dinov2cli.cli.results import results
 from dinov2cli.cli.status import status
-from dinov2cli.cli.train import train
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.tools import Info
+from dinov2cli.requests.train import Train
 
 # What can be asked, in the order of --help: requests, whose `command` says the words; (name, function) and
 # (name, group) are still to become such. Their modules import no torch.
 COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
     ("prepare-imagenet", prepare_imagenet),
-    ("train", train),
+    Train,
     ("status", status),
     ("embed", embed),
     ("results", results),

@@ -10,7 +10,7 @@ from typer.core import TyperArgument, TyperOption
 from dinov2cli.launch.environment import is_worker
 
 if TYPE_CHECKING:
-    from dinov2cli.launch.slurm import SlurmOptions, Submitted
+    from dinov2cli.launch.slurm import Wanted
 
 SLURM = "Slurm (any of these submits a job)"
 
@@ -65,25 +65,15 @@ LAUNCH = frozenset({
 })  # fmt: skip
 
 
-def given_slurm_options(context: typer.Context, *, gpus: int | None, cpu: bool) -> "SlurmOptions | None":
-    """What the command line asks of Slurm, or None where it does not mention it.
-
-    Args:
-        context: of a command with the options of this module.
-        gpus: GPUs (with `cpu`: processes) on each machine; by default 8 (1).
-        cpu: whether no GPUs are wanted.
-    """
+def given_slurm_options(context: typer.Context, *, gpus: int, cpu: bool) -> "Wanted | None":
+    """What the command line asks of Slurm, or None where it does not mention it."""
     given = {name: context.params[name] for name in LAUNCH if context.params.get(name) not in (None, [], ())}
     if not given:
         return None
-    from dinov2cli.launch.slurm import GPUS_PER_NODE, SlurmOptions, split_parameter
+    from dinov2cli.launch.slurm import Wanted
+    from dinov2cli.requests.launch import Slurm
 
-    parameters, setup = tuple(given.pop("slurm", ())), tuple(given.pop("setup", ()))
-    for word in parameters:
-        split_parameter(word)
-    return SlurmOptions(
-        gpus=gpus or (1 if cpu else GPUS_PER_NODE), cpu=cpu, parameters=parameters, setup=setup, **given
-    )
+    return Wanted(Slurm(parameters=given.pop("slurm", ()), **given), gpus, cpu)
 
 
 def launched_evaluation(
@@ -106,7 +96,7 @@ def launched_evaluation(
 
         folder = output_dir or run_of(Path(checkpoint)) or Path()
         name = f"dino2-{context.info_name}"
-        say_submitted(slurm.submit(words, options, folder=folder.absolute() / "slurm", name=name), None)
+        print(slurm.submit(words, options, folder=folder.absolute() / "slurm", name=name))
         return True
     if gpus is None or gpus == 1:
         return False
@@ -143,14 +133,3 @@ def words_of(context: typer.Context, without: Iterable[str]) -> list[str]:
 def command_words(context: Any) -> list[str]:
     """`["eval", "knn"]` for `dino2 eval knn`, whatever the executable is called."""
     return [*command_words(context.parent), context.info_name] if context.parent is not None else []
-
-
-def say_submitted(job: "Submitted", run: Path | None) -> None:
-    """Print where the job is, how to watch it and how to stop it."""
-    from dinov2cli.console import out
-
-    lines = [f"job      {job.job_id}", f"log      {job.log}", f"stop     scancel {job.job_id}"]
-    if run is not None:
-        lines.insert(2, f"watch    dino2 status {run}")
-    for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2cli.launch.environment import RUN_TOKEN, SLURM_OPTIONS
+from dinov2cli.requests.launch import Slurm
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -26,16 +27,16 @@ class NodeTask:
     """The task of each machine; pickled by submitit at submission, called in the job.
 
     Attributes:
-        arguments: the command line of each process.
+        words: what each process is called with.
         workers: processes on each machine.
-        options: what was asked of Slurm, as JSON, for jobs that this one submits.
+        slurm: what was asked of Slurm, for jobs that this one submits.
         folder: the job's own, seen by all machines.
         run: the run folder, if the command may be restarted from its checkpoints.
     """
 
-    arguments: list[str]
+    words: list[str]
     workers: int
-    options: str
+    slurm: Slurm
     folder: str
     run: str | None
 
@@ -72,7 +73,7 @@ class NodeTask:
 
         job, start, node = os.environ["SLURM_JOB_ID"], job_start(), int(os.environ["SLURM_NODEID"])
         group = Group(
-            command=["-m", "dinov2cli", *self.arguments],
+            command=["-m", "dinov2cli", *self.words],
             workers=self.workers,
             notes=Path(self.folder) / f"notes_{job}_{start}",
             run=Path(self.run) if self.run else None,
@@ -83,7 +84,7 @@ class NodeTask:
         )
         group.notes.mkdir(parents=True, exist_ok=True)
         os.environ[RUN_TOKEN] = Path(self.folder).name + job
-        os.environ[SLURM_OPTIONS] = self.options
+        os.environ[SLURM_OPTIONS] = self.slurm.model_dump_json()
         share_cores(self.workers)
         address = os.environ.get("SLURMD_NODENAME", "localhost")
         supervise(group, self.meet(group, job, start, address), address)

@@ -2,20 +2,31 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.launch.environment import RUN_TOKEN
+from dinov2cli.requests.base import Request, words_of
 
 
-def launch_local(arguments: Sequence[str], processes: int, run: Path | None) -> None:
-    """Run `dino2 arguments...` in several processes of this machine and wait for their end.
+class Elsewhere(NamedTuple):
+    """A command that other processes do.
+
+    Attributes:
+        result: what the command that was typed prints of it: the job; None where the processes print for themselves.
+    """
+
+    result: Any
+
+
+def launch_local(request: Request | list[str], processes: int, run: Path | None) -> None:
+    """Do a request in several processes of this machine and wait for their end.
 
     Args:
-        arguments: the command line of each process, without what launched it.
+        request: what each process does.
         processes: how many; on GPUs one each.
-        run: the run folder, for restarts from its checkpoints; None if the command is not to be restarted.
+        run: the run folder, for restarts from its checkpoints; None if the request is not to be restarted.
 
     Raises:
         Dino2Error, Interrupted: as `launch.supervisor.supervise`.
@@ -24,7 +35,7 @@ def launch_local(arguments: Sequence[str], processes: int, run: Path | None) -> 
 
     share_cores(processes)
     with tempfile.TemporaryDirectory(prefix="dino2-") as notes:
-        group = Group(["-m", "dinov2cli", *arguments], processes, Path(notes), run)
+        group = Group(["-m", "dinov2cli", *words_of(request)], processes, Path(notes), run)
         os.environ[RUN_TOKEN] = group.session
         supervise(group)
 

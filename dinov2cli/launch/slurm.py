@@ -4,65 +4,39 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.launch.environment import SLURM_OPTIONS
 from dinov2cli.launch.job import NodeTask
+from dinov2cli.requests.base import Request, words_of
+from dinov2cli.requests.launch import Slurm
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-GPUS_PER_NODE = 8
 CPUS_PER_GPU = 8
 SAVING_S = 120
 """Seconds before the time limit at which Slurm tells the job to save; `--slurm signal_delay_s=...` changes it."""
 WITHOUT_LIMIT = 1_000_000  # requeues that submitit allows: a run of weeks needs many, and each goes on where it was
 
 
-@dataclass(frozen=True)
-class SlurmOptions:
-    """What to ask of Slurm for one job.
+class Wanted(NamedTuple):
+    """What a job is to have.
 
     Attributes:
-        nodes: machines.
+        slurm: the options of Slurm.
         gpus: GPUs (with `cpu`: processes) on each machine.
         cpu: no GPUs.
-        timeout_min: minutes until the job saves and puts itself into the queue again.
-        parameters: `KEY=VALUE`, any other parameters of sbatch (or of submitit, such as signal_delay_s).
-        setup: shell lines that run on the first machine before the processes start, as to activate an environment.
     """
 
-    nodes: int = 1
-    gpus: int = GPUS_PER_NODE
-    cpu: bool = False
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    comment: str | None = None
-    mem: str | None = None
-    cpus_per_task: int | None = None
-    timeout_min: int = 1440
-    parameters: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-
-    def with_parameters(self, words: Sequence[str]) -> "SlurmOptions":
-        """The same with further `KEY=VALUE`, which win over earlier ones and over the options of that name."""
-        return replace(self, parameters=(*self.parameters, *words))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> "SlurmOptions":
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
-        return SlurmOptions(**values)
+    slurm: Slurm
+    gpus: int
+    cpu: bool
 
 
 @dataclass(frozen=True)
@@ -72,28 +46,38 @@ class Submitted:
     Attributes:
         job_id: Slurm's number.
         folder: its script, its logs (`<job>_<node>_log.out`) and submitit's files.
-        log: what the first machine prints.
+        run: the run folder, for a training.
     """
 
     job_id: str
     folder: Path
 
+    run: Path | None
+
     @property
     def log(self) -> Path:
         return self.folder / f"{self.job_id}_0_log.out"
 
+    def as_dict(self) -> dict[str, str]:
+        return {"job_id": self.job_id, "log": str(self.log)}
+
+    def __str__(self) -> str:
+        """Where the job is, how to watch it and how to stop it."""
+        watch = [f"watch    dino2 status {self.run}"] if self.run is not None else []
+        return "\n".join([f"job      {self.job_id}", f"log      {self.log}", *watch, f"stop     scancel {self.job_id}"])
+
 
 def submit(
-    arguments: Sequence[str], options: SlurmOptions, *, folder: Path, name: str, run: Path | None = None
+    request: Request | list[str], wanted: Wanted, *, folder: Path, name: str, run: Path | None = None
 ) -> Submitted:
-    """Submit `dino2 arguments...` as a job.
+    """Submit a request as a job.
 
     Args:
-        arguments: the command line, without what launches it.
-        options: what to ask of Slurm.
+        request: what each process of the job does.
+        wanted: what to ask of Slurm.
         folder: where a new folder for this job is made.
         name: of the job, in `squeue`.
-        run: the run folder, if the command may be restarted from its checkpoints.
+        run: the run folder, if the request may be restarted from its checkpoints.
 
     Raises:
         EnvironmentProblem: there is no Slurm here, or it refuses the job.
@@ -101,28 +85,33 @@ def submit(
     """
     need_slurm()
     own = new_folder(folder)
-    executor = make_executor(options, own, name)
+    executor = make_executor(wanted, own, name)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    task = NodeTask(list(arguments), options.gpus, options.to_json(), str(own), str(run.absolute()) if run else None)
+    task = NodeTask(words_of(request), wanted.gpus, wanted.slurm, str(own), str(run.absolute()) if run else None)
     try:
         with outside_of_any_job():
             job = executor.submit(task)
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(own, ignore_errors=True)
         raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", REFUSED) from error
-    facts = {"job_id": job.job_id, "command": list(arguments), "time": time.time(), "nodes": options.nodes}
+    facts = {"job_id": job.job_id, "command": words_of(request), "time": time.time(), "nodes": wanted.slurm.nodes or 1}
     (own / "job.json").write_text(json.dumps(facts))
-    return Submitted(job.job_id, own)
+    return Submitted(job.job_id, own, run)
 
 
-def options_of_this_job(*, nodes: int, gpus: int, cpu: bool) -> SlurmOptions:
-    """Options for a job that this one submits: as its own (partition, account, set-up, ...), but of another size."""
-    own = SlurmOptions.from_json(os.environ[SLURM_OPTIONS]) if SLURM_OPTIONS in os.environ else SlurmOptions()
-    return replace(own, nodes=nodes, gpus=gpus, cpu=cpu, cpus_per_task=None, mem=None)
+def slurm_of_this_job(*parameters: str) -> Slurm:
+    """Options for a small job that this one submits: its own (partition, account, set-up, ...) without those of size.
+
+    Args:
+        parameters: further `KEY=VALUE`, which win over earlier ones and over the options of that name.
+    """
+    own = Slurm.model_validate_json(os.environ.get(SLURM_OPTIONS, "{}"))
+    size = {"nodes": None, "cpus_per_task": None, "mem": None}
+    return own.model_copy(update={**size, "parameters": (*own.parameters, *parameters)})
 
 
-def script(arguments: Sequence[str], options: SlurmOptions, *, folder: Path, name: str) -> str:
+def script(wanted: Wanted, *, folder: Path, name: str) -> str:
     """The batch script that `submit` would hand to sbatch; nothing is written."""
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -133,58 +122,52 @@ def script(arguments: Sequence[str], options: SlurmOptions, *, folder: Path, nam
         def affinity(cls) -> int:
             return 1
 
-    executor = make_executor(options, folder / "<time>", name, kind=Renderer)
+    executor = make_executor(wanted, folder / "<time>", name, kind=Renderer)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
 def make_executor(
-    options: SlurmOptions, folder: Path, name: str, kind: "type[SlurmExecutor] | None" = None
+    wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExecutor] | None" = None
 ) -> "SlurmExecutor":
-    """submitit's executor for these options."""
+    """submitit's executor for what is wanted."""
     from submitit.slurm.slurm import SlurmExecutor
 
     executor = (kind or SlurmExecutor)(folder, max_num_timeout=WITHOUT_LIMIT)
     known = set(executor._valid_parameters())
-    wanted, further = sbatch_parameters(options, name), {"requeue": True}
-    for key, value in map(split_parameter, options.parameters):
+    parameters, further = sbatch_parameters(wanted, name), {"requeue": True}
+    for key, value in map(split_parameter, wanted.slurm.parameters):
         if key.replace("-", "_") in known:
-            wanted[key.replace("-", "_")] = value
+            parameters[key.replace("-", "_")] = value
         else:
             further[key.replace("_", "-")] = value
     tasks = ["--kill-on-bad-exit=1"]  # one machine's failure would leave the others waiting
-    if cpus := wanted.get("cpus_per_task"):
+    if cpus := parameters.get("cpus_per_task"):
         tasks.append(f"--cpus-per-task={cpus}")  # newer versions of srun do not take it over from sbatch
     executor.update_parameters(
-        **wanted,
+        **parameters,
         additional_parameters={key: value for key, value in further.items() if value is not None},
         srun_args=tasks,
         stderr_to_stdout=True,
-        setup=[*options.setup, IGNORE_IN_SCRIPT],
+        setup=[*wanted.slurm.setup, IGNORE_IN_SCRIPT],
         teardown=REQUEUE_IF_KILLED.format(folder=folder).splitlines(),
     )
     return executor
 
 
-def sbatch_parameters(options: SlurmOptions, name: str) -> dict[str, Any]:
-    """What the options mean, under submitit's names."""
-    processes = options.gpus
-    cpus = options.cpus_per_task or (processes if options.cpu else CPUS_PER_GPU * processes)
+def sbatch_parameters(wanted: Wanted, name: str) -> dict[str, Any]:
+    """What is wanted, under submitit's names."""
+    slurm, minutes = wanted.slurm, wanted.slurm.timeout_min or 1440
     parameters = {
         "job_name": name,
-        "nodes": options.nodes,
+        "nodes": slurm.nodes or 1,
         "ntasks_per_node": 1,  # a supervisor, which starts a process for each GPU
-        "gpus_per_node": None if options.cpu else options.gpus,
-        "cpus_per_task": cpus,
-        "mem": options.mem,
-        "time": options.timeout_min,
-        "signal_delay_s": min(SAVING_S, options.timeout_min * 60 // 3),
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "constraint": options.constraint,
-        "exclude": options.exclude,
-        "comment": options.comment,
+        "gpus_per_node": None if wanted.cpu else wanted.gpus,
+        "cpus_per_task": slurm.cpus_per_task or wanted.gpus * (1 if wanted.cpu else CPUS_PER_GPU),
+        "mem": slurm.mem,
+        "time": minutes,
+        "signal_delay_s": min(SAVING_S, minutes * 60 // 3),
+        **{key: getattr(slurm, key) for key in ("partition", "account", "qos", "constraint", "exclude", "comment")},
         "wckey": None,
     }
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}

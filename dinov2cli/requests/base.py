@@ -21,11 +21,13 @@ A command is a request, a function that runs it, and a line in `cli/main.py`:
 
     result = run(Knn(checkpoint="runs/demo", nb_knn=(10, 20)))
 
-Fields without a default are required. Types are str, int, float, bool, Path, a Literal of words, each of them or None,
-and tuples of them for options of several values. Bounds are pydantic's. What fields contradict, a validator says with a
-ValueError, whose text is the message that is printed. What `run` returns, `cli/output.py` shows.
+Fields without a default are required. Inherited ones come first, but for those that are `last`. Types are str, int,
+float, bool, Path, a Literal of words, each of them or None, and tuples of them for options of several values. Bounds
+are pydantic's. What fields contradict, a validator says with a ValueError, whose text is the message that is printed.
+What `run` returns, `cli/output.py` shows.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,6 +49,7 @@ class Option:
         completes: what the shell offers: presets, or keys of the configuration.
         one_each: of several values, each needs the name before it, as anything may follow.
         names_argument: stands for the command's first argument.
+        last: is listed after what a class adds to the options that it inherits.
     """
 
     help: str
@@ -57,6 +60,7 @@ class Option:
     completes: Literal["presets", "overrides"] | None = None
     one_each: bool = False
     names_argument: bool = False
+    last: bool = False
 
 
 class Argument(Option):
@@ -76,6 +80,9 @@ class Request(Group):
     """The words after `dino2`."""
     run_by: ClassVar[str]
     """`module:function`, which takes the request and returns the command's result."""
+    launched_by: ClassVar[str | None] = None
+    """`module:function` of a command that other processes may do: it takes the request, starts these where the request
+    says so, and returns a `launch.local.Elsewhere`; or None where the request is to be run here."""
     logs: ClassVar[bool] = False
     """Whether the terminal shows what is being done, and not only warnings."""
 
@@ -99,3 +106,11 @@ def function_named(name: str) -> Callable[..., Any]:
     """The function `module:function`."""
     module, _, function = name.partition(":")
     return cast(Callable[..., Any], getattr(import_module(module), function))
+
+
+def words_of(request: Request | list[str]) -> list[str]:
+    """The command line, after `dino2`, of a process that does the request: `--request JSON`."""
+    if isinstance(request, list):  # the words of a command that has no request yet
+        return request
+    content = {"command": request.command, "request": request.model_dump(mode="json", exclude_unset=True)}
+    return ["--request", json.dumps(content)]
