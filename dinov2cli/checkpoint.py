@@ -7,7 +7,6 @@ checksums beside the data.
 
 import copy
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.errors import CheckpointError
+from dinov2cli.files import flush_to_disk, replacing, write_text
 
 MANIFEST = "manifest.json"
 PREFIX = "iteration_"
@@ -132,7 +132,7 @@ class Checkpointer:
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _flush_folder(self.folder)
+        flush_to_disk(self.folder)
         self._delete_old()
 
     def _from_main(self, value: str | None) -> str | None:
@@ -194,17 +194,10 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.incomplete")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with replacing(path, flush=True) as aside, aside.open("wb") as file:
             torch.save({"teacher": {key: value.detach().cpu() for key, value in teacher_state.items()}}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
     except (OSError, RuntimeError) as error:
-        if aside.parent.is_dir():
-            aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
 
 
@@ -274,11 +267,8 @@ def _make_room(aside: Path, needed: int) -> None:
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Facts, sizes and checksums of all files; its presence says that the rest is complete."""
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir())}
-    with (folder / MANIFEST).open("w") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _flush_folder(folder)
+    write_text(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1), flush=True)
+    flush_to_disk(folder)
 
 
 def _damage(folder: Path) -> str | None:
@@ -302,14 +292,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

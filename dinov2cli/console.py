@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.files import write_text
 
 out = Console()
 """Standard output: results."""
@@ -126,9 +127,7 @@ class MetricLogger:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _iteration_of(line) < resume_at]
-            aside = path.with_name(path.name + ".tmp")
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.replace(path)
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:

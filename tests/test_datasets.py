@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2cli.data.datasets import UnreadableImage, files, listing, make_dataset
+from dinov2cli.data.datasets import UnreadableImage, base, listing, make_dataset
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.joined import JoinedDataset
@@ -325,7 +325,7 @@ class TestFiles:
     def test_records_equal_numpys(self, tmp_path: Path) -> None:
         table = np.array([(i, i * 2, f"n{i}", "") for i in range(50)], dtype="<u4,<u4,U4,U0")
         np.save(tmp_path / "t.npy", table)
-        records = files.RecordFile(tmp_path / "t.npy")
+        records = base.RecordFile(tmp_path / "t.npy")
         assert len(records) == 50 and [records[i].tolist() for i in range(50)] == table.tolist()
         assert pickle.loads(pickle.dumps(records))[7].tolist() == table[7].tolist()
         np.testing.assert_array_equal(records.column("f1"), table["f1"])
@@ -336,17 +336,17 @@ class TestFiles:
     def test_what_is_no_table(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "t.npy").write_bytes(content)
         with pytest.raises(DataError, match=r"t\.npy"):
-            files.RecordFile(tmp_path / "t.npy")
+            base.RecordFile(tmp_path / "t.npy")
         np.save(tmp_path / "u.npy", np.zeros(3))
         with pytest.raises(DataError, match="structured array"):
-            files.RecordFile(tmp_path / "u.npy")
+            base.RecordFile(tmp_path / "u.npy")
 
     def test_few_files_stay_open(self, tmp_path: Path) -> None:
-        reader = files.OpenFiles()
+        reader = base.OpenFiles()
         for i in range(40):
             (tmp_path / str(i)).write_bytes(bytes([i] * 10))
             assert reader.read(str(tmp_path / str(i)), 2, 3) == bytes([i] * 3)
-        assert len(reader._descriptors) == files.OPEN_FILES
+        assert len(reader._descriptors) == base.OPEN_FILES
         assert reader.read(str(tmp_path / "0"), 0, 1) == b"\0", "closed ones open again"
         with pytest.raises(UnreadableImage, match="ends at byte 10"):
             reader.read(str(tmp_path / "0"), 8, 5)

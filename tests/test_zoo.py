@@ -15,9 +15,10 @@ import torch
 from weight_samples import assert_same_state, sample_model, save
 
 from dinov2cli.errors import EnvironmentProblem, WeightsError
+from dinov2cli.files import cache_folder
 from dinov2cli.models import download
 from dinov2cli.models.classifier import load_classifier
-from dinov2cli.models.download import cache_folder, fetch
+from dinov2cli.models.download import fetch
 from dinov2cli.models.weights import load_model
 from dinov2cli.models.zoo import BACKBONES, RELEASED
 
@@ -89,7 +90,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def leftovers() -> list[str]:
     """Files in the cache that are neither downloads nor locks."""
-    return [p.name for p in cache_folder().rglob("*") if p.is_file() and re.search(r"\.(part|stamp)$", p.name)]
+    return [p.name for p in cache_folder("weights").rglob("*") if p.is_file() and re.search(r"\.(part|stamp)$", p.name)]
 
 
 def test_names_addresses_and_sizes_of_the_released_models() -> None:
@@ -178,7 +179,7 @@ def test_wrong_content_is_refused_and_not_kept(site: Site, content: bytes, messa
     site.files["/weights.pth"] = content
     with pytest.raises(WeightsError, match=message):
         fetch(f"{site.url}/weights.pth", expect_bytes=5_120_000)
-    assert not [p for p in cache_folder().rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert not [p for p in cache_folder("weights").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_a_checksum_in_the_address_is_checked(site: Site) -> None:
@@ -203,7 +204,7 @@ def test_offline_says_in_one_line_what_to_put_where(tmp_path: Path, monkeypatch:
         load_model("dinov2_vits14")
     assert "\n" not in str(caught.value)
     assert "dinov2_vits14/dinov2_vits14_pretrain.pth" in str(caught.value)
-    assert str(caught.value).endswith(f"put it at {tmp_path / 'dinov2_vits14_pretrain.pth'}")
+    assert str(caught.value).endswith(f"put it at {tmp_path / 'weights' / 'dinov2_vits14_pretrain.pth'}")
 
 
 def test_too_small_a_disk_is_noticed_first(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,14 +227,29 @@ def test_processes_share_one_download(site: Site) -> None:
     assert len(site.requests) == 1
 
 
-def test_cache_is_torch_hubs_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DINO2_CACHE", raising=False)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    assert cache_folder() == tmp_path / "checkpoints"
-    # Where torch.hub has left the file, nothing is downloaded.
+@pytest.mark.parametrize("folder", ["hub/checkpoints", "cache"])
+def test_nothing_is_downloaded_that_torch_hub_or_an_earlier_dino2_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DINO2_WEIGHTS_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     state = sample_model(RELEASED["dinov2_vits14"].architecture).state_dict()
-    save(state, tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth")
+    save(state, tmp_path / folder / "dinov2_vits14_pretrain.pth")
     assert_same_state(load_model("dinov2_vits14").state_dict(), state)
+
+
+def test_other_downloads_of_an_earlier_dino2_are_found(site: Site, tmp_path: Path) -> None:
+    url = f"{site.url}/weights.pth"
+    there = tmp_path / "cache" / "dino2" / hashlib.sha256(url.encode()).hexdigest()[:12] / "weights.pth"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(CONTENT)
+    assert fetch(url) == there and not site.requests
+    # One that is cut short is left alone, and fetched again.
+    there.write_bytes(CONTENT[:1000])
+    found = fetch(url, expect_bytes=5_000_000)
+    assert found == tmp_path / "cache" / "weights" / there.parent.name / "weights.pth"
+    assert found.read_bytes() == CONTENT and len(there.read_bytes()) == 1000
 
 
 @pytest.mark.slow

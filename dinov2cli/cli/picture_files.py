@@ -58,9 +58,8 @@ def check_picture_output(output: Path) -> None:
 
 def save_picture(path: Path, picture: "Picture") -> None:
     """Write a PNG file; EnvironmentProblem where that fails."""
+    from dinov2cli.files import writing
     from dinov2cli.visualize.video_writer import write_png
 
-    try:
+    with writing(path):
         write_png(path, picture)
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -4,9 +4,7 @@ It is frozen, and derived values (learning rate after scaling, iterations, perio
 is stored.
 """
 
-import contextlib
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from dinov2cli.config.schema import (
     Train,
 )
 from dinov2cli.errors import ConfigError
+from dinov2cli.files import write_text
 
 
 class Config(Group):
@@ -108,15 +107,9 @@ class Config(Group):
         Raises:
             ConfigError: the file cannot be written.
         """
-        path = Path(path)
-        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(self.to_yaml(), encoding="utf-8")
-            aside.replace(path)
+            write_text(Path(path), self.to_yaml())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             raise ConfigError(
                 f"{path}: cannot write the configuration: {error.strerror or error}",
                 "Make space (or make the folder writable) and run the same command again.",

@@ -4,7 +4,6 @@ Every process writes and reads for itself, because what one node sees another ma
 """
 
 import contextlib
-import os
 import random
 import shutil
 import threading
@@ -25,6 +24,7 @@ from dinov2cli.device import Precision, main_memory_of_a_process
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
 from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
+from dinov2cli.files import flush_to_disk
 from dinov2cli.train.memory import describe, estimate
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
@@ -125,10 +125,8 @@ def _write(path: Path, text: str, made: list[Path]) -> str:
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_text(text)
+        flush_to_disk(path)
 
     try:
         within(FILE_SECONDS, str(path.parent), write)

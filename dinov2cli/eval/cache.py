@@ -21,6 +21,7 @@ from dinov2cli import __version__, distributed
 from dinov2cli.console import logger
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.files import cache_folder, digest, sha256, write_text
 from dinov2cli.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ class FeatureCache:
     """Features by weights, dataset, transform, precision and library version.
 
     Args:
-        folder: where entries live; None for `features/` in `$DINO2_CACHE`, `$XDG_CACHE_HOME/dino2` or `~/.cache/dino2`.
+        folder: where entries live; None for `features` of the cache folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or default_cache_folder() / "features"
+        self.folder = folder or cache_folder("features")
 
     def load(self, recipe: Recipe, dataset: "ImageDataset") -> Features | None:
         """This process's part of an entry, or None where there is none that still holds; then the log says why.
@@ -78,7 +79,7 @@ class FeatureCache:
                 entry.mkdir(parents=True)
             distributed.barrier()
             write_tensors(tensors, part)
-            problem, facts = "", [part.name, part.stat().st_size, _file_hash(part)]
+            problem, facts = "", [part.name, part.stat().st_size, sha256(part)]
         except (OSError, SafetensorError) as error:
             problem, facts = str(error), []
         problems = [text for text in distributed.all_gather_objects(problem) if text]
@@ -88,35 +89,26 @@ class FeatureCache:
         if problems:
             logger.warning("features not cached in %s: %s", self.folder, problems[0])
             return
-        aside = entry / "entry.json.tmp"
-        aside.write_text(json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
-        os.replace(aside, entry / "entry.json")
+        write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
 
     def _entry(self, recipe: Recipe, dataset: "ImageDataset") -> Path:
         name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
-        return self.folder / hashlib.sha256(name.encode()).hexdigest()[:24]
-
-
-def default_cache_folder() -> Path:
-    """`$DINO2_CACHE`, else `dino2` in the user's cache folder."""
-    if folder := os.environ.get("DINO2_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino2"
+        return self.folder / digest(name)[:24]
 
 
 def dataset_fingerprint(dataset: "ImageDataset") -> str:
     """SHA-256 over labels, paths and, where the paths are files, their sizes and times of change."""
-    digest = hashlib.sha256(f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}".encode())
-    digest.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
+    found = hashlib.sha256(f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}".encode())
+    found.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
     for i in range(len(dataset)):
         path = dataset.path(i)
-        digest.update(path.encode())
+        found.update(path.encode())
         try:
             status = os.stat(path)
         except OSError:
             continue  # an image inside an archive or package: its label and name are all there is
-        digest.update(f" {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+        found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
 
 
 def _identity(recipe: Recipe, dataset: "ImageDataset") -> dict[str, Any]:
@@ -148,7 +140,7 @@ def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:
             return reason
     for name, size, checksum in parts:
         part = entry / name
-        if not part.is_file() or part.stat().st_size != size or _file_hash(part) != checksum:
+        if not part.is_file() or part.stat().st_size != size or sha256(part) != checksum:
             return f"it is damaged ({part})"
     return None
 
@@ -172,8 +164,3 @@ def _parts(entry: Path, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:
             if low < high:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     yield name, file.get_slice(name)[low:high]
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 A table: a row is an image, in the order of the dataset, or, in safetensors, an entry of each tensor.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +16,7 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.files import replacing, writing
 from dinov2cli.models.tensor_files import write_tensors
 
 if TYPE_CHECKING:
@@ -81,20 +81,9 @@ def embed(extract: Extractor, dataset: "ImageDataset", output: Path) -> Features
 
 
 def _write_whole(table: FeatureTable, output: Path) -> None:
-    """Write aside and rename, so that `output` is whole or not there.
-
-    Raises:
-        EnvironmentProblem: the disk is full or read-only.
-    """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with stoppable("stopping once the features are written"):
-            WRITERS[output.suffix](table, aside)
-            os.replace(aside, output)
-    except OSError as error:
-        raise EnvironmentProblem(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write `output`, whole or not at all; EnvironmentProblem where the disk is full or read-only."""
+    with stoppable("stopping once the features are written"), writing(output), replacing(output) as aside:
+        WRITERS[output.suffix](table, aside)
 
 
 def _write_safetensors(table: FeatureTable, file: Path) -> None:

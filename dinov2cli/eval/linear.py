@@ -4,7 +4,6 @@ Heads for 13 learning rates on four kinds of features are trained side by side; 
 what further test sets are measured with.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
+from dinov2cli.files import replacing
 from dinov2cli.models import zoo
 from dinov2cli.models.classifier import read_linear_head
 from dinov2cli.models.download import fetch
@@ -281,10 +281,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all, from one process."""
     if not distributed.is_main():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
-    torch.save(content, aside)
-    os.replace(aside, path)
+    with replacing(path) as aside, aside.open("wb") as file:
+        torch.save(content, file)
 
 
 def _resume(folder: Path, trainer: HeadTrainer, settings: LinearSettings) -> int:

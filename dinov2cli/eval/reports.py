@@ -20,6 +20,7 @@ from dinov2cli import __version__
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
+from dinov2cli.files import write_text
 
 RESULTS_FILE = "results.json"
 
@@ -96,7 +97,7 @@ class Evaluation:
 def write_reference_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write `results_eval_<task>.json`: one JSON object a line, as the reference implementation does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def add_result(folder: Path, evaluation: Evaluation) -> Path:
@@ -109,7 +110,7 @@ def add_result(folder: Path, evaluation: Evaluation) -> Path:
     with FileLock(path.with_name(f".{RESULTS_FILE}.lock")):
         others = [other for other in _read_or_set_aside(path) if not evaluation.replaces(other)]
         gathered = sorted([*others, evaluation], key=lambda e: (e.iteration is None, e.iteration or 0, e.task))
-        _write(path, json.dumps({"format": 1, "evaluations": [e.as_dict() for e in gathered]}, indent=1))
+        write_text(path, json.dumps({"format": 1, "evaluations": [e.as_dict() for e in gathered]}, indent=1))
     return path
 
 
@@ -160,9 +161,3 @@ def results_table(evaluations: Iterable[Evaluation], title: str | None = None) -
         notes += [f"{evaluation.task}: {note}" for note in evaluation.notes]
     table.caption = "\n".join(dict.fromkeys(notes)) or None
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text)
-    os.replace(aside, path)

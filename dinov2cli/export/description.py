@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
-from dinov2cli.models.file_digest import sha256
+from dinov2cli.files import sha256
 from dinov2cli.models.sources import newest_teacher
 from dinov2cli.models.weights import RecognisedWeights, read_weights
 from dinov2cli.requests.tools import Info
@@ -59,7 +59,7 @@ def describe(source: str | Path, *, config_file: str | Path | None = None, diges
         "notes": weights.report.notes,
     }
     if digest:
-        found["sha256"] = sha256(weights.source.files)
+        found["sha256"] = sha256(*weights.source.files)
     if weights.source.released:
         found["released"] = weights.source.released.name
     found["training"] = _training(weights)

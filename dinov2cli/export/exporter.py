@@ -17,9 +17,9 @@ from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onn
 from dinov2cli.export.huggingface import hf_differs_away_from_native, open_hf, write_hf
 from dinov2cli.export.timm_file import open_timm, timm_differs_away_from_native, timm_model, write_timm
 from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
+from dinov2cli.files import sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.download import fetch
-from dinov2cli.models.file_digest import sha256
 from dinov2cli.models.sources import architecture_file
 from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
 from dinov2cli.models.zoo import RELEASED
@@ -206,7 +206,7 @@ def _bundle(
         )
     provenance = {
         "source": weights.source.name.rsplit("/", 1)[-1],
-        "source_sha256": sha256(weights.source.files),
+        "source_sha256": sha256(*weights.source.files),
         "iteration": weights.source.iteration,
     }
     model = build_from(weights).eval().requires_grad_(False)

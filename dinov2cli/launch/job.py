@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2cli.files import write_text
 from dinov2cli.launch.environment import RUN_TOKEN, SLURM_OPTIONS
 from dinov2cli.requests.launch import Slurm
 
@@ -108,9 +109,7 @@ class NodeTask:
         place = Path(self.folder) / f"rendezvous_{job}_{start}"
         if group.node == 0:
             rendezvous, port = make_rendezvous(f"{address}:0", group, address, is_host=True)
-            aside = place.with_suffix(".tmp")
-            aside.write_text(f"{address}:{port}")
-            os.replace(aside, place)
+            write_text(place, f"{address}:{port}")
             return rendezvous
         until = time.monotonic() + MEETING_S
         while not place.exists():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinov2cli.errors import Dino2Error
+from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID, is_supervised, worker_rank
 
 Kind = Literal["error", "interrupted", "crash", "death"]
@@ -93,13 +94,9 @@ def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -
 
 def write_note(folder: Path, note: Note) -> None:
     """Put a note into the folder; the first of a worker stays."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{note.rank:05d}.json"
-    if path.exists():
-        return
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(asdict(note)))
-    os.replace(aside, path)
+    if not path.exists():
+        write_text(path, json.dumps(asdict(note)))
 
 
 def read_notes(folder: Path) -> list[Note]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinov2cli.errors import ConfigError, EnvironmentProblem
+from dinov2cli.files import write_text
 from dinov2cli.launch.environment import SLURM_OPTIONS
 from dinov2cli.launch.job import NodeTask
 from dinov2cli.requests.base import Request, words_of
@@ -96,7 +97,7 @@ def submit(
         shutil.rmtree(own, ignore_errors=True)
         raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", REFUSED) from error
     facts = {"job_id": job.job_id, "command": words_of(request), "time": time.time(), "nodes": wanted.slurm.nodes or 1}
-    (own / "job.json").write_text(json.dumps(facts))
+    write_text(own / "job.json", json.dumps(facts))
     return Submitted(job.job_id, own, run)
 
 

@@ -1,6 +1,5 @@
 """Weights over HTTP: one cache folder, resumed and retried downloads, one process at a time."""
 
-import hashlib
 import http.client
 import os
 import shutil
@@ -12,12 +11,12 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dinov2cli import __version__
 from dinov2cli.console import err, logger
 from dinov2cli.errors import EnvironmentProblem, WeightsError
+from dinov2cli.files import cache_folder, digest, lock, sha256
 from dinov2cli.models.tensor_files import refuse_other_files
 from dinov2cli.models.zoo import RELEASED_URL
 
@@ -34,14 +33,8 @@ def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://", "file://"))
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: `DINO2_CACHE`, by default torch.hub's checkpoints folder."""
-    chosen = os.environ.get("DINO2_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(torch.hub.get_dir()) / "checkpoints"
-
-
 def fetch(url: str, *, expect_bytes: int | None = None) -> Path:
-    """The local file of `url`, downloaded if it is not in the cache yet.
+    """The local file of `url`, downloaded into `weights` of the cache folder if torch.hub has not done so.
 
     Released models come from `DINO2_WEIGHTS_URL` where it is set (a mirror with the same paths, `file://` too). An
     address may end in `#sha256=<hex>`, which is then checked. Interrupted downloads resume; concurrent processes wait
@@ -63,17 +56,18 @@ def fetch(url: str, *, expect_bytes: int | None = None) -> Path:
             raise WeightsError(f"{address}: no such file")
         _check(local, expect_bytes, checksum)
         return local
-    target = _cached_path(url)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(target.name + ".lock")):
-        if target.exists():
+    name = _name(url)
+    target = cache_folder("weights") / name
+    with lock(target):
+        for place in (target, *(folder / name for folder in _other_folders(url))):
+            if not place.is_file():
+                continue
             try:
-                _check(target, expect_bytes, checksum)
+                _check(place, expect_bytes, checksum)
             except WeightsError as error:
                 logger.warning("%s; downloading it again", error.message)
-                target.unlink()
             else:
-                return target
+                return place
         part = target.with_name(target.name + ".part")
         _download(address, part, target)
         try:
@@ -94,14 +88,23 @@ def _from_mirror(url: str) -> str:
     return mirror.rstrip("/") + url.removeprefix(RELEASED_URL)
 
 
-def _cached_path(url: str) -> Path:
+def _name(url: str) -> Path:
+    """Of the file in a folder of downloads."""
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
     if not name:
         raise WeightsError(f"{url}: names no file")
     if url.startswith(RELEASED_URL + "/"):
-        return cache_folder() / name  # the name torch.hub gives it, so that its downloads are found
+        return Path(name)  # as torch.hub names it, so that its downloads are found
     # Many sites have a `model.safetensors`: the address tells them apart.
-    return cache_folder() / "dino2" / hashlib.sha256(url.encode()).hexdigest()[:12] / name
+    return Path(digest(url)[:12], name)
+
+
+def _other_folders(url: str) -> list[Path]:
+    """Where the file may lie already: torch.hub's downloads, and where dino2 kept its own at first."""
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    if os.environ.get("DINO2_CACHE"):
+        folders.append(cache_folder("."))
+    return folders if url.startswith(RELEASED_URL + "/") else [folder / "dino2" for folder in folders]
 
 
 def _check(path: Path, expect_bytes: int | None, checksum: str) -> None:
@@ -110,8 +113,7 @@ def _check(path: Path, expect_bytes: int | None, checksum: str) -> None:
     if expect_bytes is not None and not expect_bytes <= size <= expect_bytes + _OVERHEAD:
         raise WeightsError(f"{path}: {size:,} bytes, but the weights alone are {expect_bytes:,}")
     if checksum:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if found != checksum.lower():
             raise WeightsError(f"{path}: sha256 {found}, expected {checksum}")
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from dinov2cli.config import Config
 from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.files import write_text
 
 
 class Tracker(Protocol):
@@ -74,10 +75,9 @@ class WandbTracker:
                 f"train.wandb=true needs the wandb package, which does not import ({error})",
                 "pip install 'dinov2cli[wandb]', or leave train.wandb=false.",
             ) from error
-        (run_folder / "logs").mkdir(parents=True, exist_ok=True)
         known = run_folder / "logs" / "wandb_run"
         run_id = known.read_text().strip() if known.exists() else wandb.util.generate_id()
-        known.write_text(run_id + "\n")
+        write_text(known, run_id + "\n")
         self._run = wandb.init(
             project="dino2",
             name=run_folder.resolve().name,

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from dinov2cli import distributed
 from dinov2cli.console import logger
+from dinov2cli.files import write_text
 from dinov2cli.train.run_folder import RunFolder
 
 WRITE_EVERY_S = 5.0
@@ -124,7 +125,4 @@ class Watch:
             "state": self.state,
         }
         with contextlib.suppress(OSError):
-            self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.heartbeat.with_suffix(".tmp")
-            aside.write_text(json.dumps(content))
-            aside.replace(self.heartbeat)
+            write_text(self.heartbeat, json.dumps(content))

@@ -6,7 +6,6 @@ objects from the background by a threshold; a second PCA over the foreground giv
 Shape legend: F pictures, h x w patches of a picture, D feature dimension.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.files import replacing
 from dinov2cli.visualize.pca import FloatArray, PrincipalComponents, StreamingCovariance, StreamingHistogram
 
 Features = NDArray[np.float32]
@@ -94,10 +94,8 @@ class ColorBasis:
         Raises:
             EnvironmentProblem: the file cannot be written.
         """
-        aside = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
+            with replacing(path) as aside, aside.open("wb") as file:
                 np.savez(
                     file,
                     format="dino2-color-basis-1",
@@ -112,9 +110,7 @@ class ColorBasis:
                     low=self.low,
                     high=self.high,
                 )
-            os.replace(aside, path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise EnvironmentProblem(f"{path}: the basis cannot be written ({error.strerror or error})") from error
 
     @classmethod

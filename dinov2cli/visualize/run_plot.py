@@ -7,7 +7,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.files import write_bytes, writing
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Iterations and values, both float64 [n]; values that were not finite are nan."""
@@ -81,13 +81,8 @@ def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
         raise DataError(f"{output}: unknown output type {suffix!r}; give .png or .html")
     runs = _with_distinct_names(runs)
     content = _png(runs, smooth) if suffix == ".png" else _html(runs, smooth).encode()
-    aside = output.with_name(f".{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        os.replace(aside, output)
-    except OSError as error:
-        raise EnvironmentProblem(f"{output}: cannot be written ({error.strerror or error})") from error
+    with writing(output):
+        write_bytes(output, content)
 
 
 def _png(runs: Sequence[Run], smooth: int) -> bytes:

@@ -15,6 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.files import write_bytes
 from dinov2cli.visualize.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -298,10 +299,4 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """
     written, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert written
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_bytes(data.tobytes())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    write_bytes(path, data.tobytes())

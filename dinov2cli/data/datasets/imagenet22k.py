@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import ImageDataset
-from dinov2cli.data.datasets.files import OpenFiles, RecordFile
+from dinov2cli.data.datasets.base import ImageDataset, OpenFiles, RecordFile
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
 

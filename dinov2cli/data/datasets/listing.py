@@ -1,27 +1,57 @@
 """Finds the images below a folder, and remembers large findings."""
 
+import json
 import os
+import secrets
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2cli.data.datasets import listing_cache
+from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED
-from dinov2cli.data.datasets.path_table import PathTable
+from dinov2cli.files import cache_folder, digest, write_text
 
 CACHE_FROM = 20_000
 """Folders with at least so many images are remembered; smaller ones are read faster than checked."""
 SCAN_THREADS = 16
 """Folders are read side by side: on network file systems the wait is for the server."""
 
+_SETTLED_NS = 2_000_000_000  # a folder changed within 2 s of its reading may change again within its clock's tick
+
 # Registered with Pillow, but only to be written, identified or handed to another program.
 _NOT_PICTURES = {"PDF", "EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF", "PALM", "XVTHUMB"}
+
+
+class PathTable:
+    """An immutable sequence of paths.
+
+    Args:
+        blob: the paths' bytes one after another, uint8 [total bytes].
+        ends: where each path ends in `blob`, int64 [N].
+    """
+
+    def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
+        self.blob = blob
+        self.ends = ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> "PathTable":
+        encoded = [path.encode(errors="surrogateescape") for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self.ends[index - 1]) if index > 0 else 0
+        return bytes(self.blob[start : int(self.ends[index])]).decode(errors="surrogateescape")
 
 
 class Listing(NamedTuple):
@@ -41,9 +71,9 @@ def list_images(root: Path) -> Listing:
     A folder with many images is listed once: the listing is kept in the user's cache and read again in milliseconds
     as long as no folder below `root` has changed.
     """
-    remembered = listing_cache.load(root, sorted(image_extensions()))
-    if remembered is not None:
-        arrays, names = remembered
+    recalled = recall(root, sorted(image_extensions()))
+    if recalled is not None:
+        arrays, names = recalled
         return Listing(PathTable(arrays["blob"], arrays["ends"]), arrays["classes"], names)
     started = time.time_ns()
     top = _read_folder(str(root), "", frozenset())
@@ -65,7 +95,7 @@ def list_images(root: Path) -> Listing:
     )
     if len(listing.paths) >= CACHE_FROM:
         arrays = {"blob": listing.paths.blob, "ends": listing.paths.ends, "classes": listing.classes}
-        listing_cache.save(root, sorted(image_extensions()), arrays, listing.class_names, found.modified, started)
+        remember(root, sorted(image_extensions()), arrays, listing.class_names, found.modified, started)
     return listing
 
 
@@ -143,3 +173,59 @@ def image_extensions() -> frozenset[str]:
         for extension, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in _NOT_PICTURES
     )
+
+
+def recall(root: Path, kind: list[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]] | None:
+    """The arrays and class names remembered for (root, kind), or None if there are none or something changed since.
+
+    A finding holds while every folder or file that it was made from has the modification time it had then.
+    """
+    index = _index_path(root, kind)
+    try:
+        saved = json.loads(index.read_text())
+        for name, modified in saved["modified"].items():
+            if os.stat(os.path.join(root, name)).st_mtime_ns != modified:
+                return None
+        arrays = {
+            name: np.load(index.with_name(f"{index.stem}-{saved['nonce']}.{name}.npy"), mmap_mode="r")
+            for name in saved["arrays"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: it will be made anew
+    return arrays, tuple(saved["class_names"])
+
+
+def remember(
+    root: Path,
+    kind: list[str],
+    arrays: dict[str, np.ndarray],
+    class_names: tuple[str, ...],
+    modified: dict[str, int],
+    started_ns: int,
+) -> None:
+    """Keep a finding about `root` that was begun at `started_ns`. A cache that cannot be written is done without.
+
+    Args:
+        modified: what the finding was made from, as paths relative to `root`, with their times in nanoseconds.
+    """
+    if any(time > started_ns - _SETTLED_NS for time in modified.values()):
+        return
+    index = _index_path(root, kind)
+    nonce = secrets.token_hex(4)
+    content: dict[str, Any] = {
+        "root": str(root), "nonce": nonce, "arrays": sorted(arrays), "class_names": class_names, "modified": modified,
+    }  # fmt: skip
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        earlier = list(index.parent.glob(f"{index.stem}-*.npy"))
+        for name, values in arrays.items():
+            np.save(index.with_name(f"{index.stem}-{nonce}.{name}.npy"), values)
+        write_text(index, json.dumps(content))
+        for path in earlier:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("the listing of %s is not kept in %s (%s)", root, index.parent, error)
+
+
+def _index_path(root: Path, kind: list[str]) -> Path:
+    return cache_folder("listings") / f"{digest(chr(0).join([os.path.abspath(root), *kind]))[:20]}.json"

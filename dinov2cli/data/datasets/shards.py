@@ -10,11 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2cli.console import logger, progress
-from dinov2cli.data.datasets import listing_cache
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
-from dinov2cli.data.datasets.files import OpenFiles
-from dinov2cli.data.datasets.listing import image_extensions
-from dinov2cli.data.datasets.path_table import PathTable
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, require_images
+from dinov2cli.data.datasets.listing import PathTable, image_extensions, recall, remember
 from dinov2cli.errors import DataError
 
 INDEX_THREADS = 8
@@ -81,9 +78,9 @@ class _Index(NamedTuple):
 
 def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
     kind = ["shards", *shards]
-    remembered = listing_cache.load(root, kind)
-    if remembered is not None:
-        arrays = remembered[0]
+    recalled = recall(root, kind)
+    if recalled is not None:
+        arrays = recalled[0]
         names = PathTable(arrays["blob"], arrays["ends"])
         return _Index(arrays["shard"], arrays["offset"], arrays["size"], arrays["label"], names)
     started = time.time_ns()
@@ -102,7 +99,7 @@ def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
     )
     arrays = {**index._asdict(), "blob": index.names.blob, "ends": index.names.ends}
     del arrays["names"]
-    listing_cache.save(root, kind, arrays, (), modified, started)
+    remember(root, kind, arrays, (), modified, started)
     return index
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from dinov2cli.console import progress
 from dinov2cli.data.datasets.imagenet import NO_CLASS, Split
 from dinov2cli.data.prepare.labels import Labels
-from dinov2cli.data.prepare.writing import write_array
 from dinov2cli.errors import DataError
+from dinov2cli.files import write_array
 
 SCAN_THREADS = 16
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from dinov2cli.console import progress
 from dinov2cli.data.datasets.imagenet22k import BLOCK
-from dinov2cli.data.prepare.writing import write_array, write_text
 from dinov2cli.errors import DataError
+from dinov2cli.files import write_array, write_text, writing
 
 SCAN_THREADS = 8
 LARGEST_TAR = 2**32 - 1
@@ -60,7 +60,8 @@ def members_of(root: Path, class_id: str) -> list[Member]:
     """The files of a class's tar by its block listing, which is written first if there is none."""
     log = root / "blocks" / f"{class_id}.log"
     if not log.is_file():
-        write_text(log, block_listing(root / f"{class_id}.tar"))
+        with writing(log):
+            write_text(log, block_listing(root / f"{class_id}.tar"), flush=True)
     blocks: list[tuple[int, str]] = []
     for number, line in enumerate(log.read_text().splitlines(), start=1):
         found = _LINE.fullmatch(line)

@@ -4,8 +4,8 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from dinov2cli.data.prepare.writing import write_text
 from dinov2cli.errors import DataError
+from dinov2cli.files import write_text, writing
 
 
 class Labels(NamedTuple):
@@ -63,5 +63,6 @@ def write_labels(root: Path, class_ids: list[str]) -> Path:
         raise DataError(f"{path} exists already; it is not overwritten")
     if not class_ids:
         raise DataError(f"{root} has no class folders in train/ or val/ to make labels.txt from")
-    write_text(path, "".join(f"{class_id},{class_id}\n" for class_id in sorted(class_ids)))
+    with writing(path):
+        write_text(path, "".join(f"{class_id},{class_id}\n" for class_id in sorted(class_ids)), flush=True)
     return path

@@ -1,0 +1,114 @@
+"""Files that appear whole or not at all; the one cache folder; checksums and locks."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dinov2cli.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@contextmanager
+def replacing(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under, which takes the place of `path` at the end.
+
+    Where the block raises, what it wrote is removed and `path` is as it was. Folders above are made.
+
+    Args:
+        flush: have a file reach the disk before it is moved: it outlasts a loss of power.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        if flush:
+            flush_to_disk(aside)
+        if aside.is_dir():  # a rename replaces an empty folder only
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+    except BaseException:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes, *, flush: bool = False) -> None:
+    """Write a file, whole or not at all. Arguments and errors as in `replacing`."""
+    with replacing(path, flush=flush) as aside:
+        aside.write_bytes(content)
+
+
+def write_text(path: Path, text: str, *, flush: bool = False) -> None:
+    """Write UTF-8 with newlines as they are, whole or not at all. Arguments and errors as in `replacing`."""
+    write_bytes(path, text.encode(), flush=flush)
+
+
+def write_array(path: Path, array: "np.ndarray") -> None:
+    """Write a `.npy` file that outlasts a loss of power, whole or not at all.
+
+    Raises:
+        EnvironmentProblem: the place cannot be written.
+    """
+    import numpy as np
+
+    with writing(path), replacing(path, flush=True) as aside, aside.open("wb") as file:
+        np.save(file, array)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into an EnvironmentProblem that says that `path` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def lock(path: Path) -> AbstractContextManager[object]:
+    """A lock that processes take by the name of a file, which they make beside it."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+def cache_folder(kind: str) -> Path:
+    """Where `weights`, `features` or `listings` are kept: in `$DINO2_CACHE`, by default `~/.cache/dino2`."""
+    if chosen := os.environ.get("DINO2_CACHE"):
+        return Path(chosen).expanduser() / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dino2" / kind
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal: what cached things are named after."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def sha256(*files: Path) -> str:
+    """SHA-256 of the contents of files, one after the other, in hexadecimal."""
+    found = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                found.update(block)
+    return found.hexdigest()
