@@ -8,8 +8,7 @@ import torch
 from dinov2cli.config import Config, load_config
 from dinov2cli.losses.cross_entropy import soft_cross_entropy
 from dinov2cli.train.benchmark import synthetic_batch
-from dinov2cli.train.compilation import compile_training
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
+from dinov2cli.train.objective import SSLMetaArch
 
 SIZES = [
     "student.arch=vit_tiny", "student.embed_dim=32", "student.depth=3", "student.num_heads=2", "student.patch_size=14",
@@ -55,15 +54,15 @@ def test_compiled_losses_of_half_precision_scores_are_exact_too() -> None:
 def losses_and_gradients(config: Config, compile_it: bool) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Of three batches with different numbers of masked patches."""
     torch.manual_seed(0)
-    meta_arch = SSLMetaArch(config).train()
+    objective = SSLMetaArch(config).train()
     if compile_it:
-        compile_training(meta_arch)
+        objective.compile_parts()
     results = []
     for seed in range(3):
         batch = synthetic_batch(config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}))
-        meta_arch.zero_grad()
-        losses = meta_arch(batch, 0.05, torch.Generator().manual_seed(seed))
+        objective.zero_grad()
+        losses = objective(batch, {"iteration": 0, "teacher_temp": 0.05}, torch.Generator().manual_seed(seed))
         losses.total.backward()
-        gradients = {name: p.grad.clone() for name, p in meta_arch.student.named_parameters() if p.grad is not None}
-        results.append((torch.stack(losses).detach(), gradients))
+        gradients = {name: p.grad.clone() for name, p in objective.student.named_parameters() if p.grad is not None}
+        results.append((torch.stack([losses.total, *losses.logged.values()]).detach(), gradients))
     return results

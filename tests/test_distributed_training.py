@@ -21,8 +21,8 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.device import Precision
 from dinov2cli.errors import DataError
+from dinov2cli.train.step import random_numbers_of
 from dinov2cli.train.trainer import Trainer
-from dinov2cli.train.training_step import random_numbers_of
 
 CPU = torch.device("cpu")
 # What is per process by definition is switched off or given: stochastic depth, KoLeo, and masks (see `WholeBatches`).
@@ -209,9 +209,10 @@ def koleo_and_masks(images: str, run: str) -> tuple[float, list[int], list[float
                        "train.batch_size_per_gpu=4")  # fmt: skip
     trainer = Trainer(config, CPU)
     batch = next(iter(trainer.make_loader()))
-    own = trainer.meta_arch(batch, 0.04, random_numbers_of(trainer.config, 0)).koleo.item()
+    values = {"iteration": 0, "teacher_temp": 0.04}
+    own = trainer.objective(batch, values, random_numbers_of(trainer.config, 0)).logged["koleo_loss"].item()
     draws = torch.rand(3, generator=random_numbers_of(trainer.config, 0)).tolist()
-    reported = trainer.train_step([batch]).losses.koleo.item()
+    reported = trainer.train_step([batch]).losses.logged["koleo_loss"].item()
     assert reported == pytest.approx(distributed.all_reduce_mean(torch.tensor(own)).item(), rel=1e-5)
     return own, batch.mask_indices.tolist(), draws
 

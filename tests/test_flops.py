@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinov2cli.config import Config, load_config
 from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.flops import forward_flops, step_flops
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
+from dinov2cli.train.objective import SSLMetaArch
 
 SIZES = [
     "student.arch=vit_tiny", "student.embed_dim=48", "student.depth=3", "student.num_heads=2", "student.patch_size=14",
@@ -41,12 +41,12 @@ def counter() -> Iterator[FlopCounterMode]:
 )
 def test_forward_passes_are_counted_as_pytorch_counts_them(variant: list[str]) -> None:
     config = config_of(*variant)
-    batch, meta_arch = synthetic_batch(config).normalized(), SSLMetaArch(config).train()
+    batch, objective = synthetic_batch(config).normalized(), SSLMetaArch(config).train()
     counted = step_flops(config, masked=batch.mask_indices.shape[0])
     with counter() as teacher, torch.no_grad():
-        meta_arch.teacher([batch.global_crops], [None], batch.mask_indices)
+        objective.teacher([batch.global_crops], [None], batch.mask_indices)
     with counter() as student:
-        meta_arch.student([batch.global_crops, batch.local_crops], [batch.masks, None], batch.mask_indices)
+        objective.student([batch.global_crops, batch.local_crops], [batch.masks, None], batch.mask_indices)
     assert counted.teacher == pytest.approx(teacher.get_total_flops(), rel=1e-9)
     assert counted.student == pytest.approx(student.get_total_flops(), rel=1e-9)
     assert counted.step < counted.whole < 4 * counted.whole

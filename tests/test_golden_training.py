@@ -13,9 +13,9 @@ import torch
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = [
@@ -35,9 +35,9 @@ TRAININGS = {
 
 
 class Step(NamedTuple):
-    """What one step printed; `meta_arch` holds the weights after it."""
+    """What one step printed; `objective` holds the weights after it."""
 
-    meta_arch: SSLMetaArch
+    objective: SSLMetaArch
     losses: dict[str, float]
     grad_norms: dict[str, float]
 
@@ -53,7 +53,7 @@ def test_training_equals_the_reference(name: str, checkpointing: bool) -> None:
         for module, norm in step.grad_norms.items():
             assert norm == pytest.approx(golden[f"step{number}/grad_norm/{module}"].item(), rel=1e-4), number
 
-    for network, prefix in ((step.meta_arch.student, "final_student/"), (step.meta_arch.teacher, "final_teacher/")):
+    for network, prefix in ((step.objective.student, "final_student/"), (step.objective.teacher, "final_teacher/")):
         final = arrays(golden, prefix)
         assert final.keys() == network.state_dict().keys()
         for key, value in network.state_dict().items():
@@ -72,27 +72,25 @@ def config_of(name: str, *overrides: str) -> Config:
 
 def train_steps(golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor]) -> Iterator[Step]:
     """The recorded four steps from the given weights, with our code."""
-    meta_arch = SSLMetaArch(config).train()
-    meta_arch.student.load_state_dict(initial, strict=True)
-    meta_arch.teacher.load_state_dict(initial, strict=True)
-    optimizer = build_optimizer(meta_arch.student, config)
+    objective = SSLMetaArch(config).train()
+    objective.student.load_state_dict(initial, strict=True)
+    objective.teacher.load_state_dict(initial, strict=True)
+    optimizer = build_optimizer(objective.student, config)
     for number in range(4):
         lr, weight_decay, momentum, temperature, last_lr = golden[f"step{number}/hyper_lr_wd_mom_temp_lastlr"]
-        values = {"lr": lr, "last_layer_lr": last_lr, "backbone_lr": lr, "weight_decay": weight_decay}
+        values = {
+            "iteration": number, "lr": lr, "last_layer_lr": last_lr, "backbone_lr": lr, "weight_decay": weight_decay,
+            "momentum": momentum, "teacher_temp": temperature,
+        }  # fmt: skip
         apply_schedules(optimizer.param_groups, values)
-        losses = meta_arch(batch_of(golden, number, config), temperature)
+        losses = objective(batch_of(golden, number, config), values)
         losses.total.backward()
-        norms = clip_gradients(meta_arch.student, config.optim.clip_grad)
+        norms = clip_gradients(objective.student, config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        meta_arch.update_teacher(momentum)
-        printed = {
-            "dino_local_crops_loss": losses.dino_local.item(),
-            "dino_global_crops_loss": losses.dino_global.item(),
-            "koleo_loss": losses.koleo.item(),
-            "ibot_loss": losses.ibot.item(),
-        }
-        yield Step(meta_arch, printed, {module: norm.item() for module, norm in norms.items()})
+        objective.networks.follow(values)
+        printed = {name: value.item() for name, value in losses.logged.items()}
+        yield Step(objective, printed, {module: norm.item() for module, norm in norms.items()})
 
 
 def arrays(golden: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ def test_first_teacher_gives_the_sources_features(tmp_path: Path, format_name: s
     trainer = Trainer(config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights))
     source = load_model(weights)
     images = torch.randn(2, 3, 32, 48)
-    for network in (trainer.meta_arch.teacher, trainer.meta_arch.student):
+    for network in (trainer.objective.teacher, trainer.objective.student):
         assert_same_state(network.backbone.state_dict(), source.state_dict())
         assert torch.equal(network.backbone.eval()(images), source(images))
 
@@ -83,7 +83,7 @@ def test_a_larger_resolution_starts_with_the_sources_features_there(tmp_path: Pa
     config = config_for(tmp_path, weights, "crops.global_crops_size=64")
     trainer = Trainer(config, torch.device("cpu"), init_backbone=lambda backbone: load_backbone_into(backbone, weights))
     images = torch.randn(2, 3, 64, 64)
-    backbone = trainer.meta_arch.teacher.backbone.eval()
+    backbone = trainer.objective.teacher.backbone.eval()
     assert backbone.pos_embed.shape == (1, 65, 24)
     torch.testing.assert_close(backbone(images), load_model(weights)(images), atol=1e-5, rtol=0)
 

@@ -6,7 +6,7 @@ import torch
 from dinov2cli.config import load_config
 from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.memory import MemoryEstimate, estimate, room_for_gaps
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
+from dinov2cli.train.objective import SSLMetaArch
 
 SIZES = [
     "student.arch=vit_tiny", "student.depth=4", "student.patch_size=14", "crops.global_crops_size=98",
@@ -26,8 +26,8 @@ SIZES = [
 def test_activations_are_those_that_autograd_keeps(variant: list[str]) -> None:
     config = load_config(overrides=[*SIZES, *variant])
     torch.manual_seed(0)
-    meta_arch, batch = SSLMetaArch(config).train(), synthetic_batch(config)
-    parameters = {p.untyped_storage().data_ptr() for p in meta_arch.parameters()}
+    objective, batch = SSLMetaArch(config).train(), synthetic_batch(config)
+    parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_activations_are_those_that_autograd_keeps(variant: list[str]) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = meta_arch(batch, teacher_temp=0.05)
+        losses = objective(batch, {"iteration": 0, "teacher_temp": 0.05})
     assert losses.total.isfinite()
     expected = estimate(config, world_size=1, sharding="none", precision="fp32")
     masked = batch.mask_indices.shape[0]

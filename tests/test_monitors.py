@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from dinov2cli.train.monitors import collapse_verdict, entropy, teacher_health
-from dinov2cli.train.ssl_meta_arch import TeacherTargets
+from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health
 
 S, D, K = 64, 32, 128
 
 
-def targets(cls: torch.Tensor, scores: torch.Tensor) -> TeacherTargets:
-    return TeacherTargets(cls, torch.softmax(scores, -1), torch.empty(0, K))
+def targets(cls: torch.Tensor, scores: torch.Tensor) -> TeacherView:
+    return TeacherView(cls, torch.softmax(scores, -1))
 
 
-def healthy() -> TeacherTargets:
+def healthy() -> TeacherView:
     generator = torch.Generator().manual_seed(0)
     return targets(torch.randn(S, D, generator=generator), 5 * torch.randn(S, K, generator=generator))
 
@@ -37,7 +36,7 @@ def test_a_healthy_teacher_gets_no_verdict() -> None:
         (targets(torch.randn(S, D), torch.zeros(S, K)), "uniform"),
     ],
 )
-def test_each_kind_of_collapse_is_named(broken: TeacherTargets, words: str) -> None:
+def test_each_kind_of_collapse_is_named(broken: TeacherView, words: str) -> None:
     verdict = collapse_verdict(teacher_health(broken), S)
     assert verdict is not None and words in verdict
     assert collapse_verdict(teacher_health(broken), samples=4) is None  # too few crops to say

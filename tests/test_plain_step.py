@@ -20,10 +20,11 @@ from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.dino_head import DINOHead
 from dinov2cli.models.layers import Block, KeptSequences
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.networks import SSLNetwork
+from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.schedules import Schedules
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch, SSLNetwork
 
 Losses = Callable[[SSLMetaArch, MultiCropBatch, float, torch.Generator], Tensor]
 
@@ -49,35 +50,35 @@ def test_fifty_iterations_equal_those_of_the_plain_step(drop_rate: float) -> Non
 
 def losses_of_a_run(config: Config, batches: list[MultiCropBatch], total_loss: Losses) -> list[float]:
     torch.manual_seed(0)
-    meta_arch = SSLMetaArch(config).train()
-    optimizer, schedules = build_optimizer(meta_arch.student, config), Schedules(config, 1)
+    objective = SSLMetaArch(config).train()
+    optimizer, schedules = build_optimizer(objective.student, config), Schedules(config, 1)
     totals = []
     for batch in batches:
         values = schedules.at(batch.iteration)
         apply_schedules(optimizer.param_groups, values)
-        total = total_loss(meta_arch, batch, values["teacher_temp"], torch.Generator().manual_seed(batch.iteration))
+        total = total_loss(objective, batch, values["teacher_temp"], torch.Generator().manual_seed(batch.iteration))
         total.backward()
-        clip_gradients(meta_arch.student, config.optim.clip_grad)
+        clip_gradients(objective.student, config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        for teacher, student in zip(meta_arch.teacher.parameters(), meta_arch.student.parameters(), strict=True):
+        for teacher, student in zip(objective.teacher.parameters(), objective.student.parameters(), strict=True):
             teacher.data = values["momentum"] * teacher.data + (1 - values["momentum"]) * student.data
         totals.append(total.item())
     return totals
 
 
-def our_step(meta_arch: SSLMetaArch, batch: MultiCropBatch, temperature: float, drop: torch.Generator) -> Tensor:
-    return meta_arch(batch, temperature, drop).total
+def our_step(objective: SSLMetaArch, batch: MultiCropBatch, temperature: float, drop: torch.Generator) -> Tensor:
+    return objective(batch, {"iteration": batch.iteration, "teacher_temp": temperature}, drop).total
 
 
-def plain_step(meta_arch: SSLMetaArch, batch: MultiCropBatch, temperature: float, drop: torch.Generator) -> Tensor:
+def plain_step(objective: SSLMetaArch, batch: MultiCropBatch, temperature: float, drop: torch.Generator) -> Tensor:
     global_crops, local_crops = normalize(batch.global_crops), normalize(batch.local_crops)
     with torch.no_grad():
-        _, teacher_cls, teacher_patches = plain_network(meta_arch.teacher, [global_crops], [None], batch, drop)
+        _, teacher_cls, teacher_patches = plain_network(objective.teacher, [global_crops], [None], batch, drop)
         cls_targets = plain_sinkhorn(teacher_cls, temperature)
         patch_targets = plain_sinkhorn(teacher_patches, temperature)
     features, cls, patches = plain_network(
-        meta_arch.student, [global_crops, local_crops], [batch.masks, None], batch, drop
+        objective.student, [global_crops, local_crops], [batch.masks, None], batch, drop
     )
     images = len(batch.samples)
     student = [F.log_softmax(scores / 0.1, -1) for scores in cls.split(images)]
@@ -92,7 +93,7 @@ def plain_step(meta_arch: SSLMetaArch, batch: MultiCropBatch, temperature: float
     dino = dino + sum(cross_entropy(local, target) for local in student[2:] for target in teacher)
     of_patches = -(patch_targets * F.log_softmax(patches / 0.1, -1)).sum(-1) * batch.masks_weight
     koleo = plain_koleo(features[:images]) + plain_koleo(features[images : 2 * images])
-    return dino / terms + of_patches.sum() / (2 * images) + meta_arch.config.dino.koleo_loss_weight * koleo
+    return dino / terms + of_patches.sum() / (2 * images) + objective.config.dino.koleo_loss_weight * koleo
 
 
 def plain_network(

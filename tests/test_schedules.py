@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dinov2cli.config import load_config
+from dinov2cli.train.networks import build_network
 from dinov2cli.train.parameter_groups import apply_schedules, layer_of, parameter_groups
 from dinov2cli.train.schedules import Schedules, cosine, linear
-from dinov2cli.train.ssl_meta_arch import build_network
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedules.npz")
 
@@ -43,7 +43,7 @@ def test_every_parameter_is_in_one_group_with_its_own_factors() -> None:
     config = load_config(overrides=["student.arch=vit_tiny", "student.depth=3", "ibot.separate_head=true",
                                     "student.num_register_tokens=2", "dino.head_n_prototypes=16",
                                     "ibot.head_n_prototypes=16"])  # fmt: skip
-    network = build_network(config, "sdpa", 0.0)
+    network = build_network(config)
     groups = parameter_groups(network, config)
     values = {"lr": 1.0, "backbone_lr": 1.0, "last_layer_lr": 0.0, "weight_decay": 0.1}
     apply_schedules(groups, values)

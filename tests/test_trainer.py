@@ -33,7 +33,7 @@ def make_trainer(images: Path, tmp_path: Path) -> Callable[..., Trainer]:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in trainer.meta_arch.state_dict().items()}
+    return {key: value.clone() for key, value in trainer.objective.state_dict().items()}
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -74,7 +74,7 @@ def test_a_run_writes_the_reference_files(make_trainer: Callable[..., Trainer]) 
         "training_11", "training_3", "training_7",
     ]  # fmt: skip
     teacher = torch.load(trainer.folder.teacher(11), weights_only=True)["teacher"]
-    assert_same_weights(teacher, trainer.meta_arch.teacher.state_dict())
+    assert_same_weights(teacher, trainer.objective.teacher.state_dict())
     assert load_config(config_file=run / "config.yaml") == trainer.config
     assert [i for i, _ in trainer.checkpointer.list()] == [12, 8, 4]
 
@@ -150,7 +150,7 @@ def test_a_non_finite_loss_is_left_out_then_stops_the_run(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
     trainer = make_trainer("run", "train.max_nonfinite=2")
-    head = trainer.meta_arch.student.dino_head
+    head = trainer.objective.student.dino_head
     forward = head.forward
     poisoned = {2, 6, 7}
     head.forward = lambda x: forward(x) * (float("nan") if trainer.iteration in poisoned else 1.0)
@@ -161,8 +161,8 @@ def test_a_non_finite_loss_is_left_out_then_stops_the_run(
         trainer.train()
     # The step that had no finite loss left the student as it was; the teacher's average over the students went on.
     assert_same_weights(*({k: v for k, v in before[i].items() if k.startswith("student.")} for i in (2, 3)))
-    momentum = trainer.schedules.at(2)["momentum"]
-    for name in trainer.meta_arch.student.state_dict():
+    momentum = trainer.step.schedules.at(2)["momentum"]
+    for name in trainer.objective.student.state_dict():
         expected = momentum * before[2][f"teacher.{name}"] + (1 - momentum) * before[2][f"student.{name}"]
         torch.testing.assert_close(before[3][f"teacher.{name}"], expected)
     assert "iteration 2: dino_local_crops_loss" in caplog.text
@@ -186,7 +186,7 @@ def test_bad_images_are_replaced_counted_and_stop_the_run_when_too_many(
 
 def test_gradient_accumulation_counts_into_batch_and_rate(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer("run", "train.gradient_accumulation=2")
-    assert trainer.schedules.peak_lr == pytest.approx(0.004 * (16 / 1024) ** 0.5)
+    assert trainer.step.schedules.peak_lr == pytest.approx(0.004 * (16 / 1024) ** 0.5)
     trainer.train()
     assert metrics_of(trainer.folder.path)[0]["current_batch_size"] == 16
     assert trainer.record.samples_seen == 12 * 16

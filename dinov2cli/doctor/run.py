@@ -26,9 +26,9 @@ from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.files import flush_to_disk
 from dinov2cli.train.memory import describe, estimate
+from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
 
 T = TypeVar("T")
 

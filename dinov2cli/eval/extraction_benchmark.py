@@ -11,7 +11,7 @@ from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.train.benchmark import matrix_rate
 from dinov2cli.train.flops import forward_flops
-from dinov2cli.train.ssl_meta_arch import build_backbone
+from dinov2cli.train.networks import build_backbone
 
 
 class ExtractionBenchmark(NamedTuple):

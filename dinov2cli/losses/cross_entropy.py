@@ -4,12 +4,14 @@ Shape legend: B images, S student crops, M masked patches, K prototypes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from dinov2cli.losses.term import GLOBAL_VIEWS, Batch, LossTerm, Tokens
 
 
 def soft_cross_entropy(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -113,3 +115,63 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the method's own spelling)
         """
         terms = soft_cross_entropy(student_scores, teacher_targets, self.student_temp)
         return (terms * masks_weight).sum() / n_images
+
+
+class CenteredTerm(LossTerm):
+    """Cross-entropy with the follower's centered scores of the same tokens.
+
+    Args:
+        centering: from scores and a temperature to distributions that do not collapse.
+    """
+
+    def __init__(self, centering: nn.Module) -> None:
+        super().__init__()
+        self.centering = centering
+
+    def targets(self, tokens: Tokens, values: Mapping[str, float]) -> Tensor:
+        """Distributions [2B, K] or [M, K]."""
+        (scores,) = self.reads
+        targets: Tensor = self.centering(tokens[scores], values["teacher_temp"])
+        return targets
+
+
+class DINOTerm(CenteredTerm):
+    """Every student crop against the teacher's view of every *other* crop of its image: one term with two sums."""
+
+    reads = frozenset({"cls_scores"})
+    reads_of_follower = frozenset({"cls", "cls_scores"})
+    watched = True
+
+    def __init__(self, centering: nn.Module) -> None:
+        super().__init__(centering)
+        self.loss = DINOLoss()
+
+    def forward(self, tokens: Tokens, targets: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """[n*B, K] and [2B, K] to a scalar."""
+        scores, n_global = tokens["cls_scores"], targets.shape[0]
+        views = targets.unflatten(0, (GLOBAL_VIEWS, -1))
+        global_scores, local_scores = scores.split([n_global, scores.shape[0] - n_global])
+        n_local = local_scores.shape[0] // views.shape[1]
+        n_terms = GLOBAL_VIEWS * (GLOBAL_VIEWS - 1) + max(GLOBAL_VIEWS * n_local, 1)
+
+        of_global = self.loss(global_scores[None], views.flip(0).flatten(0, 1)[None]) * GLOBAL_VIEWS / n_terms
+        of_local = torch.zeros_like(of_global)
+        if n_local:
+            of_local = self.loss(local_scores.unflatten(0, (n_local, -1)), views) / n_terms
+        return of_global + of_local, {"dino_local_crops_loss": of_local, "dino_global_crops_loss": of_global}
+
+
+class iBOTTerm(CenteredTerm):  # noqa: N801
+    """The masked patches of the global crops against what the teacher, who sees them, makes of them."""
+
+    reads = frozenset({"masked_scores"})
+    reads_of_follower = reads
+
+    def __init__(self, centering: nn.Module) -> None:
+        super().__init__(centering)
+        self.patch_loss = iBOTPatchLoss()
+
+    def forward(self, tokens: Tokens, targets: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Twice [M, K] to a scalar."""
+        value = self.patch_loss(tokens["masked_scores"], targets, batch.masks_weight, batch.global_crops.shape[0])
+        return value, {"ibot_loss": value / GLOBAL_VIEWS}  # for each global crop, as the reference logs it

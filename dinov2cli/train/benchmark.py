@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dinov2cli.config import Config
 from dinov2cli.console import progress
-from dinov2cli.data.augmentations import MultiCropAugmentation
+from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
@@ -27,16 +27,13 @@ from dinov2cli.data.randomness import mask_rng
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
-from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.flops import step_flops
 from dinov2cli.train.memory import crop_groups, estimate, masked_patches, room_for_gaps
-from dinov2cli.train.schedules import Schedules
+from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.sharding import Sharding
-from dinov2cli.train.ssl_meta_arch import N_GLOBAL, SSLMetaArch, SSLNetwork
+from dinov2cli.train.step import TrainingStep
 from dinov2cli.train.trainer import choose_attention
-from dinov2cli.train.training_step import TrainingStep
 
-PARTS = ("data", "teacher forward", "student forward", "heads and losses", "backward", "optimizer", "EMA")
 WARM_UP = 2
 
 
@@ -54,7 +51,7 @@ class TrainBenchmark(NamedTuple):
     step_s: float
     """Median time of a step."""
     parts_s: dict[str, float]
-    """Median time of each part of a step; see `PARTS`."""
+    """Median time of each part of a step: the data, every network's pass, and what follows."""
     model_gflops: float
     """Of an average step, counted by `flops.step_flops`: what its losses and gradients need."""
     whole_gflops: float
@@ -154,7 +151,7 @@ def benchmark_training(
         compiled=config.train.compile,
         images_per_s=config.train.batch_size_per_gpu / step_s,
         step_s=step_s,
-        parts_s={part: statistics.median(parts[part] for parts in times) for part in PARTS},
+        parts_s={part: statistics.median(parts[part] for parts in times) for part in step.parts},
         model_gflops=flops.step / 1e9,
         whole_gflops=flops.whole / 1e9,
         model_gflops_per_s=flops.step / 1e9 / step_s,
@@ -173,38 +170,41 @@ class _TimedStep:
     def __init__(self, config: Config, device: torch.device, precision: Precision, attention: str) -> None:
         torch.manual_seed(config.train.seed)
         self.device = device
-        self.meta_arch = SSLMetaArch(config, attention).to(device).train()
+        objective = SSLMetaArch(config, attention).to(device).train()
         if config.train.compile:
-            compile_training(self.meta_arch)
-        self.step = TrainingStep(config, self.meta_arch, Sharding(self.meta_arch, "none", precision), precision)
-        self.schedules = Schedules(config, 1)
+            objective.compile_parts()
+        self.step = TrainingStep(config, objective, Sharding(objective, "none", precision), precision)
         self.clock = _Clock(device)
-        self._time_networks()
+        self.parts = ["data", *self._time_networks(), "heads and losses", "backward", "optimizer", "EMA"]
 
     def __call__(self, batch: MultiCropBatch) -> dict[str, float]:
         """Seconds by part of one step."""
         self.clock.start()
         batch = batch.to(self.device, non_blocking=True)
-        self.step(batch.iteration, self.schedules.at(batch.iteration), [batch], self.clock.mark)
+        self.step(batch.iteration, [batch], self.clock.mark)
         return self.clock.read()
 
-    def _time_networks(self) -> None:
+    def _time_networks(self) -> list[str]:
         """Around networks and their backbones: what passes before a network is called belongs to the part before.
 
         Not inside of them, where torch.compile would meet the clock.
+
+        Returns:
+            the parts, in the order of the passes.
         """
 
         def marking(part: str) -> Callable[..., None]:
             return lambda *_: self.clock.mark(part)
 
-        networks: list[tuple[SSLNetwork, str, str]] = [
-            (self.meta_arch.teacher, "data", "teacher forward"),
-            (self.meta_arch.student, "heads and losses", "student forward"),
-        ]
-        for network, before, within in networks:
+        networks = self.step.networks
+        passing = [(name, network) for name, network in networks.followers.items() if network.reads]
+        passing.append(("student", networks.student))
+        for number, (name, network) in enumerate(passing):
+            before, within = "heads and losses" if number else "data", f"{name} forward"
             network.register_forward_pre_hook(marking(before))
             setattr(network.backbone, "forward_tokens", self._timed(network.backbone.forward_tokens, within))  # noqa: B010
             network.register_forward_hook(marking("heads and losses"))
+        return [f"{name} forward" for name, _ in passing]
 
     def _timed(self, run: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run_and_mark(*args: Any) -> Any:
@@ -305,7 +305,7 @@ def synthetic_batch(config: Config) -> MultiCropBatch:
     probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
     ratios = config.ibot.mask_ratio_min_max
     numbers = mask_rng(config.train.seed, 0, 0)
-    masks = make_masks(N_GLOBAL * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
+    masks = make_masks(GLOBAL_CROPS * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
     return collate(buffers, masks, iteration=0, samples=list(range(batch)), bad=[])
 
 

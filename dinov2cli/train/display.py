@@ -76,10 +76,13 @@ class TrainingDisplay:
         elapsed = time.perf_counter() - self.started
         done_here = iteration - self.first
         rate = done_here / max(elapsed, 1e-9)
+        of_terms: dict[str, float] = {}
+        for name, value in losses.items():
+            term = name.partition("_")[0]  # what is logged of a term begins with its name
+            of_terms[term] = of_terms.get(term, 0.0) + value
+        total = of_terms.pop("total")
         status = (
-            f"loss {losses['total_loss']:.4f}  "
-            f"(dino {losses['dino_local_crops_loss'] + losses['dino_global_crops_loss']:.3f}  "
-            f"ibot {losses['ibot_loss']:.3f}  koleo {losses['koleo_loss']:.3f})  "
+            f"loss {total:.4f}  ({'  '.join(f'{term} {value:.3f}' for term, value in of_terms.items())})  "
             f"{rate * self.images_per_iteration:.1f} images/s  data wait {self.waited / elapsed:.0%}  "
             f"left {duration((self.total - iteration) / max(rate, 1e-9))}"
         )

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from dinov2cli.config import Config
+from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.device import main_memory_of_a_process
-from dinov2cli.train.ssl_meta_arch import N_GLOBAL, build_network
+from dinov2cli.train.networks import build_network
 
 GB = 1e9
 FLOAT32 = 4
@@ -107,7 +108,7 @@ def crop_groups(config: Config) -> Iterator[tuple[int, int]]:
     """(number of crops, tokens of one) of the global and the local crops."""
     crops, batch = config.crops, config.train.batch_size_per_gpu
     special = 1 + config.student.num_register_tokens
-    yield N_GLOBAL * batch, (crops.global_crops_size // config.student.patch_size) ** 2 + special
+    yield GLOBAL_CROPS * batch, (crops.global_crops_size // config.student.patch_size) ** 2 + special
     if crops.local_crops_number:
         yield (
             crops.local_crops_number * batch,
@@ -120,7 +121,7 @@ def masked_patches(config: Config) -> int:
     if not config.ibot.loss_weight:
         return 0
     low, high = config.ibot.mask_ratio_min_max
-    images = int(N_GLOBAL * config.train.batch_size_per_gpu * config.ibot.mask_sample_probability)
+    images = int(GLOBAL_CROPS * config.train.batch_size_per_gpu * config.ibot.mask_sample_probability)
     patches = (config.crops.global_crops_size // config.student.patch_size) ** 2
     return round(images * patches * (low + high) / 2)
 
@@ -156,7 +157,7 @@ def _head_rows(config: Config) -> tuple[int, int]:
     """Rows that go through the student's and the teacher's heads."""
     crops = sum(count for count, _ in crop_groups(config))
     masked = masked_patches(config)
-    return crops + masked, N_GLOBAL * config.train.batch_size_per_gpu + masked
+    return crops + masked, GLOBAL_CROPS * config.train.batch_size_per_gpu + masked
 
 
 def _heads(config: Config, half: int) -> float:
@@ -173,7 +174,7 @@ def _heads(config: Config, half: int) -> float:
 
 def _prototypes(config: Config, half: int) -> float:
     crops = sum(count for count, _ in crop_groups(config))
-    teacher_crops, masked = N_GLOBAL * config.train.batch_size_per_gpu, masked_patches(config)
+    teacher_crops, masked = GLOBAL_CROPS * config.train.batch_size_per_gpu, masked_patches(config)
     of_patches = (config.ibot if config.ibot.separate_head else config.dino).head_n_prototypes
     of_crops = config.dino.head_n_prototypes
     student = crops * of_crops + masked * of_patches
@@ -185,5 +186,5 @@ def _prototypes(config: Config, half: int) -> float:
 def _crops(config: Config) -> float:
     """Normalised pixels of all crops, float32."""
     crops, batch = config.crops, config.train.batch_size_per_gpu
-    pixels = N_GLOBAL * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    pixels = GLOBAL_CROPS * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
     return 3 * FLOAT32 * batch * pixels

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2cli.train.ssl_meta_arch import TeacherTargets
+
+class TeacherView(NamedTuple):
+    """Class tokens [S, D] of the teacher's crops, and their target distributions [S, K]."""
+
+    cls: Tensor
+    targets: Tensor
 
 
 class TeacherHealth(NamedTuple):
@@ -31,9 +36,9 @@ class TeacherHealth(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_health(targets: TeacherTargets) -> TeacherHealth:
-    """Health of the teacher on a batch: class tokens [S, D], targets [S, K]."""
-    cls_SD, probs_SK = targets.cls.float(), targets.cls_targets.float()
+def teacher_health(view: TeacherView) -> TeacherHealth:
+    """Health of the teacher on a batch."""
+    cls_SD, probs_SK = view.cls.float(), view.targets.float()
     unit_SD = F.normalize(cls_SD, dim=-1)
     singular = torch.linalg.svdvals(cls_SD)
     return TeacherHealth(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     """(what, value) of the data, the model, the schedule and the machine."""
-    config, student = trainer.config, trainer.meta_arch.student
+    config, student = trainer.config, trainer.objective.student
     crops, arch = config.crops, config.arch()
     world = trainer.world_size
     batch = config.effective_batch(world)
@@ -26,8 +26,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
     epochs = trainer.total * batch / max(len(loader.dataset), 1)
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
     resumed = f", resumed after {trainer.iteration} iterations" if trainer.iteration else ""
-    heads = [student.dino_head, *([student.ibot_head] if student.separate_head else [])]
-    head_sizes = " + ".join(count_parameters(head) for head in heads)
+    head_sizes = " + ".join(count_parameters(head) for head in student.heads())
     hint = ""
     if trainer.device.type == "cpu" and not room_for_gaps(trainer.expected_memory):
         hint = "; little room, a smaller train.batch_size_per_gpu would be faster an image"
@@ -48,7 +47,7 @@ def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
         ("batch", f"{batch} images ({factors})"),
         (
             "learning rate",
-            f"{trainer.schedules.peak_lr:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)",
+            f"{trainer.step.schedules.peak_lr:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)",
         ),
         ("device", f"{trainer.device}, {trainer.precision.name} ({trainer.precision.reason})"),
         ("processes", f"{world}; sharding {trainer.sharding.mode} ({trainer.sharding_reason})"),

@@ -14,9 +14,9 @@ from dinov2cli.console import MetricLogger, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.errors import DataError, TrainingFailure
 from dinov2cli.train.display import TrainingDisplay
-from dinov2cli.train.monitors import collapse_verdict, teacher_health
+from dinov2cli.train.monitors import TeacherView, collapse_verdict, teacher_health
+from dinov2cli.train.objective import Losses
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.ssl_meta_arch import SSLLosses, TeacherTargets
 from dinov2cli.train.trackers import Tracker, make_trackers
 
 
@@ -28,14 +28,14 @@ class StepResult(NamedTuple):
         values: the scheduled values it used.
         losses: means over the accumulated batches and all processes.
         grad_norms: of each submodule, before clipping.
-        targets: the teacher's view of this process's last batch.
+        view: the teacher's, of this process's last batch; None where no term is watched.
     """
 
     iteration: int
     values: dict[str, float]
-    losses: SSLLosses
+    losses: Losses
     grad_norms: dict[str, torch.Tensor]
-    targets: TeacherTargets
+    view: TeacherView | None
 
 
 class Record:
@@ -149,14 +149,7 @@ class Record:
         data_time: float,
     ) -> dict[str, float | int]:
         """One line of `training_metrics.json`: the reference's keys, then ours."""
-        values, targets = result.values, result.targets
-        health = teacher_health(targets)
-        # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
-        begun = result.iteration > max(self.config.warmup_iterations(), self.total // 10)
-        verdict = collapse_verdict(health, targets.cls.shape[0]) if begun else None
-        if verdict and not self.collapsed:
-            logger.warning("iteration %d: %s", result.iteration, verdict)
-        self.collapsed = verdict is not None
+        values = result.values
         return {
             "iteration": result.iteration,
             "iter_time": iter_time,
@@ -169,20 +162,26 @@ class Record:
             **losses,
             "teacher_temp": values["teacher_temp"],
             **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
-            **health._asdict(),
+            **self.health(result),
             "bad_images": self.bad_images,
         }
+
+    def health(self, result: StepResult) -> dict[str, float]:
+        """What the monitors say of the teacher; warns once of a collapse."""
+        if result.view is None:
+            return {}
+        health = teacher_health(result.view)
+        # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
+        begun = result.iteration > max(self.config.warmup_iterations(), self.total // 10)
+        verdict = collapse_verdict(health, result.view.cls.shape[0]) if begun else None
+        if verdict and not self.collapsed:
+            logger.warning("iteration %d: %s", result.iteration, verdict)
+        self.collapsed = verdict is not None
+        return health._asdict()
 
 
 def read_numbers(result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
     """Losses with the reference's names, and gradient norms, as numbers: one transfer from the device."""
-    losses = result.losses
-    named = {
-        "total_loss": losses.total,
-        "dino_local_crops_loss": losses.dino_local,
-        "dino_global_crops_loss": losses.dino_global,
-        "koleo_loss": losses.koleo,
-        "ibot_loss": losses.ibot,
-    }
+    named = {"total_loss": result.losses.total, **result.losses.logged}
     numbers = torch.stack([value.float() for value in (*named.values(), *result.grad_norms.values())]).tolist()
     return dict(zip(named, numbers, strict=False)), dict(zip(result.grad_norms, numbers[len(named) :], strict=True))

@@ -20,7 +20,8 @@ from dinov2cli.config import Config
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch, SSLNetwork, build_backbone
+from dinov2cli.train.networks import SSLNetwork, build_backbone
+from dinov2cli.train.objective import SSLMetaArch
 
 
 def choose_sharding(config: Config, precision: Precision, world_size: int) -> tuple[str, str]:
@@ -61,29 +62,29 @@ def choose_sharding(config: Config, precision: Precision, world_size: int) -> tu
 
 
 class Sharding:
-    """Student and teacher of `meta_arch`, spread in place over the processes; parameters keep their names.
+    """The networks of an objective, spread in place over the processes; parameters keep their names.
 
     Args:
-        meta_arch: on its device, with the same weights in every process.
+        objective: on its device, with the same weights in every process.
         mode: `none`, `ddp` or `fsdp`.
         precision: FSDP gathers the parameters of blocks and heads, and reduces the blocks' gradients, in its dtype; the
             heads' gradients are reduced in float32, as in the reference.
     """
 
-    def __init__(self, meta_arch: SSLMetaArch, mode: str, precision: Precision) -> None:
-        self.meta_arch = meta_arch
+    def __init__(self, objective: SSLMetaArch, mode: str, precision: Precision) -> None:
+        self.objective, self.networks = objective, objective.networks
         self.mode = mode
         self._ddp: DistributedDataParallel | None = None
         if mode == "ddp":
-            self._ddp = DistributedDataParallel(meta_arch.student, gradient_as_bucket_view=True)
-            meta_arch.forward_student = self._ddp.__call__
+            self._ddp = DistributedDataParallel(self.networks.student, gradient_as_bucket_view=True)
+            objective.forward_student = self._ddp.__call__
         elif mode == "fsdp":
             # The outputs are views, which is harmless as long as nobody writes into them, and the losses do not.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             # The student's parameters stay whole from forward to backward, which saves gathering them again; the
-            # teacher has no backward.
-            _shard_network(meta_arch.student, precision, reshard_after_forward=False)
-            _shard_network(meta_arch.teacher, precision, reshard_after_forward=True)
+            # followers have no backward.
+            for _, network in self.networks.named():
+                _shard_network(network, precision, reshard_after_forward=network is not self.networks.student)
 
     @contextmanager
     def averaging_gradients(self, now: bool) -> Iterator[None]:
@@ -92,22 +93,22 @@ class Sharding:
             with self._ddp.no_sync():
                 yield
             return
-        if isinstance(self.meta_arch.student, FSDPModule):
-            self.meta_arch.student.set_requires_gradient_sync(now)
+        if isinstance(self.networks.student, FSDPModule):
+            self.networks.student.set_requires_gradient_sync(now)
         yield
 
     def teacher_state(self) -> dict[str, Tensor]:
         """The teacher's whole parameters, in main memory, on the first process; empty on the others. Collective."""
-        whole = {name: _whole(value) for name, value in self.meta_arch.teacher.state_dict().items()}
+        whole = {name: _whole(value) for name, value in self.networks.teacher.state_dict().items()}
         return {name: value.cpu() for name, value in whole.items()} if distributed.is_main() else {}
 
     def teacher_backbone(self) -> VisionTransformer:
         """The teacher's backbone as an ordinary module: itself or, if it is sharded, a whole copy. Collective."""
-        backbone = self.meta_arch.teacher.backbone
+        backbone = self.networks.teacher.backbone
         if self.mode != "fsdp":
             return backbone
         state = {name: _whole(value) for name, value in backbone.state_dict().items()}
-        copy = build_backbone(self.meta_arch.config, self.meta_arch.attention_backend)
+        copy = build_backbone(self.objective.config, self.objective.attention_backend)
         copy.load_state_dict(state)
         return copy.to(next(iter(state.values())).device).eval()
 
@@ -127,7 +128,7 @@ def _shard_network(network: SSLNetwork, precision: Precision, *, reshard_after_f
 
     for block in network.backbone.blocks:
         apply(block, "block")
-    for head in [network.dino_head, *([network.ibot_head] if network.separate_head else [])]:
+    for head in network.heads():
         apply(head, "head")
     apply(network, "rest")
 

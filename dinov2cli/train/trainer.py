@@ -1,4 +1,4 @@
-"""The training loop: around the step of `train.training_step` resuming, checkpoints and interruption."""
+"""The training loop: around the step of `train.step` resuming, checkpoints and interruption."""
 
 import time
 from collections import deque
@@ -22,18 +22,16 @@ from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
-from dinov2cli.train.compilation import compile_training
 from dinov2cli.train.display import print_plan
 from dinov2cli.train.memory import estimate, room_for_gaps
+from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.plan import plan_rows
 from dinov2cli.train.record import Record, StepResult
 from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.sharding import Sharding, choose_sharding
-from dinov2cli.train.ssl_meta_arch import SSLMetaArch
-from dinov2cli.train.training_step import TrainingStep
+from dinov2cli.train.step import TrainingStep
 from dinov2cli.train.watch import Watch
 
 OnlineKnn = Callable[[VisionTransformer], float]
@@ -87,24 +85,23 @@ class Trainer:
             self.attention_backend, self.attention_reason = choose_attention(config, device, self.precision)
             mode, self.sharding_reason = choose_sharding(config, self.precision, self.world_size)
             torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
-            self.meta_arch = SSLMetaArch(config, self.attention_backend)
+            self.objective = SSLMetaArch(config, self.attention_backend)
             if init_backbone is not None and not resume:
-                init_backbone(self.meta_arch.student.backbone)
-                self.meta_arch.teacher.load_state_dict(self.meta_arch.student.state_dict())
+                init_backbone(self.objective.student.backbone)
+                self.objective.networks.begin()
         self.given_config, self.config = given, config
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
-        self.schedules = Schedules(config, self.world_size)
         self.expected_memory = estimate(
             config, world_size=self.world_size, sharding=mode, precision=self.precision.name
         )
         if device.type == "cpu":
             keep_freed_memory(room=room_for_gaps(self.expected_memory))
-        self.meta_arch.to(device).train()
+        self.objective.to(device).train()
         if config.train.compile:
-            compile_training(self.meta_arch)
-        self.sharding = Sharding(self.meta_arch, mode, self.precision)
-        self.step = TrainingStep(config, self.meta_arch, self.sharding, self.precision)
+            self.objective.compile_parts()
+        self.sharding = Sharding(self.objective, mode, self.precision)
+        self.step = TrainingStep(config, self.objective, self.sharding, self.precision)
         self.record = Record(config, self.folder, watched_gradients=not self.precision.scale_gradients)
         self.iteration = 0
         if resume:
@@ -185,7 +182,7 @@ class Trainer:
 
     def train_step(self, batches: list[MultiCropBatch]) -> StepResult:
         """The method's step; see `TrainingStep`."""
-        return self.step(self.iteration, self.schedules.at(self.iteration), batches)
+        return self.step(self.iteration, batches)
 
     def what_is_due(self) -> set[str]:
         """What belongs after the iterations done so far: `teacher`, `knn`, `checkpoint`."""
@@ -264,8 +261,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that resuming needs; the tensors are the live ones, so that loading into them restores the run."""
         return {
-            "model": self.meta_arch.state_dict(),
-            "optimizer": optimizer_state(self.step.optimizer, self.meta_arch.student),
+            "model": self.objective.state_dict(),
+            "optimizer": optimizer_state(self.step.optimizer, self.objective.student),
             "scaler": self.step.scaler.state_dict(),
             "counters": torch.tensor([self.record.samples_seen, self.record.bad_images]),
         }

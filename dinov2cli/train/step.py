@@ -3,40 +3,40 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.device import Precision
+from dinov2cli.train.objective import Losses, SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
 from dinov2cli.train.record import StepResult
+from dinov2cli.train.schedules import Schedules
 from dinov2cli.train.sharding import Sharding
-from dinov2cli.train.ssl_meta_arch import SSLLosses, SSLMetaArch
 
 
 class TrainingStep:
-    """The step and what it needs beside the networks: AdamW and, in float16, the gradient scaler.
+    """The step and what it needs beside the networks: schedules, AdamW and, in float16, the gradient scaler.
 
     Args:
         config: of the run.
-        meta_arch: the networks, on their device.
-        sharding: how they are spread over processes.
+        objective: networks and terms, on their device.
+        sharding: how the networks are spread over processes.
         precision: of the matrix products.
     """
 
-    def __init__(self, config: Config, meta_arch: SSLMetaArch, sharding: Sharding, precision: Precision) -> None:
-        self.config, self.meta_arch, self.sharding, self.precision = config, meta_arch, sharding, precision
-        self.optimizer = build_optimizer(meta_arch.student, config)
+    def __init__(self, config: Config, objective: SSLMetaArch, sharding: Sharding, precision: Precision) -> None:
+        self.config, self.objective, self.sharding, self.precision = config, objective, sharding, precision
+        self.networks = objective.networks
+        self.schedules = Schedules(config, distributed.world_size())
+        self.optimizer = build_optimizer(self.networks.student, config)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scale_gradients)
 
     def __call__(
-        self,
-        iteration: int,
-        values: dict[str, float],
-        batches: list[MultiCropBatch],
-        mark: Callable[[str], object] = lambda part: None,
+        self, iteration: int, batches: list[MultiCropBatch], mark: Callable[[str], object] = lambda part: None
     ) -> StepResult:
         """Learn from `train.gradient_accumulation` batches.
 
@@ -44,10 +44,10 @@ class TrainingStep:
 
         Args:
             iteration: counted from 0.
-            values: the schedules at this iteration.
             batches: on the networks' device.
             mark: called with the name of each part that has been done, for those who measure time.
         """
+        values = self.schedules.at(iteration)
         apply_schedules(self.optimizer.param_groups, values)
 
         losses_of = []
@@ -55,7 +55,7 @@ class TrainingStep:
             drop_generator = random_numbers_of(self.config, batch.iteration)
             with self.sharding.averaging_gradients(now=batch is batches[-1]):
                 with self.precision.autocast():
-                    losses = self.meta_arch(batch, values["teacher_temp"], drop_generator)
+                    losses = self.objective(batch, values, drop_generator)
                 mark("heads and losses")
                 self.scaler.scale(losses.total / len(batches)).backward()
                 mark("backward")
@@ -63,18 +63,17 @@ class TrainingStep:
         losses = mean_losses(losses_of)
 
         self.scaler.unscale_(self.optimizer)
-        grad_norms = clip_gradients(self.meta_arch.student, self.config.optim.clip_grad)
+        grad_norms = clip_gradients(self.networks.student, self.config.optim.clip_grad)
         setattr(self.optimizer, "found_inf", self.is_not_finite(losses, grad_norms))  # noqa: B010  (AdamW reads it)
         self.scaler.step(self.optimizer)
         mark("optimizer")
-        self.meta_arch.update_teacher(values["momentum"])
+        self.networks.follow(values)
         mark("EMA")
         self.scaler.update()
         self.optimizer.zero_grad()
-        assert self.meta_arch.last_targets is not None
-        return StepResult(iteration, values, losses, grad_norms, self.meta_arch.last_targets)
+        return StepResult(iteration, values, losses, grad_norms, self.objective.last_view)
 
-    def is_not_finite(self, losses: SSLLosses, grad_norms: dict[str, torch.Tensor]) -> torch.Tensor:
+    def is_not_finite(self, losses: Losses, grad_norms: dict[str, Tensor]) -> Tensor:
         """1.0 if the step must be left out: float16 overflows are left to the gradient scaler."""
         watched = [losses.total] if self.precision.scale_gradients else [losses.total, *grad_norms.values()]
         return 1 - torch.stack([value.float() for value in watched]).isfinite().all().float()
@@ -86,7 +85,8 @@ def random_numbers_of(config: Config, micro_step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(numbers.integers(2**63)))
 
 
-def mean_losses(losses: list[SSLLosses]) -> SSLLosses:
-    """Each term's mean over the accumulated batches and over the processes, without gradients."""
-    terms = torch.stack([torch.stack([value.detach() for value in each]) for each in losses]).mean(0)
-    return SSLLosses(*distributed.all_reduce_mean(terms))
+def mean_losses(losses: list[Losses]) -> Losses:
+    """Each number's mean over the accumulated batches and over the processes, without gradients."""
+    numbers = [torch.stack([each.total, *each.logged.values()]).detach() for each in losses]
+    total, *logged = distributed.all_reduce_mean(torch.stack(numbers).mean(0))
+    return Losses(total, dict(zip(losses[0].logged, logged, strict=True)))

@@ -1,0 +1,243 @@
+"""The student, the networks that follow it, and the named sets of tokens that they give: see `losses.term`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dinov2cli.config import Config
+from dinov2cli.models.dino_head import DINOHead
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+NetworkOutputs = dict[str, Tensor]
+"""Token sets by name. A plain dict: DDP and FSDP look into no other mapping."""
+TOKEN_SETS = frozenset({"cls", "masked", "patches", "cls_scores", "masked_scores"})
+
+
+class SSLNetwork(nn.Module):
+    """A backbone with its projection heads. Keys as in teacher checkpoints.
+
+    Args:
+        backbone: the vision transformer.
+        dino_head: head of the class tokens; None in a network whose scores nobody reads.
+        ibot_head: head of the patches; None where they share the class tokens' head.
+        reads: the token sets that are computed.
+    """
+
+    def __init__(
+        self, backbone: VisionTransformer, dino_head: DINOHead | None, ibot_head: DINOHead | None, reads: frozenset[str]
+    ) -> None:
+        super().__init__()
+        assert reads <= TOKEN_SETS, f"unknown token sets {sorted(reads - TOKEN_SETS)}; known: {sorted(TOKEN_SETS)}"
+        self.backbone = backbone
+        for name, head in (("dino_head", dino_head), ("ibot_head", ibot_head)):
+            if head is not None:
+                self.add_module(name, head)
+        self.separate_head = ibot_head is not None
+        self.reads = reads
+
+    def heads(self) -> list[nn.Module]:
+        """All but the backbone."""
+        return [module for name, module in self.named_children() if name != "backbone"]
+
+    def forward(
+        self,
+        crops: list[Tensor],
+        masks: list[Tensor | None],
+        mask_indices: Tensor,
+        drop_generator: torch.Generator | None = None,
+    ) -> NetworkOutputs:
+        """All crops in one packed pass; see `VisionTransformer.forward_tokens` for the arguments.
+
+        Of the last block, only what is read is computed.
+        """
+        images = crops[0].shape[0]
+        wanted = mask_indices if self.reads & {"masked", "masked_scores"} else mask_indices[:0]
+        if "patches" in self.reads:
+            height, width = (side // self.backbone.patch_size for side in crops[0].shape[-2:])
+            wanted = torch.arange(images * height * width, device=mask_indices.device)
+        cls, rows = self.backbone.forward_tokens(crops, masks, wanted, drop_generator)
+        found = {"cls": cls, "masked": rows}
+        if "patches" in self.reads:
+            found |= {"masked": rows.index_select(0, mask_indices), "patches": rows.unflatten(0, (images, -1))}
+        found |= self._scores(found)
+        return {name: tokens for name, tokens in found.items() if name in self.reads}
+
+    def _scores(self, found: NetworkOutputs) -> NetworkOutputs:
+        wanted = [name for name in ("cls", "masked") if f"{name}_scores" in self.reads]
+        if len(wanted) == 2 and not self.separate_head:  # a shared head sees one concatenation
+            both = self.get_submodule("dino_head")(torch.cat([found[name] for name in wanted]))
+            return dict(
+                zip(("cls_scores", "masked_scores"), both.split([len(found[name]) for name in wanted]), strict=True)
+            )
+        heads = {"cls": "dino_head", "masked": "ibot_head" if self.separate_head else "dino_head"}
+        return {f"{name}_scores": self.get_submodule(heads[name])(found[name]) for name in wanted}
+
+    def compile_parts(self) -> None:
+        """Every block and head through torch.compile, in place and each by itself; names of parameters stay."""
+        for part in (*self.backbone.blocks, *self.heads()):
+            part.compile()
+
+
+class Follower(NamedTuple):
+    """A network beside the student, without gradients, from whose tokens terms make their targets.
+
+    Args:
+        name: under which its weights are saved.
+        rule: how it follows, a key of `RULES`.
+        period: iterations between the snapshots that `snapshot` takes.
+        make: builds it, whole and with its weights, from the configuration and the attention backend; without it, it is
+            built as the student is, and begins as the student does.
+    """
+
+    name: str
+    rule: str
+    period: int = 1
+    make: Callable[[Config, str], SSLNetwork] | None = None
+
+
+TEACHER = Follower("teacher", "ema")
+"""The follower that every run has, and that is saved for evaluation and scored."""
+
+
+class Networks:
+    """The student and its followers, with fresh weights.
+
+    Args:
+        config: sizes.
+        attention_backend: a key of `models.attention.ATTENTION_BACKENDS`.
+        reads: token sets that are read of the student.
+        reads_of: token sets that are read of each follower.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        attention_backend: str,
+        reads: frozenset[str],
+        reads_of: Mapping[Follower, frozenset[str]],
+    ) -> None:
+        self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
+        self.rules = {follower.name: follower for follower in (TEACHER, *reads_of)}
+        self.followers: dict[str, SSLNetwork] = {}
+        for follower in self.rules.values():
+            read = reads_of.get(follower, frozenset())
+            # What is saved has its heads, read or not.
+            heads = follower == TEACHER or bool(read & {"cls_scores", "masked_scores"})
+            network = follower.make(config, attention_backend) if follower.make else None
+            network = network or build_network(config, attention_backend, 0.0, read, heads=heads)
+            network.reads = read
+            self.followers[follower.name] = network.requires_grad_(False).eval()
+        self.begin()
+
+    @property
+    def teacher(self) -> SSLNetwork:
+        """The moving average, which is saved and scored."""
+        return self.followers[TEACHER.name]
+
+    def named(self) -> Iterator[tuple[str, SSLNetwork]]:
+        """All of them by the names under which they are saved."""
+        yield "student", self.student
+        yield from self.followers.items()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Give the student's weights to every follower that does not bring its own."""
+        for name, network in self.followers.items():
+            if self.rules[name].make is None:
+                copy(self.student, network)
+
+    @torch.no_grad()
+    def follow(self, values: Mapping[str, float]) -> None:
+        """Move every follower by its rule after the student's step of `values["iteration"]`."""
+        for name, network in self.followers.items():
+            RULES[self.rules[name].rule](self, network, self.rules[name], values)
+
+
+def ema(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
+    """Towards the student: f = momentum * f + (1 - momentum) * s, backbone and heads."""
+    torch._foreach_lerp_(local_parts(network), local_parts(networks.student), 1 - values["momentum"])
+
+
+def frozen(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
+    """As it was."""
+
+
+def snapshot(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
+    """What the teacher is after every `period` iterations."""
+    if (int(values["iteration"]) + 1) % follower.period == 0:
+        copy(networks.teacher, network)
+
+
+RULES: dict[str, Callable[[Networks, SSLNetwork, Follower, Mapping[str, float]], None]] = {
+    "ema": ema,
+    "frozen": frozen,
+    "snapshot": snapshot,
+}
+
+
+def copy(source: SSLNetwork, target: SSLNetwork) -> None:
+    """The source's parameters into those of a network that is spread over processes in the same way."""
+    parameters = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        _local(parameter).copy_(_local(parameters[name]))
+
+
+def local_parts(module: nn.Module) -> list[Tensor]:
+    """What this process holds of every parameter: all of it, or its shard."""
+    return [_local(parameter) for parameter in module.parameters()]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def build_network(
+    config: Config,
+    attention_backend: str = "sdpa",
+    drop_path_rate: float = 0.0,
+    reads: frozenset[str] = frozenset(),
+    *,
+    heads: bool = True,
+) -> SSLNetwork:
+    """Backbone and, unless asked for without, heads of the configured sizes with fresh weights."""
+    backbone = build_backbone(config, attention_backend, drop_path_rate)
+    dino_head = build_head(config, backbone.embed_dim, separate_ibot=False) if heads else None
+    separate = heads and config.ibot.separate_head
+    ibot_head = build_head(config, backbone.embed_dim, separate_ibot=True) if separate else None
+    return SSLNetwork(backbone, dino_head, ibot_head, reads)
+
+
+def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_rate: float = 0.0) -> VisionTransformer:
+    """The configured vision transformer with fresh weights."""
+    student, arch = config.student, config.arch()
+    backbone = VisionTransformer(
+        img_size=config.crops.global_crops_size,
+        patch_size=student.patch_size,
+        embed_dim=arch.embed_dim,
+        depth=arch.depth,
+        num_heads=arch.num_heads,
+        ffn_layer=student.ffn_layer,
+        qkv_bias=student.qkv_bias,
+        proj_bias=student.proj_bias,
+        ffn_bias=student.ffn_bias,
+        layerscale=student.layerscale or None,
+        drop_path_rate=drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
+        num_register_tokens=student.num_register_tokens,
+        interpolate_antialias=student.interpolate_antialias,
+        interpolate_offset=student.interpolate_offset,
+        attention_backend=attention_backend,
+    )
+    backbone.activation_checkpointing = config.train.activation_checkpointing
+    return backbone
+
+
+def build_head(config: Config, embed_dim: int, *, separate_ibot: bool) -> DINOHead:
+    """The projection head of the class tokens or, with `separate_ibot`, that of the patches."""
+    sizes = config.ibot if separate_ibot else config.dino
+    return DINOHead(
+        embed_dim, sizes.head_n_prototypes, sizes.head_nlayers, sizes.head_hidden_dim, sizes.head_bottleneck_dim
+    )

@@ -1,0 +1,176 @@
+"""DINOv2's objective: student, followers, and the terms between them (DINOv2 paper, section 4)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2cli.config import Config
+from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.losses import DINOTerm, KoLeoTerm, LossTerm, SinkhornKnoppCentering, SoftmaxCentering, iBOTTerm
+from dinov2cli.train.monitors import TeacherView
+from dinov2cli.train.networks import TEACHER, Follower, NetworkOutputs, Networks, SSLNetwork
+from dinov2cli.train.schedules import Schedule
+
+
+class Losses(NamedTuple):
+    """The weighted sum of all terms, which is minimised, and what is logged of each; float32 scalars."""
+
+    total: Tensor
+    logged: dict[str, Tensor]
+
+
+class Term(NamedTuple):
+    """A term as a run uses it.
+
+    Args:
+        loss: the term itself.
+        weight: in the total; a number, or a function of the iteration.
+        follower: whose tokens its targets are made of; None for a term that reads the student alone.
+        logs_weighted: it is logged times its weight.
+    """
+
+    loss: LossTerm
+    weight: float | Schedule
+    follower: Follower | None = TEACHER
+    logs_weighted: bool = False
+
+    def weight_at(self, iteration: float) -> float:
+        """The weight in an iteration."""
+        return self.weight(int(iteration)) if callable(self.weight) else self.weight
+
+
+CENTERINGS: dict[str, Callable[[int], nn.Module]] = {
+    "centering": SoftmaxCentering,
+    "sinkhorn_knopp": lambda n_prototypes: SinkhornKnoppCentering(),
+}
+
+
+def dino(config: Config) -> Term:
+    """Class tokens against the teacher's."""
+    centering = CENTERINGS[config.train.centering](config.dino.head_n_prototypes)
+    return Term(DINOTerm(centering), config.dino.loss_weight)
+
+
+def koleo(config: Config) -> Term:
+    """Spread of the class tokens; the reference logs it times its weight."""
+    return Term(KoLeoTerm(), config.dino.koleo_loss_weight, follower=None, logs_weighted=True)
+
+
+def ibot(config: Config) -> Term:
+    """Masked patches against the teacher's; without a weight nothing is masked, and the term is 0."""
+    head = config.ibot if config.ibot.separate_head else config.dino
+    return Term(iBOTTerm(CENTERINGS[config.train.centering](head.head_n_prototypes)), config.ibot.loss_weight)
+
+
+TERMS: dict[str, Callable[[Config], Term | None]] = {"dino": dino, "koleo": koleo, "ibot": ibot}
+"""The terms in the order in which they are computed and summed; None where a run does without one.
+
+Whoever has a term of his own puts it here before the run begins.
+"""
+
+
+class SSLMetaArch(nn.Module):
+    """Student, followers and terms.
+
+    Every network, and every child module of a term as `<term>_<child>`, is a child of this module: what is saved of a
+    run are their states.
+
+    Args:
+        config: of the run.
+        attention_backend: a key of `models.attention.ATTENTION_BACKENDS`.
+    """
+
+    student: SSLNetwork
+    teacher: SSLNetwork
+
+    def __init__(self, config: Config, attention_backend: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = attention_backend
+        made = {name: make(config) for name, make in TERMS.items()}
+        self.terms = {name: term for name, term in made.items() if term is not None}
+        reads: frozenset[str] = frozenset().union(*(term.loss.reads for term in self.terms.values()))
+        reads_of: dict[Follower, frozenset[str]] = {}
+        for term in self.terms.values():
+            if term.follower:
+                reads_of[term.follower] = reads_of.get(term.follower, frozenset()) | term.loss.reads_of_follower
+        self.networks = Networks(config, attention_backend, reads, reads_of)
+        for name, network in self.networks.named():
+            self.add_module(name, network)
+        for name, term in self.terms.items():
+            own = [*term.loss.parameters(recurse=False), *term.loss.buffers(recurse=False)]
+            assert not own, f"{name}: what a term remembers belongs into a child module of it"
+            for child, module in term.loss.named_children():
+                self.add_module(f"{name}_{child}", module)
+        self.forward_student: Callable[..., NetworkOutputs] = self.student.__call__
+        """Runs the student; `train.sharding` puts a wrapper here that averages gradients over processes."""
+        self.last_view: TeacherView | None = None
+        """Of the last batch, which the monitors look at; None without a term that is watched."""
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        """As `nn.Module.train`, except that the followers stay in evaluation mode."""
+        super().train(mode)
+        for follower in self.networks.followers.values():
+            follower.eval()
+        return self
+
+    def forward(
+        self, batch: MultiCropBatch, values: Mapping[str, float], drop_generator: torch.Generator | None = None
+    ) -> Losses:
+        """Losses of one batch.
+
+        Args:
+            batch: crops and masks, on the model's device.
+            values: of `Schedules.at`.
+            drop_generator: CPU generator of the student's stochastic depth.
+        """
+        batch = batch.normalized()
+        targets = self.targets(batch, values)
+        crops: list[Tensor] = [batch.global_crops]
+        masks: list[Tensor | None] = [batch.masks]
+        if len(batch.local_crops):
+            crops, masks = [batch.global_crops, batch.local_crops], [batch.masks, None]
+        tokens = self.forward_student(crops, masks, batch.mask_indices, drop_generator)
+
+        weighted: list[Tensor] = []
+        logged: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            value, parts = term.loss(tokens, targets[name], batch)
+            weight = term.weight_at(values["iteration"])
+            weighted.append(weight * value)
+            logged |= {key: weight * part if term.logs_weighted else part for key, part in parts.items()}
+        return Losses(sum(weighted[1:], start=weighted[0]), logged)
+
+    @torch.no_grad()
+    def targets(self, batch: MultiCropBatch, values: Mapping[str, float]) -> dict[str, Any]:
+        """What the student has to predict, by term, from the followers' view of the unmasked global crops.
+
+        Only that of the class tokens is kept: the patches' would stay in memory through the next step.
+        """
+        seen: dict[str, NetworkOutputs] = {}
+        for name, network in self.networks.followers.items():
+            if network.reads:
+                seen[name] = network([batch.global_crops], [None], batch.mask_indices)
+        targets = {}
+        for name, term in self.terms.items():
+            tokens = seen.get(term.follower.name, {}) if term.follower else {}
+            targets[name] = term.loss.targets(tokens, values)
+            if term.loss.watched:
+                self.last_view = TeacherView(tokens["cls"], targets[name])
+        return targets
+
+    def compile_parts(self) -> None:
+        """Blocks, heads, centering and losses through torch.compile (`train.compile`), in place and each by itself.
+
+        Compiled one by one, equal blocks share one compiled graph, and sharding can still treat each for itself: call
+        this before it is applied. The blocks' shapes are fixed by the configuration, except in the last block, the
+        heads and the losses, where the number of masked patches differs from step to step: these are compiled for any
+        number.
+        """
+        for _, network in self.networks.named():
+            network.compile_parts()
+        for term in self.terms.values():
+            for part in term.loss.children():
+                part.compile()
