@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend
+from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 from dinov2cli.models.layers import LayerScale, draw_for_branches, draw_kept_sequences, linear_and_scale
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -180,16 +180,6 @@ def test_under_autocast_an_evaluated_stream_is_float32(layerscale: float | None)
         features = model.eval().forward_features(x)
     assert features["x_prenorm"].dtype == torch.float32
     torch.testing.assert_close(features["x_prenorm"], model.forward_features(x)["x_prenorm"], rtol=0, atol=0.02)
-
-
-def test_attention_backends_by_name() -> None:
-    cpu = torch.device("cpu")
-    assert choose_attention_backend("auto", cpu, torch.float32)[0] == "sdpa"
-    for name in ("xformers", "varlen"):
-        with pytest.raises(ValueError, match="CUDA"):
-            choose_attention_backend(name, cpu, torch.float32)
-    with pytest.raises(ValueError, match="known: auto, xformers, varlen, sdpa"):
-        choose_attention_backend("flash", cpu, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the packed kernels need a CUDA device")

@@ -16,7 +16,8 @@ from dinov2cli.config import Config
 from dinov2cli.data.workers import available_cores, choose_workers
 from dinov2cli.device import Precision, main_memory
 from dinov2cli.doctor.finding import Check, Finding, Situation, failure, ok, warning
-from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout, choose_attention_backend, sdpa_attention
+from dinov2cli.errors import ConfigError
+from dinov2cli.train.trainer import choose_attention
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
 TENSORS_OF_A_BATCH = 6
@@ -91,43 +92,13 @@ def precision(situation: Situation) -> Finding:
 
 def attention(situation: Situation) -> Finding:
     """The attention kernels that the run would use, really run forward and backward, beside plain float32."""
-    dtype = Precision.resolve(situation.config.compute_precision.precision, situation.device).dtype
-    requested = situation.config.student.attention_backend
+    config = situation.config
+    precision = Precision.resolve(config.compute_precision.precision, situation.device)
     try:
-        backend, reason = choose_attention_backend(requested, situation.device, dtype)
-    except ValueError as error:
-        return failure(str(error), "Set student.attention_backend=auto.")
-    problem = kernel_problem(backend, situation.config, situation.device, dtype)
-    if problem:
-        return failure(
-            f"{backend} ({reason}): {problem}",
-            "Set student.attention_backend=sdpa, which runs everywhere, or install an xformers for this PyTorch.",
-        )
+        backend, reason = choose_attention(config, situation.device, precision)
+    except ConfigError as error:
+        return failure(error.message, "Set student.attention_backend=auto.")
     return ok(f"{backend} ({reason}); run forward and backward", backend=backend)
-
-
-def kernel_problem(backend: str, config: Config, where: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with an attention backend on packed sequences of unequal lengths, or None."""
-    arch = config.arch()
-    layout = TokenLayout(((2, 37), (3, 17)))
-    shape = (layout.tokens, 3, arch.num_heads, arch.embed_dim // arch.num_heads)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(where)
-    exact, found = values.clone().requires_grad_(), values.to(dtype, copy=True).requires_grad_()
-    try:
-        expected = sdpa_attention(exact, layout)
-        computed = ATTENTION_BACKENDS[backend](found, layout)
-        expected.square().sum().backward()
-        computed.float().square().sum().backward()
-    except (RuntimeError, ValueError, NotImplementedError, ImportError, OSError) as error:
-        return f"it does not run here: {str(error).strip().splitlines()[0]}"
-    assert exact.grad is not None and found.grad is not None
-    tolerance = 1e-4 if dtype is torch.float32 else 0.05
-    pairs = ("output", computed.detach(), expected.detach()), ("gradient", found.grad, exact.grad)
-    for name, ours, theirs in pairs:
-        distance = float((ours.float() - theirs).norm() / theirs.norm())
-        if not distance <= tolerance:  # also where it is not a number
-            return f"its {name} is off by {100 * distance:.2g} %"
-    return None
 
 
 def communication(situation: Situation) -> Finding:

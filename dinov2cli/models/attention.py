@@ -3,10 +3,11 @@
 Shape legend: T tokens of all sequences together, H heads, C channels a head; b sequences of L tokens.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,16 @@ class TokenLayout:
     """
 
     groups: tuple[tuple[int, int], ...]
+    aid: Any = field(default=None, compare=False, repr=False)
+    """What a backend needs of the layout on its device: offsets or a mask; see `prepared`."""
+
+    def prepared(self, backend: str, device: torch.device) -> "TokenLayout":
+        """The layout with its aid for a backend, made once for all blocks and steps.
+
+        Made within a block it would be copied to the GPU, and waited for, by every one that is compiled.
+        """
+        make = _AIDS.get(backend)
+        return self if make is None or device.type != "cuda" else TokenLayout(self.groups, make(self, device))
 
     @property
     def tokens(self) -> int:
@@ -97,10 +108,10 @@ class _HeadViews(torch.autograd.Function):
 
 def xformers_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
     """xFormers' memory-efficient attention with a block-diagonal mask."""
-    from xformers.ops import memory_efficient_attention, unbind
+    from xformers.ops import memory_efficient_attention
 
-    mask = _block_diagonal_mask(layout, qkv.device)
-    q, k, v = unbind(qkv[None], 2)  # many of its kernels write the gradients side by side, which this sees
+    mask = _block_diagonal_mask(layout, qkv.device) if layout.aid is None else layout.aid
+    q, k, v = qkv[None].unbind(2)
     answers: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask)[0]
     return answers
 
@@ -110,74 +121,11 @@ def varlen_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.unbind(1)
-    cumulative = _cumulative_lengths(layout, qkv.device)
+    cumulative = _cumulative_lengths(layout, qkv.device) if layout.aid is None else layout.aid
     longest = max(length for _, length in layout.groups)
     attended = varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
     assert isinstance(attended, Tensor)  # a tuple only where auxiliary outputs are asked for
     return attended
-
-
-ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
-    "xformers": xformers_attention,
-    "varlen": varlen_attention,
-    "sdpa": sdpa_attention,
-}
-
-
-def choose_attention_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend to build the model with, and the reason in words. Decided once; never changed during a run.
-
-    Args:
-        requested: `auto` or a key of `ATTENTION_BACKENDS`.
-        device: where the model will run.
-        dtype: dtype of the attention inputs (under autocast, the autocast dtype).
-
-    Raises:
-        ValueError: the requested backend cannot run there.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    refusal = {
-        "xformers": _why_not_xformers(device, half),
-        "varlen": _why_not_varlen(device, half),
-        "sdpa": None,
-    }
-    if requested != "auto":
-        if requested not in refusal:
-            raise ValueError(f"attention backend {requested!r} is unknown; known: auto, {', '.join(refusal)}")
-        if refusal[requested]:
-            raise ValueError(f"attention backend {requested!r} cannot be used: {refusal[requested]}")
-        return requested, "as configured"
-    if device.type == "cpu":
-        return "sdpa", "the CPU's backend: equal lengths batched"
-    for name in ("xformers", "varlen"):
-        if refusal[name] is None:
-            return name, f"{device.type} has a kernel for packed {dtype}".replace("torch.", "")
-    return "sdpa", f"xformers: {refusal['xformers']}; varlen: {refusal['varlen']}"
-
-
-def _why_not_xformers(device: torch.device, half: bool) -> str | None:
-    # xFormers is imported only once a CUDA device is asked for: on a CPU-only machine its import warns.
-    if device.type != "cuda":
-        return f"xFormers has CUDA kernels only, and the device is {device.type}"
-    if not half:
-        return "its kernels need float16 or bfloat16"
-    try:
-        import xformers.ops  # noqa: F401
-    except (ImportError, OSError) as error:
-        return f"xFormers does not import ({error})"
-    return None
-
-
-def _why_not_varlen(device: torch.device, half: bool) -> str | None:
-    if device.type != "cuda":
-        return f"varlen attention needs CUDA, and the device is {device.type}"
-    if not half:
-        return "its kernels need float16 or bfloat16"
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError as error:
-        return f"this PyTorch has no varlen attention ({error})"
-    return None
 
 
 # A run meets a handful of layouts (full batch, kept subset, evaluation); building masks anew would copy to the device.
@@ -192,3 +140,90 @@ def _block_diagonal_mask(layout: TokenLayout, device: torch.device) -> object:
     from xformers.ops.fmha import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(layout.lengths, device=device)
+
+
+_AIDS: dict[str, Callable[[TokenLayout, torch.device], object]] = {
+    "xformers": _block_diagonal_mask,
+    "varlen": _cumulative_lengths,
+}
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+    "xformers": xformers_attention,
+    "varlen": varlen_attention,
+    "sdpa": sdpa_attention,
+}
+
+
+class AttentionUse(NamedTuple):
+    """What a run asks of a backend: the device, the dtype of its inputs (under autocast, the autocast dtype), the
+    number and width of the heads, and the lengths of its sequences."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    channels: int
+    lengths: tuple[int, ...]
+
+
+def choose_attention_backend(requested: str, use: AttentionUse) -> tuple[str, str]:
+    """The backend to build the model with, and the reason in words. Decided once; never changed during a run.
+
+    A backend is chosen only after it has run forward and backward at just the run's dtype, heads and lengths.
+
+    Args:
+        requested: `auto` or a key of `ATTENTION_BACKENDS`.
+        use: what the run asks of it.
+
+    Raises:
+        ValueError: the requested backend cannot run there.
+    """
+    if requested != "auto" and requested not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend {requested!r} is unknown; known: auto, {', '.join(ATTENTION_BACKENDS)}")
+    if requested == "auto" and use.device.type == "cpu":
+        return "sdpa", "the CPU's backend: equal lengths batched"
+    candidates = list(ATTENTION_BACKENDS) if requested == "auto" else [requested]
+    problems: dict[str, str] = {}
+    for name in candidates:
+        if (problem := why_not(name, use)) is None:
+            passed_over = "".join(f"; {other}: {why}" for other, why in problems.items())
+            return name, f"as configured{passed_over}" if requested != "auto" else f"the first that runs{passed_over}"
+        problems[name] = problem
+    raise ValueError("; ".join(f"attention backend {name!r} cannot be used: {why}" for name, why in problems.items()))
+
+
+@lru_cache
+def why_not(backend: str, use: AttentionUse) -> str | None:
+    """What keeps a backend from such a use, in words; None if it has run forward and backward and is right."""
+    if backend != "sdpa" and use.device.type != "cuda":
+        return f"it has CUDA kernels only, and the device is {use.device.type}"
+    if backend != "sdpa" and use.dtype not in (torch.float16, torch.bfloat16):
+        return "its kernels need float16 or bfloat16"
+    # xFormers is imported only here: on a CPU-only machine, or beside a PyTorch it was not built for, its import warns.
+    logging.getLogger("xformers").setLevel(logging.CRITICAL)
+    layout = TokenLayout(tuple((count, length) for count, length in enumerate(use.lengths, start=2)))
+    shape = (layout.tokens, 3, use.heads, use.channels)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(use.device)
+    exact, found = values.clone().requires_grad_(), values.to(use.dtype, copy=True).requires_grad_()
+    try:
+        expected = sdpa_attention(exact, layout)
+        computed = ATTENTION_BACKENDS[backend](found, layout.prepared(backend, use.device))
+        expected.square().sum().backward()
+        computed.float().square().sum().backward()
+    except (RuntimeError, ValueError, NotImplementedError, ImportError, OSError) as error:
+        return f"it does not run here: {str(error).strip().splitlines()[0][:120]}{_other_build(backend)}"
+    assert exact.grad is not None and found.grad is not None
+    tolerance = 1e-4 if use.dtype is torch.float32 else 0.05
+    pairs = ("output", computed.detach(), expected.detach()), ("gradient", found.grad, exact.grad)
+    for name, ours, theirs in pairs:
+        distance = float((ours.float() - theirs).norm() / theirs.norm())
+        if not distance <= tolerance:  # also where it is not a number
+            return f"its {name} is off by {100 * distance:.2g} %"
+    return None
+
+
+def _other_build(backend: str) -> str:
+    """The line that installs an xFormers for this PyTorch, which must be built for the same CUDA."""
+    if backend != "xformers" or torch.version.cuda is None:
+        return ""
+    index = f"https://download.pytorch.org/whl/cu{torch.version.cuda.replace('.', '')}"
+    return f" (one for this PyTorch: pip install xformers --index-url {index})"

@@ -144,9 +144,14 @@ def draw_kept_sequences(
 
 
 def draw_for_branches(
-    branches: int, layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
+    branches: int,
+    layout: TokenLayout,
+    drop_rate: float,
+    generator: torch.Generator,
+    device: torch.device,
+    backend: str = "sdpa",
 ) -> list[KeptSequences]:
-    """One draw after the other for so many residual branches.
+    """One draw after the other for so many residual branches, their layout prepared for an attention backend.
 
     It is made on the CPU, so that it is the same on every device. Only the numbers of the sequences travel to a GPU,
     all at once and from page-locked memory, so that nobody waits.
@@ -171,7 +176,7 @@ def draw_for_branches(
         index.append((start + part[:, :, None] * length + torch.arange(length, device=device)).flatten(1))
         scale.append(torch.full((kept * length, 1), count / kept, device=device))
         start += count * length
-    kept_layout, scales = TokenLayout(tuple(groups)), torch.cat(scale)
+    kept_layout, scales = TokenLayout(tuple(groups)).prepared(backend, device), torch.cat(scale)
     return [KeptSequences(places, kept_layout, scales) for places in torch.cat(index, dim=1).unbind()]
 
 

@@ -84,7 +84,7 @@ class VisionTransformer(nn.Module):
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-        backend = "sdpa" if attention_backend == "auto" else attention_backend
+        self.attention_backend = backend = "sdpa" if attention_backend == "auto" else attention_backend
         self.blocks = nn.ModuleList(
             kind(embed_dim, num_heads, mlp_ratio, ffn_layer, qkv_bias, proj_bias, ffn_bias, layerscale, backend)
             for kind in [Block] * (depth - 1) + [LastBlock] * min(depth, 1)
@@ -150,7 +150,8 @@ class VisionTransformer(nn.Module):
         """Embed batches of images as one packed stream [T, D] of (cls, registers, patches) sequences."""
         batches = [self._embed(batch, mask) for batch, mask in zip(images, masks, strict=True)]
         layout = TokenLayout(tuple((tokens.shape[0], tokens.shape[1]) for tokens in batches))
-        return torch.cat([tokens.flatten(0, 1) for tokens in batches]), layout
+        stream = torch.cat([tokens.flatten(0, 1) for tokens in batches])
+        return stream, layout.prepared(self.attention_backend, stream.device)
 
     def forward_blocks(
         self,
@@ -217,9 +218,14 @@ class VisionTransformer(nn.Module):
         generator = torch.default_generator if generator is None else generator
         rates = self.drop_path_rates
         if len(set(rates)) == 1:
-            drawn = draw_for_branches(2 * self.depth, layout, rates[0], generator, stream.device)
+            drawn = draw_for_branches(
+                2 * self.depth, layout, rates[0], generator, stream.device, self.attention_backend
+            )
             return list(zip(drawn[::2], drawn[1::2], strict=True))
-        pairs = [draw_for_branches(2, layout, rate, generator, stream.device) if rate else None for rate in rates]
+        pairs = [
+            draw_for_branches(2, layout, rate, generator, stream.device, self.attention_backend) if rate else None
+            for rate in rates
+        ]
         return [(pair[0], pair[1]) if pair else None for pair in pairs]
 
     def get_intermediate_layers(

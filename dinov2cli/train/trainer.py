@@ -19,7 +19,7 @@ from dinov2cli.data.loaders import TrainLoader, make_train_loader
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
-from dinov2cli.models.attention import choose_attention_backend
+from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.display import print_plan
@@ -269,9 +269,17 @@ class Trainer:
 
 
 def choose_attention(config: Config, device: torch.device, precision: Precision) -> tuple[str, str]:
-    """Attention backend and reason."""
-    asked = config.student.attention_backend
+    """Attention backend and reason.
+
+    Raises:
+        ConfigError: the configured one does not run here.
+    """
+    asked, arch, crops = config.student.attention_backend, config.arch(), config.crops
+    sizes = [crops.global_crops_size, *([crops.local_crops_size] if crops.local_crops_number else [])]
+    special = 1 + config.student.num_register_tokens
+    lengths = tuple(special + (size // config.student.patch_size) ** 2 for size in sizes)
+    use = AttentionUse(device, precision.dtype, arch.num_heads, arch.embed_dim // arch.num_heads, lengths)
     try:
-        return choose_attention_backend(asked, device, precision.dtype)
+        return choose_attention_backend(asked, use)
     except ValueError as error:
         raise ConfigError(f"student.attention_backend={asked}: {error}", "auto chooses one that runs.") from error
