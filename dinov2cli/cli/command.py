@@ -166,12 +166,12 @@ def request_from(text: str, known: Iterable[type[Request]]) -> Request:
 
 def _typer_parameter(each: Parameter) -> inspect.Parameter:
     option, default = each.option, each.field.get_default(call_default_factory=True)
-    annotation: Any = each.plain
-    if each.many:
-        annotation, default = list[annotation], (list(default) or None) if default else None
+    annotation: Any = list[each.plain] if each.many else each.plain  # type: ignore[name-defined]
     if each.field.is_required():
         default = inspect.Parameter.empty
-    elif default is None:
+    elif each.many:
+        default = list(default or ()) or None
+    if default is None:
         annotation = annotation | None
     common: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "min": each.bounds[0],
                               "max": each.bounds[1], "rich_help_panel": option.panel,

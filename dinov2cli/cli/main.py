@@ -16,16 +16,12 @@ from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
 from dinov2cli.cli.pca_image import pca_image
 from dinov2cli.cli.pca_video import pca_video
-from dinov2cli.cli.plot import plot
 from dinov2cli.cli.prepare_imagenet import prepare_imagenet
-from dinov2cli.cli.presets import presets
-from dinov2cli.cli.results import results
-from dinov2cli.cli.status import status
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests.base import Request
-from dinov2cli.requests.tools import Info
+from dinov2cli.requests.tools import Info, ListPresets, Plot, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
 # What can be asked, in the order of --help: requests, whose `command` says the words; (name, function) and
@@ -33,22 +29,25 @@ from dinov2cli.requests.train import Train
 COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
     ("prepare-imagenet", prepare_imagenet),
     Train,
-    ("status", status),
+    Status,
     ("embed", embed),
-    ("results", results),
+    Results,
     ("export", export),
     Info,
     ("pca-video", pca_video),
     ("pca-image", pca_image),
     ("attention", attention),
-    ("plot", plot),
+    Plot,
     ("doctor", doctor),
     ("eval", evaluation),
-    ("presets", presets),
+    ListPresets,
+    ShowPreset,
     ("bench", bench),
 ]
 # Groups of requests (the first of two words), with their help.
-GROUPS: dict[str, str] = {}
+GROUPS: dict[str, str] = {
+    "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
+}
 # Further words for a command.
 ALIASES: dict[str, type[Request]] = {}
 

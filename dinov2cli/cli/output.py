@@ -25,11 +25,11 @@ def show(result: Any, *, as_json: bool = False) -> None:
     if as_json:
         print_json(plain(result))
     else:
-        shown = result if hasattr(result, "__rich__") else str(result)
-        text = shown if isinstance(shown, str) else None
-        end = "" if text is not None and text.endswith("\n") else "\n"
+        is_text = isinstance(result, str) or not hasattr(result, "__rich__")
+        end = "" if is_text and str(result).endswith("\n") else "\n"
         # Lines are not broken, so that paths and commands can be copied.
-        out.print(shown, markup=False, highlight=False, soft_wrap=text is not None, end=end)
+        shown = result if hasattr(result, "__rich__") else str(result)
+        out.print(shown, markup=False, highlight=False, soft_wrap=is_text, end=end)
     problem = getattr(result, "problem", None)
     if isinstance(problem, Dino2Error):
         raise problem

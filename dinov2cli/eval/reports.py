@@ -21,6 +21,7 @@ from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.files import write_text
+from dinov2cli.requests.tools import Results
 
 RESULTS_FILE = "results.json"
 
@@ -131,6 +132,26 @@ def read_results(folder: Path) -> list[Evaluation]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read as evaluation results: {error}") from None
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Several evaluations as one result; the title is that of their table."""
+
+    evaluations: list[Evaluation]
+    title: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"evaluations": [each.as_dict() for each in self.evaluations]}
+
+    def __rich__(self) -> Table:
+        return results_table(self.evaluations, self.title)
+
+
+def run(request: Results) -> Evaluations:
+    """The evaluations that `dino2 results` asks for; DataError as from `read_results`."""
+    found = read_results(request.run)
+    return Evaluations([each for each in found if request.task in (None, each.task)], str(request.run))
 
 
 def _read_or_set_aside(path: Path) -> list[Evaluation]:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from dinov2cli.requests.base import Argument, Option, Request
+from pydantic import Field
+
+from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Option, Request
 
 
 class Info(Request):
@@ -30,3 +32,96 @@ class Info(Request):
     ] = None
     digest: Annotated[bool, Option("Also compute the files' SHA-256.", flags="--sha256")] = False
     as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
+
+
+class Plot(Request):
+    """Plot losses, schedules, monitors and evaluation scores of one or several runs.
+
+    Reads what training and evaluation wrote into the run folders; a run may still be going on. Needs matplotlib:
+    `pip install 'dinov2cli[plots]'`.
+
+    Example:
+
+        dino2 plot runs/baseline runs/larger-lr --output compare.html --smooth 20
+    """
+
+    command: ClassVar[str] = "plot"
+    run_by: ClassVar[str] = "dinov2cli.visualize.run_plot:run"
+
+    runs: Annotated[
+        tuple[Path, ...], Field(min_length=1), Argument("Run folders; their curves are overlaid.", metavar="RUN...")
+    ]
+    output: Annotated[
+        Path | None,
+        Option("A .png or a self-contained .html. Default: plot.png in the first run.", flags="--output -o"),
+    ] = None
+    smooth: Annotated[AtLeastOne, Option("Logged points in the moving mean drawn over the raw curve.")] = 1
+
+
+class Results(Request):
+    """Show all evaluations of a run's checkpoints, with 95 % confidence intervals.
+
+    The intervals say how sure the accuracy is for the number of images it was measured on.
+
+    Example:
+
+        dino2 results runs/demo
+    """
+
+    command: ClassVar[str] = "results"
+    run_by: ClassVar[str] = "dinov2cli.eval.reports:run"
+
+    run: Annotated[Path, Argument("A run folder, or a results.json.", metavar="RUN", default_text=False)]
+    task: Annotated[str | None, Option("Only knn, logreg or linear.")] = None
+    as_json: AsJson = False
+
+
+class Status(Request):
+    """Show how far a run is, how fast, and whether all its processes are well.
+
+    It reads the run folder, from any machine that sees it, and asks Slurm where the run was submitted. "Slowest" is the
+    process that waits longest for its own data: the others wait for it in every iteration.
+
+    Example:
+
+        dino2 status runs/demo
+    """
+
+    command: ClassVar[str] = "status"
+    run_by: ClassVar[str] = "dinov2cli.launch.status:run"
+
+    run: Annotated[Path, Argument("A run folder.", metavar="RUN", default_text=False)]
+    as_json: Annotated[bool, Option("Print one JSON object instead.", flags="--json")] = False
+
+
+class ListPresets(Request):
+    """List the presets, with what each is for.
+
+    Example:
+
+        dino2 presets list
+    """
+
+    command: ClassVar[str] = "presets list"
+    run_by: ClassVar[str] = "dinov2cli.config.show:list_them"
+
+    as_json: AsJson = False
+
+
+class ShowPreset(Request):
+    """Print a preset as YAML: its difference from the defaults, or everything.
+
+    Example:
+
+        dino2 presets show demo > mine.yaml
+
+        dino2 train --config-file mine.yaml --output-dir RUN
+    """
+
+    command: ClassVar[str] = "presets show"
+    run_by: ClassVar[str] = "dinov2cli.config.show:show"
+
+    name: Annotated[str, Argument("Name of a preset, as `dino2 presets list` prints it.", completes="presets")]
+    full: Annotated[bool, Option("Print every key, with its meaning and what it takes, not only the differences.")] = (
+        False
+    )

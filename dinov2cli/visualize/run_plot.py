@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import write_bytes, writing
+from dinov2cli.requests.tools import Plot
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Iterations and values, both float64 [n]; values that were not finite are nan."""
@@ -33,6 +34,14 @@ class Run:
 
     name: str
     curves: dict[tuple[str, str], Curve]
+
+
+def run(request: Plot) -> Path:
+    """Plot as the request asks, and return the file; the errors are those of `read_run` and `plot_runs`."""
+    first = request.runs[0]
+    target = request.output or (first if first.is_dir() else first.parent) / "plot.png"
+    plot_runs([read_run(path) for path in request.runs], target, smooth=request.smooth)
+    return target
 
 
 def read_run(path: Path) -> Run:
