@@ -24,9 +24,9 @@ from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
 from dinov2cli.visualize.pca_image import pca_images, pca_sheet
 from dinov2cli.visualize.pca_video import VideoStyle, fit_video_basis, render_video
 from dinov2cli.visualize.rendering import paint, render
-from dinov2cli.visualize.tone_mapping import HLG, PQ, tone_map
-from dinov2cli.visualize.video_reader import ImageFolder, VideoFile, open_source, sampling_step
-from dinov2cli.visualize.video_writer import VideoWriter, open_writer
+from dinov2cli.visualize.video.reader import ImageFolder, VideoFile, open_source, sampling_step
+from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
+from dinov2cli.visualize.video.writer import VideoWriter, open_writer
 
 
 @pytest.fixture(scope="module")

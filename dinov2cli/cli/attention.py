@@ -37,9 +37,9 @@ def attention(
     """
     from dinov2cli.cli.picture_files import check_picture_output, expand_inputs, save_picture
     from dinov2cli.console import out
+    from dinov2cli.data.decoding import read_image
     from dinov2cli.visualize.attention_maps import attention_maps, draw_attention
     from dinov2cli.visualize.rendering import sheet
-    from dinov2cli.visualize.video_reader import read_image
 
     inputs, output = split_inputs_and_output(paths)
     pictures = expand_inputs(inputs)

@@ -53,12 +53,12 @@ def pca_image(
     """
     from dinov2cli.cli.picture_files import check_picture_output, expand_inputs, save_picture
     from dinov2cli.console import out
+    from dinov2cli.data.decoding import read_image
     from dinov2cli.visualize.basis import ColorBasis, parse_foreground
     from dinov2cli.visualize.features import PatchFeatures
     from dinov2cli.visualize.pca_image import fit_image_basis, render_images
     from dinov2cli.visualize.pca_video import check_basis
     from dinov2cli.visualize.rendering import sheet
-    from dinov2cli.visualize.video_reader import read_image
 
     wanted_foreground = parse_foreground(foreground)
     inputs, output = split_inputs_and_output(paths)

@@ -78,8 +78,8 @@ def pca_video(
     from dinov2cli.visualize.basis import ColorBasis, parse_foreground
     from dinov2cli.visualize.features import PatchFeatures
     from dinov2cli.visualize.pca_video import VideoStyle, check_basis, fit_video_basis, render_video
-    from dinov2cli.visualize.video_reader import open_source, sampling_step
-    from dinov2cli.visualize.video_writer import check_output
+    from dinov2cli.visualize.video.reader import open_source, sampling_step
+    from dinov2cli.visualize.video.writer import check_output
 
     wanted_foreground = parse_foreground(foreground)
     inputs, output = split_inputs_and_output(paths)

@@ -19,7 +19,7 @@ def expand_inputs(inputs: list[Path]) -> list[tuple[str, Path]]:
         EnvironmentProblem: SamplePhotos without scikit-image.
     """
     from dinov2cli.data.datasets.sample_photos import photo_files
-    from dinov2cli.visualize.video_reader import list_images
+    from dinov2cli.visualize.video.reader import list_images
 
     files: list[Path] = []
     for path in inputs:
@@ -59,7 +59,7 @@ def check_picture_output(output: Path) -> None:
 def save_picture(path: Path, picture: "Picture") -> None:
     """Write a PNG file; EnvironmentProblem where that fails."""
     from dinov2cli.files import writing
-    from dinov2cli.visualize.video_writer import write_png
+    from dinov2cli.visualize.video.writer import write_png
 
     with writing(path):
         write_png(path, picture)

@@ -4,11 +4,12 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dinov2cli.errors import DataError
 
@@ -32,15 +33,32 @@ class ImageSize(NamedTuple):
     width: int
 
 
-def decode_image(data: bytes | memoryview, path: str, *, shrink: int = 1) -> np.ndarray:
-    """RGB pixels of an encoded image, uint8 [H, W, 3].
+def read_image(path: Path) -> np.ndarray:
+    """An image file as people look at it: upright, alpha laid over black; uint8 [H, W, 3]. Raises `UnreadableImage`."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UnreadableImage(str(path), "no such file") from error
+    except OSError as error:
+        raise UnreadableImage(str(path), f"cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path), upright=True, alpha=True)
 
-    EXIF rotation is not applied, as in the reference implementation. Grayscale, palette, CMYK, alpha and 16-bit
-    images become RGB. With `shrink` 2, 4 or 8, a JPEG is decoded directly at that fraction of its size.
+
+def decode_image(
+    data: bytes | memoryview, path: str, *, shrink: int = 1, upright: bool = False, alpha: bool = False
+) -> np.ndarray:
+    """RGB pixels of an encoded image, uint8 [H, W, 3]. Grayscale, palette, CMYK and 16-bit images become RGB.
+
+    Args:
+        shrink: with 2, 4 or 8, a JPEG is decoded directly at that fraction of its size.
+        upright: apply EXIF rotation; the reference implementation does not.
+        alpha: lay what is transparent over black; else its colours are taken, as in the reference implementation.
 
     Raises:
         UnreadableImage: what `path` holds is not an image or is damaged or cut short.
     """
+    if upright or alpha:
+        return _decode_with_pillow(data, path, shrink, upright, alpha)
     header = jpeg_header(data)
     if header is not None and header.components in (1, 3) and _ends_as_jpeg(data):
         image = _decode_jpeg(data, shrink)
@@ -122,7 +140,9 @@ def _ends_as_jpeg(data: bytes | memoryview) -> bool:
     return b"\xff\xd9" in bytes(data[-2:]) or b"\xff\xd9" in bytes(data[-1024:])
 
 
-def _decode_with_pillow(data: bytes | memoryview, path: str, shrink: int) -> np.ndarray:
+def _decode_with_pillow(
+    data: bytes | memoryview, path: str, shrink: int, upright: bool = False, alpha: bool = False
+) -> np.ndarray:
     if len(data) == 0:
         raise UnreadableImage(path, "the file is empty")
     try:
@@ -132,11 +152,26 @@ def _decode_with_pillow(data: bytes | memoryview, path: str, shrink: int) -> np.
                 width, height = image.size
                 if shrink > 1:
                     image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
-                return np.array(_as_rgb(image))
+                turned = ImageOps.exif_transpose(image) if upright else image
+                return _over_black_or_rgb(turned) if alpha else np.array(_as_rgb(turned))
     except Image.UnidentifiedImageError:
         raise UnreadableImage(path, "not an image of any type that Pillow reads") from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UnreadableImage(path, f"damaged image ({error})") from error
+
+
+def _over_black_or_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits, or 16 bits in 32
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if "A" in image.mode or "transparency" in image.info:
+        return over_black(np.asarray(image.convert("RGBA")))
+    return np.array(_as_rgb(image))
+
+
+def over_black(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] with straight alpha, laid over black: uint8 [H, W, 3]."""
+    laid: np.ndarray = ((rgba[..., :3].astype(np.uint16) * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+    return laid
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

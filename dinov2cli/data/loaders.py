@@ -1,7 +1,7 @@
 """Batches in the background: what a training or an evaluation iterates over."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from dinov2cli.data.workers import (
     opencv_on_one_thread,
     set_up_worker,
     start_method,
-)
+)  # fmt: skip
 from dinov2cli.errors import DataError, Dino2Error
+
+Batch = TypeVar("Batch")
 
 MAX_REPLACEMENTS = 100
 """So many unreadable images in a row end a run: the data are not there any more."""
@@ -38,7 +40,7 @@ def make_train_loader(
     world_size: int = 1,
     pin_memory: bool = False,
     dataset: ImageDataset | None = None,
-) -> "TrainLoader":
+) -> "Loader[MultiCropBatch]":
     """Batches of process `rank` for micro steps `start` to `stop` - 1.
 
     The processes' batches of a step are consecutive samples of the run's one order, and the steps follow each other in
@@ -58,38 +60,53 @@ def make_train_loader(
     batches = _TrainBatches(dataset, config, rank=rank, world_size=world_size)
     if first_sample is not None:
         batches.sample_of_step_0 = first_sample - start * world_size * batches.batch_size
-    return TrainLoader(batches, range(start, stop), choose_workers(config.train.num_workers), pin_memory)
+    return Loader(dataset, batches.batch, range(start, stop), config.train.num_workers, pin_memory)
 
 
-class TrainLoader:
-    """Iterable over `MultiCropBatch`; see `make_train_loader`."""
+class Loader(Generic[Batch]):
+    """Iterable over `batch(number)` for all `numbers`, made by worker processes; see `make_train_loader`."""
 
-    def __init__(self, batches: "_TrainBatches", steps: range, num_workers: int, pin_memory: bool) -> None:
-        self.dataset = batches.dataset
-        self.num_workers = num_workers
+    def __init__(
+        self, dataset: ImageDataset, batch: Callable[[int], Batch], numbers: range, workers: int | None, pinned: bool
+    ) -> None:
+        self.dataset = dataset
+        self.num_workers = choose_workers(workers)
         self._loader = DataLoader(
-            batches,
+            _Batches(batch),
             batch_size=None,  # an item is a whole batch, so nothing depends on which worker makes it
-            sampler=steps,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+            sampler=numbers,
+            num_workers=self.num_workers,
+            pin_memory=pinned,
             worker_init_fn=set_up_worker,
-            multiprocessing_context=start_method(num_workers),
+            multiprocessing_context=start_method(self.num_workers),
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[MultiCropBatch]:
-        with opencv_on_one_thread(self._loader.num_workers == 0), loader_errors():
+    def __iter__(self) -> Iterator[Batch]:
+        with opencv_on_one_thread(self.num_workers == 0), loader_errors():
             for batch in self._loader:
                 if isinstance(batch, WorkerError):
                     raise batch.error
                 yield batch
 
 
-class _TrainBatches(Dataset[Any]):
-    """Item s is the batch of micro step s."""
+class _Batches(Dataset[Any]):
+    """Batches by number. An error comes as an item: raised in a worker, it would lose its type."""
+
+    def __init__(self, batch: Callable[[int], Any]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.batch(number)
+        except Dino2Error as error:
+            return WorkerError(error)
+
+
+class _TrainBatches:
+    """Makes the batch of a micro step."""
 
     def __init__(self, dataset: ImageDataset, config: Any, *, rank: int, world_size: int) -> None:
         self.dataset = dataset
@@ -106,12 +123,6 @@ class _TrainBatches(Dataset[Any]):
         self.device_augment = config.data.device_augment
         self.scaled_decode = config.data.scaled_decode
         self.normalize_here = not (config.data.normalize_on_device or config.data.device_augment)
-
-    def __getitem__(self, step: int) -> MultiCropBatch | WorkerError:
-        try:
-            return self.batch(step)
-        except Dino2Error as error:
-            return WorkerError(error)
 
     def batch(self, step: int) -> MultiCropBatch:
         first = self.sample_of_step_0 + (step * self.world_size + self.rank) * self.batch_size
@@ -175,7 +186,7 @@ def make_eval_loader(
     indices: Sequence[int] | None = None,
     *,
     pin_memory: bool = False,
-) -> "EvalLoader":
+) -> "Loader[tuple[Tensor, Tensor, Tensor]]":
     """(images float32 [B, 3, H, W], targets int64 [B], dataset indices int64 [B]) in the order of `indices`.
 
     By default all images in the dataset's order; the last batch may be smaller.
@@ -183,65 +194,19 @@ def make_eval_loader(
     Raises:
         UnreadableImage: while iterating; an evaluation leaves nothing out silently.
     """
-    order = range(len(dataset)) if indices is None else indices
-    return EvalLoader(dataset, transform, batch_size, choose_workers(num_workers), order, pin_memory)
+    order = range(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+    batches = _EvalBatches(dataset, transform, order, batch_size)
+    return Loader(dataset, batches.batch, range(-(-len(order) // batch_size)), num_workers, pin_memory)
 
 
-class EvalLoader:
-    """Iterable over batches; see `make_eval_loader`."""
+class _EvalBatches(NamedTuple):
+    dataset: ImageDataset
+    transform: Callable[[np.ndarray], Tensor]
+    order: range | np.ndarray
+    batch_size: int
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Callable[[np.ndarray], Tensor],
-        batch_size: int,
-        num_workers: int,
-        order: Sequence[int],
-        pin_memory: bool,
-    ) -> None:
-        self._loader = DataLoader(
-            _EvalBatches(dataset, transform, order, batch_size),
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=set_up_worker,
-            multiprocessing_context=start_method(num_workers),
-        )
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        with opencv_on_one_thread(self._loader.num_workers == 0), loader_errors():
-            for batch in self._loader:
-                if isinstance(batch, WorkerError):
-                    raise batch.error
-                yield batch
-
-
-class _EvalBatches(Dataset[Any]):
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Callable[[np.ndarray], Tensor],
-        order: Sequence[int],
-        batch_size: int,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.order = order if isinstance(order, range) else np.asarray(order, dtype=np.int64)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor] | WorkerError:
-        if not 0 <= batch < len(self):
-            raise IndexError(batch)
-        indices = [int(i) for i in self.order[batch * self.batch_size : (batch + 1) * self.batch_size]]
-        try:
-            images = torch.stack([self.transform(self.dataset.image(index)) for index in indices])
-        except Dino2Error as error:
-            return WorkerError(error)
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        indices = [int(i) for i in self.order[number * self.batch_size : (number + 1) * self.batch_size]]
+        images = torch.stack([self.transform(self.dataset.image(index)) for index in indices])
         targets = torch.tensor([self.dataset.target(index) for index in indices])
         return images, targets, torch.tensor(indices)

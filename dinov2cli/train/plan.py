@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dinov2cli.data.loaders import TrainLoader
+from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.loaders import Loader
 from dinov2cli.train.memory import describe, room_for_gaps
 
 if TYPE_CHECKING:
     from dinov2cli.train.trainer import Trainer
 
 
-def plan_rows(trainer: "Trainer", loader: TrainLoader) -> list[tuple[str, str]]:
+def plan_rows(trainer: "Trainer", loader: Loader[MultiCropBatch]) -> list[tuple[str, str]]:
     """(what, value) of the data, the model, the schedule and the machine."""
     config, student = trainer.config, trainer.objective.student
     crops, arch = config.crops, config.arch()

@@ -15,7 +15,7 @@ from dinov2cli.config import Config
 from dinov2cli.console import Interrupted, MetricLogger, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
-from dinov2cli.data.loaders import TrainLoader, make_train_loader
+from dinov2cli.data.loaders import Loader, make_train_loader
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
@@ -138,7 +138,7 @@ class Trainer:
             signals = stack.enter_context(interruption(message, requeue=True))
             self.loop(loader, signals)
 
-    def loop(self, loader: TrainLoader, signals: list[int]) -> None:
+    def loop(self, loader: Loader[MultiCropBatch], signals: list[int]) -> None:
         """All iterations that are left; `signals` holds those that this process has got."""
         # On a GPU, the numbers of an iteration are read while the next one runs.
         lag = 1 if self.device.type == "cuda" else 0
@@ -167,7 +167,7 @@ class Trainer:
         """The batch where the networks are; from page-locked memory, nobody waits for the copy."""
         return batch.to(self.device, non_blocking=True, compiled=self.config.train.compile)
 
-    def make_loader(self) -> TrainLoader:
+    def make_loader(self) -> Loader[MultiCropBatch]:
         """Batches of this process from the current iteration to the end of the run."""
         return make_train_loader(
             self.config,

@@ -16,8 +16,8 @@ from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
-from dinov2cli.visualize.video_reader import Frame, FrameSource, sampling_step
-from dinov2cli.visualize.video_writer import VideoWriter, Writer, open_writer
+from dinov2cli.visualize.video.reader import Frame, FrameSource, sampling_step
+from dinov2cli.visualize.video.writer import VideoWriter, Writer, open_writer
 
 Advance = Callable[[int], object]
 """Called with the number of frames that were just finished."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import write_bytes
-from dinov2cli.visualize.audio import AudioTracks
+from dinov2cli.visualize.video.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 PNG_NAME = "frame_{:06d}.png"

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov2cli.console import logger
+from dinov2cli.data.decoding import over_black, read_image
 from dinov2cli.errors import DataError
-from dinov2cli.visualize.tone_mapping import HLG, PQ, tone_map
+from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNSPECIFIED_COLORSPACE = 2
@@ -195,26 +195,6 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: [int(s) if s.isdigit() else s.lower() for s in re.split(r"(\d+)", p.name)])
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image file as upright 8-bit RGB [H, W, 3], alpha laid over black.
-
-    Raises:
-        DataError: no such file, or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16") or upright.mode == "I":
-                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if "A" in upright.mode or "transparency" in upright.info:
-                return _over_black(np.asarray(upright.convert("RGBA")))
-            return np.asarray(upright.convert("RGB"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not an image that can be read ({error})") from error
-
-
 def sampling_step(count: int, wanted: int) -> int:
     """The step at which at most `wanted` of `count` frames are taken, evenly over all."""
     return max(math.ceil(count / wanted), 1)
@@ -263,14 +243,10 @@ def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) ->
     if frame.color_trc in (PQ, HLG):
         image = tone_map(pixels("rgb48le"), frame.color_trc)
     elif any(component.is_alpha for component in frame.format.components):
-        image = _over_black(pixels("rgba"))
+        image = over_black(pixels("rgba"))
     else:
         image = pixels("rgb24")
     return np.ascontiguousarray(np.rot90(image, quarter_turns))
-
-
-def _over_black(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return ((rgba[..., :3].astype(np.uint16) * rgba[..., 3:] + 127) // 255).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:
