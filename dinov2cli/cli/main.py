@@ -11,8 +11,6 @@ from dinov2cli.cli.attention import attention
 from dinov2cli.cli.bench import bench
 from dinov2cli.cli.command import add_command, perform, request_from
 from dinov2cli.cli.doctor import doctor
-from dinov2cli.cli.embed import embed
-from dinov2cli.cli.eval import evaluation
 from dinov2cli.cli.export import export
 from dinov2cli.cli.pca_image import pca_image
 from dinov2cli.cli.pca_video import pca_video
@@ -21,6 +19,7 @@ from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests.base import Request
+from dinov2cli.requests.eval import EVALUATIONS, EmbedRequest
 from dinov2cli.requests.tools import Info, ListPresets, Plot, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
@@ -30,7 +29,7 @@ COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
     ("prepare-imagenet", prepare_imagenet),
     Train,
     Status,
-    ("embed", embed),
+    EmbedRequest,
     Results,
     ("export", export),
     Info,
@@ -39,17 +38,18 @@ COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
     ("attention", attention),
     Plot,
     ("doctor", doctor),
-    ("eval", evaluation),
+    *EVALUATIONS.values(),
     ListPresets,
     ShowPreset,
     ("bench", bench),
 ]
 # Groups of requests (the first of two words), with their help.
 GROUPS: dict[str, str] = {
+    "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\nExample:\n\n    dino2 eval knn runs/demo",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
 }
 # Further words for a command.
-ALIASES: dict[str, type[Request]] = {}
+ALIASES: dict[str, type[Request]] = {**EVALUATIONS}
 
 
 def make_app() -> typer.Typer:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from dinov2cli import __version__, distributed
+from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.stopping import stoppable
+from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
 from dinov2cli.models.tensor_files import write_tensors
+from dinov2cli.requests.eval import EmbedRequest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,6 +36,43 @@ class FeatureTable(NamedTuple):
     labels: Tensor
     paths: list[str]
     metadata: dict[str, str]
+
+
+class Embedded(NamedTuple):
+    """What a file of features holds; `dim` is that of a class token."""
+
+    output: str
+    images: int
+    dim: int
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"{self.output}: {self.images} images, {self.dim} dimensions"
+
+
+def run(request: EmbedRequest) -> Embedded:
+    """Write the features of a dataset to a file.
+
+    Raises:
+        Dino2Error: a wrong output, weights or data; a full disk.
+    """
+    check_output(request.output)
+    with distributed.process_group():
+        images = make_dataset(request.data)
+        subject = load_subject(request.checkpoint, request.config_file)
+        extract = Extractor(
+            subject.model,
+            image_size=request.image_size,
+            resize_ratio=request.resize_ratio,
+            batch_size=request.batch_size,
+            num_workers=request.num_workers,
+            device=request.device,
+            precision=subject.precision,
+            detailed=True,
+            cache=None if request.no_cache else FeatureCache(),
+        )
+        features = embed(extract, images, request.output)
+    return Embedded(str(request.output), features.size, features.cls.shape[1], images.describe())
 
 
 def check_output(path: Path) -> None:

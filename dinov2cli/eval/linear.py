@@ -107,7 +107,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
     for test in test_sets:  # before anything expensive
         if test.labels is not None:
             read_labels(test.labels, make_dataset(test.dataset))
-    extract = trial.extractor(detailed=True, batch_size=256)
+    extract = trial.extractor(256, detailed=True)
     notes: tuple[str, ...] = ()
     extra: dict[str, Any] = {}
     names: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """What all evaluations share: the model, the data and the features that a request means, and the report.
 
 A protocol is a module of this package with `run(request, subject=None) -> Evaluation`, and a request in
-`requests.eval` that names the module.
+`requests.eval` whose command ends with the module's name.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,10 @@ class Run(Protocol):
 
 
 def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:
-    """Run the protocol that a request is for."""
-    run: Run = import_module(f"dinov2cli.eval.{request.protocol}").run
-    return run(request, subject)
+    """Run the protocol that a request is for, alone or as one of several processes."""
+    run: Run = import_module(f"dinov2cli.eval.{request.protocol()}").run
+    with distributed.process_group():
+        return run(request, subject)
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Trial:
         train = request.train_dataset or (None if trains else "none")
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
 
-    def extractor(self, *, batch_size: int | None = None, **options: Any) -> Extractor:
+    def extractor(self, batch_size: int, **options: Any) -> Extractor:
         """An extractor of the model's features as the request wants them, in the configured precision."""
         request = self.request
         return Extractor(
             self.subject.model,
             image_size=request.image_size,
-            batch_size=batch_size or request.batch_size,
+            batch_size=batch_size,
             num_workers=request.num_workers,
             device=request.device,
             cache=None if request.no_cache else FeatureCache(),
@@ -79,7 +80,7 @@ class Trial:
     @property
     def folder(self) -> Path | None:
         """Where the files of this evaluation go."""
-        return self.subject.output_dir(self.request.protocol, self.request.output_dir)
+        return self.subject.output_dir(self.request.protocol(), self.request.output_dir)
 
     def report(
         self,
@@ -98,7 +99,7 @@ class Trial:
             settings: a dataclass of what was chosen in the protocol; `further_settings` are added.
             lines: what the reference implementation writes of it.
         """
-        subject, task = self.subject, self.request.protocol
+        subject, task = self.subject, self.request.protocol()
         where = str(subject.weights.relative_to(subject.run)) if subject.run else subject.name
         used = {"image_size": extract.image_size, "resize": extract.resize, "precision": str(extract.precision.dtype)}
         evaluation = Evaluation(

@@ -82,6 +82,9 @@ class Evaluation:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
+    def __rich__(self) -> Table:
+        return results_table([self])
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Evaluation":
         """The inverse of `as_dict`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.data.datasets import make_dataset
-from dinov2cli.errors import ConfigError, DataError
+from dinov2cli.errors import DataError
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.linear_heads import measure_heads
 from dinov2cli.eval.metrics import Accuracy, MetricType
@@ -45,32 +45,18 @@ class TestSet:
 
 
 def test_sets_of(request: LinearRequest) -> list[TestSet]:
-    """The further test sets of a request; `None` among its mappings and labels leaves one out.
+    """The further test sets of a request; `None` among its mappings and labels leaves one out."""
+    n = len(request.test_datasets)
+    metrics = request.test_metric_types or (request.val_metric_type,) * n
+    mappings = request.test_class_mapping_fpaths or ("None",) * n
+    labels = request.test_labels or ("None",) * n
 
-    Raises:
-        ConfigError: metrics, mappings or labels are given, but not one for each dataset.
-    """
-    names = request.test_datasets
-    metrics, mappings, labels = request.test_metric_types, request.test_class_mapping_fpaths, request.test_labels
-    for option, values in (
-        ("--test-metric-types", metrics),
-        ("--test-class-mapping-fpaths", mappings),
-        ("--test-labels", labels),
-    ):
-        if values and len(values) != len(names):
-            raise ConfigError(f"{option}: {len(values)} values for {len(names)} test datasets; give one for each.")
-
-    def path(values: tuple[str, ...], i: int) -> Path | None:
-        return Path(values[i]) if values and values[i] != "None" else None
+    def path(word: str) -> Path | None:
+        return None if word == "None" else Path(word)
 
     return [
-        TestSet(
-            name,
-            MetricType(metrics[i] if metrics else request.val_metric_type),
-            path(mappings, i),
-            path(labels, i),
-        )
-        for i, name in enumerate(names)
+        TestSet(name, MetricType(metric), path(mapping), path(file))
+        for name, metric, mapping, file in zip(request.test_datasets, metrics, mappings, labels, strict=True)
     ]
 
 

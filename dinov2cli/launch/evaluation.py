@@ -1,0 +1,32 @@
+"""Evaluations in other processes: of this machine, or of a Slurm job."""
+
+from pathlib import Path
+
+from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
+from dinov2cli.launch.slurm import Wanted, submit
+from dinov2cli.requests.eval import EvalRequest
+
+
+def launch(request: EvalRequest) -> Elsewhere | None:
+    """Start an evaluation where the request says: as a job, in several processes here, or (None) in this process.
+
+    A job's folder is `slurm/` in the output folder, else in the run that the checkpoint belongs to, else here.
+
+    Raises:
+        Dino2Error: as the launchers.
+    """
+    gpus, cpu = request.gpus or 1, request.device == "cpu"
+    if request.slurm.is_asked:
+        folder = request.output_dir or run_of(Path(request.checkpoint)) or Path()
+        wanted, name = Wanted(request.slurm, gpus, cpu), f"dino2-{request.protocol()}"
+        return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=name))
+    if gpus == 1:
+        return None
+    launch_local(request, processes_here(gpus, cpu=cpu), None)
+    return Elsewhere(None)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint's path is in."""
+    places = [checkpoint, *checkpoint.absolute().parents]
+    return next((place for place in places if (place / "config.yaml").exists()), None)
