@@ -4,9 +4,16 @@ Groups and keys carry the names of the DINOv2 reference, and the defaults are it
 are marked "(dino2)" in their description.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from dinov2cli.requests.eval import EVALUATIONS
+
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(EVALUATIONS)]
 
 
 class Architecture(NamedTuple):
@@ -267,7 +274,7 @@ class Evaluation(Group):
     knn_period: int = Field(0, ge=0, description="(dino2) Iterations between k-NN scores of the teacher; 0: none.")
     knn_train_dataset: str = Field("", description="(dino2) Labelled data whose neighbours vote, for knn_period.")
     knn_val_dataset: str = Field("", description="(dino2) Labelled data that is classified, for knn_period.")
-    tasks: Annotated[tuple[Literal["knn", "logreg", "linear"], ...], BeforeValidator(_tuple_from_list)] = Field(
+    tasks: Annotated[tuple[Task, ...], BeforeValidator(_tuple_from_list)] = Field(
         (), description="(dino2) Evaluations of every teacher checkpoint, on the data of knn_period."
     )
     tasks_as_jobs: bool = Field(

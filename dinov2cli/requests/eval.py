@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
-from dinov2cli.requests.launch import Gpus, Slurm
+from dinov2cli.requests.launch import Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
 """How hits are averaged."""
@@ -67,7 +67,10 @@ class EvalRequest(Request):
     device: Device = None
     no_cache: NoCache = False
     as_json: Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json", last=True)] = False
-    gpus: Gpus = None
+    gpus: Annotated[
+        AtLeastOne | None,
+        Option("Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True),
+    ] = None
     slurm: Slurm = Slurm()
 
     @classmethod
@@ -154,9 +157,11 @@ class LogregRequest(EvalRequest):
     finetune_on_val: Annotated[bool, Option("Choose C on the val set instead of a tenth of the train set.")] = False
     metric_type: Annotated[
         Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy"],
-        Option("mean_accuracy, mean_per_class_accuracy or per_class_accuracy."),
+        Option("mean_accuracy, mean_per_class_accuracy or per_class_accuracy.", metavar="METRIC"),
     ] = "mean_accuracy"
-    train_dtype: Annotated[Literal["float64", "float32"], Option("float64, or float32 for less precision.")] = "float64"
+    train_dtype: Annotated[
+        Literal["float64", "float32"], Option("float64, or float32 for less precision.", metavar="DTYPE")
+    ] = "float64"
     train_features_device: Annotated[str | None, Option("Where to fit; by default where features are made.")] = None
     max_train_iters: Annotated[AtLeastOne, Option("Steps of L-BFGS for each C.")] = 1000
     batch_size: BatchSize = 256
@@ -190,7 +195,8 @@ class LinearRequest(EvalRequest):
         tuple[Metric, ...],
         Option(
             "For each test dataset: mean_accuracy, mean_per_class_accuracy, per_class_accuracy or "
-            "imagenet_real_accuracy [as val]."
+            "imagenet_real_accuracy [as val].",
+            metavar="METRIC",
         ),
     ] = ()
     test_class_mapping_fpaths: Annotated[
@@ -200,7 +206,7 @@ class LinearRequest(EvalRequest):
         tuple[str, ...], Option("For each test dataset: .npy or .json labels, or None.", metavar="FILE")
     ] = ()
     val_class_mapping_fpath: Annotated[Path | None, Option("Classes of val, with --head.", metavar="NPY")] = None
-    val_metric_type: Annotated[Metric, Option("As --test-metric-types.")] = "mean_accuracy"
+    val_metric_type: Annotated[Metric, Option("As --test-metric-types.", metavar="METRIC")] = "mean_accuracy"
     epochs: Annotated[AtLeastOne, Option("Epochs.")] = 10
     epoch_length: Annotated[AtLeastOne, Option("Iterations of an epoch.")] = 1250
     batch_size: Annotated[AtLeastOne, Option("Images in a step on each process.")] = 128

@@ -1,0 +1,121 @@
+"""Evaluations as requests: Python, the command line and a training do the same; one's own is two files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import pytest
+import typer
+from test_cli_eval import DATA, dino2, own_cache_and_logging, run  # noqa: F401  (fixtures)
+from typer.testing import CliRunner
+
+import dinov2cli.eval
+from dinov2cli.cli.command import add_command
+from dinov2cli.config import load_config
+from dinov2cli.errors import WeightsError
+from dinov2cli.eval import knn
+from dinov2cli.eval.protocol import evaluate, evaluate_teacher
+from dinov2cli.requests.base import Option
+from dinov2cli.requests.eval import EVALUATIONS, EvalRequest, KnnRequest, LinearRequest
+
+PHOTOS = {"train_dataset": "SamplePhotos:split=TRAIN", "val_dataset": "SamplePhotos:split=VAL"}
+
+
+class MeansRequest(EvalRequest):
+    """Classify images by the nearest mean of a class.
+
+    Example:
+
+        dino2 eval means runs/demo
+    """
+
+    command: ClassVar[str] = "eval means"
+
+    shrink: Annotated[float, Option("How far the means move to their own mean.")] = 0.0
+
+
+MEANS = '''
+"""Nearest class mean of frozen features."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dinov2cli.eval.metrics import AccuracyMeter
+from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.reports import Row
+
+
+@dataclass(frozen=True)
+class Settings:
+    shrink: float
+
+
+def run(request, subject=None):
+    trial = Trial.of(request, subject)
+    train_images, val_images = (labelled(each, "a", "it") for each in (trial.train_dataset, trial.val_dataset))
+    extract = trial.extractor(256)
+    train, val = extract(train_images), extract(val_images)
+    means = torch.stack([train.cls[train.targets == label].mean(0) for label in train.targets.unique()])
+    means = means.lerp(means.mean(0), request.shrink)
+    meter = AccuracyMeter(len(means))
+    meter.update(-torch.cdist(val.cls, means), val.targets)
+    (accuracy,) = meter.compute()
+    return trial.report(extract, Settings(request.shrink), [Row.of("means", accuracy)], [{"top-1": accuracy.top1}])
+'''
+
+
+@pytest.fixture
+def means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation of one's own: its module beside the others, its request in their table."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "means.py").write_text(MEANS)
+    monkeypatch.setattr(dinov2cli.eval, "__path__", [*dinov2cli.eval.__path__, str(tmp_path / "eval")])
+    monkeypatch.setitem(EVALUATIONS, "means", MeansRequest)
+    monkeypatch.delitem(sys.modules, "dinov2cli.eval.means", raising=False)
+
+
+@pytest.mark.usefixtures("means")
+def test_an_evaluation_of_ones_own_is_a_module_and_a_request(run: Path) -> None:  # noqa: F811
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    add_command(app, "means", MeansRequest)
+    typed = CliRunner().invoke(app, ["means", str(run), *DATA, "--shrink", "0.1", "--json"], catch_exceptions=False)
+    result = json.loads(typed.stdout)
+    assert result["task"] == "means" and result["settings"]["shrink"] == 0.1
+    assert result["rows"][0]["top1"] > 20
+    config = load_config(config_file=run / "config.yaml", overrides=[
+        "evaluation.knn_train_dataset=SamplePhotos:split=TRAIN", "evaluation.knn_val_dataset=SamplePhotos:split=VAL",
+    ])  # fmt: skip
+    (done,) = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, ["means"])
+    assert (done.task, done.iteration) == ("means", 9)
+    written = json.loads((run / "results.json").read_text())["evaluations"]
+    assert [each["task"] for each in written] == ["means", "means"]
+
+
+@pytest.mark.parametrize("words", [["eval", "knn"], ["knn"]])
+def test_python_gives_what_the_command_prints(
+    words: list[str],
+    run: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert dino2(*words, run, *DATA, "--nb-knn", "5", "10", "--json") == 0
+    typed = json.loads(capsys.readouterr().out)
+    request = KnnRequest(checkpoint=str(run), nb_knn=(5, 10), **PHOTOS)
+    for result in (knn.run(request), evaluate(request)):
+        assert {**result.as_dict(), "date": ""} == {**typed, "date": ""}
+
+
+def test_a_request_names_its_checkpoint_by_position_or_option() -> None:
+    assert KnnRequest(checkpoint="a.b=c", pretrained_weights="w.pth", overrides=("d.e=f",)).overrides == (
+        "a.b=c",
+        "d.e=f",
+    )
+    with pytest.raises(WeightsError, match="No checkpoint given"):
+        LinearRequest()
+
+
+def test_a_training_may_name_every_evaluation() -> None:
+    config = load_config(overrides=[f"evaluation.tasks=[{','.join(EVALUATIONS)}]"])
+    assert config.evaluation.tasks == ("knn", "logreg", "linear")
