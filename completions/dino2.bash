@@ -19,10 +19,9 @@ _dino2() {
             "dino2 attention") path="dino2 attention" ;;
             "dino2 plot") path="dino2 plot" ;;
             "dino2 doctor") path="dino2 doctor" ;;
-            "dino2 eval") path="dino2 eval" ;;
-            "dino2 eval knn") path="dino2 eval knn" ;;
-            "dino2 eval logreg") path="dino2 eval logreg" ;;
-            "dino2 eval linear") path="dino2 eval linear" ;;
+            "dino2 knn") path="dino2 knn" ;;
+            "dino2 logreg") path="dino2 logreg" ;;
+            "dino2 linear") path="dino2 linear" ;;
             "dino2 presets") path="dino2 presets" ;;
             "dino2 presets list") path="dino2 presets list" ;;
             "dino2 presets show") path="dino2 presets show" ;;
@@ -33,12 +32,16 @@ _dino2() {
             "dino2 bench logreg") path="dino2 bench logreg" ;;
             "dino2 bench linear") path="dino2 bench linear" ;;
             "dino2 bench augment") path="dino2 bench augment" ;;
+            "dino2 eval") path="dino2 eval" ;;
+            "dino2 eval knn") path="dino2 eval knn" ;;
+            "dino2 eval logreg") path="dino2 eval logreg" ;;
+            "dino2 eval linear") path="dino2 eval linear" ;;
         esac
     done
     case "$path" in
         "dino2")
             options="--version --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor eval presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear presets bench eval" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -190,16 +193,25 @@ _dino2() {
             esac
             options="--preset --config-file --data --output-dir --cpu --json --help -h"
             words="" ;;
-        "dino2 eval")
-            options="--help -h"
-            words="knn logreg linear" ;;
-        "dino2 eval knn")
+        "dino2 knn")
             case "$prev" in
                 --train-dataset) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
                 --pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
                 --nb-knn|--nb_knn) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --temperature) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --n-per-class-list|--n-per-class) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -209,6 +221,38 @@ _dino2() {
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
                 --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 logreg")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -221,19 +265,9 @@ _dino2() {
                 --mem) :; return ;;
                 --slurm) :; return ;;
                 --setup) :; return ;;
-            esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
-            words="" ;;
-        "dino2 eval logreg")
-            case "$prev" in
-                --train-dataset) :; return ;;
-                --val-dataset) :; return ;;
-                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
-                --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
                 --finetune-dataset|--finetune-dataset-str) :; return ;;
-                --metric-type) :; return ;;
-                --train-dtype) :; return ;;
+                --metric-type) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy" -- "$cur")); return ;;
+                --train-dtype) COMPREPLY=($(compgen -W "float64 float32" -- "$cur")); return ;;
                 --train-features-device) :; return ;;
                 --max-train-iters) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -241,6 +275,38 @@ _dino2() {
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
                 --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 linear")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -253,16 +319,6 @@ _dino2() {
                 --mem) :; return ;;
                 --slurm) :; return ;;
                 --setup) :; return ;;
-            esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
-            words="" ;;
-        "dino2 eval linear")
-            case "$prev" in
-                --train-dataset) :; return ;;
-                --val-dataset) :; return ;;
-                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
-                --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
                 --head|--classifier-fpath) :; return ;;
                 --head-layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --test-datasets) :; return ;;
@@ -270,7 +326,7 @@ _dino2() {
                 --test-class-mapping-fpaths) :; return ;;
                 --test-labels) :; return ;;
                 --val-class-mapping-fpath) :; return ;;
-                --val-metric-type) :; return ;;
+                --val-metric-type) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy imagenet_real_accuracy" -- "$cur")); return ;;
                 --epochs) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --epoch-length) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -281,21 +337,31 @@ _dino2() {
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
                 --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --partition) :; return ;;
-                --account) :; return ;;
-                --qos) :; return ;;
-                --constraint) :; return ;;
-                --exclude) :; return ;;
-                --comment) :; return ;;
-                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --mem) :; return ;;
-                --slurm) :; return ;;
-                --setup) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --gpus --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
-            words="" ;;
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --gpus --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 presets")
             options="--help -h"
             words="list show" ;;
@@ -439,6 +505,178 @@ _dino2() {
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
             options="--data --preset --config-file --workers --images --repeats --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 eval")
+            options="--help -h"
+            words="knn logreg linear" ;;
+        "dino2 eval knn")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
+                --nb-knn|--nb_knn) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --temperature) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --n-per-class-list|--n-per-class) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --n-tries) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 eval logreg")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
+                --finetune-dataset|--finetune-dataset-str) :; return ;;
+                --metric-type) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy" -- "$cur")); return ;;
+                --train-dtype) COMPREPLY=($(compgen -W "float64 float32" -- "$cur")); return ;;
+                --train-features-device) :; return ;;
+                --max-train-iters) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --num-workers --image-size --device --no-cache --json --gpus --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 eval linear")
+            case "$prev" in
+                --train-dataset) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
+                --head|--classifier-fpath) :; return ;;
+                --head-layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --test-datasets) :; return ;;
+                --test-metric-types) :; return ;;
+                --test-class-mapping-fpaths) :; return ;;
+                --test-labels) :; return ;;
+                --val-class-mapping-fpath) :; return ;;
+                --val-metric-type) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy imagenet_real_accuracy" -- "$cur")); return ;;
+                --epochs) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --epoch-length) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --learning-rates) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --eval-period-iterations) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --save-checkpoint-frequency) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --gpus --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
     esac
     if [[ $cur == -* ]]; then words=$options; fi

@@ -9,6 +9,7 @@ from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.notes import mark, reported
+from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import Train
 
@@ -208,10 +209,10 @@ def submit_tasks(checkpoint: Path, config: Config, *, cpu: bool) -> None:
         return
     wanted = slurm.Wanted(slurm.slurm_of_this_job(*config.evaluation.slurm), 1, cpu)
     for task in config.evaluation.tasks:
-        words = ["eval", task, str(checkpoint.absolute()), *(["--device", "cpu"] if cpu else [])]
+        request = EVALUATIONS[task](checkpoint=str(checkpoint.absolute()), device="cpu" if cpu else None)
         folder = Path(config.train.output_dir).absolute() / "slurm"
         try:
-            job = slurm.submit(words, wanted, folder=folder, name=f"dino2-{task}")
+            job = slurm.submit(request, wanted, folder=folder, name=f"dino2-{task}")
         except EnvironmentProblem as error:
             logger.error("evaluation %s of %s: %s", task, checkpoint.parent.name, error.message)
         else:

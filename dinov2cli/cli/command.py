@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -166,7 +166,9 @@ def request_from(text: str, known: Iterable[type[Request]]) -> Request:
 
 def _typer_parameter(each: Parameter) -> inspect.Parameter:
     option, default = each.option, each.field.get_default(call_default_factory=True)
-    annotation: Any = list[each.plain] if each.many else each.plain  # type: ignore[name-defined]
+    annotation: Any = str if each.many and get_origin(each.plain) is Literal else each.plain
+    if each.many:  # Typer takes no lists of a Literal
+        annotation = list[annotation]
     if each.field.is_required():
         default = inspect.Parameter.empty
     elif each.many:

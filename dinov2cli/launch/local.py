@@ -20,7 +20,7 @@ class Elsewhere(NamedTuple):
     result: Any
 
 
-def launch_local(request: Request | list[str], processes: int, run: Path | None) -> None:
+def launch_local(request: Request, processes: int, run: Path | None) -> None:
     """Do a request in several processes of this machine and wait for their end.
 
     Args:

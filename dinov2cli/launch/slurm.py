@@ -68,9 +68,7 @@ class Submitted:
         return "\n".join([f"job      {self.job_id}", f"log      {self.log}", *watch, f"stop     scancel {self.job_id}"])
 
 
-def submit(
-    request: Request | list[str], wanted: Wanted, *, folder: Path, name: str, run: Path | None = None
-) -> Submitted:
+def submit(request: Request, wanted: Wanted, *, folder: Path, name: str, run: Path | None = None) -> Submitted:
     """Submit a request as a job.
 
     Args:

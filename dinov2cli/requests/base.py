@@ -108,9 +108,7 @@ def function_named(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(import_module(module), function))
 
 
-def words_of(request: Request | list[str]) -> list[str]:
+def words_of(request: Request) -> list[str]:
     """The command line, after `dino2`, of a process that does the request: `--request JSON`."""
-    if isinstance(request, list):  # the words of a command that has no request yet
-        return request
     content = {"command": request.command, "request": request.model_dump(mode="json", exclude_unset=True)}
     return ["--request", json.dumps(content)]
