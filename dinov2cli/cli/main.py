@@ -45,7 +45,8 @@ COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
 ]
 # Groups of requests (the first of two words), with their help.
 GROUPS: dict[str, str] = {
-    "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\nExample:\n\n    dino2 eval knn runs/demo",
+    "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
+    "Example:\n\n    dino2 eval knn runs/demo",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
 }
 # Further words for a command.
