@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from typer.testing import CliRunner
 from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state, sample_model, sample_state, save
 
 from dinov2cli.cli.main import app
+from dinov2cli.config import ViTConfig
 from dinov2cli.errors import EnvironmentProblem, WeightsError
 from dinov2cli.export import exporter, graph_files
 from dinov2cli.export.bundle import Bundle, Runner, need
 from dinov2cli.export.exporter import FORMATS, ExportError, export_model
 from dinov2cli.export.graph import ExportableVisionTransformer
 from dinov2cli.export.timm_file import timm_model
-from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.classifier import load_classifier
 from dinov2cli.models.conversion import to_chunked, to_hf
 from dinov2cli.models.weights import load_backbone_into, load_model, read_weights
@@ -29,13 +28,13 @@ from dinov2cli.models.zoo import RELEASED
 NAMES = {"safetensors": "m.safetensors", "official": "m.pth", "hf": "m", "timm": "m.safetensors", "onnx": "m.onnx",
          "torch-export": "m.pt2"}  # fmt: skip
 # A model whose architecture no file of tensors shows: an unknown width, and resizing unlike the released models.
-ODD = replace(PLAIN, embed_dim=48, num_heads=4, hidden_dim=192, interpolate_offset=0.0)
+ODD = PLAIN.changed(embed_dim=48, num_heads=4, hidden_dim=192, interpolate_offset=0.0)
 
 
-def source_file(tmp_path: Path, architecture: VitArchitecture) -> Path:
+def source_file(tmp_path: Path, architecture: ViTConfig) -> Path:
     """Weights that say all about themselves."""
     file = tmp_path / "source.safetensors"
-    save_file(sample_state(architecture), file, {"dino2.architecture": json.dumps(architecture.as_dict())})
+    save_file(sample_state(architecture), file, {"dino2.architecture": json.dumps(architecture.model_dump())})
     return file
 
 
@@ -112,7 +111,7 @@ def test_timm_models_are_named_and_their_differences_given() -> None:
     for name, expected in (("dinov2_vits14", "vit_small_patch14_dinov2"),
                            ("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2")):  # fmt: skip
         assert timm_model(RELEASED[name].architecture) == (expected, {"num_classes": 0, "img_size": 518})
-    name, arguments = timm_model(replace(SWIGLU, num_register_tokens=2))
+    name, arguments = timm_model(SWIGLU.changed(num_register_tokens=2))
     assert name == "vit_giant_patch14_reg4_dinov2"
     assert arguments.pop("reg_tokens") == 2
     assert arguments == {"num_classes": 0, "img_size": 56, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -160,7 +159,7 @@ def test_transformers_opens_the_export(tmp_path: Path, sample: str) -> None:
 
 def test_transformers_classifies_with_the_head(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    source = source_file(tmp_path, replace(REGISTERS, depth=4))
+    source = source_file(tmp_path, REGISTERS.changed(depth=4))
     result = export_model(source, "hf", tmp_path / "m", linear_head=head_file(tmp_path))
     # Scores reach 40: the difference is one of rounding, a millionth of the largest.
     assert all(comparison.difference < 1e-6 * comparison.scale for comparison in result.comparisons)
@@ -183,7 +182,7 @@ def test_graphs_give_our_features_at_any_size_and_batch(tmp_path: Path, sample: 
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     output = tmp_path / NAMES[format_name]
-    architecture = replace(SAMPLES[sample], depth=4 if sample == "registers" else 2)
+    architecture = SAMPLES[sample].changed(depth=4 if sample == "registers" else 2)
     head = head_file(tmp_path, 5 * 192) if sample == "registers" else None
     source = source_file(tmp_path, architecture)
     result = export_model(source, format_name, output, linear_head=head)
@@ -208,7 +207,7 @@ def test_onnx_of_one_size_declares_what_it_takes(tmp_path: Path) -> None:
     assert [entry.name for entry in model.graph.output] == ["cls", "patches"]
     batch, *others = model.graph.input[0].type.tensor_type.shape.dim
     assert batch.dim_param and [side.dim_value for side in others] == [3, 28, 70]
-    assert json.loads({p.key: p.value for p in model.metadata_props}["dino2.architecture"]) == PLAIN.as_dict()
+    assert json.loads({p.key: p.value for p in model.metadata_props}["dino2.architecture"]) == PLAIN.model_dump()
     if installed("onnxruntime"):
         assert [comparison.shape for comparison in result.comparisons] == [(1, 3, 28, 70), (3, 3, 28, 70)]
 
@@ -220,10 +219,10 @@ def test_onnx_of_a_large_model_keeps_its_weights_in_a_file_beside(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(graph_files, "_EXTERNAL_DATA_ABOVE", 0)  # instead of 1.8 GB
-    result = export_model(source_file(tmp_path, replace(PLAIN, depth=1)), "onnx", tmp_path / "out" / "m.onnx")
+    result = export_model(source_file(tmp_path, PLAIN.changed(depth=1)), "onnx", tmp_path / "out" / "m.onnx")
     graph, data = tmp_path / "out" / "m.onnx", tmp_path / "out" / "m.onnx.data"
     assert set(result.files) == {str(graph), str(data)}
-    bundle = Bundle(sample_state(replace(PLAIN, depth=1)), PLAIN, sample_model(replace(PLAIN, depth=1)))
+    bundle = Bundle(sample_state(PLAIN.changed(depth=1)), PLAIN, sample_model(PLAIN.changed(depth=1)))
     assert exporter.compare(bundle, FORMATS["onnx"].open(bundle, graph), (1, 56, 56)).difference < 1e-4
 
 
@@ -232,11 +231,11 @@ def test_image_size_must_fit_the_patches(tmp_path: Path) -> None:
         export_model(source_file(tmp_path, PLAIN), "torch-export", tmp_path / "m.pt2", image_size=(30, 70))
 
 
-@pytest.mark.parametrize("architecture", [PLAIN, REGISTERS, replace(PLAIN, interpolate_antialias=True), ODD])
+@pytest.mark.parametrize("architecture", [PLAIN, REGISTERS, PLAIN.changed(interpolate_antialias=True), ODD])
 @torch.no_grad()
-def test_position_embeddings_by_matrices_equal_pytorchs_resize(architecture: VitArchitecture) -> None:
+def test_position_embeddings_by_matrices_equal_pytorchs_resize(architecture: ViTConfig) -> None:
     model = sample_model(architecture)
-    graph = ExportableVisionTransformer(**architecture.arguments())
+    graph = ExportableVisionTransformer(architecture)
     graph.load_state_dict(model.state_dict())
     for size in ((56, 56), (28, 28), (14, 70), (112, 42), (518, 518), (238, 28)):
         theirs, ours = model.interpolate_pos_encoding(*size), graph.interpolate_pos_encoding(*size)
@@ -293,7 +292,7 @@ def test_a_head_in_the_way_stops_the_export_before_anything_is_moved(tmp_path: P
 @pytest.mark.parametrize("format_name", ["safetensors", "official"])
 @torch.no_grad()
 def test_a_head_goes_beside_the_backbone(tmp_path: Path, format_name: str) -> None:
-    source, head = source_file(tmp_path, replace(PLAIN, depth=4)), head_file(tmp_path, 5 * 192)
+    source, head = source_file(tmp_path, PLAIN.changed(depth=4)), head_file(tmp_path, 5 * 192)
     output = tmp_path / "out" / NAMES[format_name]
     result = export_model(source, format_name, output, linear_head=head)
     written = output.with_name(f"m_linear4_head{output.suffix}")
@@ -306,7 +305,7 @@ def test_a_head_goes_beside_the_backbone(tmp_path: Path, format_name: str) -> No
     ("onnx", "m.pth", {}, r"format onnx writes a file that ends in \.onnx"),
     ("timm", "m.pth", {}, r"format timm writes a file that ends in \.safetensors"),
     ("gguf", "m.gguf", {}, "format 'gguf' is unknown; known: safetensors, official, hf, timm, onnx, torch-export"),
-    ("hf", "m", {"layerscale": False}, "transformers cannot hold this model: .* always have LayerScale"),
+    ("hf", "m", {"layerscale": None}, "transformers cannot hold this model: .* always have LayerScale"),
     ("hf", "m", {"hidden_dim": 700}, "an MLP of 700 is not a whole multiple of the width 192"),
     ("hf", "m", {"ffn_bias": False}, "always have a bias"),
     ("timm", "m.safetensors", {"ffn_bias": False}, "timm has one switch for the biases"),
@@ -315,7 +314,7 @@ def test_what_a_format_cannot_hold_is_refused(
     tmp_path: Path, format_name: str, output: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(WeightsError, match=message):
-        export_model(source_file(tmp_path, replace(PLAIN, **changes)), format_name, tmp_path / "out" / output)
+        export_model(source_file(tmp_path, PLAIN.changed(**changes)), format_name, tmp_path / "out" / output)
     assert not (tmp_path / "out" / output).exists()
 
 

@@ -9,6 +9,7 @@ from weight_samples import PLAIN, assert_same_state, sample_model, sample_state,
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.classifier import LinearClassifier, head_input, load_classifier, read_linear_head
+from dinov2cli.models.vision_transformer import shapes_of
 from dinov2cli.models.zoo import RELEASED
 
 REPOSITORY = str(Path(__file__).parents[1])
@@ -36,7 +37,7 @@ def test_entry_points_are_the_released_names() -> None:
 def test_backbone_without_weights(name: str) -> None:
     model = hub_load(name, pretrained=False)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert shapes == RELEASED[name].architecture.shapes()
+    assert shapes == shapes_of(RELEASED[name].architecture)
     assert not model.training
 
 

@@ -47,7 +47,7 @@ def test_run_folder(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     found = info_json(str(run))
     assert found["parameters"] == sum(tensor.numel() for tensor in sample_state(PLAIN).values())
-    assert found["architecture"] == PLAIN.as_dict()
+    assert found["architecture"] == PLAIN.model_dump()
     assert found["left_out"] == ["dino_head.mlp.0.bias"]
     training = found["training"]
     assert training["iteration"] == 199 and training["is_newest_teacher"] and training["iterations"] == 600

@@ -1,6 +1,5 @@
 """Continued pretraining: a training that starts from weights made elsewhere."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,18 +7,17 @@ import torch
 from tiny_run import TINY, metrics_of, write_images
 from weight_samples import assert_same_state, sample_model, sample_state, save
 
-from dinov2cli.config import Config
+from dinov2cli.config import Config, ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.exporter import export_model
-from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.weights import load_backbone_into, load_model
 from dinov2cli.requests.train import Train
 from dinov2cli.start import resolve_config, train
 from dinov2cli.train.trainer import Trainer
 
-SOURCE = VitArchitecture(
+SOURCE = ViTConfig(
     embed_dim=24, depth=2, num_heads=2, patch_size=8, img_size=32, hidden_dim=64, ffn_layer="swiglu",
-    num_register_tokens=2, interpolate_antialias=True, interpolate_offset=0.0,
+    layerscale=1.0,    num_register_tokens=2, interpolate_antialias=True, interpolate_offset=0.0,
 )  # fmt: skip
 # The tiny run without its architecture, which then follows the weights.
 _SIZE = ("student.arch", "student.embed", "student.depth", "student.num")
@@ -36,7 +34,7 @@ def config_for(tmp_path: Path, weights: Path, *overrides: str) -> Config:
     )
 
 
-def exported(tmp_path: Path, format_name: str, architecture: VitArchitecture = SOURCE) -> Path:
+def exported(tmp_path: Path, format_name: str, architecture: ViTConfig = SOURCE) -> Path:
     """An export of a teacher whose run's config.yaml says how many heads it has."""
     model = sample_model(architecture)
     folder = tmp_path / "source"
@@ -109,7 +107,7 @@ def test_a_run_resumes_without_the_weights_it_began_with(tmp_path: Path) -> None
 
 
 def test_adaptation_preset_takes_the_weights_architecture(tmp_path: Path) -> None:
-    source = save(sample_state(replace(SOURCE, embed_dim=192, num_heads=3, hidden_dim=512, patch_size=14, img_size=56)),
+    source = save(sample_state(SOURCE.changed(embed_dim=192, num_heads=3, hidden_dim=512, patch_size=14, img_size=56)),
                   tmp_path / "weights.pth")  # fmt: skip
     photos, run = "SamplePhotos:split=TRAIN", tmp_path / "run"
     config = resolve_config(Train(preset="adapt_518", data=photos, output_dir=run, init_from=str(source)))

@@ -7,7 +7,7 @@ import pytest
 
 from dinov2cli.config import load_config
 from dinov2cli.train.networks import build_network
-from dinov2cli.train.parameter_groups import apply_schedules, layer_of, parameter_groups
+from dinov2cli.train.parameter_groups import apply_schedules, parameter_groups
 from dinov2cli.train.schedules import Schedules, cosine, linear
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedules.npz")
@@ -64,4 +64,3 @@ def test_every_parameter_is_in_one_group_with_its_own_factors() -> None:
     assert lr_and_decay("backbone.norm.weight") == (1.0, 0.0)
     assert lr_and_decay("dino_head.mlp.0.weight") == (1.0, 0.1)
     assert lr_and_decay("ibot_head.last_layer.weight_v") == (0.0, 0.1)
-    assert layer_of("blocks.11.norm1.weight", 12) == 12

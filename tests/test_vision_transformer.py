@@ -11,7 +11,7 @@ from torch import nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 from dinov2cli.models.layers import LayerScale, draw_for_branches, draw_kept_sequences, linear_and_scale
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count, shapes_of
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -192,6 +192,25 @@ def test_packed_kernels_agree_with_sdpa(name: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     of_expected, of_found = (torch.autograd.grad(y.float().square().sum(), qkv)[0] for y in (expected, found))
     torch.testing.assert_close(of_found, of_expected, atol=5e-2, rtol=5e-2)
+
+
+def test_every_parameter_has_a_layer() -> None:
+    model = VisionTransformer(embed_dim=24, depth=12, num_heads=2, num_register_tokens=1)
+    layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    assert layers["blocks.11.norm1.weight"] == 12 and layers["norm.weight"] == 13
+    assert {name for name, layer in layers.items() if layer == 0} == {
+        "cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias",
+    }  # fmt: skip
+    assert model.layer_of("tokens_of_another_kind") == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_are_those_of_the_built_model_and_cost_no_random_numbers(variant: str) -> None:
+    model, _ = golden_model(variant)
+    before = torch.get_rng_state()
+    assert shapes_of(model.config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_wrong_sizes_are_named() -> None:

@@ -1,32 +1,31 @@
 """Small models with distinct random weights, for the tests of loading and exporting."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov2cli.models.architecture import VitArchitecture
+from dinov2cli.config import ViTConfig
 from dinov2cli.models.vision_transformer import VisionTransformer
 
-PLAIN = VitArchitecture(embed_dim=192, depth=2, num_heads=3, patch_size=14, img_size=56, hidden_dim=768)
-REGISTERS = replace(PLAIN, num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
-SWIGLU = replace(PLAIN, ffn_layer="swiglu", hidden_dim=512)
+PLAIN = ViTConfig(embed_dim=192, depth=2, num_heads=3, patch_size=14, img_size=56, layerscale=1.0)
+REGISTERS = PLAIN.changed(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
+SWIGLU = PLAIN.changed(ffn_layer="swiglu", hidden_dim=512)
 SAMPLES = {"plain": PLAIN, "registers": REGISTERS, "swiglu": SWIGLU}
 
 
-def sample_model(architecture: VitArchitecture, seed: int = 0, **overrides: Any) -> VisionTransformer:
+def sample_model(architecture: ViTConfig, seed: int = 0, **overrides: Any) -> VisionTransformer:
     """A model whose every tensor is random, those that start as constants too."""
     torch.manual_seed(seed)
-    model = architecture.build(**overrides).eval()
+    model = VisionTransformer(architecture, **overrides).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
-def sample_state(architecture: VitArchitecture, seed: int = 0) -> dict[str, Tensor]:
+def sample_state(architecture: ViTConfig, seed: int = 0) -> dict[str, Tensor]:
     return sample_model(architecture, seed).state_dict()
 
 

@@ -3,14 +3,15 @@
 from dinov2cli.config.config import Config
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
-from dinov2cli.config.schema import ARCHITECTURES, Architecture
 from dinov2cli.config.tree import annotated_yaml
+from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTConfig
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Config",
     "Preset",
+    "ViTConfig",
     "annotated_yaml",
     "find_preset",
     "list_presets",

@@ -12,20 +12,20 @@ import yaml
 from pydantic import model_validator
 
 from dinov2cli.config.checks import contradictions
+from dinov2cli.config.group import Group
 from dinov2cli.config.schema import (
-    Architecture,
     ComputePrecision,
     Crops,
     Data,
     Dino,
     Evaluation,
-    Group,
     Ibot,
     Optim,
     Student,
     Teacher,
     Train,
 )
+from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import write_text
 
@@ -58,6 +58,11 @@ class Config(Group):
     def arch(self) -> Architecture:
         """`(embed_dim, depth, num_heads)` of the backbone: those of `student.arch` where not given one by one."""
         return self.student.size()
+
+    def vit(self) -> ViTConfig:
+        """The backbone that the student and the teacher have."""
+        options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
+        return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.global_crops_size)
 
     def iterations(self) -> int:
         """Optimizer steps of the whole run."""

@@ -4,39 +4,18 @@ Groups and keys carry the names of the DINOv2 reference, and the defaults are it
 are marked "(dino2)" in their description.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from dinov2cli.config.group import Group, put_first
+from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.requests.eval import EVALUATIONS
 
 if TYPE_CHECKING:
     Task = str
 else:
     Task = Literal[tuple(EVALUATIONS)]
-
-
-class Architecture(NamedTuple):
-    """Size of a vision transformer."""
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-
-
-ARCHITECTURES = {
-    "vit_tiny": Architecture(192, 12, 3),
-    "vit_small": Architecture(384, 12, 6),
-    "vit_base": Architecture(768, 12, 12),
-    "vit_large": Architecture(1024, 24, 16),
-    "vit_giant2": Architecture(1536, 40, 24),
-}
-
-
-class Group(BaseModel):
-    """A group of keys: immutable, no unknown keys, no silent conversion (`"64"` or `true` is not a number)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _tuple_from_list(value: Any) -> Any:
@@ -144,15 +123,13 @@ class Train(Group):
     wandb: bool = Field(False, description="(dino2) Log metrics to Weights & Biases as well; needs dinov2cli[wandb].")
 
 
-class Student(Group):
+class Student(ViTOptions):
     """The vision transformer that is trained; the teacher has the same architecture."""
 
     arch: Annotated[
         Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"], BeforeValidator(_without_memeff)
     ] = Field("vit_large", description="Named size; embed_dim, depth and num_heads override it.")
-    patch_size: int = Field(16, ge=1, description="Side of a patch in pixels.")
     drop_path_rate: float = Field(0.3, ge=0, lt=1, description="Stochastic depth: share of samples a block skips.")
-    layerscale: float | None = Field(1e-5, ge=0, description="Initial LayerScale; 0 or null: no LayerScale.")
     drop_path_uniform: bool = Field(
         True, description="Same drop_path_rate in all blocks; otherwise it rises linearly with depth."
     )
@@ -160,19 +137,8 @@ class Student(Group):
     freeze_backbone_epochs: int = Field(
         0, ge=0, description="(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights."
     )
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = Field(
-        "mlp", description="Feed-forward layer; swiglu and swiglufused are the same."
-    )
     block_chunks: int = Field(
         0, ge=0, description="Accepted for compatibility; weights are always written with flat block numbers."
-    )
-    qkv_bias: bool = Field(True, description="Bias in the query, key and value projections.")
-    proj_bias: bool = Field(True, description="Bias in the attention's output projection.")
-    ffn_bias: bool = Field(True, description="Biases in the feed-forward layer.")
-    num_register_tokens: int = Field(0, ge=0, description="Register tokens.")
-    interpolate_antialias: bool = Field(False, description="Antialias when position embeddings are resized.")
-    interpolate_offset: float = Field(
-        0.1, ge=0, lt=1, description="Offset added to the size when position embeddings are resized; 0: exact size."
     )
     embed_dim: int | None = Field(None, ge=1, description="(dino2) Token size; null: that of arch.")
     depth: int | None = Field(None, ge=1, description="(dino2) Transformer blocks; null: those of arch.")
@@ -182,11 +148,16 @@ class Student(Group):
     )
 
     def size(self) -> Architecture:
-        """`(embed_dim, depth, num_heads)` of the backbone: those of `arch` where not given one by one."""
+        """That of `arch`, where it is not given one by one."""
         named = ARCHITECTURES[self.arch]
         return Architecture(
             self.embed_dim or named.embed_dim, self.depth or named.depth, self.num_heads or named.num_heads
         )
+
+
+# The reference's order.
+put_first(Student, "arch", "patch_size", "drop_path_rate", "layerscale", "drop_path_uniform", "pretrained_weights",
+          "freeze_backbone_epochs", "ffn_layer", "block_chunks")  # fmt: skip
 
 
 class Teacher(Group):

@@ -173,8 +173,7 @@ def fitting_image_size(model: Any, image_size: int | None) -> int:
         ConfigError: not a multiple of the patch size.
     """
     patch = model.patch_size
-    native = round((model.pos_embed.shape[1] - 1) ** 0.5) * patch
-    size = min(native, STANDARD_SIZE // patch * patch) if image_size is None else image_size
+    size = min(model.native_size, STANDARD_SIZE // patch * patch) if image_size is None else image_size
     if size < patch or size % patch:
         lower = max(1, size // patch) * patch
         raise ConfigError(
@@ -187,8 +186,6 @@ def fitting_image_size(model: Any, image_size: int | None) -> int:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over what a model computes with: its layout and every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(repr(model).encode())
-    for key in ("patch_size", "num_heads", "num_register_tokens", "interpolate_antialias", "interpolate_offset"):
-        digest.update(f"{key}={getattr(model, key, None)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2cli.config import ViTConfig
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.export.graph import ExportGraph
-from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.conversion import State
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -35,7 +35,7 @@ class Bundle:
     """
 
     state: State
-    architecture: VitArchitecture
+    architecture: ViTConfig
     model: VisionTransformer
     head: nn.Linear | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ def need(package: str, extra: str = "export") -> ModuleType:
         ) from None
 
 
-def random_images(architecture: VitArchitecture, batch: int, height: int, width: int) -> Tensor:
+def random_images(architecture: ViTConfig, batch: int, height: int, width: int) -> Tensor:
     """Normalised noise [B, C, H, W], the same every time."""
     generator = torch.Generator().manual_seed(batch * 1_000_003 + height * 1009 + width)
     return torch.randn(batch, architecture.in_chans, height, width, generator=generator)

@@ -11,6 +11,7 @@ from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import sha256
 from dinov2cli.models.sources import newest_teacher
+from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.models.weights import RecognisedWeights, read_weights
 from dinov2cli.requests.tools import Info
 
@@ -51,8 +52,8 @@ def describe(source: str | Path, *, config_file: str | Path | None = None, diges
         "files": [str(file) for file in weights.source.files],
         "bytes": sum(file.stat().st_size for file in weights.source.files),
         "what": architecture.describe(),
-        "parameters": architecture.parameter_count(),
-        "architecture": architecture.as_dict(),
+        "parameters": parameter_count(architecture),
+        "architecture": architecture.model_dump(),
         "layout": weights.report.layout,
         "tensors_read": weights.report.read,
         "left_out": list(weights.report.left_out),

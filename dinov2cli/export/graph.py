@@ -53,11 +53,11 @@ class ExportableVisionTransformer(VisionTransformer):
 
     def _resize_matrix(self, target: int, side: int, native: Tensor) -> Tensor:
         """[target, side]: the weight of every native position in every target position."""
-        scale = (torch.scalar_tensor(target) + self.interpolate_offset) / side
+        scale = (torch.scalar_tensor(target) + self.config.interpolate_offset) / side
         scale = torch.where(native, torch.ones_like(scale), scale)  # the native size is not interpolated at all
         centre = (torch.arange(target, dtype=torch.float32) + 0.5) / scale - 0.5
         positions = torch.arange(side, dtype=torch.float32)
-        if self.interpolate_antialias:
+        if self.config.interpolate_antialias:
             return _antialiased(centre, positions, torch.clamp(1 / scale, min=1.0))
         return _clamped(centre, positions)
 

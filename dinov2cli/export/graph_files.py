@@ -51,11 +51,11 @@ def write_onnx(bundle: Bundle, path: Path) -> None:
     program.model.metadata_props.update(
         {
             "dino2": __version__,
-            "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
+            "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
             "dino2.input": "RGB in 0..1 minus (0.485, 0.456, 0.406) over (0.229, 0.224, 0.225)",
         }
     )
-    program.save(path, external_data=4 * bundle.architecture.parameter_count() > _EXTERNAL_DATA_ABOVE)
+    program.save(path, external_data=4 * sum(tensor.numel() for tensor in bundle.state.values()) > _EXTERNAL_DATA_ABOVE)
 
 
 def open_onnx(bundle: Bundle, path: Path) -> Runner:
@@ -77,7 +77,7 @@ def open_onnx(bundle: Bundle, path: Path) -> Runner:
 
 def _program(bundle: Bundle) -> torch.export.ExportedProgram:
     """The traced graph. Batch is dynamic, height and width too unless one size is asked for."""
-    backbone = ExportableVisionTransformer(**bundle.architecture.arguments())
+    backbone = ExportableVisionTransformer(bundle.architecture)
     backbone.load_state_dict(bundle.state)
     graph = ExportGraph(backbone, bundle.head).eval().requires_grad_(False)
     patch = bundle.architecture.patch_size

@@ -52,7 +52,7 @@ def open_hf(bundle: Bundle, folder: Path) -> Runner:
         raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
     model.eval()
     backbone = model if bundle.head is None else getattr(model, _kind(bundle))
-    prefix = 1 + bundle.architecture.num_register_tokens
+    prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:
         tokens = backbone(pixel_values=images).last_hidden_state

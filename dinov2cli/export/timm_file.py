@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2cli.config import ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
-from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.conversion import lost_in_timm, to_timm
 from dinov2cli.models.tensor_files import write_tensors
 from dinov2cli.models.weights import write_lost_tensors
@@ -41,14 +41,14 @@ def write_timm(bundle: Bundle, path: Path) -> None:
         )
     metadata = {
         "format": "pt",
-        "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
+        "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
         **write_lost_tensors(lost_in_timm(bundle.state)),
     }
     tensors = to_timm(bundle.state)
     write_tensors(tensors, path, metadata)
 
 
-def timm_model(architecture: VitArchitecture) -> tuple[str, dict[str, Any]]:
+def timm_model(architecture: ViTConfig) -> tuple[str, dict[str, Any]]:
     """The name and arguments for `timm.create_model` that make this architecture."""
     registers = architecture.num_register_tokens
     size = _SIZES.get(architecture.name, "small") if architecture.ffn_layer == "mlp" else "giant"
@@ -81,7 +81,7 @@ def open_timm(bundle: Bundle, path: Path) -> Runner:
     timm: Any = need("timm")
     name, arguments = timm_model(bundle.architecture)
     model = timm.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
-    prefix = 1 + bundle.architecture.num_register_tokens
+    prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:
         tokens = model.forward_features(images)

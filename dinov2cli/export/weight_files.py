@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from dinov2cli import __version__
+from dinov2cli.config.vit import Architecture, ViTOptions
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Runner
 from dinov2cli.export.graph import ExportGraph
@@ -21,7 +22,7 @@ def write_safetensors(bundle: Bundle, path: Path) -> None:
     """One file that says by itself how many heads the model has and how it resizes position embeddings."""
     metadata = {
         "format": "pt",
-        "dino2.architecture": json.dumps(bundle.architecture.as_dict()),
+        "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
         "dino2.provenance": json.dumps({"dino2": __version__, **bundle.provenance}),
     }
     write_tensors(bundle.state, path, metadata)
@@ -39,8 +40,7 @@ def write_official(bundle: Bundle, path: Path) -> None:
     except WeightsError:
         understood = False
     if not understood:
-        keys = ("patch_size", "num_heads", "num_register_tokens", "interpolate_antialias", "interpolate_offset")
-        student = {key: getattr(bundle.architecture, key) for key in keys}
+        student = bundle.architecture.model_dump(include={*Architecture._fields, *ViTOptions.model_fields})
         architecture_file(path).write_text(yaml.safe_dump({"student": student}, sort_keys=False))
 
 

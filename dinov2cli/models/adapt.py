@@ -3,7 +3,6 @@
 Shape legend: B images, C channels, D width, N patches at the native size, P patch size.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2cli.config.vit import ViTConfig
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.architecture import VitArchitecture
 from dinov2cli.models.attention import TokenLayout
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, resize_positions
 
 SIZE_POLICIES = ("error", "pad", "crop")
 
@@ -52,12 +51,15 @@ class AnySizeVisionTransformer(VisionTransformer):
 
     Args:
         size_policy: `pad` or `crop`.
-        arguments: of `VisionTransformer`.
+        config, arguments: of `VisionTransformer`.
     """
 
-    def __init__(self, size_policy: str, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, size_policy: str, config: ViTConfig, **arguments: Any) -> None:
+        super().__init__(config, **arguments)
         self.size_policy = size_policy
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, size_policy={self.size_policy!r}"
 
     def prepare_tokens(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, TokenLayout]:
         return super().prepare_tokens([fit_to_patches(x, self.patch_size, self.size_policy) for x in images], masks)
@@ -82,15 +84,9 @@ def adapt_patch_embedding(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
-def resize_position_embeddings(pos_embed: Tensor, architecture: VitArchitecture, patches: int) -> Tensor:
-    """Position embeddings [1, 1+N, D] for a square grid of another number of patches: [1, 1+patches, D].
+def resize_position_embeddings(pos_embed: Tensor, config: ViTConfig, grid: int) -> Tensor:
+    """Position embeddings [1, 1+N, D] for a square grid of another number of patches a side: [1, 1+grid*grid, D].
 
-    Resized just as a model of `architecture` does it on the fly for an image of that size.
+    Resized just as a model of `config` does it on the fly for an image of that size.
     """
-    if pos_embed.shape[1] == 1 + patches:
-        return pos_embed
-    side = math.isqrt(patches) * architecture.patch_size
-    with torch.device("meta"):
-        model = architecture.build(depth=0)
-    model.pos_embed = torch.nn.Parameter(pos_embed, requires_grad=False)
-    return model.interpolate_pos_encoding(side, side)
+    return pos_embed if grid == config.grid else resize_positions(pos_embed, (grid, grid), config)

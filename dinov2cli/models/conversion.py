@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2cli.config.vit import ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.architecture import VitArchitecture, swiglu_width
 
 State = dict[str, Tensor]
 StateView = Mapping[str, Tensor]
@@ -115,7 +115,7 @@ def to_hf(state: StateView) -> State:
     return renamed
 
 
-def why_not_hf(architecture: VitArchitecture) -> str | None:
+def why_not_hf(architecture: ViTConfig) -> str | None:
     """What of a model transformers' classes cannot hold, in words; None if nothing."""
     hidden, dim = architecture.hidden_dim, architecture.embed_dim
     if architecture.ffn_layer == "mlp" and hidden % dim:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2cli.config.vit import ViTConfig
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 
 
@@ -66,17 +67,12 @@ class Mlp(nn.Module):
 
 
 class SwiGLUFFN(nn.Module):
-    """Gated feed-forward layer: w3(silu(a) * b) with a, b the halves of w12(x). [T, D] -> [T, D].
-
-    `hidden_dim` is the width an MLP would have; two thirds of it, rounded up to a multiple of 8, keep the parameters
-    about equal.
-    """
+    """Gated feed-forward layer: w3(silu(a) * b) with a, b the halves of w12(x). [T, D] -> [T, D]."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
         super().__init__()
-        width = (int(hidden_dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * width, bias=bias)
-        self.w3 = nn.Linear(width, dim, bias=bias)
+        self.w12 = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.w3 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -86,7 +82,6 @@ class SwiGLUFFN(nn.Module):
 FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "mlp": Mlp,
     "swiglu": SwiGLUFFN,
-    "swiglufused": SwiGLUFFN,
 }
 
 
@@ -183,25 +178,15 @@ def draw_for_branches(
 class Block(nn.Module):
     """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        ffn_layer: str,
-        qkv_bias: bool,
-        proj_bias: bool,
-        ffn_bias: bool,
-        layerscale: float | None,
-        attention_backend: str,
-    ) -> None:
+    def __init__(self, config: ViTConfig, attention_backend: str) -> None:
         super().__init__()
+        dim, scale = config.embed_dim, config.layerscale
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend)
-        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.proj_bias, attention_backend)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = FFN_LAYERS[ffn_layer](dim, int(dim * mlp_ratio), ffn_bias)
-        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.mlp = FFN_LAYERS[config.ffn_layer](dim, config.hidden_dim, config.ffn_bias)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
     def forward(
         self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dinov2cli.config import ARCHITECTURES
+from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.models import zoo
@@ -26,7 +26,7 @@ class Source:
 
     Args:
         files: the files that hold them (several for a sharded Hugging Face folder).
-        hints: what is known beside the weights; keys of `VitArchitecture`, and `from`, the file that says so.
+        hints: what is known beside the weights; fields of `ViTConfig`, and `from`, the file that says so.
         run: the run folder they belong to, if any.
         iteration: the training iteration, if the place says it.
         released: the released model they are, if asked for by name.
@@ -137,17 +137,10 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
     hints: dict[str, Any] = {"from": str(path)}
     arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
-    for i, key in enumerate(("embed_dim", "depth", "num_heads")):
-        if student.get(key) is not None:
-            hints[key] = student[key]
-        elif arch is not None:
-            hints[key] = arch[i]
-    for key in ("patch_size", "num_register_tokens", "interpolate_antialias", "interpolate_offset"):
-        if student.get(key) is not None:
-            hints[key] = student[key]
-    if student.get("ffn_layer") in ("mlp", "swiglu", "swiglufused"):
-        hints["ffn_layer"] = student["ffn_layer"].removesuffix("fused")
-    return hints
+    hints |= arch._asdict() if arch else {}
+    return hints | {
+        key: student[key] for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None
+    }
 
 
 def _config_json_hints(path: Path) -> dict[str, Any]:

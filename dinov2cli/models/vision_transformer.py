@@ -3,7 +3,9 @@
 Shape legend: B images, N = h*w patches of an image, R registers, D embedding dimension, T tokens of all sequences.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,87 +13,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinov2cli.config.vit import ViTConfig
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
-from dinov2cli.models.layers import FFN_LAYERS, Block, KeptSequences, PatchEmbed, draw_for_branches
+from dinov2cli.models.layers import Block, KeptSequences, PatchEmbed, draw_for_branches
 
 
 class VisionTransformer(nn.Module):
     """Vision transformer with registers, SwiGLU, LayerScale and batch-subset stochastic depth as in DINOv2.
 
     Args:
-        img_size: side in pixels of the square images that the position embeddings are for.
-        patch_size: side of a patch in pixels.
-        in_chans: image channels.
-        embed_dim, depth, num_heads: the architecture; see `dinov2cli.config` for the named ones.
-        mlp_ratio: hidden width of the feed-forward layer over `embed_dim`.
-        ffn_layer: `mlp` or `swiglu` (`swiglufused` names the same layer).
-        qkv_bias, proj_bias, ffn_bias: whether these linear layers have a bias.
-        layerscale: initial LayerScale factor; None leaves LayerScale out.
+        config: what the backbone is. Instead of it, or to change parts of it, its fields are keywords: see
+            `dinov2cli.config.vit.ViTConfig`, whose `mlp_ratio` may stand for `hidden_dim`.
         drop_path_rate: share of the sequences that a residual branch skips in training.
         drop_path_uniform: the same rate for every block; else it grows linearly from 0 to the rate.
-        num_register_tokens: R, learned tokens without a place in the image ("Vision Transformers Need Registers").
-        interpolate_antialias, interpolate_offset: how position embeddings are resized to other image sizes.
         attention_backend: a key of `attention.ATTENTION_BACKENDS`; `auto` means `sdpa`, which runs everywhere.
+        options: fields of `ViTConfig`.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown `ffn_layer`.
+        ValueError: options that are unknown, out of bounds, or do not fit each other.
     """
 
     def __init__(
         self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        ffn_layer: str = "mlp",
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        layerscale: float | None = None,
+        config: ViTConfig | None = None,
+        *,
         drop_path_rate: float = 0.0,
         drop_path_uniform: bool = True,
-        num_register_tokens: int = 0,
-        interpolate_antialias: bool = False,
-        interpolate_offset: float = 0.1,
         attention_backend: str = "auto",
+        **options: Any,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        if ffn_layer not in FFN_LAYERS:
-            raise ValueError(f"ffn_layer {ffn_layer!r} is unknown; known: {', '.join(FFN_LAYERS)}")
-        self.embed_dim = self.num_features = embed_dim
-        self.depth = self.n_blocks = depth
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias = interpolate_antialias
-        self.interpolate_offset = interpolate_offset
+        config = ViTConfig(**options) if config is None else config.changed(**options)
+        self.config = config
+        self.embed_dim = self.num_features = config.embed_dim
+        self.depth = self.n_blocks = config.depth
+        self.num_heads = config.num_heads
+        self.patch_size = config.patch_size
+        self.native_size = config.img_size
+        self.num_register_tokens = config.num_register_tokens
+        self.prefix_tokens = 1 + config.num_register_tokens
+        """Tokens of a sequence before its patches: the class token, then the registers."""
         self.activation_checkpointing = False
         self.drop_path_rates = [
-            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(depth - 1, 1) for i in range(depth)
+            drop_path_rate if drop_path_uniform else drop_path_rate * i / max(self.depth - 1, 1)
+            for i in range(self.depth)
         ]
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
-        if num_register_tokens:
-            self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_chans, config.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim))
+        if self.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, self.num_register_tokens, self.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         self.attention_backend = backend = "sdpa" if attention_backend == "auto" else attention_backend
-        self.blocks = nn.ModuleList(
-            kind(embed_dim, num_heads, mlp_ratio, ffn_layer, qkv_bias, proj_bias, ffn_bias, layerscale, backend)
-            for kind in [Block] * (depth - 1) + [LastBlock] * min(depth, 1)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(kind(config, backend) for kind in [Block] * (self.depth - 1) + [LastBlock])
+        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.head = nn.Identity()
-        self.init_weights()
+        if not self.pos_embed.is_meta:  # there is nothing to draw there, and the first attempt imports for seconds
+            self.init_weights()
+
+    def extra_repr(self) -> str:
+        """All options, so that `repr` tells apart any two models that compute differently with the same weights."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config)
 
     def init_weights(self) -> None:
         """Draw fresh weights: truncated normal 0.02 for linear layers and position embeddings, as the reference."""
@@ -104,6 +88,13 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter: 0 for embeddings and tokens, i+1 for block i, depth+1 for what follows the blocks."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.split(".")[0]) + 1
+        return self.depth + 1 if part in ("norm", "head") else 0
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """The normalised class token: [B, C, H, W] -> [B, D]."""
@@ -134,7 +125,7 @@ class VisionTransformer(nn.Module):
     ) -> list[dict[str, Tensor | None]]:
         stream, layout = self.prepare_tokens(images, list(masks))
         prenorm = self.forward_blocks(stream, layout)
-        patches_from = 1 + self.num_register_tokens
+        patches_from = self.prefix_tokens
         return [
             {
                 "x_norm_clstoken": normed[:, 0],
@@ -205,7 +196,7 @@ class VisionTransformer(nn.Module):
     def _patch_positions(self, layout: TokenLayout, patch_indices: Tensor) -> Tensor:
         """Places in the stream of patches of the first group, given as image * N + patch."""
         length = layout.groups[0][1]
-        special = 1 + self.num_register_tokens
+        special = self.prefix_tokens
         image = patch_indices // (length - special)
         return patch_indices + (image + 1) * special
 
@@ -259,7 +250,7 @@ class VisionTransformer(nn.Module):
             stream = block(stream, layout)
             if i in wanted:
                 tokens = next(layout.split(self.norm(stream) if norm else stream))
-                patches = tokens[:, 1 + self.num_register_tokens :]
+                patches = tokens[:, self.prefix_tokens :]
                 if reshape:
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 outputs.append((patches, tokens[:, 0]))
@@ -267,21 +258,7 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Position embeddings for an image of `height` x `width` pixels: float32 [1, 1+h*w, D]."""
-        h, w = height // self.patch_size, width // self.patch_size
-        native = self.pos_embed.float()
-        side = round((native.shape[1] - 1) ** 0.5)
-        if (h, w) == (side, side):
-            return native
-        grid = native[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if self.interpolate_offset:
-            # The small offset is historical; with it, scale factors rather than sizes set the sampling positions.
-            factors = ((h + self.interpolate_offset) / side, (w + self.interpolate_offset) / side)
-            target: dict[str, Any] = {"scale_factor": factors}
-        else:
-            target = {"size": (h, w)}
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
-        assert grid.shape[-2:] == (h, w), (grid.shape, h, w)
-        return torch.cat([native[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        return resize_positions(self.pos_embed, (height // self.patch_size, width // self.patch_size), self.config)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """[B, C, H, W] -> [B, 1+R+N, D]. Registers have no position, so they join after it is added."""
@@ -304,3 +281,32 @@ def exact_under_autocast(stream: Tensor) -> Tensor:
     depth it stays in half precision there, too.
     """
     return stream.float() if torch.is_autocast_enabled(stream.device.type) else stream
+
+
+def resize_positions(pos_embed: Tensor, grid: tuple[int, int], config: ViTConfig) -> Tensor:
+    """Position embeddings [1, 1+N, D] of the native size for `grid` = (h, w) patches: float32 [1, 1+h*w, D]."""
+    (h, w), side = grid, config.grid
+    native = pos_embed.float()
+    if grid == (side, side):
+        return native
+    patches = native[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    target: dict[str, Any] = {"size": grid}
+    if offset := config.interpolate_offset:
+        # The small offset is historical; with it, scale factors rather than sizes set the sampling positions.
+        target = {"scale_factor": ((h + offset) / side, (w + offset) / side)}
+    patches = F.interpolate(patches, mode="bicubic", antialias=config.interpolate_antialias, **target)
+    assert patches.shape[-2:] == (h, w), (patches.shape, h, w)
+    return torch.cat([native[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@lru_cache(maxsize=64)
+def shapes_of(config: ViTConfig) -> Mapping[str, tuple[int, ...]]:
+    """Keys and shapes of the state dict of such a model, which is built without memory for it."""
+    with torch.device("meta"):
+        model = VisionTransformer(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def parameter_count(config: ViTConfig) -> int:
+    """Number of parameters of such a model."""
+    return sum(math.prod(shape) for shape in shapes_of(config).values())

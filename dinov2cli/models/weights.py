@@ -5,14 +5,14 @@ Recognition is strict. Every tensor of the backbone is either used or the load f
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov2cli.config import ARCHITECTURES
+from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.models import zoo
@@ -22,7 +22,7 @@ from dinov2cli.models.adapt import (
     adapt_patch_embedding,
     resize_position_embeddings,
 )
-from dinov2cli.models.architecture import VitArchitecture, check_complete, infer_architecture
+from dinov2cli.models.architecture import check_complete, infer_architecture
 from dinov2cli.models.conversion import State, restore_from_timm
 from dinov2cli.models.recognition import LoadReport, recognise
 from dinov2cli.models.sources import Source, config_yaml_hints, locate
@@ -45,7 +45,7 @@ class RecognisedWeights:
     """
 
     state: State
-    architecture: VitArchitecture
+    architecture: ViTConfig
     report: LoadReport
     source: Source
     metadata: dict[str, str]
@@ -92,8 +92,8 @@ def load_model(
     }
     given = {key: value for key, value in given.items() if value is not None}
     if not pretrained:
-        architecture = replace(_released(str(name_or_path)).architecture, **given)
-        return _build(architecture, size_policy, in_chans=in_chans or architecture.in_chans, **overrides).eval()
+        architecture = _released(str(name_or_path)).architecture
+        return _build(architecture, size_policy, **given, in_chans=in_chans or 3, **overrides).eval()
     weights = read_weights(name_or_path, config_file=config_file, **given)
     for line in weights.report.lines():
         logger.info("%s", line)
@@ -107,20 +107,20 @@ def build_from(
     architecture, state = weights.architecture, dict(weights.state)
     if in_chans is not None and in_chans != architecture.in_chans:
         state["patch_embed.proj.weight"] = adapt_patch_embedding(state["patch_embed.proj.weight"], in_chans)
-        architecture = replace(architecture, in_chans=in_chans)
+        architecture = architecture.changed(in_chans=in_chans)
     with torch.device("meta"):  # the random initialisation would be thrown away: 1.1 billion draws for the giant
         model = _build(architecture, size_policy, **overrides)
     assert not list(model.buffers()), "buffers would stay uninitialised"
-    state["pos_embed"] = resize_position_embeddings(state["pos_embed"], architecture, model.patch_embed.num_patches)
+    state["pos_embed"] = resize_position_embeddings(state["pos_embed"], architecture, model.config.grid)
     model.to_empty(device="cpu").load_state_dict(state, strict=True)
     return model
 
 
-def _build(architecture: VitArchitecture, size_policy: str, **overrides: Any) -> VisionTransformer:
+def _build(architecture: ViTConfig, size_policy: str, **overrides: Any) -> VisionTransformer:
     try:
         if size_policy == "error":
-            return architecture.build(**overrides)
-        return AnySizeVisionTransformer(size_policy, **{**architecture.arguments(), **overrides})
+            return VisionTransformer(architecture, **overrides)
+        return AnySizeVisionTransformer(size_policy, architecture, **overrides)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"these arguments do not make a model: {error}") from None
 
@@ -149,7 +149,7 @@ def read_weights(name_or_path: str | Path, *, config_file: str | Path | None = N
     if config_file is not None:
         hints |= config_yaml_hints(Path(config_file))
     if source.released:
-        hints |= {"from": f"the name {source.released.name}", **source.released.architecture.as_dict()}
+        hints |= {"from": f"the name {source.released.name}", **source.released.architecture.model_dump()}
     architecture = infer_architecture(state, {**hints, **given}, source.name)
     check_complete(state, architecture, source.name)
     return RecognisedWeights(state, architecture, report, source, metadata)
@@ -158,7 +158,7 @@ def read_weights(name_or_path: str | Path, *, config_file: str | Path | None = N
 def read_backbone_state(source: str | Path) -> tuple[State, dict[str, Any], LoadReport]:
     """Canonical flat float32 weights, the inferred architecture as plain values, and the report."""
     weights = read_weights(source)
-    return weights.state, weights.architecture.as_dict(), weights.report
+    return weights.state, weights.architecture.model_dump(), weights.report
 
 
 @torch.no_grad()
@@ -173,14 +173,13 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
             which, and the config keys of a model that would fit. The model is then unchanged.
     """
     weights = read_weights(source)
-    theirs = weights.architecture
-    ours = infer_architecture(model.state_dict(), {"num_heads": model.num_heads}, "the model")
-    differing = [attribute for attribute in _MUST_AGREE if getattr(ours, attribute) != getattr(theirs, attribute)]
-    if differing:
-        words = [
-            f"{_MUST_AGREE[name]} {spell(getattr(theirs, name))} instead of {spell(getattr(ours, name))}"
-            for name in differing
-        ]
+    theirs, ours = weights.architecture, model.config
+    words = [
+        f"{field.title} {_shown(theirs, name)} instead of {_shown(ours, name)}"
+        for name, field in ViTConfig.model_fields.items()
+        if name not in ("img_size", *RESIZING) and _shown(theirs, name) != _shown(ours, name)
+    ]
+    if words:
         wanted = " ".join(f"student.{key}={spell(value)}" for key, value in student_settings(theirs).items())
         raise WeightsError(
             f"{weights.source.name} cannot start this model: it has {', '.join(words)}",
@@ -188,7 +187,7 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
         )
     state = dict(weights.state)
     if ours.grid != theirs.grid:
-        state["pos_embed"] = resize_position_embeddings(state["pos_embed"], theirs, ours.grid**2)
+        state["pos_embed"] = resize_position_embeddings(state["pos_embed"], theirs, ours.grid)
         weights.report.notes.append(
             f"position embeddings resized from {theirs.grid}x{theirs.grid} patches ({theirs.img_size} pixels) to "
             f"{ours.grid}x{ours.grid} ({ours.img_size} pixels)"
@@ -197,35 +196,20 @@ def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadRepo
     return weights.report
 
 
-# What a model and the weights it starts from must share, in words.
-_MUST_AGREE = {
-    "embed_dim": "width",
-    "depth": "depth",
-    "num_heads": "attention heads",
-    "patch_size": "patch size",
-    "ffn_layer": "feed-forward layer",
-    "hidden_dim": "hidden width",
-    "num_register_tokens": "registers",
-    "in_chans": "image channels",
-    "layerscale": "LayerScale",
-    "qkv_bias": "qkv bias",
-    "proj_bias": "projection bias",
-    "ffn_bias": "feed-forward bias",
-}
+def _shown(config: ViTConfig, name: str) -> str:
+    """An option as weights show it: of LayerScale, whether it is there."""
+    value = getattr(config, name)
+    return spell(value is not None if name == "layerscale" else value)
 
 
-def student_settings(architecture: VitArchitecture) -> dict[str, Any]:
-    """The keys of a config's `student` group that make a model of this architecture."""
-    known = ARCHITECTURES.get(architecture.name)
-    settings: dict[str, Any] = {"arch": architecture.name} if known else {}
-    if not known:
-        settings |= {key: getattr(architecture, key) for key in ("embed_dim", "depth", "num_heads")}
-    for key in ("patch_size", "ffn_layer", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias",
-                "interpolate_antialias", "interpolate_offset"):  # fmt: skip
-        settings[key] = getattr(architecture, key)
-    if not architecture.layerscale:
-        settings["layerscale"] = None
-    return settings
+def student_settings(config: ViTConfig) -> dict[str, Any]:
+    """The keys of a config's `student` group that make such a model."""
+    settings = {key: getattr(config, key) for key in ViTOptions.model_fields}
+    if config.layerscale is not None:
+        del settings["layerscale"]  # what it was at first is no property of weights
+    if config.name in ARCHITECTURES:
+        return {"arch": config.name, **settings}
+    return {**{key: getattr(config, key) for key in Architecture._fields}, **settings}
 
 
 def read_lost_tensors(metadata: dict[str, str]) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dinov2cli.config import ARCHITECTURES
-from dinov2cli.models.architecture import VitArchitecture, swiglu_width
+from dinov2cli.config.vit import ARCHITECTURES, ViTConfig
+from dinov2cli.models.vision_transformer import parameter_count
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _SIZES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
@@ -23,7 +23,7 @@ class Released:
 
     name: str
     stem: str
-    architecture: VitArchitecture
+    architecture: ViTConfig
     classifier: bool = False
 
     @property
@@ -33,7 +33,7 @@ class Released:
     @property
     def backbone_bytes(self) -> int:
         """Bytes of the float32 tensors; the file is a little larger."""
-        return 4 * self.architecture.parameter_count()
+        return 4 * parameter_count(self.architecture)
 
     def head_url(self, layers: int) -> str:
         """Address of the linear head on the last 1 or 4 blocks."""
@@ -48,17 +48,13 @@ class Released:
         return "_reg4" if self.architecture.num_register_tokens else ""
 
 
-def _architecture(arch: str, registers: int) -> VitArchitecture:
-    embed_dim, depth, num_heads = ARCHITECTURES[arch]
-    swiglu = arch == "vit_giant2"
-    return VitArchitecture(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
+def _architecture(arch: str, registers: int) -> ViTConfig:
+    return ViTConfig(
+        **ARCHITECTURES[arch]._asdict(),
         patch_size=14,
         img_size=518,
-        hidden_dim=swiglu_width(4 * embed_dim) if swiglu else 4 * embed_dim,
-        ffn_layer="swiglu" if swiglu else "mlp",
+        layerscale=1.0,
+        ffn_layer="swiglu" if arch == "vit_giant2" else "mlp",
         num_register_tokens=registers,
         interpolate_antialias=bool(registers),
         interpolate_offset=0.0 if registers else 0.1,

@@ -51,7 +51,7 @@ def step_flops(config: Config, masked: int) -> StepFlops:
 def forward_flops(model: VisionTransformer, image_size: int) -> float:
     """FLOPs of the class token of one square image of `image_size` pixels, counted as in `step_flops`."""
     patches = (image_size // model.patch_size) ** 2
-    length = patches + 1 + model.num_register_tokens
+    length = patches + model.prefix_tokens
     of_block = model.blocks[0].named_parameters()
     mlp = sum(weight.numel() for name, weight in of_block if name.startswith("mlp.") and weight.ndim == 2)
     tokens = (model.depth - 1) * length + 1  # of the last block, the class token's output alone is used
@@ -68,10 +68,8 @@ def drop_rates(config: Config) -> list[float]:
 
 def mlp_weights(config: Config) -> int:
     """Elements of a block's feed-forward matrices."""
-    dim = config.arch().embed_dim
-    if config.student.ffn_layer == "mlp":
-        return 8 * dim * dim
-    return 3 * dim * ((int(4 * dim * 2 / 3) + 7) // 8 * 8)
+    vit = config.vit()
+    return (2 if vit.ffn_layer == "mlp" else 3) * vit.embed_dim * vit.hidden_dim
 
 
 def _network(config: Config, groups: list[tuple[int, int]], masked: int, rates: list[float]) -> tuple[float, float]:

@@ -133,7 +133,7 @@ def _activations(config: Config, drop_rates: list[float], precision: str) -> tup
     tokens = sum(count * length for count, length in groups)
     used = sum(count for count, _ in groups) + masked_patches(config)
     gated = config.student.ffn_layer != "mlp"
-    hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8 if gated else 4 * dim
+    hidden = config.vit().hidden_dim
     wide = (4 if gated else 2) * hidden  # gate, value, silu(gate), product; or before and after GELU
     # LayerScale is part of the weights, of which float32 keeps the product; in float16 it keeps its input.
     scaled = bool(config.student.layerscale) and precision == "fp16"

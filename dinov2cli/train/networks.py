@@ -212,23 +212,10 @@ def build_network(
 
 def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_rate: float = 0.0) -> VisionTransformer:
     """The configured vision transformer with fresh weights."""
-    student, arch = config.student, config.arch()
     backbone = VisionTransformer(
-        img_size=config.crops.global_crops_size,
-        patch_size=student.patch_size,
-        embed_dim=arch.embed_dim,
-        depth=arch.depth,
-        num_heads=arch.num_heads,
-        ffn_layer=student.ffn_layer,
-        qkv_bias=student.qkv_bias,
-        proj_bias=student.proj_bias,
-        ffn_bias=student.ffn_bias,
-        layerscale=student.layerscale or None,
+        config.vit(),
         drop_path_rate=drop_path_rate,
-        drop_path_uniform=student.drop_path_uniform,
-        num_register_tokens=student.num_register_tokens,
-        interpolate_antialias=student.interpolate_antialias,
-        interpolate_offset=student.interpolate_offset,
+        drop_path_uniform=config.student.drop_path_uniform,
         attention_backend=attention_backend,
     )
     backbone.activation_checkpointing = config.train.activation_checkpointing

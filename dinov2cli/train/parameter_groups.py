@@ -8,8 +8,6 @@ from torch import nn
 if TYPE_CHECKING:
     from dinov2cli.config import Config
 
-FIRST_LAYER = ("patch_embed.", "cls_token", "pos_embed", "register_tokens", "mask_token")
-
 
 def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any]]:
     """AdamW parameter groups of a network with a child `backbone` and heads beside it.
@@ -18,14 +16,14 @@ def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any
     learning rate (prototypes and backbone have their own, as they may be frozen at first), `lr_multiplier` and
     `wd_multiplier` (0 or 1) are its factors.
     """
-    depth = config.arch().depth
+    backbone: Any = student.get_submodule("backbone")
     alike: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         module, _, name_within = name.partition(".")
         schedule, lr_multiplier = "last_layer_lr" if "last_layer" in name else "lr", 1.0
         if module == "backbone":
             schedule = "backbone_lr"
-            lr_multiplier = config.optim.layerwise_decay ** (depth + 1 - layer_of(name_within, depth))
+            lr_multiplier = config.optim.layerwise_decay ** (backbone.depth + 1 - backbone.layer_of(name_within))
             if name_within.startswith("patch_embed."):
                 lr_multiplier *= config.optim.patch_embed_lr_mult
         undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
@@ -34,15 +32,6 @@ def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any
         {"params": parameters, "lr_schedule": schedule, "lr_multiplier": lr_multiplier, "wd_multiplier": wd_multiplier}
         for (schedule, lr_multiplier, wd_multiplier), parameters in alike.items()
     ]
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Layer of a backbone parameter: 0 for embeddings and tokens, i+1 for block i, depth+1 for what follows."""
-    if name.startswith(FIRST_LAYER):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
 
 
 def apply_schedules(groups: list[dict[str, Any]], values: dict[str, float]) -> None:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.schema import Student
+from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError
 
 # What the tensors of a checkpoint depend on.
 SHAPING_KEYS = {
-    *(f"student.{key}" for key in ("arch", "embed_dim", "depth", "num_heads", "patch_size", "ffn_layer", "layerscale",
-                                   "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias")),
+    "student.arch",
+    *(f"student.{key}" for key in Student.model_fields if key in ViTConfig.model_fields and key not in RESIZING),
     *(f"{head}.head_{key}" for head in ("dino", "ibot") for key in ("n_prototypes", "bottleneck_dim", "nlayers",
                                                                    "hidden_dim")),
     "ibot.separate_head", "crops.global_crops_size", "train.centering",

@@ -46,7 +46,7 @@ def attention_maps(
     grid = PatchFeatures(model, resolution).grid((picture.shape[0], picture.shape[1]))
     fitted = resize(picture, (grid[0] * model.patch_size, grid[1] * model.patch_size))
     images = normalize(torch.from_numpy(fitted)[None].to(next(model.parameters()).device))
-    outside = 1 + model.num_register_tokens
+    outside = model.prefix_tokens
     with torch.inference_mode():
         weights = special_token_attention(model, images, block)[0, :, :, outside:]
     names = ("cls", *(f"register {i + 1}" for i in range(model.num_register_tokens)))
@@ -68,7 +68,7 @@ def special_token_attention(model: VisionTransformer, images: Tensor, block: int
     finally:
         hook.remove()
     q, k, _ = entered[0].float().view(len(images), -1, 3, attention.num_heads, head_width).unbind(2)
-    q = q[:, : 1 + model.num_register_tokens]
+    q = q[:, : model.prefix_tokens]
     scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     return scores.softmax(-1)
 

@@ -84,7 +84,7 @@ class PatchFeatures:
         return self._by_grid[grid]
 
     def _fitting(self, grid: tuple[int, int]) -> int:
-        tokens = grid[0] * grid[1] + 1 + self.model.num_register_tokens
+        tokens = grid[0] * grid[1] + self.model.prefix_tokens
         # Live at once in a block: the residual stream, qkv, attention output, the 4-fold hidden layer and its gate.
         bytes_per_picture = tokens * self.model.embed_dim * 4 * 20
         free = free_memory(self.device)

@@ -1,0 +1,162 @@
+"""What a vision transformer is made of, each option declared once with its text and bounds. Imports no torch.
+
+A new option is a field here. From then on it is a key of a run's `student` group and an argument of
+`VisionTransformer`; resuming, starting from weights, exports and the key of cached features heed it, as they loop over
+the fields. What is left to write is what it does (`models.layers`, `models.vision_transformer`) and how weights show it
+(`models.load.infer`).
+"""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError, model_validator
+
+from dinov2cli.config.group import Group, put_first
+
+
+class Architecture(NamedTuple):
+    """Size of a vision transformer."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+ARCHITECTURES = {
+    "vit_tiny": Architecture(192, 12, 3),
+    "vit_small": Architecture(384, 12, 6),
+    "vit_base": Architecture(768, 12, 12),
+    "vit_large": Architecture(1024, 24, 16),
+    "vit_giant2": Architecture(1536, 40, 24),
+}
+
+InitialScale = Annotated[
+    float | None,
+    Field(ge=0, title="LayerScale", description="Initial LayerScale; 0 or null: no LayerScale."),
+]
+
+
+class ViTOptions(Group):
+    """The options that a run sets in its `student` group. A field's title is its name in a sentence."""
+
+    patch_size: int = Field(16, ge=1, title="patch size", description="Side of a patch in pixels.")
+    layerscale: InitialScale = 1e-5
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = Field(
+        "mlp",
+        title="feed-forward layer",
+        description="Feed-forward layer; swiglu and swiglufused are the same.",
+    )
+    qkv_bias: bool = Field(True, title="qkv bias", description="Bias in the query, key and value projections.")
+    proj_bias: bool = Field(True, title="projection bias", description="Bias in the attention's output projection.")
+    ffn_bias: bool = Field(True, title="feed-forward bias", description="Biases in the feed-forward layer.")
+    num_register_tokens: int = Field(0, ge=0, title="registers", description="Register tokens.")
+    interpolate_antialias: bool = Field(
+        False, title="antialiasing", description="Antialias when position embeddings are resized."
+    )
+    interpolate_offset: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        title="offset",
+        description="Offset added to the size when position embeddings are resized; 0: exact size.",
+    )
+
+
+RESIZING = ("interpolate_antialias", "interpolate_offset")
+"""How position embeddings are resized: no weights show it, and weights fit models that do it otherwise."""
+
+
+class ViTConfig(ViTOptions):
+    """All that a backbone is; of two equal ones, the same weights compute the same.
+
+    Instead of `hidden_dim`, `mlp_ratio` may be given: the width of an MLP over `embed_dim`, 4 by default; a SwiGLU
+    layer has two thirds of it, see `swiglu_width`.
+
+    Raises:
+        ValueError: an unknown option, a value out of its bounds, or values that do not fit each other.
+    """
+
+    layerscale: InitialScale = None
+    embed_dim: int = Field(768, ge=1, title="width", description="Size of a token.")
+    depth: int = Field(12, ge=1, title="depth", description="Transformer blocks.")
+    num_heads: int = Field(12, ge=1, title="attention heads", description="Attention heads.")
+    img_size: int = Field(
+        224, ge=1, title="image size", description="Native side in pixels, for which the position embeddings are."
+    )
+    in_chans: int = Field(3, ge=1, title="image channels", description="Image channels.")
+    hidden_dim: int = Field(3072, ge=1, title="hidden width", description="Width within the feed-forward layer.")
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_in_words, error.errors(include_url=False)))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, options: dict[str, Any]) -> dict[str, Any]:
+        options = dict(options)
+        ratio = options.pop("mlp_ratio", None if "hidden_dim" in options else 4.0)
+        width, layer = options.get("embed_dim", cls.model_fields["embed_dim"].default), options.get("ffn_layer", "mlp")
+        if isinstance(width, int) and isinstance(ratio, int | float):
+            mlp_width = int(width * ratio)
+            options["hidden_dim"] = mlp_width if layer == "mlp" else swiglu_width(mlp_width)
+        options["ffn_layer"] = "swiglu" if layer == "swiglufused" else layer
+        options["layerscale"] = options.get("layerscale") or None
+        return options
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ViTConfig":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side at the native size."""
+        return self.img_size // self.patch_size
+
+    @property
+    def name(self) -> str:
+        """The known name of the width, depth and heads (`vit_small`), or `vit` for others."""
+        size = (self.embed_dim, self.depth, self.num_heads)
+        return next((name for name, known in ARCHITECTURES.items() if known == size), "vit")
+
+    def changed(self, **options: Any) -> "ViTConfig":
+        """The same with other options. Errors as those of the class."""
+        return ViTConfig(**{**self.model_dump(), **options})
+
+    def describe(self) -> str:
+        """One line for people, such as `vit_small/14, 384 wide, 12 blocks, 6 heads, mlp, native 518x518`."""
+        registers = f", {self.num_register_tokens} registers" if self.num_register_tokens else ""
+        channels = f", {self.in_chans} channels" if self.in_chans != 3 else ""
+        return (
+            f"{self.name}/{self.patch_size}, {self.embed_dim} wide, {self.depth} blocks, {self.num_heads} heads, "
+            f"{self.ffn_layer}{registers}{channels}, native {self.img_size}x{self.img_size}"
+        )
+
+
+# The order in the metadata of exported files.
+put_first(ViTConfig, "embed_dim", "depth", "num_heads", "patch_size", "img_size", "in_chans", "hidden_dim", "ffn_layer",
+          "num_register_tokens")  # fmt: skip
+
+
+def swiglu_width(mlp_width: int) -> int:
+    """Width of the SwiGLU layer in the place of an MLP: two thirds of it, rounded up to a multiple of 8.
+
+    So the parameters are about as many.
+    """
+    return (int(mlp_width * 2 / 3) + 7) // 8 * 8
+
+
+def _in_words(problem: Any) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    key, value = problem["loc"][-1], problem["input"]
+    if problem["type"] == "literal_error":
+        known = ", ".join(ViTOptions.model_fields[key].annotation.__args__)  # type: ignore[union-attr]
+        return f"{key} {value!r} is unknown; known: {known}"
+    if problem["type"] == "extra_forbidden":
+        return f"a vision transformer has no option {key!r}"
+    return f"{key} {value!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
