@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health
+from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health, teacher_numbers
 
 S, D, K = 64, 32, 128
 
@@ -20,7 +20,7 @@ def healthy() -> TeacherView:
 
 
 def test_a_healthy_teacher_gets_no_verdict() -> None:
-    health = teacher_health(healthy())
+    health = teacher_health(teacher_numbers(healthy()))
     assert collapse_verdict(health, S) is None
     assert 0.9 < health.feature_std < 1.1  # spread over the sphere
     assert health.effective_rank > 0.8 * D
@@ -37,9 +37,9 @@ def test_a_healthy_teacher_gets_no_verdict() -> None:
     ],
 )
 def test_each_kind_of_collapse_is_named(broken: TeacherView, words: str) -> None:
-    verdict = collapse_verdict(teacher_health(broken), S)
+    verdict = collapse_verdict(teacher_health(teacher_numbers(broken)), S)
     assert verdict is not None and words in verdict
-    assert collapse_verdict(teacher_health(broken), samples=4) is None  # too few crops to say
+    assert collapse_verdict(teacher_health(teacher_numbers(broken)), samples=4) is None  # too few crops to say
 
 
 def test_entropy_counts_zero_as_zero() -> None:

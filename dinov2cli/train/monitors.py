@@ -4,6 +4,7 @@ Shape legend: S teacher crops (2B), D embedding dimension, K prototypes.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,29 @@ class TeacherHealth(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_health(view: TeacherView) -> TeacherHealth:
-    """Health of the teacher on a batch."""
+def teacher_numbers(view: TeacherView) -> dict[str, Tensor]:
+    """What a batch's health is computed from, on its device; nobody waits for it.
+
+    Returns:
+        the class tokens, `cls` [S, D], as singular values would wait; the other fields of `TeacherHealth`, scalars.
+    """
     cls_SD, probs_SK = view.cls.float(), view.targets.float()
     unit_SD = F.normalize(cls_SD, dim=-1)
-    singular = torch.linalg.svdvals(cls_SD)
+    return {
+        "cls": cls_SD,
+        "teacher_entropy": entropy(probs_SK).mean().double() / math.log(probs_SK.shape[1]),
+        "prototypes_in_use": entropy(probs_SK.mean(0)).exp(),
+        "feature_std": unit_SD.std(0).mean().double() * math.sqrt(cls_SD.shape[1]),
+    }
+
+
+def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
+    """Health of the teacher on a batch, from its `teacher_numbers` in main memory."""
+    singular = torch.linalg.svdvals(numbers["cls"])
     return TeacherHealth(
-        teacher_entropy=entropy(probs_SK).mean().item() / math.log(probs_SK.shape[1]),
-        prototypes_in_use=entropy(probs_SK.mean(0)).exp().item(),
-        feature_std=unit_SD.std(0).mean().item() * math.sqrt(cls_SD.shape[1]),
+        teacher_entropy=numbers["teacher_entropy"].item(),
+        prototypes_in_use=numbers["prototypes_in_use"].item(),
+        feature_std=numbers["feature_std"].item(),
         effective_rank=entropy(singular / singular.sum().clamp(min=1e-12)).exp().item(),
     )
 

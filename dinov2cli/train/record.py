@@ -12,16 +12,17 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import MetricLogger, logger
 from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.device import Arriving
 from dinov2cli.errors import DataError, TrainingFailure
 from dinov2cli.train.display import TrainingDisplay
-from dinov2cli.train.monitors import TeacherView, collapse_verdict, teacher_health
+from dinov2cli.train.monitors import TeacherView, collapse_verdict, teacher_health, teacher_numbers
 from dinov2cli.train.objective import Losses
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.trackers import Tracker, make_trackers
 
 
 class StepResult(NamedTuple):
-    """What one iteration gives. Its tensors are on the device, and reading them waits for it.
+    """What one iteration gives, on the device.
 
     Args:
         iteration: counted from 0.
@@ -36,6 +37,33 @@ class StepResult(NamedTuple):
     losses: Losses
     grad_norms: dict[str, torch.Tensor]
     view: TeacherView | None
+
+
+class Reading(NamedTuple):
+    """An iteration's numbers on their way to main memory: the copy is queued before the next iteration is.
+
+    Args:
+        iteration: counted from 0.
+        values: the scheduled values it used.
+        losses: names of the losses, the reference's.
+        grad_norms: names of the submodules.
+        tensors: `numbers`, of these in order, and what the monitors need where they are asked.
+    """
+
+    iteration: int
+    values: dict[str, float]
+    losses: list[str]
+    grad_norms: list[str]
+    tensors: Arriving
+
+    def numbers(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses and gradient norms by name; waits until they are there."""
+        numbers = self.tensors.read()["numbers"].tolist()
+        count = len(self.losses)
+        return (
+            dict(zip(self.losses, numbers[:count], strict=True)),
+            dict(zip(self.grad_norms, numbers[count:], strict=True)),
+        )
 
 
 class Record:
@@ -82,34 +110,52 @@ class Record:
     ) -> None:
         self._stack.close()
 
-    def read(self, result: StepResult, iter_time: float, data_time: float) -> None:
-        """Check, log and show an iteration's numbers. Waits for the device to have them."""
-        losses, grad_norms = self.check(result)
-        due = result.iteration % self.config.train.log_period == 0 or result.iteration + 1 == self.total
+    def take(self, result: StepResult) -> Reading:
+        """Begin to copy an iteration's numbers to main memory."""
+        named = {"total_loss": result.losses.total, **result.losses.logged}
+        numbers = torch.stack([value.float() for value in (*named.values(), *result.grad_norms.values())])
+        view = result.view if self.loggers and self.is_logged(result.iteration) else None
+        health = {} if view is None else teacher_numbers(view)
+        return Reading(
+            result.iteration,
+            result.values,
+            list(named),
+            list(result.grad_norms),
+            Arriving({"numbers": numbers, **health}),
+        )
+
+    def is_logged(self, iteration: int) -> bool:
+        """Whether an iteration gets a line in the metrics."""
+        return iteration % self.config.train.log_period == 0 or iteration + 1 == self.total
+
+    def read(self, reading: Reading, iter_time: float, data_time: float) -> None:
+        """Check, log and show an iteration's numbers. Waits until the device has them."""
+        losses, grad_norms = self.check(reading)
+        due = self.is_logged(reading.iteration)
         if due and self.loggers:
-            line = self.metrics_line(result, losses, grad_norms, iter_time, data_time)
+            line = self.metrics_line(reading, losses, grad_norms, iter_time, data_time)
             for each in self.loggers:
                 each.write(line)
-        self.display.update(result.iteration + 1, losses, data_time, log=due)
+        self.display.update(reading.iteration + 1, losses, data_time, log=due)
 
-    def check(self, result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
+    def check(self, reading: Reading) -> tuple[dict[str, float], dict[str, float]]:
         """Losses and gradient norms as numbers. If they stay non-finite, every process stops: they are means over all.
 
         Raises:
             TrainingFailure: `train.max_nonfinite` iterations in a row were not finite.
         """
-        losses, grad_norms = read_numbers(result)
+        losses, grad_norms = reading.numbers()
         terms = {**losses, **{f"gradient of {name}": norm for name, norm in grad_norms.items()}}
         wrong = [name for name, value in terms.items() if not math.isfinite(value) and name != "total_loss"]
         if math.isfinite(losses["total_loss"]) and (not self.watched_gradients or not wrong):
             self.nonfinite = 0
             return losses, grad_norms
         self.nonfinite += 1
-        logger.warning("iteration %d: %s not finite; the step was left out", result.iteration, ", ".join(wrong))
+        logger.warning("iteration %d: %s not finite; the step was left out", reading.iteration, ", ".join(wrong))
         if self.nonfinite >= self.config.train.max_nonfinite:
             times = f"for {self.nonfinite} iterations in a row"
             raise TrainingFailure(
-                f"iteration {result.iteration}: {', '.join(wrong)} not finite {times}",
+                f"iteration {reading.iteration}: {', '.join(wrong)} not finite {times}",
                 f"The last good checkpoint is in {self.folder.checkpoints}. Lower optim.base_lr, lengthen "
                 "optim.warmup_epochs, or use compute_precision.precision=fp32, and run again to resume from it.",
             )
@@ -142,16 +188,16 @@ class Record:
 
     def metrics_line(
         self,
-        result: StepResult,
+        reading: Reading,
         losses: dict[str, float],
         grad_norms: dict[str, float],
         iter_time: float,
         data_time: float,
     ) -> dict[str, float | int]:
         """One line of `training_metrics.json`: the reference's keys, then ours."""
-        values = result.values
+        values = reading.values
         return {
-            "iteration": result.iteration,
+            "iteration": reading.iteration,
             "iter_time": iter_time,
             "data_time": data_time,
             "lr": values["lr"],
@@ -162,26 +208,20 @@ class Record:
             **losses,
             "teacher_temp": values["teacher_temp"],
             **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
-            **self.health(result),
+            **self.health(reading),
             "bad_images": self.bad_images,
         }
 
-    def health(self, result: StepResult) -> dict[str, float]:
+    def health(self, reading: Reading) -> dict[str, float]:
         """What the monitors say of the teacher; warns once of a collapse."""
-        if result.view is None:
+        numbers = reading.tensors.read()
+        if "cls" not in numbers:
             return {}
-        health = teacher_health(result.view)
+        health = teacher_health(numbers)
         # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
-        begun = result.iteration > max(self.config.warmup_iterations(), self.total // 10)
-        verdict = collapse_verdict(health, result.view.cls.shape[0]) if begun else None
+        begun = reading.iteration > max(self.config.warmup_iterations(), self.total // 10)
+        verdict = collapse_verdict(health, numbers["cls"].shape[0]) if begun else None
         if verdict and not self.collapsed:
-            logger.warning("iteration %d: %s", result.iteration, verdict)
+            logger.warning("iteration %d: %s", reading.iteration, verdict)
         self.collapsed = verdict is not None
         return health._asdict()
-
-
-def read_numbers(result: StepResult) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses with the reference's names, and gradient norms, as numbers: one transfer from the device."""
-    named = {"total_loss": result.losses.total, **result.losses.logged}
-    numbers = torch.stack([value.float() for value in (*named.values(), *result.grad_norms.values())]).tolist()
-    return dict(zip(named, numbers, strict=False)), dict(zip(result.grad_norms, numbers[len(named) :], strict=True))

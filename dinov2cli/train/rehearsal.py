@@ -27,8 +27,8 @@ def rehearse(trainer: "Trainer", steps: int = 3) -> None:
     for _ in range(min(steps, trainer.total - start)):
         micro_batches, _ = next_batches(batches, trainer.accumulation, signals=(), checkpoint_failed=False)
         began = time.perf_counter()
-        result = trainer.train_step([batch.to(trainer.device) for batch in micro_batches])
-        trainer.record.check(result)
+        result = trainer.train_step([trainer.on_device(batch) for batch in micro_batches])
+        trainer.record.check(trainer.record.take(result))
         seconds.append(time.perf_counter() - began)
         trainer.iteration += 1
     size = _checkpoint_there_and_back(trainer)

@@ -27,7 +27,7 @@ from dinov2cli.train.memory import estimate, room_for_gaps
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.plan import plan_rows
-from dinov2cli.train.record import Record, StepResult
+from dinov2cli.train.record import Reading, Record, StepResult
 from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import Sharding, choose_sharding
@@ -142,7 +142,7 @@ class Trainer:
         """All iterations that are left; `signals` holds those that this process has got."""
         # On a GPU, the numbers of an iteration are read while the next one runs.
         lag = 1 if self.device.type == "cuda" else 0
-        unread: deque[StepResult] = deque()
+        unread: deque[Reading] = deque()
         batches, clock = iter(loader), time.perf_counter()
         while self.iteration < self.total:
             micro_batches, standing = next_batches(batches, self.accumulation, signals, self.checkpointer.failed())
@@ -153,7 +153,8 @@ class Trainer:
                 self.save_and_stop(standing.signal, unread)
             self.record.count(micro_batches, standing.bad_images)
 
-            unread.append(self.train_step([self.on_device(batch) for batch in micro_batches]))
+            result = self.train_step([self.on_device(batch) for batch in micro_batches])
+            unread.append(self.record.take(result))
 
             self.iteration += 1
             due = self.what_is_due()
@@ -207,7 +208,7 @@ class Trainer:
         if "checkpoint" in due and self.record.nonfinite == 0:
             self.save_checkpoint(wait=self.iteration == self.total)
 
-    def save_and_stop(self, signal: int, unread: deque[StepResult]) -> None:
+    def save_and_stop(self, signal: int, unread: deque[Reading]) -> None:
         """Save, then raise `Interrupted` in every process."""
         for result in unread:
             self.record.read(result, 0.0, 0.0)
