@@ -1,7 +1,7 @@
 """Runs that were begun with older versions resume, and what they left is read: `golden/old_run`.
 
-It holds a run of 20 iterations that went down after the 14th with a checkpoint of the 12th, its teacher, a score and the
-features cached for it, and what the same version then made of the rest. Made at commit 85e45a2.
+It holds a run of 20 iterations that went down after the 14th with a checkpoint of the 12th, its teacher, a score and
+the features cached for it, and what the same version then made of the rest. Made at commit 85e45a2.
 """
 
 import json
@@ -24,8 +24,8 @@ EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 # instructions (SSE4 or AVX2 instead of AVX-512, and two threads). KoLeo takes the logarithm of small distances, and its
 # gradient is most of the backbone's.
 ROUNDING = {
-    "total_loss": 5e-4, "koleo_loss": 2e-3, "feature_std": 2e-3, "grad_norm_backbone": 0.07, "grad_norm_dino_head": 5e-4,
-    "grad_norm_ibot_head": 1e-3,
+    "total_loss": 5e-4, "koleo_loss": 2e-3, "feature_std": 2e-3, "grad_norm_backbone": 0.07,
+    "grad_norm_dino_head": 5e-4, "grad_norm_ibot_head": 1e-3,
 }  # fmt: skip
 OTHERWISE = 1e-4
 IMAGES = 16
