@@ -49,6 +49,18 @@ def test_weights_reproduce_the_output_of_the_block(model: VisionTransformer, blo
     torch.testing.assert_close(mixed, seen["mixed"].view(2, 15, 192)[:, :3], atol=1e-5, rtol=1e-4)
 
 
+def test_what_attention_does_to_queries_and_keys_is_seen(
+    model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, images = model.blocks[-1].attn, torch.randn(1, 3, 28, 28)
+    plain, doubled = attention.queries_keys_values, torch.tensor([2.0, 1.0, 1.0])[:, None, None]
+    with torch.no_grad():
+        squared = special_token_attention(model, images) ** 2
+        monkeypatch.setattr(attention, "queries_keys_values", lambda x: plain(x) * doubled)
+        sharper = special_token_attention(model, images)
+    torch.testing.assert_close(sharper, squared / squared.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
 def test_the_model_is_left_as_it_was(model: VisionTransformer, photo: np.ndarray) -> None:
     attention_maps(model, photo, resolution=3)
     assert not any(module._forward_hooks for module in model.modules())

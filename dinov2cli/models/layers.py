@@ -53,6 +53,15 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(x)
         return qkv.view(x.shape[0], 3, self.num_heads, -1)
 
+    def weights(self, x: Tensor, queries: int) -> Tensor:
+        """What the first tokens of each image look at, by the softmax in float32: [B, N, D] -> [B, H, queries, N].
+
+        Fused attention never forms these weights; the rows of the other tokens are left out.
+        """
+        q, k, _ = self.queries_keys_values(x.flatten(0, 1)).float().unflatten(0, x.shape[:2]).unbind(2)
+        scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", q[:, :queries], k) / q.shape[-1] ** 0.5
+        return scores.softmax(-1)
+
 
 class Mlp(nn.Module):
     """Two linear layers with GELU between. [T, D] -> [T, D]."""

@@ -56,21 +56,17 @@ def attention_maps(
 def special_token_attention(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:
     """Attention of the class token and the registers over all tokens: [B, 3, height, width] -> [B, H, 1+R, T].
 
-    Fused attention never forms these weights, so they are computed anew from what enters the block's attention;
-    the rows of the patches (T x T numbers a head) are left out.
+    They are computed by the block's attention itself from what enters it.
     """
     attention: Any = model.blocks[block].get_submodule("attn")
-    head_width = model.embed_dim // attention.num_heads
     entered: list[Tensor] = []
-    hook = attention.qkv.register_forward_hook(lambda module, inputs, output: entered.append(output))
+    hook = attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
     try:
         model.forward_features(images)
     finally:
         hook.remove()
-    q, k, _ = entered[0].float().view(len(images), -1, 3, attention.num_heads, head_width).unbind(2)
-    q = q[:, : model.prefix_tokens]
-    scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    return scores.softmax(-1)
+    weights: Tensor = attention.weights(entered[0].view(len(images), -1, model.embed_dim), model.prefix_tokens)
+    return weights
 
 
 def draw_attention(maps: AttentionMaps, picture: Picture, *, overlay: bool = False) -> list[list[Picture]]:
