@@ -66,7 +66,7 @@ def test_the_reference_arguments_work_unchanged(imagenet: Path, tmp_path: Path) 
     [
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["optim.epoch=3"], "optim.epoch=3: no such key; did you mean optim.epochs?"),
-        (["student.attention_backend=xformers"], "xFormers has CUDA kernels only"),
+        (["student.attention_backend=xformers"], "it has CUDA kernels only"),
         (["--data", "ImageNet:split=TRAIN:root=/no/such"], "/no/such"),
         (["--preset", "demo", "--config-file", "x.yaml"], "--preset and --config-file are both given"),
         (["--init-from", "/no/such/weights.pth"], "/no/such/weights.pth"),
