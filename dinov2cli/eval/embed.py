@@ -14,7 +14,6 @@ from torch import Tensor
 from dinov2cli import __version__, distributed
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.stopping import stoppable
@@ -60,16 +59,8 @@ def run(request: EmbedRequest) -> Embedded:
     with distributed.process_group():
         images = make_dataset(request.data)
         subject = load_subject(request.checkpoint, request.config_file)
-        extract = Extractor(
-            subject.model,
-            image_size=request.image_size,
-            resize_ratio=request.resize_ratio,
-            batch_size=request.batch_size,
-            num_workers=request.num_workers,
-            device=request.device,
-            precision=subject.precision,
-            detailed=True,
-            cache=None if request.no_cache else FeatureCache(),
+        extract = subject.extractor(
+            request, batch_size=request.batch_size, resize_ratio=request.resize_ratio, detailed=True
         )
         features = embed(extract, images, request.output)
     return Embedded(str(request.output), features.size, features.cls.shape[1], images.describe())

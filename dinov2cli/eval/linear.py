@@ -20,7 +20,7 @@ from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
 from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
-from dinov2cli.errors import CheckpointError, ConfigError, Dino2Error
+from dinov2cli.errors import CheckpointError, Dino2Error
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
@@ -31,9 +31,7 @@ from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
 from dinov2cli.files import replacing
-from dinov2cli.models import zoo
 from dinov2cli.models.classifier import read_linear_head
-from dinov2cli.models.download import fetch
 from dinov2cli.requests.eval import LinearRequest
 
 if TYPE_CHECKING:
@@ -123,7 +121,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         if trial.folder is not None:
             _write(trial.folder / BEST_HEAD, {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()})
     else:
-        best, head = "given head", read_head(request.head, request.head_layers).to(extract.device)
+        best, head = "given head", read_linear_head(request.head, request.head_layers).to(extract.device)
         on_val = TestSet(trial.val_dataset, settings.metric, request.val_class_mapping_fpath)
         accuracy = accuracy_on(on_val, extract, head)
     rows = [Row.of(best, accuracy, names)]
@@ -133,15 +131,6 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         rows.append(Row.of(f"{test.dataset} ({test.metric})", on_test, names))
         lines.append({f"{test.dataset}_accuracy": on_test.top1})
     return trial.report(extract, settings, rows, lines, notes=notes, extra=extra, given_head=not extra)
-
-
-def read_head(head: str, layers: int) -> nn.Linear:
-    """A linear head from a file, a URL or a released name, for which `layers` is 1 or 4."""
-    if (released := zoo.RELEASED.get(head)) is None:
-        return read_linear_head(head)
-    if layers not in (1, 4):
-        raise ConfigError(f"--head-layers {layers} is unknown; known: 1, 4.")
-    return read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
 
 
 def evaluate_linear(

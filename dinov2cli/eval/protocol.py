@@ -16,7 +16,6 @@ from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error
-from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, datasets_for, load_subject
@@ -64,18 +63,8 @@ class Trial:
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
 
     def extractor(self, batch_size: int, **options: Any) -> Extractor:
-        """An extractor of the model's features as the request wants them, in the configured precision."""
-        request = self.request
-        return Extractor(
-            self.subject.model,
-            image_size=request.image_size,
-            batch_size=batch_size,
-            num_workers=request.num_workers,
-            device=request.device,
-            cache=None if request.no_cache else FeatureCache(),
-            precision=self.subject.precision,
-            **options,
-        )
+        """An extractor of the model's features as the request wants them."""
+        return self.subject.extractor(self.request, batch_size=batch_size, **options)
 
     @property
     def folder(self) -> Path | None:

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.errors import ConfigError
+from dinov2cli.eval.cache import FeatureCache
+from dinov2cli.eval.extract import Extractor
 from dinov2cli.models.sources import locate
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.models.weights import load_model
+from dinov2cli.requests.eval import EmbedRequest, EvalRequest
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Subject:
     def precision(self) -> str:
         """As configured; `auto` without a configuration."""
         return self.config.compute_precision.precision if self.config else "auto"
+
+    def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
+        """An extractor of the model's features as a request wants them, in the configured precision."""
+        return Extractor(
+            self.model,
+            image_size=request.image_size,
+            num_workers=request.num_workers,
+            device=request.device,
+            cache=None if request.no_cache else FeatureCache(),
+            precision=self.precision,
+            **options,
+        )
 
     def output_dir(self, task: str, wanted: Path | None) -> Path | None:
         """Where a task's files go: where asked for, else beside a run's teacher, else nowhere."""

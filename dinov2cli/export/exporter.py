@@ -19,7 +19,6 @@ from dinov2cli.export.timm_file import open_timm, timm_differs_away_from_native,
 from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
 from dinov2cli.files import sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
-from dinov2cli.models.download import fetch
 from dinov2cli.models.sources import architecture_file
 from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
 from dinov2cli.models.zoo import RELEASED
@@ -124,7 +123,7 @@ def export_model(
     weights = read_weights(str(source).removesuffix("_lc") if released else source, config_file=config_file)
     head = read_linear_head(linear_head) if linear_head else None
     if head is None and released and released.classifier:
-        head = read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
+        head = read_linear_head(released.name, layers)
     bundle = _bundle(weights, head, image_size, opset)
     result = ExportResult(format_name, str(output), weights.architecture.describe())
     result.notes += weights.report.lines()

@@ -71,13 +71,19 @@ def head_input(features: int, embed_dim: int, depth: int) -> tuple[int, bool]:
     )
 
 
-def read_linear_head(path: str | Path) -> nn.Linear:
-    """A linear head from a file of `weight` [K, F] and `bias` [K] (the released layout), or a URL of one.
+def read_linear_head(source: str | Path, layers: int = 4) -> nn.Linear:
+    """A linear head from a file of `weight` [K, F] and `bias` [K], a URL of one, or the name of a released model.
+
+    Args:
+        layers: 1 or 4, which of the heads of a released model.
 
     Raises:
         WeightsError: the file holds something else.
     """
-    file = fetch(str(path)) if is_url(str(path)) else Path(path)
+    if (released := zoo.RELEASED.get(str(source))) is not None:
+        file = fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers))
+    else:
+        file = fetch(str(source)) if is_url(str(source)) else Path(source)
     content, _ = read_tensors(file)
     tensors = {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
     tensors = {name.removeprefix("linear."): value for name, value in tensors.items()}
@@ -122,7 +128,7 @@ def load_classifier(
         linear = read_linear_head(head)
     elif pretrained:
         assert released is not None
-        linear = read_linear_head(fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers)))
+        linear = read_linear_head(released.name, layers)
     else:
         linear = nn.Linear((layers + 1) * backbone.embed_dim, zoo.IMAGENET_CLASSES)
     return LinearClassifier(backbone, linear).eval()

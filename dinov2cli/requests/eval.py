@@ -217,6 +217,13 @@ class LinearRequest(EvalRequest):
     save_checkpoint_frequency: Annotated[AtLeastOne, Option("Epochs between checkpoints.")] = 1
     no_resume: Annotated[bool, Option("Start anew even if there is a checkpoint.")] = False
 
+    @field_validator("head_layers")
+    @classmethod
+    def _are_released(cls, layers: int) -> int:
+        if layers not in (1, 4):
+            raise ValueError(f"--head-layers {layers} is unknown; known: 1, 4.")
+        return layers
+
     @model_validator(mode="after")
     def _one_for_each_test_dataset(self) -> "LinearRequest":
         for name in ("test_metric_types", "test_class_mapping_fpaths", "test_labels"):
