@@ -1,11 +1,13 @@
 """Evaluations as requests: Python, the command line and a training do the same; one's own is two files."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pytest
+import torch
 import typer
 from test_cli_eval import DATA, dino2, own_cache_and_logging, run  # noqa: F401  (fixtures)
 from typer.testing import CliRunner
@@ -14,8 +16,9 @@ import dinov2cli.eval
 from dinov2cli.cli.command import add_command
 from dinov2cli.config import load_config
 from dinov2cli.errors import WeightsError
-from dinov2cli.eval import knn
+from dinov2cli.eval import knn, subject
 from dinov2cli.eval.protocol import evaluate, evaluate_teacher
+from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import Option
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest, KnnRequest, LinearRequest
 
@@ -119,3 +122,20 @@ def test_a_request_names_its_checkpoint_by_position_or_option() -> None:
 def test_a_training_may_name_every_evaluation() -> None:
     config = load_config(overrides=[f"evaluation.tasks=[{','.join(EVALUATIONS)}]"])
     assert config.evaluation.tasks == ("knn", "logreg", "linear")
+
+
+def test_what_is_named_is_what_was_loaded_though_a_training_goes_on(
+    run: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = subject.load_model
+
+    def load_while_a_newer_teacher_is_written(source: object, **options: object) -> VisionTransformer:
+        shutil.copytree(run / "eval" / "training_9", run / "eval" / "training_29")
+        return load(source, **options)
+
+    monkeypatch.setattr(subject, "load_model", load_while_a_newer_teacher_is_written)
+    found = subject.load_subject(str(run))
+    assert found.iteration == 19
+    saved = torch.load(found.weights)["teacher"]
+    assert torch.equal(found.model.pos_embed, saved["backbone.pos_embed"])

@@ -52,7 +52,7 @@ class RecognisedWeights:
 
 
 def load_model(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Source,
     pretrained: bool = True,
     *,
     config_file: str | Path | None = None,
@@ -67,7 +67,8 @@ def load_model(
 
     Args:
         name_or_path: a released name (`dinov2_vitb14_reg`), an http(s) or file URL, a run folder (its newest complete
-            teacher), a teacher checkpoint, a `.pth` or `.safetensors` file, a Hugging Face or timm folder.
+            teacher), a teacher checkpoint, a `.pth` or `.safetensors` file, a Hugging Face or timm folder; or what
+            `locate` has found of these.
         pretrained: False gives a released name's architecture with random weights.
         config_file: a run's config.yaml, where none lies beside the weights.
         num_heads: attention heads, where neither the width nor a config tells.
@@ -125,7 +126,9 @@ def _build(architecture: ViTConfig, size_policy: str, **overrides: Any) -> Visio
         raise WeightsError(f"these arguments do not make a model: {error}") from None
 
 
-def read_weights(name_or_path: str | Path, *, config_file: str | Path | None = None, **given: Any) -> RecognisedWeights:
+def read_weights(
+    name_or_path: str | Path | Source, *, config_file: str | Path | None = None, **given: Any
+) -> RecognisedWeights:
     """Find, read, convert and check weights without building a model. Arguments and errors as in `load_model`."""
     asked = zoo.RELEASED.get(str(name_or_path))
     if asked and asked.classifier:
@@ -133,7 +136,7 @@ def read_weights(name_or_path: str | Path, *, config_file: str | Path | None = N
             f"'{asked.name}' has a linear classifier; as a backbone alone it is '{asked.name.removesuffix('_lc')}'",
             hint="dinov2cli.models.classifier.load_classifier gives both.",
         )
-    source = locate(name_or_path)
+    source = name_or_path if isinstance(name_or_path, Source) else locate(name_or_path)
     content: Any = None
     metadata: dict[str, str] = {}
     for file in source.files:
