@@ -322,7 +322,7 @@ _dino2() {
                 --head|--classifier-fpath) :; return ;;
                 --head-layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --test-datasets) :; return ;;
-                --test-metric-types) :; return ;;
+                --test-metric-types) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy imagenet_real_accuracy" -- "$cur")); return ;;
                 --test-class-mapping-fpaths) :; return ;;
                 --test-labels) :; return ;;
                 --val-class-mapping-fpath) :; return ;;
@@ -629,7 +629,7 @@ _dino2() {
                 --head|--classifier-fpath) :; return ;;
                 --head-layers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --test-datasets) :; return ;;
-                --test-metric-types) :; return ;;
+                --test-metric-types) COMPREPLY=($(compgen -W "mean_accuracy mean_per_class_accuracy per_class_accuracy imagenet_real_accuracy" -- "$cur")); return ;;
                 --test-class-mapping-fpaths) :; return ;;
                 --test-labels) :; return ;;
                 --val-class-mapping-fpath) :; return ;;

@@ -6,9 +6,9 @@ import pytest
 import torch
 from weight_samples import PLAIN, sample_state, save
 
-from dinov2cli.cli.picture_options import load_picture_model
 from dinov2cli.device import DTYPES, Precision, choose_device, free_memory, main_memory, main_memory_of_a_process
 from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.visualize.pictures import load_picture_model
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

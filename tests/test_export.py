@@ -14,7 +14,7 @@ from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state,
 
 from dinov2cli.cli.main import app
 from dinov2cli.config import ViTConfig
-from dinov2cli.errors import EnvironmentProblem, WeightsError
+from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
 from dinov2cli.export import exporter, graph_files
 from dinov2cli.export.bundle import Bundle, Runner, need
 from dinov2cli.export.exporter import FORMATS, ExportError, export_model
@@ -343,7 +343,7 @@ def test_command_prints_the_largest_difference(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--json", "--overwrite"])
     assert json.loads(result.stdout)["comparisons"][0]["difference"] == 0.0
     result = CliRunner().invoke(app, [*command, "--overwrite", "--image-size", "14x14x14"])
-    assert isinstance(result.exception, WeightsError)
+    assert isinstance(result.exception, Dino2Error) and "--image-size 14x14x14: give" in str(result.exception)
 
 
 @pytest.mark.parametrize("format_name", ["official", "hf", "timm"])

@@ -3,8 +3,9 @@
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -166,9 +167,10 @@ def request_from(text: str, known: Iterable[type[Request]]) -> Request:
 
 def _typer_parameter(each: Parameter) -> inspect.Parameter:
     option, default = each.option, each.field.get_default(call_default_factory=True)
-    annotation: Any = str if each.many and get_origin(each.plain) is Literal else each.plain
-    if each.many:  # Typer takes no lists of a Literal
-        annotation = list[annotation]
+    plain: Any = each.plain
+    if each.many and get_origin(plain) is Literal:  # Typer takes lists of an Enum, not of a Literal
+        plain = cast(Any, StrEnum)(each.name, {word: word for word in get_args(plain)})
+    annotation: Any = list[plain] if each.many else plain
     if each.field.is_required():
         default = inspect.Parameter.empty
     elif each.many:

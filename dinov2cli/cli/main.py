@@ -7,35 +7,33 @@ from typing import Annotated, Any
 import typer
 
 from dinov2cli import __version__
-from dinov2cli.cli.attention import attention
 from dinov2cli.cli.bench import bench
 from dinov2cli.cli.command import add_command, perform, request_from
 from dinov2cli.cli.doctor import doctor
-from dinov2cli.cli.export import export
-from dinov2cli.cli.pca_image import pca_image
-from dinov2cli.cli.pca_video import pca_video
-from dinov2cli.cli.prepare_imagenet import prepare_imagenet
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.eval import EVALUATIONS, EmbedRequest
+from dinov2cli.requests.export import Export
+from dinov2cli.requests.pictures import Attention, PcaImage, PcaVideo
+from dinov2cli.requests.prepare import PrepareImagenet
 from dinov2cli.requests.tools import Info, ListPresets, Plot, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
 # What can be asked, in the order of --help: requests, whose `command` says the words; (name, function) and
 # (name, group) are still to become such. Their modules import no torch.
 COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
-    ("prepare-imagenet", prepare_imagenet),
+    PrepareImagenet,
     Train,
     Status,
     EmbedRequest,
     Results,
-    ("export", export),
+    Export,
     Info,
-    ("pca-video", pca_video),
-    ("pca-image", pca_image),
-    ("attention", attention),
+    PcaVideo,
+    PcaImage,
+    Attention,
     Plot,
     ("doctor", doctor),
     *EVALUATIONS.values(),

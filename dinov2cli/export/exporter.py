@@ -22,6 +22,7 @@ from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.sources import architecture_file
 from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
 from dinov2cli.models.zoo import RELEASED
+from dinov2cli.requests.export import Export
 
 
 class Format(NamedTuple):
@@ -85,6 +86,27 @@ class ExportResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        lines, opened_with = [self.architecture, *self.notes], FORMATS[self.format].opened_with
+        for comparison in self.comparisons:
+            batch, _, height, width = comparison.shape
+            lines.append(
+                f"{opened_with}, {batch} x {height}x{width}: largest difference {comparison.difference:.2e} "
+                f"(features up to {comparison.scale:.1f})"
+            )
+        return "\n".join([*lines, *(f"wrote {file} ({size / 1e6:,.1f} MB)" for file, size in self.files.items())])
+
+
+def run(request: Export) -> ExportResult:
+    """Do what `dino2 export` asks; the errors are those of `export_model`."""
+    return export_model(
+        request.checkpoint,
+        request.format,
+        request.output,
+        image_size=request.size(),
+        **request.model_dump(include={"linear_head", "layers", "opset", "config_file", "overwrite"}),
+    )
 
 
 def export_model(

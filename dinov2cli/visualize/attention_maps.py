@@ -12,9 +12,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinov2cli.data.augmentations import normalize
+from dinov2cli.data.decoding import read_image
 from dinov2cli.errors import DataError
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.pictures import Attention
 from dinov2cli.visualize.features import PatchFeatures, Picture, resize
+from dinov2cli.visualize.pictures import Written, check_picture_output, expand_inputs, load_picture_model, save_picture
+from dinov2cli.visualize.rendering import sheet
+
+
+def run(request: Attention) -> Written:
+    """Draw what `dino2 attention` asks for; the errors are those of `dino2 pca-image`."""
+    output = request.output
+    pictures = expand_inputs(request.inputs)
+    check_picture_output(output)
+    model, _ = load_picture_model(request.model, request.device)
+    rows, files = [], 0
+    for name, path in pictures:
+        photo = read_image(path)
+        maps = attention_maps(model, photo, resolution=request.resolution, block=request.block)
+        drawn = draw_attention(maps, photo, overlay=request.overlay)
+        if output.suffix:
+            rows += drawn
+            continue
+        for query, (_, *heats) in zip(maps.queries, drawn, strict=True):
+            for index, heat in enumerate(heats):
+                what = f"head{index}" if index else "mean"
+                save_picture(output / f"{name}-{query.replace(' ', '')}-{what}.png", heat)
+                files += 1
+    if output.suffix:
+        save_picture(output, sheet(rows, width=max(1280, 200 * len(rows[0]))))
+    return Written(((output, f"{files} files" if files else ""),))
 
 
 class AttentionMaps(NamedTuple):

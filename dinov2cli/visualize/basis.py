@@ -233,3 +233,12 @@ def _share_above(histogram: StreamingHistogram, value: float) -> float:
     edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
     below = np.interp(value, edges, np.concatenate([[0], np.cumsum(histogram.counts)]))
     return float(1 - below / max(histogram.counts.sum(), 1))
+
+
+def check_basis(basis: ColorBasis, dim: int) -> None:
+    """Raise DataError where a basis is for features of another dimension than the model's."""
+    if basis.dim != dim:
+        raise DataError(
+            f"--basis: it was fitted to {basis.dim}-dimensional features, and the model's have "
+            f"{dim}; fit it with the same model"
+        )

@@ -10,17 +10,72 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import interruption, logger
+from dinov2cli.console import interruption, logger, progress
 from dinov2cli.errors import DataError
-from dinov2cli.visualize.basis import ColorBasis, fit_color_basis
+from dinov2cli.requests.pictures import PcaVideo
+from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
+from dinov2cli.visualize.pictures import Written, load_picture_model
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
-from dinov2cli.visualize.video.reader import Frame, FrameSource, sampling_step
-from dinov2cli.visualize.video.writer import VideoWriter, Writer, open_writer
+from dinov2cli.visualize.video.reader import Frame, FrameSource, open_source, sampling_step
+from dinov2cli.visualize.video.writer import VideoWriter, Writer, check_output, open_writer
 
 Advance = Callable[[int], object]
 """Called with the number of frames that were just finished."""
+
+
+def run(request: PcaVideo) -> Written:
+    """Render what `dino2 pca-video` asks for.
+
+    Raises:
+        DataError: videos, colours or outputs that cannot be used.
+        EnvironmentProblem: a device that is not there, an output that cannot be written.
+        WeightsError: weights that cannot be had.
+    """
+    foreground, outputs = parse_foreground(request.foreground), _outputs(request)
+    one = len(request.inputs) == 1
+    sources = [open_source(path, request.fps if path.is_dir() or one else None) for path in request.inputs]
+    for path in outputs:
+        check_output(path)
+    basis = ColorBasis.load(request.basis) if request.basis else None
+    model, precision = load_picture_model(request.model, request.device)
+    extractor = PatchFeatures(model, request.resolution, request.batch_size, precision)
+    if basis:
+        check_basis(basis, extractor.model.embed_dim)
+    counts = [source.count() for source in sources]
+    with progress() as display:
+        if basis is None:
+            step = sampling_step(sum(counts), request.fit_frames)
+            advance = partial(
+                display.advance, display.add_task("fitting colours", total=sum(-(-n // step) for n in counts))
+            )
+            basis = fit_video_basis(
+                extractor, sources, foreground=foreground, fit_frames=request.fit_frames, advance=advance
+            )
+        if request.save_basis:
+            basis.save(request.save_basis)
+        style = VideoStyle(request.layout, request.upsampling, request.audio, request.steady)
+        written = []
+        for source, path, count in zip(sources, outputs, counts, strict=True):
+            advance = partial(display.advance, display.add_task(f"rendering {path.name}", total=count))
+            frames = render_video(extractor, basis, source, path, style, advance=advance)
+            written.append((path, f"{frames} frames"))
+    return Written(tuple(written))
+
+
+def _outputs(request: PcaVideo) -> list[Path]:
+    inputs, output = request.inputs, request.output
+    if len(inputs) == 1:
+        return [output]
+    if output.suffix:
+        raise DataError(f"{output}: with several inputs the output is a folder, named without a suffix")
+    suffix = "" if request.format == "png" else f".{request.format}"
+    outputs = [output / f"{path.resolve().stem}{suffix}" for path in inputs]
+    for path in outputs:
+        if outputs.count(path) > 1:
+            raise DataError(f"{path}: two inputs would write it; rename one of them")
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -72,7 +127,7 @@ def render_video(
         DataError: a basis for features of another dimension; an unknown output type.
         EnvironmentProblem: an output that cannot be written.
     """
-    check_basis(basis, extractor)
+    check_basis(basis, extractor.model.embed_dim)
     with ExitStack() as stack:
         interrupted = stack.enter_context(interruption("stopping; no output is kept"))
         writer = stack.enter_context(
@@ -98,15 +153,6 @@ def render_video(
             advance(1)
     logger.info("%s: %d frames", output, writer.frames_written)
     return writer.frames_written
-
-
-def check_basis(basis: ColorBasis, extractor: PatchFeatures) -> None:
-    """Raise DataError where a basis is for features of another dimension than the model's."""
-    if basis.dim != extractor.model.embed_dim:
-        raise DataError(
-            f"--basis: it was fitted to {basis.dim}-dimensional features, and the model's have "
-            f"{extractor.model.embed_dim}; fit it with the same model"
-        )
 
 
 def _with_pictures(source: FrameSource) -> Iterator[tuple[Frame, Picture]]:

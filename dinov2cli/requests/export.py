@@ -1,0 +1,73 @@
+"""The request to write a model in another format."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from dinov2cli.requests.base import Argument, Option, Request
+
+
+class Export(Request):
+    """Write a model in another format, and check that it gives the same features there.
+
+    The export is opened by its own ecosystem (transformers, timm, onnxruntime, torch.export), run on random images at
+    two sizes, and compared. If the features differ, nothing is left behind.
+
+    Example:
+
+        dino2 export runs/demo --format hf --output demo-hf
+
+        dino2 export dinov2_vits14_reg --format onnx --output vits14_reg.onnx
+    """
+
+    command: ClassVar[str] = "export"
+    run_by: ClassVar[str] = "dinov2cli.export.exporter:run"
+
+    checkpoint: Annotated[
+        str,
+        Argument(
+            "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name; a name ending "
+            "in _lc brings its linear head.",
+            metavar="CKPT",
+        ),
+    ]
+    format: Annotated[
+        Literal["safetensors", "official", "hf", "timm", "onnx", "torch-export"],
+        Option(
+            "safetensors: our weights; official: a flat .pth as released; hf: a folder for transformers; timm: a "
+            ".safetensors for timm; onnx; torch-export: a .pt2."
+        ),
+    ]
+    output: Annotated[Path, Option("The file to write (hf: the folder).", metavar="PATH")]
+    linear_head: Annotated[
+        Path | None, Option("A linear classifier (weight and bias) to go along.", metavar="FILE")
+    ] = None
+    layers: Annotated[int, Option("Released head of a _lc name: on 1 or 4 layers.")] = 4
+    image_size: Annotated[
+        str | None,
+        Option(
+            "onnx, torch-export: one image size only. By default any size that is a multiple of the patch size, two "
+            "patches or more.",
+            metavar="H[xW]",
+        ),
+    ] = None
+    opset: Annotated[int, Field(ge=18, le=23), Option("onnx: operator set.")] = 18
+    config_file: Annotated[
+        Path | None, Option("The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")
+    ] = None
+    overwrite: Annotated[bool, Option("Replace an existing output.")] = False
+    as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
+
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels that `image_size` says."""
+        sides = self.image_size.lower().split("x") if self.image_size else []
+        return (int(sides[0]), int(sides[-1])) if sides else None
+
+    @field_validator("image_size")
+    @classmethod
+    def _is_a_size(cls, text: str | None) -> str | None:
+        sides = text.lower().split("x") if text is not None else ["1"]
+        if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+            raise ValueError(f"--image-size {text}: give a side in pixels such as 224, or HxW such as 224x448")
+        return text

@@ -1,0 +1,100 @@
+"""What the picture commands share: images and models to read, pictures to write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dinov2cli.config import load_config
+from dinov2cli.data.datasets.sample_photos import photo_files
+from dinov2cli.device import choose_device
+from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
+from dinov2cli.files import writing
+from dinov2cli.models.sources import locate
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.weights import load_model
+from dinov2cli.requests.pictures import DEFAULT_MODEL
+from dinov2cli.visualize.features import Picture
+from dinov2cli.visualize.video.reader import list_images
+from dinov2cli.visualize.video.writer import write_png
+
+
+class Written(NamedTuple):
+    """What a picture command has written: each path with what is in it, which may be nothing to say."""
+
+    files: tuple[tuple[Path, str], ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{path}: {what}" if what else str(path) for path, what in self.files)
+
+
+def expand_inputs(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file) of every image, those of folders in natural order; names are stems, made unique by a number.
+
+    The word `SamplePhotos` stands for two of the photos that scikit-image ships.
+
+    Raises:
+        DataError: a path that is not there, a folder without images.
+        EnvironmentProblem: SamplePhotos without scikit-image.
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files += list_images(path)
+        elif path.is_file():
+            files.append(path)
+        elif str(path) == "SamplePhotos":
+            files += photo_files("chelsea.png", "coffee.png")
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    named: dict[str, Path] = {}
+    for file in files:
+        name, number = file.stem, 2
+        while name in named:
+            name, number = f"{file.stem}-{number}", number + 1
+        named[name] = file
+    return list(named.items())
+
+
+def check_picture_output(output: Path) -> None:
+    """Raise before any work where `output` is neither a .png file nor a folder, or cannot be written."""
+    if output.suffix and output.suffix.lower() != ".png":
+        raise DataError(f"{output}: unknown output type {output.suffix!r}; give .png, or no suffix (a folder)")
+    folder = output.parent if output.suffix else output
+    trial = folder / ".dino2.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(f"{output}: cannot be written ({error.strerror or error})") from error
+    if output.suffix and output.is_dir():
+        raise EnvironmentProblem(f"{output}: is a folder; give a file name")
+
+
+def save_picture(path: Path, picture: Picture) -> None:
+    """Write a PNG file; EnvironmentProblem where that fails."""
+    with writing(path):
+        write_png(path, picture)
+
+
+def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer, str]:
+    """The model of --model in evaluation mode on --device, and the precision of the run that it comes from.
+
+    Raises:
+        EnvironmentProblem: a device that is not there.
+        WeightsError: weights that cannot be had.
+    """
+    where = choose_device(device)
+    try:
+        model = load_model(name or DEFAULT_MODEL).to(where).eval()
+    except WeightsError as error:
+        if name is not None:
+            raise
+        raise WeightsError(
+            f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
+            "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
+        ) from error
+    run = locate(name).run if name else None
+    if run is None or not (run / "config.yaml").is_file():
+        return model, "auto"
+    return model, load_config(config_file=run / "config.yaml").compute_precision.precision
