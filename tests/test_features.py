@@ -57,6 +57,15 @@ def test_order_and_values(images: Path) -> None:
         torch.testing.assert_close(features.tensors["last_cls"][:, i], cls, rtol=1e-4, atol=1e-5)
 
 
+def test_only_extraction_changes_how_the_process_keeps_memory(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("dinov2cli.eval.extract.keep_freed_memory", lambda: asked.append(True))
+    extract = Extractor(tiny_model(), num_workers=0, device="cpu")
+    assert not asked
+    extract(make_dataset(str(images)))
+    assert asked
+
+
 def test_batch_size_and_workers_change_nothing(images: Path) -> None:
     dataset = make_dataset(str(images))
     one, other = (

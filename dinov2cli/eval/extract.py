@@ -64,8 +64,6 @@ class Extractor:
         cache: FeatureCache | None = None,
     ) -> None:
         self.device = choose_device(device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.model = model.to(self.device)
         self.image_size = fitting_image_size(model, image_size)
         self.resize = round(self.image_size * resize_ratio)
@@ -86,6 +84,8 @@ class Extractor:
             raise DataError(f"{dataset.describe()}: {len(dataset)} images, too few to evaluate.")
         if self.cache is not None and (cached := self.cache.load(self.recipe, dataset)) is not None:
             return cached
+        if self.device.type == "cpu":
+            keep_freed_memory()
         parts: dict[str, list[Tensor]] = {}
         targets, indices = [], []
 

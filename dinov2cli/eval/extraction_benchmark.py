@@ -9,6 +9,7 @@ import torch
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.train.benchmark import matrix_rate
 from dinov2cli.train.flops import forward_flops
 from dinov2cli.train.networks import build_backbone
@@ -47,6 +48,8 @@ def benchmark_extraction(
         ConfigError: `image_size` does not fit the model's patches.
     """
     model = build_backbone(config).eval()
+    if device.type == "cpu":
+        keep_freed_memory()  # as in an evaluation
     extractor = Extractor(model, image_size=image_size, batch_size=batch_size, device=device)
     dtype, dim = extractor.precision.dtype, model.embed_dim
     tokens = batch_size * ((image_size // model.patch_size) ** 2 + 1)
