@@ -26,10 +26,10 @@ FLOORS = {
     "__init__": 10, "__main__": 10,
 }  # fmt: skip
 LONGEST_FILE, MOST_PARAMETERS = 330, 12
-# What does not hold yet; each list only ever gets shorter.
+# What does not hold yet; each only ever gets shorter.
 CIRCLES = {("train/plan.py", "train/trainer.py")}
 LONG_FILES = {"launch/supervisor.py"}
-LONG_SIGNATURES = {"cli/pca_video.py: pca_video"}
+LONG_SIGNATURES: set[str] = set()
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -84,12 +84,12 @@ def test_no_two_files_import_each_other_over_whatever_others() -> None:
         for other in reached[one]
         if one < other and one in reached[other]
     }
-    assert circles == CIRCLES
+    assert not circles - CIRCLES
 
 
 def test_no_file_is_longer_than_can_be_read_in_one_go() -> None:
     long = {name_of(path) for path in FILES if len(path.read_text().splitlines()) > LONGEST_FILE}
-    assert long == LONG_FILES
+    assert not long - LONG_FILES
 
 
 def test_no_function_has_more_parameters_than_can_be_told_apart() -> None:
@@ -101,7 +101,7 @@ def test_no_function_has_more_parameters_than_can_be_told_apart() -> None:
                 names = [*takes.posonlyargs, *takes.args, *takes.kwonlyargs, takes.vararg, takes.kwarg]
                 if sum(name is not None and name.arg not in ("self", "cls") for name in names) > MOST_PARAMETERS:
                     long.add(f"{name_of(path)}: {getattr(node, 'name', 'lambda')}")
-    assert long == LONG_SIGNATURES
+    assert not long - LONG_SIGNATURES
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["presets", "list"]])
