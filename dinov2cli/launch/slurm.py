@@ -94,9 +94,20 @@ def submit(request: Request, wanted: Wanted, *, folder: Path, name: str, run: Pa
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(own, ignore_errors=True)
         raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", REFUSED) from error
-    facts = {"job_id": job.job_id, "command": words_of(request), "time": time.time(), "nodes": wanted.slurm.nodes or 1}
-    write_text(own / "job.json", json.dumps(facts))
+    write_record(own, job.job_id, request, wanted)
     return Submitted(job.job_id, own, run)
+
+
+def write_record(folder: Path, job_id: str, request: Request, wanted: Wanted) -> None:
+    """Say in a job's folder what it is, for `dino2 status` (`launch.status.read_jobs`)."""
+    facts = {
+        "job_id": job_id,
+        "command": request.command.split(),
+        "request": request.model_dump(mode="json", exclude_unset=True),
+        "time": time.time(),
+        "nodes": wanted.slurm.nodes or 1,
+    }
+    write_text(folder / "job.json", json.dumps(facts))
 
 
 def slurm_of_this_job(*parameters: str) -> Slurm:
