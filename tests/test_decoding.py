@@ -1,4 +1,7 @@
-"""PNG files: the fast way gives Pillow's pixels, and what it may not touch or what is damaged goes the other way."""
+"""PNG files: the fast way gives Pillow's pixels, and what it may not touch or what is damaged goes the other way.
+
+Images that people look at are turned upright, and laid over black where they are transparent.
+"""
 
 import io
 import zlib
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dinov2cli.data.decoding import UnreadableImage, decode_image, is_plain_png
+from dinov2cli.data.decoding import UnreadableImage, decode_image, is_plain_png, read_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 29, 3), dtype=np.uint8)
@@ -81,3 +84,30 @@ def test_paths_of_a_folder_are_as_given(tmp_path: Path, monkeypatch: pytest.Monk
         images = make_dataset(root)
         assert Path(images.path(0)) == Path(root) / "a" / "1.png"
         np.testing.assert_array_equal(images.image(0), RGB)
+
+
+def test_images_are_upright_where_that_is_asked_for() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    data = png_of(RGB, exif=exif)
+    np.testing.assert_array_equal(decode_image(data, "a.png"), RGB)
+    np.testing.assert_array_equal(decode_image(data, "a.png", upright=True), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_transparency_is_laid_over_black_where_that_is_asked_for(tmp_path: Path, grey: bool) -> None:
+    alpha = RNG.integers(0, 256, (13, 29, 1), dtype=np.uint8)
+    colors = np.repeat(RGB[..., :1], 3, axis=2) if grey else RGB
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of(np.concatenate([colors[..., :1] if grey else colors, alpha], axis=2)))
+    np.testing.assert_array_equal(decode_image(path.read_bytes(), "a.png"), colors)
+    np.testing.assert_array_equal(read_image(path), np.floor(colors * (alpha / 255) + 0.5).astype(np.uint8))
+
+
+@pytest.mark.parametrize("content", [None, b"", png_of(RGB)[:-40]])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"a\.png: (cannot be read|the file is empty|damaged image)"):
+        read_image(path)

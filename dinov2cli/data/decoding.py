@@ -35,13 +35,16 @@ class ImageSize(NamedTuple):
 
 def read_image(path: Path) -> np.ndarray:
     """An image file as people look at it: upright, alpha laid over black; uint8 [H, W, 3]. Raises `UnreadableImage`."""
+    return decode_image(read_file(str(path)), str(path), upright=True, alpha=True)
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes; raises `UnreadableImage` with the operating system's reason."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UnreadableImage(str(path), "no such file") from error
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
-        raise UnreadableImage(str(path), f"cannot be read ({error.strerror})") from error
-    return decode_image(data, str(path), upright=True, alpha=True)
+        raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error
 
 
 def decode_image(

@@ -8,7 +8,7 @@ import numpy as np
 
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
-from dinov2cli.data.decoding import UnreadableImage
+from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
 
@@ -57,12 +57,3 @@ class FolderDataset(ImageDataset):
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         return (self[index] for index in range(len(self)))
-
-
-def read_file(path: str) -> bytes:
-    """A file's bytes; raises `UnreadableImage` with the operating system's reason."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, RecordFile
-from dinov2cli.data.datasets.folder import read_file
+from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
 NO_CLASS = 2**32 - 1

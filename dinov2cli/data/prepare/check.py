@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2cli.data.datasets import UnreadableImage
-from dinov2cli.data.datasets.folder import read_file
 from dinov2cli.data.datasets.imagenet import Split
-from dinov2cli.data.decoding import decode_image
+from dinov2cli.data.decoding import decode_image, read_file
 from dinov2cli.data.prepare.imagenet import SplitListing
 from dinov2cli.data.prepare.labels import Labels
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +114,23 @@ class Writer:
         self.aside.unlink(missing_ok=True)
 
 
-class VideoWriter(Writer):
+class ContainerWriter(Writer):
+    """What goes through FFmpeg."""
+
+    _container: Any
+
+    def _finish(self) -> None:
+        self._container.close()
+
+    def _abandon(self) -> None:
+        try:
+            with suppress(av.error.FFmpegError, OSError):  # without frames there is no valid header to complete
+                self._container.close()
+        finally:
+            super()._abandon()
+
+
+class VideoWriter(ContainerWriter):
     """H.264, yuv420p, BT.709: plays everywhere. An odd side is extended by repeating its last row or column."""
 
     square_pixels = False
@@ -177,20 +194,15 @@ class VideoWriter(Writer):
         if self._audio:
             self._audio.write_until(None)
             self._audio.close()
-        self._container.close()
+        super()._finish()
 
     def _abandon(self) -> None:
         if self._audio:
             self._audio.close()
-        try:
-            self._container.close()
-        except (av.error.FFmpegError, OSError):
-            pass  # a file without frames has no valid header to complete, and it is removed next
-        finally:
-            super()._abandon()
+        super()._abandon()
 
 
-class GifWriter(Writer):
+class GifWriter(ContainerWriter):
     """A looping GIF with a palette for every frame. Its clock ticks in 1/100 s, and viewers slow down frames shorter
     than two ticks, so above 50 frames a second some are left out."""
 
@@ -252,15 +264,7 @@ class GifWriter(Writer):
     def _finish(self) -> None:
         self._graph.push(None)
         self._drain()
-        self._container.close()
-
-    def _abandon(self) -> None:
-        try:
-            self._container.close()
-        except (av.error.FFmpegError, OSError):
-            pass  # as in VideoWriter: it is removed next
-        finally:
-            super()._abandon()
+        super()._finish()
 
 
 class PngFolderWriter(Writer):
