@@ -1,4 +1,4 @@
-"""`dino2 bench train|extract`: what they print adds up, and wrong wishes are refused."""
+"""`dino2 bench train`: what it prints adds up, and wrong wishes are refused."""
 
 import json
 import multiprocessing
@@ -10,14 +10,14 @@ import torch
 from test_flops import SIZES
 from typer.testing import CliRunner
 
-from dinov2cli.cli.bench import bench
+from dinov2cli.bench.train import TrainBenchmark, benchmark_variants
+from dinov2cli.cli.main import app
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
-from dinov2cli.train.benchmark import TrainBenchmark, benchmark_variants
 
 
 def run(*arguments: str) -> dict:
-    result = CliRunner().invoke(bench, [*arguments, "--device", "cpu", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["bench", *arguments, "--device", "cpu", "--json"], catch_exceptions=False)
     return json.loads(result.stdout)
 
 
@@ -70,10 +70,3 @@ def test_a_variant_whose_process_is_killed_is_named_and_the_next_is_measured() -
 def test_wrong_wishes_are_refused(arguments: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         run(*arguments, *SIZES)
-
-
-def test_extraction_from_memory_and_from_files() -> None:
-    sizes = ["--image-size", "56", "--batches", "2", "--batch-size", "4"]
-    result = run("extract", *SIZES, *sizes, "--data", "SamplePhotos:split=VAL")
-    assert result["model_images_per_s"] > 0 and result["files_images_per_s"] > 0
-    assert result["image_size"] == 56

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
+from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config
 from dinov2cli.losses.cross_entropy import soft_cross_entropy
-from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.objective import SSLMetaArch
 
 SIZES = [

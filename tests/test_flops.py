@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config
-from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.flops import forward_flops, step_flops
 from dinov2cli.train.objective import SSLMetaArch
 

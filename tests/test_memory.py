@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import load_config
-from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.memory import MemoryEstimate, estimate, room_for_gaps
 from dinov2cli.train.objective import SSLMetaArch
 

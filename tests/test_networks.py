@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_flops import SIZES
 
+from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config
-from dinov2cli.train.benchmark import synthetic_batch
 from dinov2cli.train.networks import TEACHER, TOKEN_SETS, Follower, Networks, SSLNetwork, build_network
 
 

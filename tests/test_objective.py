@@ -11,9 +11,9 @@ from processes import run_in_processes
 from tiny_run import TINY, metrics_of, write_images
 from torch import Tensor, nn
 
+from dinov2cli.bench.train import benchmark_training, synthetic_batch
 from dinov2cli.config import Config, load_config
 from dinov2cli.losses import LossTerm
-from dinov2cli.train.benchmark import benchmark_training, synthetic_batch
 from dinov2cli.train.networks import Follower, SSLNetwork, build_network
 from dinov2cli.train.objective import TERMS, SSLMetaArch, Term
 from dinov2cli.train.trainer import Trainer

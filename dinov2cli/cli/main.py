@@ -1,29 +1,26 @@
 """The `dino2` executable: the table of commands; errors become one message and an exit code."""
 
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dinov2cli import __version__
-from dinov2cli.cli.bench import bench
 from dinov2cli.cli.command import add_command, perform, request_from
-from dinov2cli.cli.doctor import doctor
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests.base import Request
+from dinov2cli.requests.bench import BENCHES
 from dinov2cli.requests.eval import EVALUATIONS, EmbedRequest
 from dinov2cli.requests.export import Export
 from dinov2cli.requests.pictures import Attention, PcaImage, PcaVideo
 from dinov2cli.requests.prepare import PrepareImagenet
-from dinov2cli.requests.tools import Info, ListPresets, Plot, Results, ShowPreset, Status
+from dinov2cli.requests.tools import Doctor, Info, ListPresets, Plot, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
-# What can be asked, in the order of --help: requests, whose `command` says the words; (name, function) and
-# (name, group) are still to become such. Their modules import no torch.
-COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
+# What can be asked, in the order of --help: requests, whose `command` says the words. Their modules import no torch.
+COMMANDS: list[type[Request]] = [
     PrepareImagenet,
     Train,
     Status,
@@ -35,17 +32,18 @@ COMMANDS: list[type[Request] | tuple[str, Callable[..., Any] | typer.Typer]] = [
     PcaImage,
     Attention,
     Plot,
-    ("doctor", doctor),
+    Doctor,
     *EVALUATIONS.values(),
     ListPresets,
     ShowPreset,
-    ("bench", bench),
+    *BENCHES,
 ]
 # Groups of requests (the first of two words), with their help.
 GROUPS: dict[str, str] = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
+    "bench": "Measure how fast the parts of dino2 run on this machine.\n\nExample:\n\n    dino2 bench augment",
 }
 # Further words for a command.
 ALIASES: dict[str, type[Request]] = {**EVALUATIONS}
@@ -58,12 +56,8 @@ def make_app() -> typer.Typer:
     )
     groups = {name: new_group(name, text) for name, text in GROUPS.items()}
     for item in COMMANDS:
-        if isinstance(item, tuple):
-            name, made = item
-            app.add_typer(made, name=name) if isinstance(made, typer.Typer) else app.command(name)(made)
-        else:
-            *group, name = item.command.split()
-            add_command(groups[group[0]] if group else app, name, item)
+        *group, name = item.command.split()
+        add_command(groups[group[0]] if group else app, name, item)
     for name, request in ALIASES.items():
         add_command(app, name, request)
     for name, made in groups.items():
@@ -114,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with reported():
             if words[:1] == ["--request"]:
-                perform(request_from(words[1], [item for item in COMMANDS if not isinstance(item, tuple)]))
+                perform(request_from(words[1], COMMANDS))
             else:
                 app(words)
     except Dino2Error as error:

@@ -143,19 +143,14 @@ def severity(finding: Finding) -> int:
     return list(Status).index(finding.status)
 
 
-def raise_failures(findings: Mapping[str, Finding]) -> None:
-    """Raise what was found wrong, as one error.
-
-    Raises:
-        DataError: the first failure is about the dataset.
-        EnvironmentProblem: any other failure.
-    """
+def problem_of(findings: Mapping[str, Finding]) -> Dino2Error | None:
+    """What was found wrong, as one error: a DataError if the first failure is about the dataset."""
     failed = {name: finding for name, finding in findings.items() if finding.status is Status.FAILURE}
     if not failed:
-        return
+        return None
     kind = DataError if next(iter(failed)) == "dataset" else EnvironmentProblem
     text = "; ".join(f"{name}: {finding.text}" for name, finding in failed.items())
-    raise kind(text, "\n".join(dict.fromkeys(finding.remedy for finding in failed.values() if finding.remedy)))
+    return kind(text, "\n".join(dict.fromkeys(finding.remedy for finding in failed.values() if finding.remedy)))
 
 
 def _finding_of(check: Check, situation: Situation) -> Finding:

@@ -2,23 +2,26 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from dinov2cli import distributed
 from dinov2cli.config import Config, load_config
-from dinov2cli.console import logger, out, print_json, set_up_logging
+from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.device import choose_device
-from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine, raise_failures, severity
+from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine, problem_of, severity
 from dinov2cli.doctor.machine import MACHINE
 from dinov2cli.doctor.run import DATA, MODEL, OUTPUT
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, Dino2Error
+from dinov2cli.requests.tools import Doctor
 
 ALL = {**MACHINE, **DATA, **MODEL, **OUTPUT}
 COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
@@ -42,43 +45,68 @@ def preflight(config: Config, device: torch.device, *, dataset: ImageDataset | N
     for name, finding in findings.items() if distributed.is_main() else ():
         if finding.status is Status.WARNING:
             logger.warning("%s: %s. %s", name, finding.text, finding.remedy)
-    raise_failures(findings)
+    if problem := problem_of(findings):
+        raise problem
     reduced = findings["communication"].facts.get("bandwidth_gb_s")
     speed = f"; all-reduce over {distributed.world_size()} processes: {reduced:.2g} GB/s" if reduced else ""
     if distributed.is_main():
         logger.info("%d checks in %.1f s%s", len(findings), time.perf_counter() - began, speed)
 
 
-def run(
-    arguments: Sequence[str], preset: str | None, config_file: Path | None, data: str | None, output_dir: Path | None,
-    *, cpu: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """`dino2 doctor`: make the checks that there is something to look at for, and show what they find.
+@dataclass(frozen=True)
+class Report:
+    """What `dino2 doctor` prints: a row for each check; the failures are the command's `problem`."""
+
+    findings: Mapping[str, Finding]
+    left_out: Sequence[str]
+
+    @property
+    def problem(self) -> Dino2Error | None:
+        return problem_of(self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        worst = max(self.findings.values(), key=severity)
+        return {"status": worst.status, "checks": [_as_dict(*each) for each in self.findings.items()]}
+
+    def __rich__(self) -> Group:
+        rows = Table("check", "", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, finding in self.findings.items():
+            text = finding.text if not finding.remedy else f"{finding.text}\n{finding.remedy}"
+            rows.add_row(Text(name), Text(finding.status, style=COLOURS[finding.status]), Text(text))
+        return Group(rows, *([Text(f"Not checked: {'; '.join(self.left_out)}.")] if self.left_out else []))
+
+
+def _as_dict(name: str, finding: Finding) -> dict[str, Any]:
+    plain = {"check": name, "status": finding.status, "finding": finding.text, "remedy": finding.remedy}
+    return {**plain, "facts": dict(finding.facts)} if finding.facts else plain
+
+
+def run(request: Doctor) -> Report:
+    """Make the checks that there is something to look at for, on all processes.
 
     Raises:
         ConfigError: what is asked for makes no configuration.
-        DataError, EnvironmentProblem: a run would fail.
+        DataError, EnvironmentProblem: a run would fail, in all processes but the first, which reports it.
     """
-    set_up_logging()
-    config = resolve(arguments, preset, config_file, data, output_dir)
-    checks, left_out = choose_checks(config, with_model=bool(arguments or preset or config_file))
+    config = configuration(request)
+    checks, left_out = choose_checks(
+        config, with_model=bool(request.arguments or request.preset or request.config_file)
+    )
     with distributed.process_group():
         with distributed.same_error_everywhere():
-            device = choose_device("cpu" if cpu else "auto")
-        findings = examine(checks, Situation(config, device, thorough=True))
-        if distributed.is_main():
-            show(findings, left_out, as_json=as_json)
-        raise_failures(findings)
+            device = choose_device("cpu" if request.cpu else "auto")
+        report = Report(examine(checks, Situation(config, device, thorough=True)), left_out)
+        if report.problem and not distributed.is_main():
+            raise report.problem
+    return report
 
 
-def resolve(
-    arguments: Sequence[str], preset: str | None, config_file: Path | None, data: str | None, output_dir: Path | None
-) -> Config:
+def configuration(request: Doctor) -> Config:
     """The configuration that the options say: as in `dino2 train`, or that of the run named first."""
-    words = list(arguments)
+    words, config_file = list(request.arguments), request.config_file
     if words and "=" not in words[0]:
         run = Path(words.pop(0))
-        if preset or config_file:
+        if request.preset or config_file:
             raise ConfigError(f"{run} has a configuration of its own; leave out --preset and --config-file.")
         if not (run / "config.yaml").is_file():
             raise ConfigError(
@@ -87,9 +115,9 @@ def resolve(
             )
         config_file = run / "config.yaml"
         words = [f"train.output_dir={run}", *words]
-    words += [f"train.dataset_path={data}"] if data is not None else []
-    words += [f"train.output_dir={output_dir}"] if output_dir is not None else []
-    return load_config(preset=preset, config_file=config_file, overrides=words)
+    words += [f"train.dataset_path={request.data}"] if request.data is not None else []
+    words += [f"train.output_dir={request.output_dir}"] if request.output_dir is not None else []
+    return load_config(request.preset, config_file, words)
 
 
 def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check], list[str]]:
@@ -106,23 +134,3 @@ def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check]
     for _, group, _ in filter(lambda each: each[0], groups):
         checks |= group
     return checks, [option for wanted, _, option in groups if not wanted]
-
-
-def show(findings: Mapping[str, Finding], left_out: Sequence[str], *, as_json: bool) -> None:
-    """Print a row for each check, or one JSON object."""
-    if as_json:
-        worst = max(findings.values(), key=severity)
-        print_json({"status": worst.status, "checks": [as_dict(name, each) for name, each in findings.items()]})
-        return
-    rows = Table("check", "", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, finding in findings.items():
-        text = finding.text if not finding.remedy else f"{finding.text}\n{finding.remedy}"
-        rows.add_row(Text(name), Text(finding.status, style=COLOURS[finding.status]), Text(text))
-    out.print(rows)
-    if left_out:
-        out.print(f"Not checked: {'; '.join(left_out)}.", markup=False)
-
-
-def as_dict(name: str, finding: Finding) -> dict[str, Any]:
-    plain = {"check": name, "status": finding.status, "finding": finding.text, "remedy": finding.remedy}
-    return {**plain, "facts": dict(finding.facts)} if finding.facts else plain

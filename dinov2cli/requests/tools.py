@@ -125,3 +125,40 @@ class ShowPreset(Request):
     full: Annotated[bool, Option("Print every key, with its meaning and what it takes, not only the differences.")] = (
         False
     )
+
+
+class Doctor(Request):
+    """Check machine, data and run folder before a training, and say what to do about what is wrong.
+
+    Takes the options of dino2 train. Without any, it examines the machine alone; with --data also whether the images
+    can be read, with --output-dir whether checkpoints can be written there. Nothing is left behind. Under torchrun or
+    srun every process checks what it sees, and the processes' connection is measured. Exit code 2: a run would fail.
+
+    Example:
+
+        dino2 doctor --preset vitl14 --data /data/photos --output-dir runs/photos
+
+        torchrun --nproc-per-node 8 -m dinov2cli doctor runs/photos
+    """
+
+    command: ClassVar[str] = "doctor"
+    run_by: ClassVar[str] = "dinov2cli.doctor.report:run"
+    logs: ClassVar[bool] = True
+
+    arguments: Annotated[
+        tuple[str, ...],
+        Argument(
+            "A run folder whose configuration, data and folder are examined; then changes of single keys.",
+            metavar="[RUN] [a.b=value ...]",
+            default_text=False,
+        ),
+    ] = ()
+    preset: Annotated[
+        str | None,
+        Option("The configuration of a run to come; see dino2 presets list.", metavar="NAME", completes="presets"),
+    ] = None
+    config_file: Annotated[Path | None, Option("A configuration file instead of a preset.", metavar="YAML")] = None
+    data: Annotated[str | None, Option("The training images: a folder or a dataset string.", metavar="DATASET")] = None
+    output_dir: Annotated[Path | None, Option("Where the run folder is going to be.", metavar="DIR")] = None
+    cpu: Annotated[bool, Option("As if training on the CPU even if there is a GPU.")] = False
+    as_json: AsJson = False

@@ -1,7 +1,6 @@
-"""Speed of the evaluations, each beside the plain way to compute the same, on random features."""
+"""The evaluations beside the plain way to compute the same, on random features: `dino2 bench knn|logreg|linear`."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,41 +9,44 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dinov2cli.bench.clock import Clock, Measured
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import LEARNING_RATES, HeadTrainer, LinearHeads, input_of_head
 from dinov2cli.eval.logreg import C_VALUES, LogregSettings, sweep
 from dinov2cli.eval.nearest import KeyBank
+from dinov2cli.requests.bench import BenchKnn, BenchLinear, BenchLogreg
 
 
-def bench_knn(queries: int, keys: int, dim: int, k: int, device: str = "cpu") -> dict[str, Any]:
+def knn(request: BenchKnn) -> Measured:
     """Exact search of all queries beside the bare product with all keys.
 
     Both are timed block by block in turn, so that other load on the machine meets both.
     """
+    keys, dim, device = request.keys, request.dim, request.device
     generator = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(keys, dim, generator=generator), dim=1).to(device)
-    q = F.normalize(torch.randn(queries, dim, generator=generator), dim=1).to(device)
+    q = F.normalize(torch.randn(request.queries, dim, generator=generator), dim=1).to(device)
     bank = KeyBank(x, torch.zeros(keys, dtype=torch.int64, device=device), torch.arange(keys, device=device), device)
-    blocks = q.split(bank.query_block())
+    blocks, k, clock = q.split(bank.query_block()), min(request.k, keys), Clock(torch.device(device))
     search, product = 0.0, 0.0
     bank.search(blocks[0], k)
     for block in blocks:
-        product += _seconds(partial(torch.matmul, block, x.T), device)
-        search += _seconds(partial(bank.search, block, k), device)
-    return {"search_s": search, "bare_product_s": product, "ratio": search / product}
+        product += clock.seconds(partial(torch.matmul, block, x.T))
+        search += clock.seconds(partial(bank.search, block, k))
+    facts = {"search_s": search, "bare_product_s": product, "ratio": search / product}
+    return measured(
+        "search takes {ratio:.2f} times the bare product ({search_s:.2f} s and {bare_product_s:.2f} s)", facts
+    )
 
 
-def bench_logreg(images: int, dim: int, classes: int, every: int, limit_s: float = 300) -> dict[str, Any]:
+def logreg(request: BenchLogreg) -> Measured:
     """The sweep over all 45 C as `dino2 eval logreg` does it, beside scikit-learn on every `every`-th C.
 
     scikit-learn's times are interpolated to all C. Both are timed by the clock and in seconds of work of the cores,
     which other load on the machine changes less. What both find is compared in accuracy and in the objective that both
-    minimise (relative; positive where scikit-learn's is lower).
-
-    Args:
-        limit_s: no further fit of scikit-learn is begun after this many seconds. Fits take longer the larger C, so
-            that the time of those left out is underestimated.
+    minimise (relative; positive where scikit-learn's is lower). Fits take longer the larger C, so that the time of
+    those left out at the limit is underestimated.
 
     Raises:
         EnvironmentProblem: scikit-learn is not installed.
@@ -55,7 +57,8 @@ def bench_logreg(images: int, dim: int, classes: int, every: int, limit_s: float
         raise EnvironmentProblem(
             "This benchmark compares with scikit-learn.", hint="pip install 'dinov2cli[test]'"
         ) from None
-    features, targets = overlapping_classes(images, dim, classes)
+    images, classes = request.images, request.classes
+    features, targets = overlapping_classes(images, request.dim, classes)
     held_out = images // 10
     test, train = (
         Features({"cls": features[rows]}, targets[rows], torch.arange(len(targets[rows])), len(targets[rows]))
@@ -68,8 +71,8 @@ def bench_logreg(images: int, dim: int, classes: int, every: int, limit_s: float
     differences, excess = [], []
     begun = time.perf_counter()
     x, y = train.cls.numpy(), train.targets.numpy()
-    for i in range(every // 2, len(C_VALUES), every):
-        if times and time.perf_counter() - begun > limit_s:
+    for i in range(request.every // 2, len(C_VALUES), request.every):
+        if times and time.perf_counter() - begun > request.limit:
             break
         start = _clocks()
         oracle = LogisticRegression(C=C_VALUES[i], tol=1e-12, max_iter=1000).fit(x, y)
@@ -79,7 +82,7 @@ def bench_logreg(images: int, dim: int, classes: int, every: int, limit_s: float
         excess.append(_logreg_objective(ours.weight[i], ours.bias[i], train, C_VALUES[i]) / theirs - 1)
     fitted, all_Cs = list(times), range(len(C_VALUES))
     by_clock, by_work = (float(np.interp(all_Cs, fitted, each).sum()) for each in zip(*times.values(), strict=True))
-    return {
+    facts = {
         "sweep_s": float(seconds),
         "scikit_learn_s": by_clock,
         "scikit_learn_fits": len(times),
@@ -88,6 +91,13 @@ def bench_logreg(images: int, dim: int, classes: int, every: int, limit_s: float
         "largest_accuracy_difference": max(differences),
         "largest_objective_excess": max(excess),
     }
+    return measured(
+        "45 values of C: {sweep_s:.1f} s, scikit-learn {scikit_learn_s:.1f} s (from {scikit_learn_fits} fits), "
+        "{ratio:.1f} times as long and {ratio_of_work:.1f} times the work; "
+        "accuracies differ by at most {largest_accuracy_difference:.2f} points, and the objective is at most "
+        "{largest_objective_excess:.0e} of it higher",
+        facts,
+    )
 
 
 def overlapping_classes(images: int, dim: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +115,9 @@ def _logreg_objective(weight: torch.Tensor, bias: torch.Tensor, train: Features,
     return float(F.cross_entropy(logits, train.targets) + weight.square().sum() / (2 * C * train.size))
 
 
-def bench_linear(dim: int, classes: int, batch: int, steps: int, device: str = "cpu") -> dict[str, Any]:
+def linear(request: BenchLinear) -> Measured:
     """A step of all 52 heads together, beside 52 separate layers with their own SGD."""
+    dim, classes, batch, device, steps = request.dim, request.classes, request.batch, request.device, request.steps
     generator = torch.Generator().manual_seed(0)
     features = {
         "last_cls": torch.randn(batch, 4, dim, generator=generator).to(device),
@@ -127,13 +138,21 @@ def bench_linear(dim: int, classes: int, batch: int, steps: int, device: str = "
         torch.stack(losses).sum().backward()
         optimizer.step()
 
-    together_s, separate_s = 0.0, 0.0
+    clock, together_s, separate_s = Clock(torch.device(device)), 0.0, 0.0
     for step in range(steps + 1):
-        first = _seconds(partial(trainer.step, step, features, targets), device)
-        second = _seconds(separate, device)
+        first = clock.seconds(partial(trainer.step, step, features, targets))
+        second = clock.seconds(separate)
         if step:  # the first allocates
             together_s, separate_s = together_s + first, separate_s + second
-    return {"together_s": together_s / steps, "separate_s": separate_s / steps, "ratio": separate_s / together_s}
+    facts = {"together_s": together_s / steps, "separate_s": separate_s / steps, "ratio": separate_s / together_s}
+    return measured(
+        "a step of 52 heads: {together_s:.4f} s, separately {separate_s:.4f} s, {ratio:.1f} times as long", facts
+    )
+
+
+def measured(text: str, facts: dict[str, Any]) -> Measured:
+    """One sentence with the figures in it."""
+    return Measured(facts, [text.format(**facts)])
 
 
 def _loss(layer: nn.Linear, features: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
@@ -144,11 +163,3 @@ def _loss(layer: nn.Linear, features: dict[str, torch.Tensor], targets: torch.Te
 def _clocks() -> np.ndarray:
     """Seconds by the clock, and seconds of work of this process on all cores."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -1,57 +1,54 @@
-"""How fast images become batches: time per stage on one core, images per second by number of workers."""
+"""How fast images become batches, by stage and by number of processes: `dino2 bench augment`."""
 
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import torch
 
+from dinov2cli.bench.clock import Measured, table
+from dinov2cli.config import Config, load_config
 from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CROPS, Crops, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, collate
-from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.data.workers import available_cores
+from dinov2cli.requests.bench import BenchAugment
 
 
-class WorkersResult(NamedTuple):
-    """Images per second with so many loader processes: the median and every repeat. 0 workers: the main process."""
+def run(request: BenchAugment) -> Measured:
+    """Measure samples of a dataset, from file to collated batch, with the crops that the configuration describes.
 
-    workers: int
-    images_per_s: float
-    images_per_s_per_core: float
-    repeats: list[float]
-
-
-class AugmentBenchmark(NamedTuple):
-    """Milliseconds an image of every stage, and the rates."""
-
-    dataset: str
-    images: int
-    cores: int
-    stages_ms: dict[str, float]
-    rates: list[WorkersResult]
-
-
-def benchmark_augmentation(
-    config: Any, dataset: ImageDataset, *, workers: list[int], images: int = 200, repeats: int = 5
-) -> AugmentBenchmark:
-    """Measure on `images` samples of `dataset`, from file to collated batch, with the crops that `config` describes.
-
-    The stages are timed one by one in this process; the rates are of whole epochs of the training's own loader.
+    The stages are timed one by one in this process (`stages_ms`, milliseconds an image); the rates are of whole epochs
+    of the training's own loader: the median of the repeats and each of them, by number of processes.
     """
+    config = load_config(preset=request.preset, config_file=request.config_file, overrides=request.overrides)
+    cores, dataset = available_cores(), make_dataset(request.data)
+    workers = request.workers or (0, *(2**i for i in range(cores.bit_length()) if 2**i <= cores))
     with _one_thread():
-        stages = time_stages(config, dataset, images)
-        rates = [measure_rate(config, dataset, count, images, repeats) for count in workers]
-    return AugmentBenchmark(dataset.describe(), images, available_cores(), stages, rates)
+        stages = time_stages(config, dataset, request.images)
+        rates = [measure_rate(config, dataset, count, request.images, request.repeats) for count in workers]
+    figures = {"dataset": dataset.describe(), "images": request.images, "cores": cores, "stages_ms": stages,
+               "rates": rates}  # fmt: skip
+    total = sum(stages.values())
+    parts = [(stage, f"{ms:.3f}", f"{ms / total:.0%}") for stage, ms in stages.items()]
+    by_workers = [
+        (str(rate["workers"]), f"{rate['images_per_s']:.1f}", f"{rate['images_per_s_per_core']:.1f}") for rate in rates
+    ]
+    return Measured(figures, [
+        f"{dataset.describe()}; {cores} cores",
+        table("stage", "ms an image", "share", rows=[*parts, ("all", f"{total:.3f}", "")]),
+        table("workers", "images/s", "images/s a core", rows=by_workers),
+    ])  # fmt: skip
 
 
-def measure_rate(config: Any, dataset: ImageDataset, workers: int, images: int, repeats: int) -> WorkersResult:
+def measure_rate(config: Config, dataset: ImageDataset, workers: int, images: int, repeats: int) -> dict[str, Any]:
     """Images per second of the training loader. The first batches, in which processes start, are not counted."""
     batch_size = config.train.batch_size_per_gpu
     steps = max(1, images // batch_size)
@@ -67,10 +64,11 @@ def measure_rate(config: Any, dataset: ImageDataset, workers: int, images: int, 
             next(loader)
         rates.append(steps * batch_size / (time.perf_counter() - started))
     median = statistics.median(rates)
-    return WorkersResult(workers, median, median / max(1, min(workers, available_cores())), rates)
+    per_core = median / max(1, min(workers, available_cores()))
+    return {"workers": workers, "images_per_s": median, "images_per_s_per_core": per_core, "repeats": rates}
 
 
-def time_stages(config: Any, dataset: ImageDataset, images: int) -> dict[str, float]:
+def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str, float]:
     """Milliseconds an image that each stage takes, in the order of the stages."""
     augmentation = MultiCropAugmentation.from_config(config)
     size, patch = config.crops.global_crops_size, config.student.patch_size

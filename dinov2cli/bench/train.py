@@ -6,35 +6,51 @@ import signal
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import pairwise, repeat
+from itertools import pairwise, product, repeat
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from dinov2cli.config import Config
-from dinov2cli.console import progress
+from dinov2cli.bench.clock import Clock, Measured, matrix_rate, name_of, table
+from dinov2cli.config import Config, load_config
+from dinov2cli.console import err, progress
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng
-from dinov2cli.device import Precision
+from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.allocator import keep_freed_memory
+from dinov2cli.requests.bench import BenchTrain
 from dinov2cli.train.flops import step_flops
 from dinov2cli.train.memory import crop_groups, estimate, masked_patches, room_for_gaps
+from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.step import TrainingStep
 from dinov2cli.train.trainer import choose_attention
 
 WARM_UP = 2
+REST = ("heads and losses", "backward", "optimizer", "EMA")
+"""Parts of a step after its data and the networks' passes."""
+ROWS = (
+    ("images/s", "images_per_s", ".2f"),
+    ("seconds a step", "step_s", ".3f"),
+    ("  ", "parts_s", ".3f"),
+    ("model GFLOP a step", "model_gflops", ",.0f"),
+    ("  with a whole last block", "whole_gflops", ",.0f"),
+    ("model GFLOP/s", "model_gflops_per_s", ",.0f"),
+    ("matrix GFLOP/s, ", "matrix_gflops_per_s", ",.0f"),
+    ("utilisation", "utilisation", ".1%"),
+    ("memory, GB", "memory_gb", ".2f"),
+    ("  expected", "expected_memory_gb", ".2f"),
+)
+"""What is shown: text, figure, format."""
 
 
 class TrainBenchmark(NamedTuple):
@@ -51,7 +67,7 @@ class TrainBenchmark(NamedTuple):
     step_s: float
     """Median time of a step."""
     parts_s: dict[str, float]
-    """Median time of each part of a step: the data, every network's pass, and what follows."""
+    """Median time of each part of a step: data, passes of the backbones, `REST`."""
     model_gflops: float
     """Of an average step, counted by `flops.step_flops`: what its losses and gradients need."""
     whole_gflops: float
@@ -66,6 +82,52 @@ class TrainBenchmark(NamedTuple):
     """Largest amount that the steps took: allocated on the GPU; on the CPU, growth of the process's resident memory."""
     expected_memory_gb: float
     """`memory.estimate`."""
+
+
+def run(request: BenchTrain) -> Measured:
+    """Measure every combination of what the request names.
+
+    Raises:
+        ConfigError: none of them can be measured.
+    """
+    device, variants = choose_device(request.device), variants_of(request)
+    if device.type == "cpu" and set(request.precision) - {"fp32"}:
+        raise ConfigError("--precision: the CPU trains in fp32 only")
+    data = "random crops" if request.synthetic else make_dataset(request.data).describe()
+    configs = [load_config(request.preset, request.config_file, [*request.overrides, *changes]) for changes in variants]
+    dataset = None if request.synthetic else request.data
+    outcomes = list(benchmark_variants(configs, device, data=dataset, steps=request.steps))
+    results = [outcome for outcome in outcomes if isinstance(outcome, TrainBenchmark)]
+    failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
+    if not results:
+        raise ConfigError("; ".join(failures))
+    for failure in failures:
+        err.print(f"not measured: {failure}", markup=False, highlight=False)
+    first = results[0]
+    head = f"{first.device}, {first.threads} threads; batches of {first.batch_size} images: {data}"
+    figures = {"data": data, "variants": [result._asdict() for result in results], "not_measured": failures}
+    names = [f"{each.precision} {each.attention}{' compiled' if each.compiled else ''}" for each in results]
+    return Measured(figures, [head, table("", *names, rows=[*rows_of(results)], numbers_right=True)])
+
+
+def variants_of(request: BenchTrain) -> list[list[str]]:
+    """Overrides of every combination that is asked for."""
+    choices = (
+        [f"student.attention_backend={backend}" for backend in request.attention],
+        [f"compute_precision.precision={kind}" for kind in request.precision],
+        [f"train.compile={'true' if word == 'on' else 'false'}" for word in request.compiled],
+    )
+    return [list(chosen) for chosen in product(*filter(None, choices))]
+
+
+def rows_of(results: Sequence[TrainBenchmark]) -> Iterator[list[str]]:
+    """A row for each figure, with a column for each variant."""
+    for text, name, spec in ROWS:
+        values = [getattr(result, name) for result in results]
+        if isinstance(values[0], dict):
+            yield from ([text + part, *(format(value[part], spec) for value in values)] for part in values[0])
+        else:
+            yield [text, *(format(value, spec) for value in values)]
 
 
 def benchmark_variants(
@@ -140,10 +202,11 @@ def benchmark_training(
 
     flops = step_flops(config, masked=round(statistics.mean(masked)))
     seconds = [sum(parts.values()) for parts in times]
+    order = ["data", *(part for part in times[0] if part.endswith(" forward")), *REST]
     step_s = statistics.median(seconds)
     around = [max(*before.values(), *after.values()) for before, after in pairwise(rates)]
     return TrainBenchmark(
-        device=_name(device),
+        device=name_of(device),
         threads=torch.get_num_threads(),
         batch_size=config.train.batch_size_per_gpu,
         precision=precision.name,
@@ -151,7 +214,7 @@ def benchmark_training(
         compiled=config.train.compile,
         images_per_s=config.train.batch_size_per_gpu / step_s,
         step_s=step_s,
-        parts_s={part: statistics.median(parts[part] for parts in times) for part in step.parts},
+        parts_s={part: statistics.median(parts[part] for parts in times) for part in order},
         model_gflops=flops.step / 1e9,
         whole_gflops=flops.whole / 1e9,
         model_gflops_per_s=flops.step / 1e9 / step_s,
@@ -169,13 +232,13 @@ class _TimedStep:
 
     def __init__(self, config: Config, device: torch.device, precision: Precision, attention: str) -> None:
         torch.manual_seed(config.train.seed)
-        self.device = device
+        self.device, self.clock = device, Clock(device)
         objective = SSLMetaArch(config, attention).to(device).train()
         if config.train.compile:
             objective.compile_parts()
         self.step = TrainingStep(config, objective, Sharding(objective, "none", precision), precision)
-        self.clock = _Clock(device)
-        self.parts = ["data", *self._time_networks(), "heads and losses", "backward", "optimizer", "EMA"]
+        for name, network in self.step.networks.named():
+            self._time_network(name, network)
 
     def __call__(self, batch: MultiCropBatch) -> dict[str, float]:
         """Seconds by part of one step."""
@@ -184,74 +247,19 @@ class _TimedStep:
         self.step(batch.iteration, [batch], self.clock.mark)
         return self.clock.read()
 
-    def _time_networks(self) -> list[str]:
-        """Around networks and their backbones: what passes before a network is called belongs to the part before.
+    def _time_network(self, name: str, network: SSLNetwork) -> None:
+        """Around a network and its backbone, not inside of them, where torch.compile would meet the clock."""
+        backbone, forward_tokens = network.backbone, network.backbone.forward_tokens
 
-        Not inside of them, where torch.compile would meet the clock.
-
-        Returns:
-            the parts, in the order of the passes.
-        """
-
-        def marking(part: str) -> Callable[..., None]:
-            return lambda *_: self.clock.mark(part)
-
-        networks = self.step.networks
-        passing = [(name, network) for name, network in networks.followers.items() if network.reads]
-        passing.append(("student", networks.student))
-        for number, (name, network) in enumerate(passing):
-            before, within = "heads and losses" if number else "data", f"{name} forward"
-            network.register_forward_pre_hook(marking(before))
-            setattr(network.backbone, "forward_tokens", self._timed(network.backbone.forward_tokens, within))  # noqa: B010
-            network.register_forward_hook(marking("heads and losses"))
-        return [f"{name} forward" for name, _ in passing]
-
-    def _timed(self, run: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def run_and_mark(*args: Any) -> Any:
-            result = run(*args)
-            self.clock.mark(part)
+        def pass_and_mark(*args: Any) -> Any:
+            result = forward_tokens(*args)
+            self.clock.mark(f"{name} forward")
             return result
 
-        return run_and_mark
-
-
-class _Clock:
-    """Seconds by part. On a GPU they are read from events, so that timing makes nobody wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
-
-    def start(self) -> None:
-        self.marks = [("", self._now())]
-
-    def mark(self, part: str) -> None:
-        """What has passed since the last mark belongs to this part."""
-        self.marks.append((part, self._now()))
-
-    def read(self) -> dict[str, float]:
-        """Seconds of every part; waits for the GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        parts: dict[str, float] = defaultdict(float)
-        for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
-            parts[part] += _seconds(before, now)
-        return parts
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _seconds(before: float | torch.cuda.Event, now: float | torch.cuda.Event) -> float:
-    if isinstance(before, torch.cuda.Event):
-        assert isinstance(now, torch.cuda.Event)
-        return float(before.elapsed_time(now)) / 1e3
-    assert isinstance(now, float)
-    return now - before
+        # What passes before a network is called belongs to the part before: the data, if it is the first.
+        network.register_forward_pre_hook(lambda *_: self.clock.mark("data" if self.clock.only_started else REST[0]))
+        setattr(backbone, "forward_tokens", pass_and_mark)  # noqa: B010
+        network.register_forward_hook(lambda *_: self.clock.mark(REST[0]))
 
 
 def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
@@ -267,21 +275,6 @@ def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repea
         (2048, 2048, 2048),
     ]
     return {f"{m} x {k} x {n}": matrix_rate(m, k, n, device, dtype, repeats) for m, k, n in shapes}
-
-
-@torch.no_grad()
-def matrix_rate(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """Median GFLOP/s of one linear layer."""
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(repeats + 1):
-        clock = _Clock(device)
-        clock.start()
-        F.linear(x, weight)
-        clock.mark("product")
-        seconds.append(clock.read()["product"])
-    return 2 * rows * inputs * outputs / 1e9 / statistics.median(seconds[1:])
 
 
 def _batches(
@@ -315,7 +308,3 @@ def _memory(device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
