@@ -7,6 +7,7 @@ from typing import Any
 
 from dinov2cli import distributed
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.vit import RESIZING
 from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
@@ -81,7 +82,7 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
     changed = {item.partition("=")[0] for item in overrides}
     student = {
         key: getattr(config.student, key)
-        for key in ("num_heads", "interpolate_antialias", "interpolate_offset")
+        for key in ("num_heads", *RESIZING)  # what the weights do not show
         if config and f"student.{key}" in changed
     }
     model = load_model(source, config_file=config_file, **student)
