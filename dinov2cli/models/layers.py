@@ -33,6 +33,14 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+class LayerNorm(nn.LayerNorm):
+    """With parameters that FSDP has gathered in half precision it takes a float32 stream, on the CPU, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within the sequences of a packed stream. [T, D] -> [T, D]."""
 
@@ -190,10 +198,10 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, attention_backend: str) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layerscale
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.proj_bias, attention_backend)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = FFN_LAYERS[config.ffn_layer](dim, config.hidden_dim, config.ffn_bias)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 

@@ -117,8 +117,8 @@ def _shard_network(network: SSLNetwork, precision: Precision, *, reshard_after_f
     mesh = init_device_mesh(precision.device.type, (distributed.world_size(),))
     dtype = None if precision.dtype == torch.float32 else precision.dtype
     policies = {
-        "block": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype),
-        "head": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "block": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False),
+        "head": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         # Embeddings and the last norm: small, and position embeddings are resized in float32.
         "rest": MixedPrecisionPolicy(),
     }
