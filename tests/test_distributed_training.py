@@ -4,8 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from itertools import pairwise
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
