@@ -22,13 +22,6 @@ _dino2() {
             "dino2 knn") path="dino2 knn" ;;
             "dino2 logreg") path="dino2 logreg" ;;
             "dino2 linear") path="dino2 linear" ;;
-            "dino2 bench") path="dino2 bench" ;;
-            "dino2 bench train") path="dino2 bench train" ;;
-            "dino2 bench extract") path="dino2 bench extract" ;;
-            "dino2 bench knn") path="dino2 bench knn" ;;
-            "dino2 bench logreg") path="dino2 bench logreg" ;;
-            "dino2 bench linear") path="dino2 bench linear" ;;
-            "dino2 bench augment") path="dino2 bench augment" ;;
             "dino2 eval") path="dino2 eval" ;;
             "dino2 eval knn") path="dino2 eval knn" ;;
             "dino2 eval logreg") path="dino2 eval logreg" ;;
@@ -36,12 +29,19 @@ _dino2() {
             "dino2 presets") path="dino2 presets" ;;
             "dino2 presets list") path="dino2 presets list" ;;
             "dino2 presets show") path="dino2 presets show" ;;
+            "dino2 bench") path="dino2 bench" ;;
+            "dino2 bench train") path="dino2 bench train" ;;
+            "dino2 bench extract") path="dino2 bench extract" ;;
+            "dino2 bench knn") path="dino2 bench knn" ;;
+            "dino2 bench logreg") path="dino2 bench logreg" ;;
+            "dino2 bench linear") path="dino2 bench linear" ;;
+            "dino2 bench augment") path="dino2 bench augment" ;;
         esac
     done
     case "$path" in
         "dino2")
             options="--version --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear bench eval presets" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear eval presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -362,141 +362,6 @@ _dino2() {
             esac
             options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --device --no-cache --json --gpus --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
-        "dino2 bench")
-            options="--help -h"
-            words="train extract knn logreg linear augment" ;;
-        "dino2 bench train")
-            case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
-                --config-file) :; return ;;
-                --data) :; return ;;
-                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --attention) :; return ;;
-                --precision) :; return ;;
-                --compile) :; return ;;
-                --device) :; return ;;
-                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
-                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
-                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
-                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
-                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
-                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
-                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
-                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-            esac
-            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --device --json --help -h"
-            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
-        "dino2 bench extract")
-            case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
-                --config-file) :; return ;;
-                --data) :; return ;;
-                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --batches) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --device) :; return ;;
-                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
-                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
-                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
-                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
-                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
-                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
-                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
-                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-            esac
-            options="--preset --config-file --data --batch-size --batches --image-size --device --json --help -h"
-            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
-        "dino2 bench knn")
-            case "$prev" in
-                --queries) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --keys) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --k) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --device) :; return ;;
-            esac
-            options="--queries --keys --dim --k --device --json --help -h"
-            words="" ;;
-        "dino2 bench logreg")
-            case "$prev" in
-                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --every) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --limit) compopt +o bashdefault +o default 2>/dev/null; return ;;
-            esac
-            options="--images --dim --classes --every --limit --json --help -h"
-            words="" ;;
-        "dino2 bench linear")
-            case "$prev" in
-                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --device) :; return ;;
-            esac
-            options="--dim --classes --batch-size --steps --device --json --help -h"
-            words="" ;;
-        "dino2 bench augment")
-            case "$prev" in
-                --data) :; return ;;
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
-                --config-file) :; return ;;
-                --workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                --repeats) compopt +o bashdefault +o default 2>/dev/null; return ;;
-                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
-                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
-                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
-                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
-                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
-                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
-                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
-                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
-            esac
-            options="--data --preset --config-file --workers --images --repeats --json --help -h"
-            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval")
             options="--help -h"
             words="knn logreg linear" ;;
@@ -678,6 +543,141 @@ _dino2() {
         "dino2 presets show")
             options="--full --help -h"
             words="adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
+        "dino2 bench")
+            options="--help -h"
+            words="train extract knn logreg linear augment" ;;
+        "dino2 bench train")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --attention) :; return ;;
+                --precision) :; return ;;
+                --compile) :; return ;;
+                --device) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --device --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 bench extract")
+            case "$prev" in
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --data) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batches) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--preset --config-file --data --batch-size --batches --image-size --device --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 bench knn")
+            case "$prev" in
+                --queries) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --keys) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --k) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--queries --keys --dim --k --device --json --help -h"
+            words="" ;;
+        "dino2 bench logreg")
+            case "$prev" in
+                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --every) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --limit) compopt +o bashdefault +o default 2>/dev/null; return ;;
+            esac
+            options="--images --dim --classes --every --limit --json --help -h"
+            words="" ;;
+        "dino2 bench linear")
+            case "$prev" in
+                --dim) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --classes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--dim --classes --batch-size --steps --device --json --help -h"
+            words="" ;;
+        "dino2 bench augment")
+            case "$prev" in
+                --data) :; return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --images) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --repeats) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--data --preset --config-file --workers --images --repeats --json --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
     esac
     if [[ $cur == -* ]]; then words=$options; fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
