@@ -1,6 +1,7 @@
 """What a request to train does: the configuration, the checks, the trainer, and evaluations on the way."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,7 +146,7 @@ def _train_in_group(config: Config, request: Train) -> None:
         device,
         dataset=dataset,
         resume=not request.no_resume,
-        init_backbone=_init_from(config.student.pretrained_weights) if config.student.pretrained_weights else None,
+        init_backbone=partial(_start_from, weights) if (weights := config.student.pretrained_weights) else None,
         online_knn=knn,
         on_teacher=on_teacher,
     )
@@ -155,17 +156,14 @@ def _train_in_group(config: Config, request: Train) -> None:
         trainer.train()
 
 
-def _init_from(weights: str) -> "Callable[[VisionTransformer], None]":
+def _start_from(weights: str, backbone: "VisionTransformer") -> None:
     from dinov2cli import distributed
     from dinov2cli.console import logger
     from dinov2cli.models.weights import load_backbone_into
 
-    def load(backbone: "VisionTransformer") -> None:
-        message = load_backbone_into(backbone, weights)
-        if distributed.is_main():
-            logger.info("%s", message)
-
-    return load
+    message = load_backbone_into(backbone, weights)
+    if distributed.is_main():
+        logger.info("%s", message)
 
 
 def online_knn(config: Config) -> "OnlineKnn | None":

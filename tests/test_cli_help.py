@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from dinov2cli.cli.command_tree import Command, command_tree
-from dinov2cli.cli.main import app
+from dinov2cli.cli.completion.tree import Command
+from dinov2cli.cli.main import tree
 
-TREE = command_tree(app)
+TREE = tree()
 COMMANDS = [command for command in TREE.walk() if len(command.path) > 1]
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.path[1:]))
 

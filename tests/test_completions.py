@@ -5,17 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
-import typer
 
-from dinov2cli.cli.command_tree import Command, command_tree
-from dinov2cli.cli.completion import complete_override, complete_preset
-from dinov2cli.cli.completion_scripts import generate, write
-from dinov2cli.cli.main import app
+from dinov2cli.cli.completion.scripts import generate, write
+from dinov2cli.cli.completion.tree import Command, command_tree
+from dinov2cli.cli.main import tree
 from dinov2cli.config import list_presets
 from dinov2cli.config.tree import FIELDS
+from dinov2cli.requests.base import Argument, Option, Request
 
 COMPLETIONS = Path(__file__).parents[1] / "completions"
 PRESETS = [preset.name for preset in list_presets()]
@@ -24,33 +23,30 @@ needs_zsh = pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not i
 needs_fish = pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 
 
-def probe_app() -> typer.Typer:
+class TrainIt(Request):
+    """Train: it's [quick]."""
+
+    command: ClassVar[str] = "train-it"
+
+    overrides: Annotated[tuple[str, ...], Argument("Keys: a.b=value.", completes="overrides")] = ()
+    preset: Annotated[str | None, Option("A $preset `name`.", flags="--preset -p", completes="presets")] = None
+    output_dir: Annotated[Path, Option('Where "it" goes.')] = Path()
+    device: Annotated[Literal["cpu", "cuda"], Option("Where it runs.")] = "cpu"
+    gpus: Annotated[int, Option("How many.")] = 1
+    quick: Annotated[bool, Option("How fast.")] = True
+
+
+class One(Request):
+    """The one."""
+
+    command: ClassVar[str] = "group one"
+
+    weights: Annotated[Path, Argument("A file.")]
+
+
+def probe_tree() -> Command:
     """A command line with each kind of parameter once."""
-    probe = typer.Typer()
-    group = typer.Typer()
-    probe.add_typer(group, name="group")
-
-    @probe.command("train-it", help="Train: it's [quick].")
-    def train_it(
-        overrides: Annotated[
-            list[str] | None, typer.Argument(help="Keys: a.b=value.", autocompletion=complete_override)
-        ] = None,
-        preset: Annotated[
-            str | None, typer.Option("--preset", "-p", help="A $preset `name`.", autocompletion=complete_preset)
-        ] = None,
-        output_dir: Annotated[Path, typer.Option(help='Where "it" goes.')] = Path(),
-        device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
-        gpus: Annotated[int, typer.Option(help="How many.")] = 1,
-        quick: Annotated[bool, typer.Option("--quick/--slow", help="How fast.")] = True,
-    ) -> None: ...
-
-    @group.command("one", help="The one.")
-    def one(weights: Annotated[Path, typer.Argument(help="A file.")]) -> None: ...
-
-    @group.command("secret", hidden=True, help="Not shown.")
-    def secret() -> None: ...
-
-    return probe
+    return command_tree({each.command: each for each in (TrainIt, One)}, {"group": "A group."}, name="probe")
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +54,19 @@ def probe_scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("completions")
     (folder / "folder").mkdir()
     (folder / "file.pth").touch()
-    return {path.name: path for path in write(command_tree(probe_app(), "probe"), folder)}
+    return {path.name: path for path in write(probe_tree(), folder)}
 
 
 def test_scripts_in_the_repository_are_up_to_date() -> None:
-    for name, text in generate(command_tree(app)).items():
+    for name, text in generate(tree()).items():
         stored = (COMPLETIONS / name).read_text() if (COMPLETIONS / name).exists() else ""
-        assert stored == text, f"completions/{name} is old: run python -m dinov2cli.cli.completion_scripts"
+        assert stored == text, f"completions/{name} is old: run python -m dinov2cli.cli.completion.scripts"
 
 
 def test_every_command_and_option_is_in_every_script() -> None:
-    tree = command_tree(app)
-    for name, text in generate(tree).items():
-        for command in tree.walk():
+    root = tree()
+    for name, text in generate(root).items():
+        for command in root.walk():
             assert command.path[-1] in text, (name, command.path)
             for option in command.options:
                 for flag in option.flags:
@@ -78,16 +74,16 @@ def test_every_command_and_option_is_in_every_script() -> None:
 
 
 def test_tree_holds_what_the_help_shows() -> None:
-    tree = command_tree(probe_app(), "probe")
-    assert set(tree.commands) == {"train-it", "group"}
-    assert list(tree.commands["group"].commands) == ["one"]
-    options = {option.flags: option for option in tree.commands["train-it"].options}
+    root = probe_tree()
+    assert list(root.commands) == ["train-it", "group"]
+    assert list(root.commands["group"].commands) == ["one"]
+    options = {option.flags: option for option in root.commands["train-it"].options}
     assert [word for word, _ in options["--preset", "-p"].words] == PRESETS
     assert [word for word, _ in options["--device",].words] == ["cpu", "cuda"]
     assert options["--output-dir",].kind == "folders"
     assert options["--gpus",].takes_value
-    assert not options["--quick", "--slow"].takes_value
-    (overrides,) = tree.commands["train-it"].arguments
+    assert not options["--quick", "--no-quick"].takes_value
+    (overrides,) = root.commands["train-it"].arguments
     assert overrides.many
     assert {word for word, _ in overrides.words} == {f"{key}=" for key in FIELDS}
 
@@ -95,10 +91,9 @@ def test_tree_holds_what_the_help_shows() -> None:
 def test_generating_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from dinov2cli.cli.main import app\n"
-        "from dinov2cli.cli.command_tree import command_tree\n"
-        "from dinov2cli.cli.completion_scripts import generate\n"
-        "generate(command_tree(app))\n"
+        "from dinov2cli.cli.completion.scripts import generate\n"
+        "from dinov2cli.cli.main import tree\n"
+        "generate(tree())\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -219,7 +214,7 @@ def test_zsh_offers(words: list[str], offered: set[str], probe_scripts: dict[str
     ],
 )
 def test_shells_accept_the_scripts(name: str, check: list[str], tmp_path: Path) -> None:
-    write(command_tree(app), tmp_path)
+    write(tree(), tmp_path)
     result = subprocess.run([*check, str(tmp_path / name)], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dinov2cli.cli.completion import complete_override, complete_preset
+from dinov2cli.cli.completion.words import complete_override, complete_preset
 from dinov2cli.cli.output import show
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError
@@ -57,12 +57,16 @@ class Parameter(NamedTuple):
         return (self.option.metavar or self.name.upper()) if is_argument else self.flags[0].split("/")[0]
 
 
-def parameters(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
-    """The options and arguments of a request, in the order of its fields; those of groups in the group's place."""
+def parameters(request: type[BaseModel]) -> list[Parameter]:
+    """The options and arguments of a request in their order; those of groups in the group's place."""
+    return sorted(_fields(request), key=lambda each: each.option.last)
+
+
+def _fields(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
     for name, field in request.model_fields.items():
         plain, limits = _bare(field.annotation)
         if isinstance(plain, type) and issubclass(plain, Group):
-            yield from parameters(plain, (*above, name))
+            yield from _fields(plain, (*above, name))
             continue
         option = next((extra for extra in field.metadata if isinstance(extra, Option)), None)
         assert option is not None, f"{request.__name__}.{name}: neither Option, Argument nor Group"
@@ -75,9 +79,9 @@ def parameters(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterato
         yield Parameter((*above, name), field, option, plain, many, (least, most))
 
 
-def add_command(app: typer.Typer, name: str, request: type[Request], *, hidden: bool = False) -> None:
+def add_command(app: typer.Typer, name: str, request: type[Request]) -> None:
     """Make a request a command of `app`; the function of the command is the request's doing."""
-    found = sorted(parameters(request), key=lambda each: each.option.last)
+    found = parameters(request)
     kind: type[VariadicCommand] = type(
         "Command",
         (VariadicCommand,),
@@ -99,8 +103,12 @@ def add_command(app: typer.Typer, name: str, request: type[Request], *, hidden: 
     signature += [_typer_parameter(each) for each in found]
     command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in signature}
-    help_text = inspect.cleandoc(request.__doc__ or "")
-    app.command(name, cls=kind, help=help_text, hidden=hidden)(command)
+    app.command(name, cls=kind, help=help_of(request))(command)
+
+
+def help_of(request: type[Request]) -> str:
+    """The text of a command's `--help`."""
+    return inspect.cleandoc(request.__doc__ or "")
 
 
 def request_of(request: type[Request], typed: Mapping[str, Any]) -> Request:

@@ -7,6 +7,7 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.command import add_command, perform, request_from
+from dinov2cli.cli.completion.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
@@ -19,8 +20,8 @@ from dinov2cli.requests.prepare import PrepareImagenet
 from dinov2cli.requests.tools import Doctor, Info, ListPresets, Plot, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
-# What can be asked, in the order of --help: requests, whose `command` says the words. Their modules import no torch.
-COMMANDS: list[type[Request]] = [
+# What can be asked, in the order of --help. Nothing here imports torch.
+REQUESTS: tuple[type[Request], ...] = (
     PrepareImagenet,
     Train,
     Status,
@@ -37,29 +38,26 @@ COMMANDS: list[type[Request]] = [
     ListPresets,
     ShowPreset,
     *BENCHES,
-]
-# Groups of requests (the first of two words), with their help.
-GROUPS: dict[str, str] = {
+)
+# The words of each command; those of evaluations also without `eval`.
+COMMANDS: dict[str, type[Request]] = {request.command: request for request in REQUESTS} | EVALUATIONS
+# The first of two words, with its help.
+GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
     "bench": "Measure how fast the parts of dino2 run on this machine.\n\nExample:\n\n    dino2 bench augment",
 }
-# Further words for a command.
-ALIASES: dict[str, type[Request]] = {**EVALUATIONS}
+HELP = "DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see."
 
 
 def make_app() -> typer.Typer:
     """The command line of the tables above."""
-    app = new_group(
-        "dino2", "DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see."
-    )
+    app = new_group("dino2", HELP)
     groups = {name: new_group(name, text) for name, text in GROUPS.items()}
-    for item in COMMANDS:
-        *group, name = item.command.split()
-        add_command(groups[group[0]] if group else app, name, item)
-    for name, request in ALIASES.items():
-        add_command(app, name, request)
+    for words, request in COMMANDS.items():
+        *group, name = words.split()
+        add_command(groups[group[0]] if group else app, name, request)
     for name, made in groups.items():
         app.add_typer(made, name=name)
     app.callback()(_root)
@@ -76,6 +74,11 @@ def new_group(name: str, text: str) -> typer.Typer:
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+
+def tree() -> Command:
+    """The command line as plain data."""
+    return command_tree(COMMANDS, GROUPS, HELP)
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with reported():
             if words[:1] == ["--request"]:
-                perform(request_from(words[1], COMMANDS))
+                perform(request_from(words[1], REQUESTS))
             else:
                 app(words)
     except Dino2Error as error:
