@@ -13,10 +13,10 @@ from record import PARTS, Session, portable
 HERE = Path(__file__).parent
 NOT_COMPARED = Bound()
 EARLY, LATER = r".*/metrics/[0-4]/", r".*/metrics/\d+/"
-# What floats may differ by on another processor: three to ten times what was measured when the same code ran with SSE4 or
-# AVX2 instead of AVX-512 instructions. What is not named here is equal. A new network's class
-# tokens all but agree (LayerScale is 1e-5): KoLeo, which takes the logarithm of their distances, and its gradient, most
-# of the backbone's, hold a few digits only. The other losses hold more, and most in the first iterations.
+# What floats may differ by on another processor: three to ten times what was measured when the same code ran with SSE4
+# or AVX2 instead of AVX-512 instructions. What is not named here is equal. A new network's class tokens all but agree
+# (LayerScale is 1e-5): KoLeo, which takes the logarithm of their distances, and its gradient, most of the backbone's,
+# hold a few digits only. The other losses hold more, and most in the first iterations.
 BOUNDS = {
     EARLY + "(dino_.*|ibot)_loss": Bound(1e-3),
     EARLY + "grad_norm_.*_head": Bound(3e-3),
