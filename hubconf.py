@@ -13,7 +13,7 @@ dependencies = ["torch", "numpy", "yaml", "pydantic", "rich", "filelock", "safet
 
 def _backbone(name: str) -> _Callable[..., _nn.Module]:
     def entry(*, pretrained: bool = True, weights: str = "LVD142M", **kwargs: _Any) -> _nn.Module:
-        from dinov2cli.models.weights import load_model
+        from dinov2cli.models.load import load_model
 
         return load_model(name if weights == "LVD142M" else weights, pretrained, **kwargs)
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinov2cli.models.weights import load_model
+    from dinov2cli.models.load import load_model
     from dinov2cli.requests.base import run
     from dinov2cli.requests.eval import EmbedRequest, KnnRequest, LinearRequest, LogregRequest
 
@@ -13,7 +13,7 @@ __all__ = ["EmbedRequest", "KnnRequest", "LinearRequest", "LogregRequest", "__ve
 
 # Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
 _PLACES = {
-    "dinov2cli.models.weights": ("load_model",),
+    "dinov2cli.models.load": ("load_model",),
     "dinov2cli.requests.base": ("run",),
     "dinov2cli.requests.eval": ("EmbedRequest", "KnnRequest", "LinearRequest", "LogregRequest"),
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dinov2cli.models.load import Source
     from dinov2cli.models.vision_transformer import VisionTransformer
     from dinov2cli.train.trainer import OnlineKnn
 
@@ -82,7 +83,7 @@ def keys_that_follow_weights(config: Config, run_folder: Path | None) -> list[st
 
     A run that is resumed in `run_folder` already says them in its `config.yaml`: the weights may be gone by then.
     """
-    from dinov2cli.models.weights import read_weights, spell, student_settings
+    from dinov2cli.models.load import read_weights, spell, student_settings
 
     settings = settings_of_run(run_folder) if run_folder is not None else {}
     settings = settings or student_settings(read_weights(config.student.pretrained_weights).architecture)
@@ -119,6 +120,7 @@ def _train_in_group(config: Config, request: Train) -> None:
     from dinov2cli.data.datasets import make_dataset
     from dinov2cli.device import choose_device
     from dinov2cli.doctor.report import preflight
+    from dinov2cli.models.load.locate import Source, locate_together
     from dinov2cli.train.rehearsal import rehearse
     from dinov2cli.train.run_folder import RunFolder
     from dinov2cli.train.trainer import Trainer
@@ -141,12 +143,15 @@ def _train_in_group(config: Config, request: Train) -> None:
     preflight(config, device, dataset=dataset)
     with distributed.same_error_everywhere():
         on_teacher = teacher_tasks(config, device)
+    weights: str | Source = config.student.pretrained_weights
+    if weights and not any(folder.checkpoints.glob("iteration_*")):
+        weights = locate_together(weights)  # those of a run that goes on may be gone
     trainer = Trainer(
         config,
         device,
         dataset=dataset,
         resume=not request.no_resume,
-        init_backbone=partial(_start_from, weights) if (weights := config.student.pretrained_weights) else None,
+        init_backbone=partial(_start_from, weights) if weights else None,
         online_knn=knn,
         on_teacher=on_teacher,
     )
@@ -156,10 +161,10 @@ def _train_in_group(config: Config, request: Train) -> None:
         trainer.train()
 
 
-def _start_from(weights: str, backbone: "VisionTransformer") -> None:
+def _start_from(weights: "str | Source", backbone: "VisionTransformer") -> None:
     from dinov2cli import distributed
     from dinov2cli.console import logger
-    from dinov2cli.models.weights import load_backbone_into
+    from dinov2cli.models.load import load_backbone_into
 
     message = load_backbone_into(backbone, weights)
     if distributed.is_main():

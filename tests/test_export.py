@@ -19,11 +19,11 @@ from dinov2cli.export import exporter, graph_files
 from dinov2cli.export.bundle import Bundle, Runner, need
 from dinov2cli.export.exporter import FORMATS, ExportError, export_model
 from dinov2cli.export.graph import ExportableVisionTransformer
-from dinov2cli.export.timm_file import timm_model
 from dinov2cli.models.classifier import load_classifier
-from dinov2cli.models.conversion import to_chunked, to_hf
-from dinov2cli.models.weights import load_backbone_into, load_model, read_weights
-from dinov2cli.models.zoo import RELEASED
+from dinov2cli.models.load import load_backbone_into, load_model, read_weights
+from dinov2cli.models.load.layouts import huggingface, timm
+from dinov2cli.models.load.layouts.official import to_chunked
+from dinov2cli.models.load.released import RELEASED
 
 NAMES = {"safetensors": "m.safetensors", "official": "m.pth", "hf": "m", "timm": "m.safetensors", "onnx": "m.onnx",
          "torch-export": "m.pt2"}  # fmt: skip
@@ -110,8 +110,8 @@ def test_weights_changed_after_a_timm_export_are_taken_as_they_are(tmp_path: Pat
 def test_timm_models_are_named_and_their_differences_given() -> None:
     for name, expected in (("dinov2_vits14", "vit_small_patch14_dinov2"),
                            ("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2")):  # fmt: skip
-        assert timm_model(RELEASED[name].architecture) == (expected, {"num_classes": 0, "img_size": 518})
-    name, arguments = timm_model(SWIGLU.changed(num_register_tokens=2))
+        assert timm.model_of(RELEASED[name].architecture) == (expected, {"num_classes": 0, "img_size": 518})
+    name, arguments = timm.model_of(SWIGLU.changed(num_register_tokens=2))
     assert name == "vit_giant_patch14_reg4_dinov2"
     assert arguments.pop("reg_tokens") == 2
     assert arguments == {"num_classes": 0, "img_size": 56, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -142,7 +142,7 @@ def test_transformers_own_model_gives_our_features(tmp_path: Path, sample: str) 
         features["x_norm_patchtokens"], tokens[:, 1 + ours.num_register_tokens :], atol=1e-5, rtol=0
     )
     # And back: the file that transformers wrote, key for key.
-    assert_same_state(to_hf(ours.state_dict()), load_file(tmp_path / "hf" / "model.safetensors"))
+    assert_same_state(huggingface.to_(ours.state_dict()), load_file(tmp_path / "hf" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -167,7 +167,7 @@ def test_transformers_classifies_with_the_head(tmp_path: Path) -> None:
         export_model(source, "hf", tmp_path / "n", linear_head=head_file(tmp_path, 5 * 192))
 
 
-@pytest.mark.skipif(not installed("timm"), reason="timm needs torchvision; test_weights compares with its recordings")
+@pytest.mark.skipif(not installed("timm"), reason="timm needs torchvision; test_load compares with its recordings")
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_timm_opens_the_export(tmp_path: Path, sample: str) -> None:
     result = export_model(source_file(tmp_path, SAMPLES[sample]), "timm", tmp_path / "m.safetensors")

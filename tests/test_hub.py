@@ -9,8 +9,8 @@ from weight_samples import PLAIN, assert_same_state, sample_model, sample_state,
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.classifier import LinearClassifier, head_input, load_classifier, read_linear_head
+from dinov2cli.models.load.released import RELEASED
 from dinov2cli.models.vision_transformer import shapes_of
-from dinov2cli.models.zoo import RELEASED
 
 REPOSITORY = str(Path(__file__).parents[1])
 

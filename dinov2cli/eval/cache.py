@@ -22,7 +22,7 @@ from dinov2cli.console import logger
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
 from dinov2cli.eval.stopping import stoppable
 from dinov2cli.files import cache_folder, digest, sha256, write_text
-from dinov2cli.models.tensor_files import write_tensors
+from dinov2cli.models.load.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset

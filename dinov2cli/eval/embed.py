@@ -19,7 +19,7 @@ from dinov2cli.eval.features import Features
 from dinov2cli.eval.stopping import stoppable
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
-from dinov2cli.models.tensor_files import write_tensors
+from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.requests.eval import EmbedRequest
 
 if TYPE_CHECKING:

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2cli import distributed
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.vit import RESIZING
 from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.models.sources import Source, locate
+from dinov2cli.models.load import load_model
+from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.models.weights import load_model
 from dinov2cli.requests.eval import EmbedRequest, EvalRequest
 
 
@@ -60,7 +59,7 @@ class Subject:
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:
-    """Load whatever `checkpoint` names (see `load_model`) with the configuration that belongs to it.
+    """Load whatever `checkpoint` names (see `load_model`) with the configuration that belongs to it. Collective.
 
     Args:
         config_file: a configuration to use instead of the run's own; its `student` part must describe the weights.
@@ -70,7 +69,7 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
         WeightsError: nothing to load there.
         ConfigError: the configuration cannot be read, or there is none to override.
     """
-    source = locate_once(checkpoint.removesuffix("_lc"))
+    source = locate_together(checkpoint.removesuffix("_lc"))
     beside = source.run / "config.yaml" if source.run and (source.run / "config.yaml").is_file() else None
     config_file = config_file or beside
     if config_file is None and overrides:
@@ -87,24 +86,6 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
     }
     model = load_model(source, config_file=config_file, **student)
     return Subject(model, checkpoint, source.files[0], source.run, source.iteration, config)
-
-
-def locate_once(checkpoint: str) -> Source:
-    """What a name means now, for all processes: a training may write a newer teacher at any time.
-
-    The first process looks, and tells the others. Those that do not see its files, as of a download on another machine,
-    look for themselves.
-
-    Raises:
-        WeightsError: nothing to load there.
-    """
-    found: Source | None = None
-    with distributed.same_error_everywhere():
-        if distributed.is_main():
-            found = locate(checkpoint)
-    source = distributed.broadcast_object(found)
-    assert source is not None
-    return source if all(file.exists() for file in source.files) else locate(checkpoint)
 
 
 def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dinov2cli.config import ViTConfig
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.export.graph import ExportGraph
-from dinov2cli.models.conversion import State
+from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 Outputs = dict[str, Tensor]

@@ -10,9 +10,9 @@ from rich.table import Table
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import sha256
-from dinov2cli.models.sources import newest_teacher
+from dinov2cli.models.load import RecognisedWeights, read_weights
+from dinov2cli.models.load.locate import newest_teacher
 from dinov2cli.models.vision_transformer import parameter_count
-from dinov2cli.models.weights import RecognisedWeights, read_weights
 from dinov2cli.requests.tools import Info
 
 

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dinov2cli.config import ViTConfig
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.export import huggingface, timm_file
 from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
-from dinov2cli.export.huggingface import hf_differs_away_from_native, open_hf, write_hf
-from dinov2cli.export.timm_file import open_timm, timm_differs_away_from_native, timm_model, write_timm
 from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
 from dinov2cli.files import sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
-from dinov2cli.models.sources import architecture_file
-from dinov2cli.models.weights import RecognisedWeights, build_from, read_weights
-from dinov2cli.models.zoo import RELEASED
+from dinov2cli.models.load import RecognisedWeights, build_from, layouts, read_weights
+from dinov2cli.models.load.locate import architecture_file
+from dinov2cli.models.load.released import RELEASED
 from dinov2cli.requests.export import Export
 
 
@@ -34,7 +34,7 @@ class Format(NamedTuple):
         tolerance: largest difference allowed, relative to the largest feature if that is above 1.
         suffixes: what the output's name may end in; empty for a folder.
         opened_with: for people.
-        differs_away_from_native: why features at other sizes may differ, if the ecosystem resizes in its own way.
+        resizes_otherwise: why features at other sizes may differ, if the ecosystem resizes in its own way.
     """
 
     write: Callable[[Bundle, Path], None]
@@ -42,14 +42,14 @@ class Format(NamedTuple):
     tolerance: float
     suffixes: tuple[str, ...]
     opened_with: str
-    differs_away_from_native: Callable[[Bundle], str | None] = lambda bundle: None
+    resizes_otherwise: Callable[[ViTConfig], str | None] = lambda config: None
 
 
 FORMATS: dict[str, Format] = {
     "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
     "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
-    "hf": Format(write_hf, open_hf, 1e-4, (), "transformers", hf_differs_away_from_native),
-    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors",), "timm", timm_differs_away_from_native),
+    "hf": Format(huggingface.write, huggingface.open_, 1e-4, (), "transformers", layouts.huggingface.resizes_otherwise),
+    "timm": Format(timm_file.write, timm_file.open_, 1e-4, (".safetensors",), "timm", layouts.timm.resizes_otherwise),
     "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
     "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
 }
@@ -157,7 +157,7 @@ def export_model(
         result.comparisons = _compare(bundle, chosen, staged, result)
         result.files = _move_into_place(Path(aside), output, overwrite)
     if format_name == "timm":
-        name, arguments = timm_model(weights.architecture)
+        name, arguments = layouts.timm.model_of(weights.architecture)
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         result.notes.append(f"open with timm.create_model({name!r}, checkpoint_path={str(output)!r}, {words})")
     return result
@@ -183,7 +183,7 @@ def _compare(bundle: Bundle, chosen: Format, staged: Path, result: ExportResult)
         result.notes.append(f"NOT compared: {problem.message}")
         return []
     comparisons = []
-    differs = chosen.differs_away_from_native(bundle)
+    differs = chosen.resizes_otherwise(bundle.architecture)
     for i, shape in enumerate(_shapes(bundle)):
         binding = i == 0 or differs is None
         comparison = compare(bundle, run, shape, binding=binding)

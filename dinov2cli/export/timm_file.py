@@ -10,18 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2cli.config import ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
-from dinov2cli.models.conversion import lost_in_timm, to_timm
-from dinov2cli.models.tensor_files import write_tensors
-from dinov2cli.models.weights import write_lost_tensors
-from dinov2cli.models.zoo import RELEASED
-
-_SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_giant2": "giant"}
+from dinov2cli.models.load.layouts import timm
+from dinov2cli.models.load.tensor_files import write_tensors
 
 
-def write_timm(bundle: Bundle, path: Path) -> None:
+def write(bundle: Bundle, path: Path) -> None:
     """Write the weights in timm's layout.
 
     Raises:
@@ -34,53 +29,25 @@ def write_timm(bundle: Bundle, path: Path) -> None:
             "timm's classifier sees the class token alone, a DINOv2 linear head also patch tokens: it cannot go along",
             hint="Export to onnx or torch-export to have both in one file.",
         )
-    if bundle.architecture.ffn_bias != bundle.architecture.proj_bias:
-        raise WeightsError(
-            "timm has one switch for the biases of attention projection and feed-forward layers; this model has only "
-            "one of the two"
-        )
+    if reason := timm.why_not(bundle.architecture):
+        raise WeightsError(reason)
     metadata = {
         "format": "pt",
         "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
-        **write_lost_tensors(lost_in_timm(bundle.state)),
+        **timm.lost(bundle.state),
     }
-    tensors = to_timm(bundle.state)
-    write_tensors(tensors, path, metadata)
+    write_tensors(timm.to_(bundle.state), path, metadata)
 
 
-def timm_model(architecture: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """The name and arguments for `timm.create_model` that make this architecture."""
-    registers = architecture.num_register_tokens
-    size = _SIZES.get(architecture.name, "small") if architecture.ffn_layer == "mlp" else "giant"
-    name = f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2"
-    arguments: dict[str, Any] = {"num_classes": 0, "img_size": architecture.img_size}
-    released = next(
-        model.architecture
-        for model in RELEASED.values()
-        if model.name == f"dinov2_vit{size[0]}14{'_reg' if registers else ''}"
-    )
-    for key in ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "qkv_bias", "proj_bias"):
-        if getattr(architecture, key) != getattr(released, key):
-            arguments[key] = getattr(architecture, key)
-    if registers != released.num_register_tokens:
-        arguments["reg_tokens"] = registers
-    if not architecture.layerscale:
-        arguments["init_values"] = None
-    packed = 1 if architecture.ffn_layer == "mlp" else 2  # timm counts both halves of a SwiGLU layer
-    if architecture.hidden_dim * released.embed_dim != released.hidden_dim * architecture.embed_dim:
-        arguments["mlp_ratio"] = (packed * architecture.hidden_dim + 0.5) / architecture.embed_dim
-    return name, arguments
-
-
-def open_timm(bundle: Bundle, path: Path) -> Runner:
+def open_(bundle: Bundle, path: Path) -> Runner:
     """The file as timm opens it, for images of any size.
 
     Raises:
         EnvironmentProblem: timm (which needs torchvision) is not installed.
     """
-    timm: Any = need("timm")
-    name, arguments = timm_model(bundle.architecture)
-    model = timm.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
+    package: Any = need("timm")
+    name, arguments = timm.model_of(bundle.architecture)
+    model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
     prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:
@@ -88,14 +55,3 @@ def open_timm(bundle: Bundle, path: Path) -> Runner:
         return {"cls": tokens[:, 0], "patches": tokens[:, prefix:]}
 
     return run
-
-
-def timm_differs_away_from_native(bundle: Bundle) -> str | None:
-    """Why timm gives other features than ours at other image sizes; None if it does not."""
-    architecture = bundle.architecture
-    if architecture.interpolate_offset == 0 and architecture.interpolate_antialias:
-        return None
-    return (
-        "timm resizes position embeddings with offset 0 and antialiasing, this model with offset "
-        f"{architecture.interpolate_offset} and antialias={architecture.interpolate_antialias}"
-    )

@@ -11,11 +11,11 @@ from dinov2cli.config.vit import Architecture, ViTOptions
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Runner
 from dinov2cli.export.graph import ExportGraph
-from dinov2cli.models.architecture import infer_architecture
 from dinov2cli.models.classifier import head_input, read_linear_head
-from dinov2cli.models.sources import architecture_file
-from dinov2cli.models.tensor_files import write_tensors
-from dinov2cli.models.weights import build_from, read_weights
+from dinov2cli.models.load import build_from, read_weights
+from dinov2cli.models.load.infer import infer_architecture
+from dinov2cli.models.load.locate import architecture_file
+from dinov2cli.models.load.tensor_files import write_tensors
 
 
 def write_safetensors(bundle: Bundle, path: Path) -> None:

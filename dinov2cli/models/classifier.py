@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.models import zoo
-from dinov2cli.models.download import fetch, is_url
-from dinov2cli.models.tensor_files import read_tensors
+from dinov2cli.models.load import load_model
+from dinov2cli.models.load.fetch import fetch, is_url
+from dinov2cli.models.load.released import IMAGENET_CLASSES, RELEASED
+from dinov2cli.models.load.tensor_files import read_tensors
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.models.weights import load_model
 
 # Blocks and mean of the patch tokens that a head's input is made of, in the order tried: F = (n + avgpool) * D.
 _HEAD_INPUTS = ((1, True), (4, True), (1, False), (4, False))
@@ -80,7 +80,7 @@ def read_linear_head(source: str | Path, layers: int = 4) -> nn.Linear:
     Raises:
         WeightsError: the file holds something else.
     """
-    if (released := zoo.RELEASED.get(str(source))) is not None:
+    if (released := RELEASED.get(str(source))) is not None:
         file = fetch(released.head_url(layers), expect_bytes=released.head_bytes(layers))
     else:
         file = fetch(str(source)) if is_url(str(source)) else Path(source)
@@ -120,7 +120,7 @@ def load_classifier(
     """
     if layers not in (1, 4):
         raise WeightsError(f"layers={layers}: heads are released for 1 and for 4 layers")
-    released = zoo.RELEASED.get(str(name_or_path))
+    released = RELEASED.get(str(name_or_path))
     if released is None and head is None:
         raise WeightsError(f"{name_or_path}: only released names have a released head; give the head's file")
     backbone = load_model(str(name_or_path).removesuffix("_lc") if released else name_or_path, pretrained, **arguments)
@@ -130,5 +130,5 @@ def load_classifier(
         assert released is not None
         linear = read_linear_head(released.name, layers)
     else:
-        linear = nn.Linear((layers + 1) * backbone.embed_dim, zoo.IMAGENET_CLASSES)
+        linear = nn.Linear((layers + 1) * backbone.embed_dim, IMAGENET_CLASSES)
     return LinearClassifier(backbone, linear).eval()

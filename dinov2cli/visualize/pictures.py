@@ -9,9 +9,8 @@ from dinov2cli.data.datasets.sample_photos import photo_files
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
-from dinov2cli.models.sources import locate
+from dinov2cli.models.load import load_model, locate
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.models.weights import load_model
 from dinov2cli.requests.pictures import DEFAULT_MODEL
 from dinov2cli.visualize.features import Picture
 from dinov2cli.visualize.video.reader import list_images
@@ -86,7 +85,8 @@ def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer
     """
     where = choose_device(device)
     try:
-        model = load_model(name or DEFAULT_MODEL).to(where).eval()
+        source = locate(name or DEFAULT_MODEL)
+        model = load_model(source).to(where).eval()
     except WeightsError as error:
         if name is not None:
             raise
@@ -94,7 +94,7 @@ def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer
             f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
             "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
         ) from error
-    run = locate(name).run if name else None
+    run = source.run
     if run is None or not (run / "config.yaml").is_file():
         return model, "auto"
     return model, load_config(config_file=run / "config.yaml").compute_precision.precision

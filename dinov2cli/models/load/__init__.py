@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.models import zoo
 from dinov2cli.models.adapt import (
     SIZE_POLICIES,
     AnySizeVisionTransformer,
     adapt_patch_embedding,
     resize_position_embeddings,
 )
-from dinov2cli.models.architecture import check_complete, infer_architecture
-from dinov2cli.models.conversion import State, restore_from_timm
-from dinov2cli.models.recognition import LoadReport, recognise
-from dinov2cli.models.sources import Source, config_yaml_hints, locate
-from dinov2cli.models.tensor_files import read_tensors
+from dinov2cli.models.load.infer import check_complete, infer_architecture
+from dinov2cli.models.load.layouts import timm
+from dinov2cli.models.load.layouts.layout import State
+from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
+from dinov2cli.models.load.recognise import LoadReport, recognise
+from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
+from dinov2cli.models.load.tensor_files import read_tensors
 from dinov2cli.models.vision_transformer import VisionTransformer
 
-__all__ = ["RecognisedWeights", "load_backbone_into", "load_model", "read_backbone_state", "read_weights"]
+__all__ = ["RecognisedWeights", "Source", "load_backbone_into", "load_model", "locate", "read_weights"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def load_model(
 
     Args:
         name_or_path: a released name (`dinov2_vitb14_reg`), an http(s) or file URL, a run folder (its newest complete
-            teacher), a teacher checkpoint, a `.pth` or `.safetensors` file, a Hugging Face or timm folder; or what
-            `locate` has found of these.
+            teacher), a teacher checkpoint, a `.pth` or `.safetensors` file, a Hugging Face or timm folder; or weights
+            that `locate` has found.
         pretrained: False gives a released name's architecture with random weights.
         config_file: a run's config.yaml, where none lies beside the weights.
         num_heads: attention heads, where neither the width nor a config tells.
@@ -130,21 +130,15 @@ def read_weights(
     name_or_path: str | Path | Source, *, config_file: str | Path | None = None, **given: Any
 ) -> RecognisedWeights:
     """Find, read, convert and check weights without building a model. Arguments and errors as in `load_model`."""
-    asked = zoo.RELEASED.get(str(name_or_path))
-    if asked and asked.classifier:
-        raise WeightsError(
-            f"'{asked.name}' has a linear classifier; as a backbone alone it is '{asked.name.removesuffix('_lc')}'",
-            hint="dinov2cli.models.classifier.load_classifier gives both.",
-        )
-    source = name_or_path if isinstance(name_or_path, Source) else locate(name_or_path)
+    source = locate(name_or_path)
     content: Any = None
     metadata: dict[str, str] = {}
     for file in source.files:
         part, metadata = read_tensors(file)
         content = part if content is None else {**content, **part}
     state, report = recognise(content, source.name)
-    if report.layout == "timm" and (lost := read_lost_tensors(metadata)):
-        state = restore_from_timm(state, lost)
+    if report.layout == "timm" and "dino2.lost" in metadata:
+        state = timm.restore(state, metadata)
         report.filled = ()
     hints = dict(source.hints)
     if "dino2.architecture" in metadata:
@@ -158,14 +152,8 @@ def read_weights(
     return RecognisedWeights(state, architecture, report, source, metadata)
 
 
-def read_backbone_state(source: str | Path) -> tuple[State, dict[str, Any], LoadReport]:
-    """Canonical flat float32 weights, the inferred architecture as plain values, and the report."""
-    weights = read_weights(source)
-    return weights.state, weights.architecture.model_dump(), weights.report
-
-
 @torch.no_grad()
-def load_backbone_into(model: VisionTransformer, source: str | Path) -> LoadReport:
+def load_backbone_into(model: VisionTransformer, source: str | Path | Source) -> LoadReport:
     """Start `model` from weights made elsewhere, in place.
 
     Position embeddings for another image size are resized to the model's native grid as the source would resize them,
@@ -215,28 +203,12 @@ def student_settings(config: ViTConfig) -> dict[str, Any]:
     return {**{key: getattr(config, key) for key in Architecture._fields}, **settings}
 
 
-def read_lost_tensors(metadata: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors that an export to timm keeps in its file's metadata (float32, as hexadecimal)."""
-    if "dino2.lost" not in metadata:
-        return {}
-    return {
-        name: torch.frombuffer(bytearray.fromhex(data), dtype=torch.float32).reshape(shape)
-        for name, (shape, data) in json.loads(metadata["dino2.lost"]).items()
-    }
-
-
-def write_lost_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The metadata from which `read_lost_tensors` reads `tensors` back, bit for bit."""
-    plain = {name: (list(t.shape), t.contiguous().numpy().tobytes().hex()) for name, t in tensors.items()}
-    return {"dino2.lost": json.dumps(plain)}
-
-
 def spell(value: Any) -> str:
     """A value as it stands in a config or after `a.b=`."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _released(name: str) -> zoo.Released:
-    if name not in zoo.RELEASED:
-        raise WeightsError(f"'{name}' is no released name; released: {', '.join(zoo.BACKBONES)}")
-    return zoo.RELEASED[name]
+def _released(name: str) -> Released:
+    if name not in RELEASED:
+        raise WeightsError(f"'{name}' is no released name; released: {', '.join(BACKBONES)}")
+    return RELEASED[name]

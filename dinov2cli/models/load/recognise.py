@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.conversion import LAYOUTS, State
+from dinov2cli.models.load.layouts import LAYOUTS
+from dinov2cli.models.load.layouts.layout import State
 
 # Where a checkpoint keeps the weights: the first that is there is taken. A teacher comes before its student.
 _CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "backbone", "student")
@@ -68,7 +69,7 @@ def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
     if layout is None:
         raise WeightsError(f"{source}: {_what_is_missing(set(backbone))}")
     try:
-        state = layout.to_canonical(backbone)
+        state = layout.from_(backbone)
     except WeightsError as error:
         raise WeightsError(f"{source}: {error.message}") from None
     report.layout, report.read = layout.name, len(backbone)

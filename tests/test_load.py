@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import run_in_processes
 from safetensors.torch import save_file
 from torch import Tensor
 from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state, sample_model, sample_state, save
 
 import dinov2cli
+from dinov2cli import distributed
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.adapt import fit_to_patches
-from dinov2cli.models.conversion import to_chunked, to_hf, to_timm
-from dinov2cli.models.weights import load_backbone_into, load_model, read_backbone_state, read_weights
+from dinov2cli.models.load import load_backbone_into, load_model, locate, read_weights
+from dinov2cli.models.load.layouts import huggingface, timm
+from dinov2cli.models.load.layouts.official import to_chunked
+from dinov2cli.models.load.locate import locate_together
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,7 +49,7 @@ HF_MODULES = {
 def as_hf_modules(state: dict[str, Tensor]) -> Any:
     """The names in memory of transformers 5, which joins no projections."""
     renamed = {}
-    for name, tensor in to_hf(state).items():
+    for name, tensor in huggingface.to_(state).items():
         for old, new in HF_MODULES.items():
             name = name.replace(old, new)
         if ".mlp.weights_in." in name:
@@ -78,10 +82,11 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "DDP": prefixed("module."),
     "compiled": prefixed("_orig_mod.backbone."),
     "whole FSDP state": as_fsdp,
-    "transformers file": to_hf,
+    "transformers file": huggingface.to_,
     "transformers modules": as_hf_modules,
     "transformers classifier": lambda state: {
-        **prefixed("dinov2.")(to_hf(state)), "classifier.weight": torch.ones(3, 3), "classifier.bias": torch.ones(3)
+        **prefixed("dinov2.")(huggingface.to_(state)),
+        "classifier.weight": torch.ones(3, 3), "classifier.bias": torch.ones(3),
     },
 }  # fmt: skip
 
@@ -99,7 +104,7 @@ def test_every_layout_gives_the_same_bits(tmp_path: Path, sample: str, layout: s
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_timm_keeps_all_but_the_mask_token_and_the_class_position(tmp_path: Path, sample: str) -> None:
     model = sample_model(SAMPLES[sample])
-    file = save(to_timm(model.state_dict()), tmp_path / "timm.pth")
+    file = save(timm.to_(model.state_dict()), tmp_path / "timm.pth")
     again = load_model(file)
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
@@ -118,7 +123,7 @@ def test_features_equal_timms(tmp_path: Path, name: str) -> None:
         features = model.forward_features(golden["x"])
     torch.testing.assert_close(features["x_norm_clstoken"], golden["cls"], atol=1e-5, rtol=0)
     torch.testing.assert_close(features["x_norm_patchtokens"], golden["patches"], atol=1e-5, rtol=0)
-    assert_same_state(to_timm(model.state_dict()), state)
+    assert_same_state(timm.to_(model.state_dict()), state)
 
 
 @pytest.mark.parametrize("variant", ["mlp", "swiglu", "reg4", "chunked"])
@@ -169,8 +174,9 @@ def test_half_precision_is_widened_and_reported(tmp_path: Path) -> None:
 
 
 def test_report_names_what_was_left_out(tmp_path: Path) -> None:
-    _, architecture, report = read_backbone_state(save(as_teacher(sample_state(PLAIN)), tmp_path / "t.pth"))
-    assert architecture["num_heads"] == 3
+    weights = read_weights(save(as_teacher(sample_state(PLAIN)), tmp_path / "t.pth"))
+    report = weights.report
+    assert weights.architecture.num_heads == 3
     assert set(report.left_out) == {"dino_head.mlp.0.weight", "ibot_head.last_layer.weight_v"}
     assert "left out: dino_head (1), ibot_head (1)" in str(report)
 
@@ -192,6 +198,33 @@ def test_run_folder_gives_the_newest_teacher_by_number(tmp_path: Path) -> None:
     assert weights.source.iteration == 12499
     assert weights.source.run == run
     assert_same_state(weights.state, sample_state(PLAIN, seed=12499))
+
+
+def test_what_has_been_found_stays_so_when_a_newer_teacher_appears(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [100])
+    source = locate(run)
+    make_run(run, [200])
+    assert locate(run).iteration == 200
+    assert locate(source) is source and read_weights(source).source is source
+    assert_same_state(load_model(source).state_dict(), sample_state(PLAIN, seed=100))
+
+
+def late_member(run: str) -> tuple[int | None, float]:
+    """Rank 1 comes when the training has written a newer teacher."""
+    if distributed.rank() == 1:
+        make_run(Path(run), [200])
+    source = locate_together(run)
+    return source.iteration, float(load_model(source).cls_token.sum())
+
+
+def test_all_processes_load_what_the_first_one_has_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [100])
+    for file in run.glob("eval/*/*.pth"):
+        assert locate(file).iteration == 100
+    results = run_in_processes(2, late_member, str(run))
+    assert results[0] == results[1]
+    with pytest.raises(Exception, match="neither a file or folder nor a released name"):
+        run_in_processes(2, locate_together, str(tmp_path / "nothing"))
 
 
 def test_truncated_teacher_is_passed_over_loudly(
@@ -222,7 +255,7 @@ def test_config_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_transformers_folder_with_shards(tmp_path: Path) -> None:
     state = sample_state(REGISTERS)
-    tensors = to_hf(state)
+    tensors = huggingface.to_(state)
     names = sorted(tensors)
     files = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
     for file, part in files.items():
@@ -321,7 +354,7 @@ def hf_folder(model_type: str) -> Callable[[Path], Path]:
         folder = path.with_suffix("")
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        tensors = {name: tensor.contiguous() for name, tensor in to_hf(sample_state(PLAIN)).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in huggingface.to_(sample_state(PLAIN)).items()}
         save_file(tensors, folder / "model.safetensors")
         return folder
 
@@ -409,7 +442,8 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
         r"one rank's shard of an FSDP training checkpoint.*teacher_checkpoint\.pth"),
     "rank file of the reference": (fsdp_rank_file, r"ShardedTensor.*one rank's file of an FSDP training checkpoint"),
     "pieces of q, k, v": (
-        saved(lambda: {k: v for k, v in to_hf(sample_state(PLAIN)).items() if "0.attention.attention.key" not in k}),
+        saved(lambda: {
+            k: v for k, v in huggingface.to_(sample_state(PLAIN)).items() if "0.attention.attention.key" not in k}),
         "'blocks.0.attn.key.(weight|bias)' is missing"),
 }  # fmt: skip
 

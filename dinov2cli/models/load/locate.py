@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
+from dinov2cli import distributed
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.models import zoo
-from dinov2cli.models.download import fetch, is_url
-from dinov2cli.models.tensor_files import is_complete
+from dinov2cli.models.load.fetch import fetch, is_url
+from dinov2cli.models.load.layouts import huggingface
+from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
+from dinov2cli.models.load.tensor_files import is_complete
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "teacher_checkpoint.pth")
 _SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -36,7 +38,7 @@ class Source:
     hints: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
     iteration: int | None = None
-    released: zoo.Released | None = None
+    released: Released | None = None
 
     @property
     def name(self) -> str:
@@ -44,12 +46,14 @@ class Source:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
-def locate(source: str | Path) -> Source:
-    """Find the weights that a name, path or URL means, downloading them if needed.
+def locate(source: str | Path | Source) -> Source:
+    """Find the weights that a name, path or URL means, downloading them if needed; what has been found stays so.
 
     Raises:
         WeightsError: nothing of the kind is there; the message says what was looked for.
     """
+    if isinstance(source, Source):
+        return source
     text = str(source)
     path = Path(source).expanduser()
     if is_url(text):
@@ -58,10 +62,35 @@ def locate(source: str | Path) -> Source:
         return _in_folder(path)
     if path.exists():
         return _in_file(path)
-    if text in zoo.RELEASED:
-        released = zoo.RELEASED[text]
+    if text in RELEASED:
+        released = RELEASED[text]
+        if released.classifier:
+            raise WeightsError(
+                f"'{text}' has a linear classifier; as a backbone alone it is '{text.removesuffix('_lc')}'",
+                hint="dinov2cli.models.classifier.load_classifier gives both.",
+            )
         return Source((fetch(released.backbone_url, expect_bytes=released.backbone_bytes),), released=released)
     raise WeightsError(_nothing_there(text))
+
+
+def locate_together(source: str | Path | Source) -> Source:
+    """`locate` for all processes: the first one looks, the others are told. Collective.
+
+    A training may write a newer teacher at any time; if each process looked, they could load different ones. Only a
+    download that lies in a folder of another machine is fetched here, too.
+
+    Raises:
+        WeightsError: as `locate`, in every process.
+    """
+    found: Source | None = None
+    with distributed.same_error_everywhere():
+        if distributed.is_main():
+            found = locate(source)
+    found = distributed.broadcast_object(found)
+    with distributed.same_error_everywhere():
+        if found is None or not all(file.exists() for file in found.files):
+            found = locate(source)
+    return found
 
 
 def newest_teacher(run: Path) -> Path | None:
@@ -151,19 +180,10 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise WeightsError(f"{path}: not readable JSON (it lies beside the weights)") from None
-    kind = config.get("model_type")
-    if kind is None:  # timm's: the architecture's name only, and the weights show all of it
-        return {}
-    if kind not in ("dinov2", "dinov2_with_registers"):
-        raise WeightsError(f"{path.parent}: a model of type '{kind}'; dino2 loads dinov2 and dinov2_with_registers")
-    for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
-        if config.get(key, needed) != needed:
-            raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")
-    heads = config.get("num_attention_heads", 12)
-    return {"from": str(path), "num_heads": heads, **config.get("dino2", {})}
+    return huggingface.hints(config, str(path))
 
 
 def _nothing_there(text: str) -> str:
     if re.match(r"dinov[13]_|dino_", text):
-        return f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(zoo.BACKBONES)}"
-    return f"'{text}' is neither a file or folder nor a released name; released: {', '.join(zoo.BACKBONES)}"
+        return f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(BACKBONES)}"
+    return f"'{text}' is neither a file or folder nor a released name; released: {', '.join(BACKBONES)}"

@@ -1,0 +1,135 @@
+"""timm: vit_*_patch14_dinov2 and vit_*_patch14_reg4_dinov2, their weights and the name to open them by.
+
+timm keeps no mask token, and with registers no position of the class token; both travel in the metadata of a file that
+is written here, so that reading it back is exact.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2cli.config.vit import ViTConfig
+from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
+from dinov2cli.models.load.released import RELEASED
+
+_SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_giant2": "giant"}
+# Options whose names timm shares.
+_OPTIONS = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "qkv_bias", "proj_bias")
+
+
+def matches(names: set[str]) -> bool:
+    # timm's models have no mask token; LayerScale tells DINOv2's from its supervised vision transformers.
+    return "mask_token" not in names and "patch_embed.proj.weight" in names and "blocks.0.ls1.gamma" in names
+
+
+def from_(state: StateView) -> State:
+    """timm -> canonical. The mask token, which timm does not keep, becomes zeros (its value before training)."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        if name.startswith("head."):
+            continue
+        swiglu = ".mlp." in name and _is_packed_swiglu(state)
+        if swiglu:
+            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        renamed[name] = tensor
+    dim = state["patch_embed.proj.weight"].shape[0]
+    if "reg_token" in renamed:
+        renamed["register_tokens"] = renamed.pop("reg_token")
+        # With registers, timm has no position for the class token: it is part of the token itself.
+        position = renamed["pos_embed"]
+        renamed["pos_embed"] = torch.cat([position.new_zeros(1, 1, dim), position], dim=1)
+    renamed["mask_token"] = state["patch_embed.proj.weight"].new_zeros(1, dim)
+    return renamed
+
+
+def to_(state: StateView) -> State:
+    """canonical -> timm. The mask token is left out, and with registers the class token takes in its position.
+
+    That sum is the one lossy step of all conversions; an export writes what is lost into the file's metadata
+    (`lost`), so that reading it back here is exact.
+    """
+    renamed = {
+        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): tensor
+        for name, tensor in state.items()
+        if name != "mask_token"
+    }
+    if "register_tokens" in renamed:
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed["cls_token"] = _cls_with_position(state)
+        renamed["pos_embed"] = state["pos_embed"][:, 1:].clone()
+    return renamed
+
+
+def lost(state: StateView) -> dict[str, str]:
+    """The tensors that timm's layout cannot give back, as metadata of the file: float32 in hexadecimal."""
+    tensors = {"mask_token": state["mask_token"]}
+    if "register_tokens" in state:
+        tensors |= {"cls_token": state["cls_token"], "cls_position": state["pos_embed"][:, :1]}
+    plain = {name: (list(t.shape), t.contiguous().numpy().tobytes().hex()) for name, t in tensors.items()}
+    return {"dino2.lost": json.dumps(plain)}
+
+
+def restore(state: State, metadata: dict[str, str]) -> State:
+    """Put back what `lost` saved, bit for bit, unless the weights were changed since (then the state as it is)."""
+    lost = {
+        name: torch.frombuffer(bytearray.fromhex(data), dtype=torch.float32).reshape(shape)
+        for name, (shape, data) in json.loads(metadata["dino2.lost"]).items()
+    }
+    restored = dict(state, mask_token=lost["mask_token"])
+    if "cls_token" in lost:
+        restored["cls_token"] = lost["cls_token"]
+        restored["pos_embed"] = torch.cat([lost["cls_position"], state["pos_embed"][:, 1:]], dim=1)
+        if not torch.equal(_cls_with_position(restored), state["cls_token"]):
+            return state
+    return restored
+
+
+def _cls_with_position(state: StateView) -> Tensor:
+    return state["cls_token"] + state["pos_embed"][:, :1]
+
+
+def _is_packed_swiglu(state: StateView) -> bool:
+    fc1, fc2 = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
+    return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]
+
+
+def why_not(config: ViTConfig) -> str | None:
+    """What of a model timm's class cannot hold, in words; None if nothing."""
+    if config.ffn_bias != config.proj_bias:
+        return (
+            "timm has one switch for the biases of attention projection and feed-forward layers; this model has only "
+            "one of the two"
+        )
+    known = ("img_size", "hidden_dim", "ffn_layer", "ffn_bias", "layerscale", "num_register_tokens")
+    unknown = first_unknown(config, (*_OPTIONS, *known, "interpolate_antialias", "interpolate_offset"))
+    return f"timm cannot hold this model: {unknown}" if unknown else None
+
+
+def resizes_otherwise(config: ViTConfig) -> str | None:
+    """How timm resizes position embeddings, in words; None if as this model does."""
+    if config.interpolate_offset == 0 and config.interpolate_antialias:
+        return None
+    return (
+        "timm resizes position embeddings with offset 0 and antialiasing, this model with offset "
+        f"{config.interpolate_offset} and antialias={config.interpolate_antialias}"
+    )
+
+
+def model_of(config: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """The name and arguments for `timm.create_model` that make this architecture."""
+    registers = config.num_register_tokens
+    size = _SIZES.get(config.name, "small") if config.ffn_layer == "mlp" else "giant"
+    name = f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2"
+    released = RELEASED[f"dinov2_vit{size[0]}14{'_reg' if registers else ''}"].architecture
+    arguments: dict[str, Any] = {"num_classes": 0, "img_size": config.img_size}
+    arguments |= {key: getattr(config, key) for key in _OPTIONS if getattr(config, key) != getattr(released, key)}
+    if registers != released.num_register_tokens:
+        arguments["reg_tokens"] = registers
+    if config.layerscale is None:
+        arguments["init_values"] = None
+    packed = 1 if config.ffn_layer == "mlp" else 2  # timm counts both halves of a SwiGLU layer
+    if config.hidden_dim * released.embed_dim != released.hidden_dim * config.embed_dim:
+        arguments["mlp_ratio"] = (packed * config.hidden_dim + 0.5) / config.embed_dim
+    return name, arguments
