@@ -17,7 +17,7 @@ from dinov2cli.cli.command import add_command
 from dinov2cli.config import load_config
 from dinov2cli.errors import WeightsError
 from dinov2cli.eval import knn, subject
-from dinov2cli.eval.protocol import evaluate, evaluate_teacher
+from dinov2cli.eval.protocol import evaluate_teacher
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import Option
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest, KnnRequest, LinearRequest
@@ -105,8 +105,8 @@ def test_python_gives_what_the_command_prints(
 ) -> None:
     assert dino2(*words, run, *DATA, "--nb-knn", "5", "10", "--json") == 0
     typed = json.loads(capsys.readouterr().out)
-    request = KnnRequest(checkpoint=str(run), nb_knn=(5, 10), **PHOTOS)
-    for result in (knn.run(request), evaluate(request)):
+    request = dinov2cli.KnnRequest(checkpoint=str(run), nb_knn=(5, 10), **PHOTOS)
+    for result in (knn.run(request), dinov2cli.run(request)):
         assert {**result.as_dict(), "date": ""} == {**typed, "date": ""}
 
 

@@ -4,11 +4,11 @@ A protocol is a module of this package with `run(request, subject=None) -> Evalu
 `requests.eval` whose command ends with the module's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,13 +26,9 @@ if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
 
 
-class Run(Protocol):
-    """`run` of a protocol: from a request to its report, which is also written where the request says.
-
-    `subject`: the model, where it is loaded already.
-    """
-
-    def __call__(self, request: Any, subject: Subject | None = None) -> Evaluation: ...
+Run = Callable[[EvalRequest, Subject | None], Evaluation]
+"""`run` of a protocol: from a request to its report, which is also written where the request says. The model is loaded
+unless it is given."""
 
 
 def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:
