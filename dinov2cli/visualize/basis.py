@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2cli.console import logger
-from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import replacing
+from dinov2cli.errors import DataError
+from dinov2cli.files import replacing, writing
 from dinov2cli.visualize.pca import FloatArray, PrincipalComponents, StreamingCovariance, StreamingHistogram
 
 Features = NDArray[np.float32]
@@ -28,6 +28,8 @@ SOFT_EDGE = 0.04
 """Width of the foreground's soft edge, as a share of the first component's range. A hard edge flickers in video where
 sensor noise moves a patch back and forth over the threshold."""
 RANGE_PERCENTILES = (1.0, 99.0)
+FORMAT = "dino2-color-basis-1"
+COMPONENTS = ("mean", "components", "variance")  # fields of PrincipalComponents, in order
 
 
 @dataclass(frozen=True)
@@ -89,29 +91,22 @@ class ColorBasis:
         return 0.5 + centred / np.where(spread > 1e-9, spread, np.inf)
 
     def save(self, path: Path) -> None:
-        """Write an `.npz` that `ColorBasis.load` reads, atomically.
+        """Write an `.npz` that `ColorBasis.load` reads.
 
         Raises:
             EnvironmentProblem: the file cannot be written.
         """
-        try:
-            with replacing(path) as aside, aside.open("wb") as file:
-                np.savez(
-                    file,
-                    format="dino2-color-basis-1",
-                    separation_mean=self.foreground.separation.mean,
-                    separation_components=self.foreground.separation.components,
-                    separation_variance=self.foreground.separation.variance,
-                    threshold=np.nan if self.foreground.threshold is None else self.foreground.threshold,
-                    score_range=self.foreground.score_range,
-                    colors_mean=self.colors.mean,
-                    colors_components=self.colors.components,
-                    colors_variance=self.colors.variance,
-                    low=self.low,
-                    high=self.high,
-                )
-        except OSError as error:
-            raise EnvironmentProblem(f"{path}: the basis cannot be written ({error.strerror or error})") from error
+        parts = {"separation": self.foreground.separation, "colors": self.colors}
+        with writing(path), replacing(path) as aside, aside.open("wb") as file:
+            np.savez(
+                file,
+                format=FORMAT,
+                threshold=np.nan if self.foreground.threshold is None else self.foreground.threshold,
+                score_range=self.foreground.score_range,
+                low=self.low,
+                high=self.high,
+                **{f"{name}_{field}": getattr(part, field) for name, part in parts.items() for field in COMPONENTS},
+            )
 
     @classmethod
     def load(cls, path: Path) -> "ColorBasis":
@@ -122,22 +117,16 @@ class ColorBasis:
         """
         try:
             with np.load(path, allow_pickle=False) as data:
-                if str(data["format"]) != "dino2-color-basis-1":
+                if str(data["format"]) != FORMAT:
                     raise ValueError(f"format {data['format']}")
                 threshold = float(data["threshold"])
                 low, high = (float(value) for value in data["score_range"])
-                parts = {
-                    name: PrincipalComponents(
-                        data[f"{name}_mean"], data[f"{name}_components"], data[f"{name}_variance"]
-                    )
+                separation, colors = (
+                    PrincipalComponents(*(data[f"{name}_{field}"] for field in COMPONENTS))
                     for name in ("separation", "colors")
-                }
-                return cls(
-                    Foreground(parts["separation"], (low, high), None if np.isnan(threshold) else threshold),
-                    parts["colors"],
-                    low=data["low"],
-                    high=data["high"],
                 )
+                foreground = Foreground(separation, (low, high), None if np.isnan(threshold) else threshold)
+                return cls(foreground, colors, data["low"], data["high"])
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; a basis is written by `--save-basis`") from error
         except (OSError, ValueError, KeyError, EOFError) as error:

@@ -60,12 +60,10 @@ def check_picture_output(output: Path) -> None:
         raise DataError(f"{output}: unknown output type {output.suffix!r}; give .png, or no suffix (a folder)")
     folder = output.parent if output.suffix else output
     trial = folder / ".dino2.partial"
-    try:
+    with writing(output):
         folder.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
-    except OSError as error:
-        raise EnvironmentProblem(f"{output}: cannot be written ({error.strerror or error})") from error
     if output.suffix and output.is_dir():
         raise EnvironmentProblem(f"{output}: is a folder; give a file name")
 

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import write_bytes
+from dinov2cli.files import write_bytes, writing
 from dinov2cli.visualize.video.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -63,12 +63,10 @@ class Writer:
         self.path = path
         self.aside = path.with_name(f".{path.name}.partial")
         self.frames_written = 0
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._check_place()
             self._create()
-        except OSError as error:
-            raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
         """Append a frame: RGB [H, W, 3], with its time and duration in seconds; times must grow."""
