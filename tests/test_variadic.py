@@ -1,8 +1,14 @@
 """Options of several values take them at once, and never the word that CKPT is."""
 
 import pytest
+from typer.testing import CliRunner
 
+from dinov2cli.cli import command
+from dinov2cli.cli.main import app
 from dinov2cli.cli.variadic import repeat_names
+from dinov2cli.errors import ConfigError
+from dinov2cli.requests.base import Request
+from dinov2cli.requests.eval import LinearRequest
 
 LISTS = {"--nb-knn", "--test-datasets"}
 VALUED = {*LISTS, "--output-dir"}
@@ -45,3 +51,40 @@ def test_nothing_is_waited_for_where_an_option_gives_the_argument() -> None:
     assert repeat_names(given.split(), LISTS, VALUED) == (
         ["--test-datasets", "A", "--test-datasets", "B", "--pretrained-weights", "run"]
     )
+
+
+def typed(words: str, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """The request that the command line makes of the words."""
+    made: list[Request] = []
+    monkeypatch.setattr(command, "perform", made.append)
+    CliRunner().invoke(app, words.split(), catch_exceptions=False)
+    return made.pop()
+
+
+@pytest.mark.parametrize(
+    ("words", "request_"),
+    [
+        ("--test-datasets A run", LinearRequest(checkpoint="run", test_datasets=("A",))),
+        ("--test-labels A.npy run --test-datasets A", LinearRequest(
+            checkpoint="run", test_datasets=("A",), test_labels=("A.npy",)
+        )),
+        ("run a.b=1 --test-datasets A B", LinearRequest(
+            checkpoint="run", test_datasets=("A", "B"), overrides=("a.b=1",)
+        )),
+        ("--pretrained-weights run --test-datasets A B", LinearRequest(checkpoint="run", test_datasets=("A", "B"))),
+        ("--test-datasets A B --pretrained-weights run", LinearRequest(checkpoint="run", test_datasets=("A", "B"))),
+        ("run --setup x --nodes 2", LinearRequest.model_validate(
+            {"checkpoint": "run", "slurm": {"setup": ["x"], "nodes": 2}}
+        )),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["linear", "eval linear"])
+def test_ckpt_is_never_taken_for_a_value(
+    name: str, words: str, request_: LinearRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert typed(f"{name} {words}", monkeypatch) == request_
+
+
+def test_a_word_too_many_is_refused_with_what_was_taken_for_ckpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^'run' is no change of the configuration.*evaluated is 'B'"):
+        typed("linear --test-datasets A B run", monkeypatch)

@@ -6,7 +6,7 @@ The names and defaults of the options are the reference implementation's.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
@@ -93,10 +93,13 @@ class EvalRequest(Request):
 
     @field_validator("overrides")
     @classmethod
-    def _are_overrides(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_overrides(cls, words: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for word in words:
             if "=" not in word:
-                raise ValueError(f"'{word}' is no change of the configuration; these are written a.b=value.")
+                raise ValueError(
+                    f"'{word}' is no change of the configuration; these are written a.b=value. "
+                    f"What is evaluated is '{info.data.get('checkpoint')}', the first word that belongs to no option."
+                )
         return words
 
 
