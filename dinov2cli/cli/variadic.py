@@ -18,9 +18,9 @@ class VariadicCommand(TyperCommand):
         instead: flags of options that give this argument.
     """
 
-    one_each: frozenset[str] = frozenset({"slurm", "setup"})
-    waits = True
-    instead: frozenset[str] = frozenset({"--pretrained-weights"})
+    one_each: frozenset[str] = frozenset()
+    waits = False
+    instead: frozenset[str] = frozenset()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option's name before each value, then parse as usual."""

@@ -1,11 +1,11 @@
 """Requests for measurements: how fast the parts of dino2 run on this machine."""
 
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
+from dinov2cli.requests.train import ConfigFile
 
 Overrides = Annotated[
     tuple[str, ...],
@@ -14,7 +14,6 @@ Overrides = Annotated[
     ),
 ]
 Preset = Annotated[str | None, Option("What to run.", metavar="NAME", completes="presets")]
-ConfigFile = Annotated[Path | None, Option("A configuration file instead of a preset.", metavar="YAML")]
 Data = Annotated[str, Option("A folder of images or a dataset string.", metavar="DATASET")]
 Device = Annotated[str, Option("cpu, cuda, or auto: a GPU if there is one.")]
 Tables = Annotated[bool, Option("Print one JSON object instead of tables.", flags="--json")]

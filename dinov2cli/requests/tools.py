@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Option, Request
+from dinov2cli.requests.train import ConfigFile
 
 
 class Info(Request):
@@ -157,7 +158,7 @@ class Doctor(Request):
         str | None,
         Option("The configuration of a run to come; see dino2 presets list.", metavar="NAME", completes="presets"),
     ] = None
-    config_file: Annotated[Path | None, Option("A configuration file instead of a preset.", metavar="YAML")] = None
+    config_file: ConfigFile = None
     data: Annotated[str | None, Option("The training images: a folder or a dataset string.", metavar="DATASET")] = None
     output_dir: Annotated[Path | None, Option("Where the run folder is going to be.", metavar="DIR")] = None
     cpu: Annotated[bool, Option("As if training on the CPU even if there is a GPU.")] = False
