@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2cli.config import ViTConfig
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
 from dinov2cli.models.layers import draw_kept_sequences
@@ -14,7 +15,8 @@ LAYOUT = TokenLayout(((6, 10), (8, 5)))
 
 def block_of(ffn_layer: str) -> LastBlock:
     torch.manual_seed(0)
-    return LastBlock(24, 2, 4.0, ffn_layer, True, True, True, 0.5, "sdpa").double()
+    config = ViTConfig(embed_dim=24, num_heads=2, ffn_layer=ffn_layer, layerscale=0.5)
+    return LastBlock(config, "sdpa").double()
 
 
 def used_tokens() -> Tensor:
