@@ -105,7 +105,7 @@ def plain_network(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class tokens, their scores, and the scores of the masked patches."""
     model: VisionTransformer = network.backbone
-    tokens = [model._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
+    tokens = [model.prepare_tokens_with_masks(images, mask) for images, mask in zip(crops, masks, strict=True)]
     layout = TokenLayout(tuple((x.shape[0], x.shape[1]) for x in tokens))
     stream = torch.cat([x.flatten(0, 1) for x in tokens])
     for block, kept in zip(model.blocks, model.draw_stochastic_depth(stream, layout, drop), strict=True):

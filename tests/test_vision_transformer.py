@@ -67,6 +67,48 @@ def test_a_list_of_batches_equals_each_by_itself() -> None:
             torch.testing.assert_close(features[key], alone[key], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_images_alone_go_through_the_blocks_as_in_the_reference(variant: str) -> None:
+    model, golden = golden_model(variant)
+    x = golden["wide/x"]
+    seen: list[tuple[int, ...]] = []
+    parts = [part for block in model.blocks for part in (block, block.attn, block.attn.qkv, block.mlp)]
+    hooks = [part.register_forward_hook(lambda m, inputs, y: seen.append((inputs[0].ndim, y.ndim))) for part in parts]
+    features = model(x, is_training=True)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [(3, 3)] * len(parts)
+    tokens = model.prepare_tokens_with_masks(x, None)
+    bare = model.patch_embed(x)
+    with_cls = torch.cat([model.cls_token.expand(len(x), -1, -1), bare], dim=1)
+    placed = with_cls + model.interpolate_pos_encoding(with_cls, *x.shape[-2:])
+    assert torch.equal(torch.cat([tokens[:, :1], tokens[:, model.prefix_tokens :]], dim=1), placed)
+    for block in model.blocks:
+        halfway = tokens + block.ls1(block.attn(block.norm1(tokens)))
+        torch.testing.assert_close(
+            block(tokens), halfway + block.ls2(block.mlp(block.norm2(halfway))), atol=1e-5, rtol=0
+        )
+        tokens = block(tokens)
+    assert torch.equal(tokens, features["x_prenorm"]) and torch.equal(model(x), features["x_norm_clstoken"])
+    torch.testing.assert_close(model.norm(tokens)[:, 0], golden["wide/cls"], atol=1e-5, rtol=0)
+    (packed,) = model.forward_features([x])
+    assert all(torch.equal(packed[key], features[key]) for key in features if key != "masks")
+
+
+def test_images_alone_keep_their_sequences_under_stochastic_depth() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=16, depth=2, num_heads=2, drop_path_rate=0.5
+    ).train()
+    x = torch.randn(6, 3, 28, 28)
+    tokens, (stream, layout) = model.prepare_tokens_with_masks(x), model.prepare_tokens([x], [None])
+    assert layout.grids == ((2, 2),)
+    alone = model.forward_blocks(tokens, drop_generator=torch.Generator().manual_seed(0))
+    packed = model.forward_blocks(stream, layout, torch.Generator().manual_seed(0))
+    assert torch.equal(alone.flatten(0, 1), packed)
+
+
 @torch.no_grad()
 def test_training_tokens_are_those_of_forward_features() -> None:
     model, golden = golden_model("reg4")

@@ -132,7 +132,8 @@ class Extractor:
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
-        return detailed_features(self.model, images) if self.detailed else {"cls": self.model(images).float()}
+        model: Any = self.model
+        return detailed_features(model, images) if self.detailed else {"cls": model.class_tokens(images).float()}
 
     @property
     def _images_in_cache(self) -> int:

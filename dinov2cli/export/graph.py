@@ -40,8 +40,8 @@ class ExportableVisionTransformer(VisionTransformer):
     (antialiasing, the offset). Written as matrices it is plain arithmetic, and one graph serves every size.
     """
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        h, w = height // self.patch_size, width // self.patch_size
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        h, w = w // self.patch_size, h // self.patch_size  # the reference's names: the first side is w
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         native = (torch.scalar_tensor(h) == side) & (torch.scalar_tensor(w) == side)
         rows = self._resize_matrix(h, side, native)  # [h, M]

@@ -61,6 +61,9 @@ class AnySizeVisionTransformer(VisionTransformer):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, size_policy={self.size_policy!r}"
 
+    def prepare_tokens_with_masks(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().prepare_tokens_with_masks(fit_to_patches(images, self.patch_size, self.size_policy), mask)
+
     def prepare_tokens(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, TokenLayout]:
         return super().prepare_tokens([fit_to_patches(x, self.patch_size, self.size_policy) for x in images], masks)
 

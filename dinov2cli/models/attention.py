@@ -5,7 +5,7 @@ Shape legend: T tokens of all sequences together, H heads, C channels a head; b 
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ class TokenLayout:
     Args:
         groups: `(number of sequences, tokens a sequence)` for each run of equally long sequences, in stream order;
             for example `((2 * B, 257), (8 * B, 50))` for the global and local crops of B images.
+        grids: patches (h, w) of an image of each group, for what depends on places in the image; empty if unknown.
     """
 
     groups: tuple[tuple[int, int], ...]
+    grids: tuple[tuple[int, int], ...] = ()
     aid: Any = field(default=None, compare=False, repr=False)
     """What a backend needs of the layout on its device: offsets or a mask; see `prepared`."""
 
@@ -34,7 +36,7 @@ class TokenLayout:
         Made within a block it would be copied to the GPU, and waited for, by every one that is compiled.
         """
         make = _AIDS.get(backend)
-        return self if make is None or device.type != "cuda" else TokenLayout(self.groups, make(self, device))
+        return self if make is None or device.type != "cuda" else replace(self, aid=make(self, device))
 
     @property
     def tokens(self) -> int:

@@ -22,12 +22,12 @@ class LastBlock(Block):
     def forward(
         self,
         x: Tensor,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         kept: tuple[KeptSequences, KeptSequences] | None = None,
         used: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens at the places `used` (int64 [U]); see `Block`."""
-        if used is None:
+        """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens of a stream at the places `used` (int64 [U])."""
+        if used is None or layout is None:
             return super().forward(x, layout, kept)
         y: Tensor = x.index_select(0, used)
         if kept is None:

@@ -51,24 +51,34 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, layout: TokenLayout, scale: nn.Module | None = None) -> Tensor:
-        """Attention, then the output projection, whose output `scale` (a LayerScale) multiplies if there is one."""
+    def forward(self, x: Tensor, layout: TokenLayout | None = None, scale: nn.Module | None = None) -> Tensor:
+        """Attention, then the output projection, whose output `scale` (a LayerScale) multiplies if there is one.
+
+        A packed stream [T, D] comes with its layout; images alone [B, N, D] need none.
+        """
+        layout = layout or TokenLayout(((x.shape[0], x.shape[1]),)).prepared(self.backend, x.device)
         attended = ATTENTION_BACKENDS[self.backend](self.queries_keys_values(x), layout)
-        return linear_and_scale(attended.flatten(1), self.proj, scale)
+        return linear_and_scale(attended.reshape(x.shape), self.proj, scale)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, 3, H, C]."""
+        """[T, D] or [B, N, D] -> [T, 3, H, C]."""
         qkv: Tensor = self.qkv(x)
-        return qkv.view(x.shape[0], 3, self.num_heads, -1)
+        return qkv.view(-1, 3, self.num_heads, x.shape[-1] // self.num_heads)
 
-    def weights(self, x: Tensor, queries: int) -> Tensor:
-        """What the first tokens of each image look at, by the softmax in float32: [B, N, D] -> [B, H, queries, N].
+    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """What the softmax gives, which fused attention never forms: for pictures of it.
 
-        Fused attention never forms these weights; the rows of the other tokens are left out.
+        Args:
+            x: tokens of images alone, [B, N, D].
+            queries: this many first tokens ask, by default all; N x N numbers a head are many.
+
+        Returns:
+            float32 [B, H, queries, N].
         """
-        q, k, _ = self.queries_keys_values(x.flatten(0, 1)).float().unflatten(0, x.shape[:2]).unbind(2)
-        scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", q[:, :queries], k) / q.shape[-1] ** 0.5
-        return scores.softmax(-1)
+        q, k, _ = self.queries_keys_values(x).float().unflatten(0, x.shape[:2]).unbind(2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :queries], k) / q.shape[-1] ** 0.5
+        weights: Tensor = scores.softmax(-1)
+        return weights
 
 
 class Mlp(nn.Module):
@@ -188,7 +198,7 @@ def draw_for_branches(
         index.append((start + part[:, :, None] * length + torch.arange(length, device=device)).flatten(1))
         scale.append(torch.full((kept * length, 1), count / kept, device=device))
         start += count * length
-    kept_layout, scales = TokenLayout(tuple(groups)).prepared(backend, device), torch.cat(scale)
+    kept_layout, scales = TokenLayout(tuple(groups), layout.grids).prepared(backend, device), torch.cat(scale)
     return [KeptSequences(places, kept_layout, scales) for places in torch.cat(index, dim=1).unbind()]
 
 
@@ -206,29 +216,33 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, kept: tuple[KeptSequences, KeptSequences] | None = None
+        self,
+        x: Tensor,
+        layout: TokenLayout | None = None,
+        kept: tuple[KeptSequences, KeptSequences] | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D].
+        """[T, D] -> [T, D], or [B, N, D] -> [B, N, D].
 
         Args:
-            x: the packed stream.
-            layout: its sequences.
+            x: the packed stream, or the tokens of images alone.
+            layout: the stream's sequences; None for images alone.
             kept: each branch runs on its own random sequences alone, which saves their cost.
         """
         if kept is None:
             x = x + self.attention_branch(x, layout)
             return x + self.mlp_branch(x, layout)
         for branch, drawn in zip((self.attention_branch, self.mlp_branch), kept, strict=True):
-            residual = branch(x.index_select(0, drawn.index), drawn.layout) * drawn.scale
-            x = x.index_add(0, drawn.index, residual.to(x.dtype))
+            stream = x.flatten(0, -2)
+            residual = branch(stream.index_select(0, drawn.index), drawn.layout) * drawn.scale
+            x = stream.index_add(0, drawn.index, residual.to(x.dtype)).view(x.shape)
         return x
 
-    def attention_branch(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """The first residual, [T, D] -> [T, D]."""
+    def attention_branch(self, x: Tensor, layout: TokenLayout | None) -> Tensor:
+        """The first residual, in the shape of `x`."""
         residual: Tensor = self.attn(self.norm1(x), layout, scale=self.ls1)
         return residual
 
     def mlp_branch(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """The second residual, [T, D] -> [T, D]; tokens are independent, so the layout does not matter."""
+        """The second residual, in the shape of `x`; tokens are independent, so the layout does not matter."""
         residual: Tensor = self.mlp(self.norm2(x), self.ls2)
         return residual

@@ -96,11 +96,16 @@ class VisionTransformer(nn.Module):
             return int(rest.split(".")[0]) + 1
         return self.depth + 1 if part in ("norm", "head") else 0
 
-    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """The normalised class token: [B, C, H, W] -> [B, D]."""
-        stream, layout = self.prepare_tokens([x], [masks])
-        cls_token: Tensor = self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
-        return cls_token
+    def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
+        """The normalised class token, [B, C, H, W] -> [B, D]; with `is_training`, what `forward_features` gives."""
+        features = self.forward_features(x, masks)
+        return features if is_training else self.head(features["x_norm_clstoken"])
+
+    def class_tokens(self, x: Tensor) -> Tensor:
+        """`forward` for less work, as the last block is computed for the class tokens alone; equal but for rounding."""
+        stream, layout = self.prepare_tokens([x], [None])
+        tokens: Tensor = self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
+        return tokens
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
@@ -117,55 +122,58 @@ class VisionTransformer(nn.Module):
         """
         if isinstance(x, Tensor):
             assert masks is None or isinstance(masks, Tensor)
-            return self._forward_list([x], [masks])[0]
-        return self._forward_list(x, masks if masks is not None else [None] * len(x))
-
-    def _forward_list(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | Tensor
-    ) -> list[dict[str, Tensor | None]]:
-        stream, layout = self.prepare_tokens(images, list(masks))
+            prenorm = self.forward_blocks(self.prepare_tokens_with_masks(x, masks))
+            return self._features(self.norm(prenorm), prenorm, masks)
+        masks = list(masks) if masks is not None else [None] * len(x)
+        stream, layout = self.prepare_tokens(x, masks)
         prenorm = self.forward_blocks(stream, layout)
-        patches_from = self.prefix_tokens
-        return [
-            {
-                "x_norm_clstoken": normed[:, 0],
-                "x_norm_regtokens": normed[:, 1:patches_from],
-                "x_norm_patchtokens": normed[:, patches_from:],
-                "x_prenorm": raw,
-                "masks": mask,
-            }
-            for normed, raw, mask in zip(layout.split(self.norm(prenorm)), layout.split(prenorm), masks, strict=True)
-        ]
+        parts = zip(layout.split(self.norm(prenorm)), layout.split(prenorm), masks, strict=True)
+        return [self._features(*part) for part in parts]
+
+    def _features(self, normed: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1 : self.prefix_tokens],
+            "x_norm_patchtokens": normed[:, self.prefix_tokens :],
+            "x_prenorm": prenorm,
+            "masks": masks,
+        }
 
     def prepare_tokens(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, TokenLayout]:
         """Embed batches of images as one packed stream [T, D] of (cls, registers, patches) sequences."""
-        batches = [self._embed(batch, mask) for batch, mask in zip(images, masks, strict=True)]
-        layout = TokenLayout(tuple((tokens.shape[0], tokens.shape[1]) for tokens in batches))
+        batches = [self.prepare_tokens_with_masks(batch, mask) for batch, mask in zip(images, masks, strict=True)]
+        groups = tuple((tokens.shape[0], tokens.shape[1]) for tokens in batches)
+        layout = TokenLayout(groups, tuple(map(self.grid_of, images)))
         stream = torch.cat([tokens.flatten(0, 1) for tokens in batches])
         return stream, layout.prepared(self.attention_backend, stream.device)
 
     def forward_blocks(
         self,
         stream: Tensor,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         drop_generator: torch.Generator | None = None,
         used: Tensor | None = None,
     ) -> Tensor:
         """All blocks, before the final norm. [T, D] -> [T, D], or [U, D] of the tokens `used` (int64 [U]) alone.
 
+        Images alone stay [B, N, D] through every block, with the numbers of a packed stream.
+
         In training mode with a drop path rate, each residual branch draws its own sequences from `drop_generator`
         (a CPU generator; the global one if None).
         """
-        kept_by_block = self.draw_stochastic_depth(stream, layout, drop_generator)
+        alone = TokenLayout(((stream.shape[0], stream.shape[1]),))
+        kept_by_block = self.draw_stochastic_depth(stream, layout or alone, drop_generator)
         if not any(kept_by_block):
             stream = exact_under_autocast(stream)
         for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
-            wanted = () if i < self.depth - 1 else (used,)
+            known: tuple[Any, ...] = (layout, kept) if i < self.depth - 1 or used is None else (layout, kept, used)
+            if layout is None and kept is None:
+                known = ()  # hooks see what they see of the reference's blocks
             if self.activation_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, kept, *wanted, use_reentrant=False)
+                stream = checkpoint(block, stream, *known, use_reentrant=False)
             else:
-                stream = block(stream, layout, kept, *wanted)
+                stream = block(stream, *known)
         return stream
 
     def forward_tokens(
@@ -242,32 +250,38 @@ class VisionTransformer(nn.Module):
         wanted = set(range(self.depth - n, self.depth)) if isinstance(n, int) else set(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
             raise ValueError(f"n={n}: the model has blocks 0 to {self.depth - 1}")
-        stream, layout = self.prepare_tokens([x], [None])
-        stream = exact_under_autocast(stream)
-        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        stream = exact_under_autocast(self.prepare_tokens_with_masks(x))
+        grid = self.grid_of(x)
         outputs = []
         for i, block in enumerate(self.blocks):
-            stream = block(stream, layout)
+            stream = block(stream)
             if i in wanted:
-                tokens = next(layout.split(self.norm(stream) if norm else stream))
+                tokens = self.norm(stream) if norm else stream
                 patches = tokens[:, self.prefix_tokens :]
                 if reshape:
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 outputs.append((patches, tokens[:, 0]))
         return tuple(outputs) if return_class_token else tuple(patches for patches, _ in outputs)
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """Position embeddings for an image of `height` x `width` pixels: float32 [1, 1+h*w, D]."""
-        return resize_positions(self.pos_embed, (height // self.patch_size, width // self.patch_size), self.config)
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Patches (h, w) of an image of a batch."""
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
-    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """Position embeddings [1, 1+N, D] in the dtype of the tokens `x`, for images [B, C, w, h].
+
+        `w` is the first side, the height: names and order are the reference's.
+        """
+        return resize_positions(self.pos_embed, (w // self.patch_size, h // self.patch_size), self.config).to(x.dtype)
+
+    def prepare_tokens_with_masks(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, C, H, W] -> [B, 1+R+N, D]. Registers have no position, so they join after it is added."""
         patches = self.patch_embed(images)
         if mask is not None:
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         tokens = torch.cat([cls, patches], dim=1)
-        tokens = tokens + self.interpolate_pos_encoding(*images.shape[-2:]).to(tokens.dtype)
+        tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
         if self.num_register_tokens:
             registers = self.register_tokens.expand(patches.shape[0], -1, -1).to(tokens.dtype)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)

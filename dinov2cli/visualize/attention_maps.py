@@ -93,7 +93,7 @@ def special_token_attention(model: VisionTransformer, images: Tensor, block: int
         model.forward_features(images)
     finally:
         hook.remove()
-    weights: Tensor = attention.weights(entered[0].view(len(images), -1, model.embed_dim), model.prefix_tokens)
+    weights: Tensor = attention.weights(entered[0], model.prefix_tokens)
     return weights
 
 
