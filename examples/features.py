@@ -14,7 +14,7 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.transforms import EvalTransform
 
 
-def main(weights: str, folder: str, size: int = 112) -> list[tuple[str, str]]:
+def main(weights: str, folder: str, *, size: int = 112) -> list[tuple[str, str]]:
     model = load_model(weights).eval()
     dataset = make_dataset(folder)
     transform = EvalTransform(resize=size * 8 // 7, crop=size // model.patch_size * model.patch_size)

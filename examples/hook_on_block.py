@@ -15,7 +15,7 @@ from dinov2cli import load_model
 from dinov2cli.data.transforms import EvalTransform
 
 
-def main(weights: str, image: str, size: int = 112) -> list[float]:
+def main(weights: str, image: str, *, size: int = 112) -> list[float]:
     model = load_model(weights).eval()
     steps: list[float] = []
 
