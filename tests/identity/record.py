@@ -99,7 +99,9 @@ def parameter(each):
 
 def describe(command):
     below = {name: describe(sub) for name, sub in getattr(command, "commands", {}).items()}
-    parameters = [parameter(each) for each in command.params]
+    parameters = {}
+    for each in map(parameter, command.params):
+        parameters[each["flags"][0] if each.get("flags") else each.get("metavar") or each["kind"]] = each
     record = {"help": command.help or "", "parameters": parameters}
     return record | ({"commands": below} if below else {})
 

@@ -47,6 +47,8 @@ BOUNDS = {
     # Weights after 30 iterations: Adam makes full steps of the smallest gradients, whose sign is rounding.
     "demo/.*/tensors/.*/(norm|mean|some)": Bound(1e-2, 2e-2),
     ".*/tensors/.*/(norm|mean|some)": Bound(1e-3, 1e-3),
+    # How torch writes an exported program, and how many bytes it takes.
+    "exports/torch-export/graph|.*/says/files/": NOT_COMPARED,
     "exports/.*/answers/.*/(norm|mean|some)": Bound(1e-3, 3e-4),
     # Mean colours of fields, 0 to 255. The demo's components lie close together, and turn.
     "demo/pca-image/fields": Bound(absolute=70),
