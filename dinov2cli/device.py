@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,16 @@ class Arriving:
             return {name: tensor.cpu() for name, tensor in self._tensors.items()}
         self._event.synchronize()
         return self._tensors
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of matrix products under autocast on such a device, or None; the meta device knows no autocast."""
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(kind: str) -> AbstractContextManager[None]:
+    """Context in which nothing is cast on such a device."""
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def main_memory() -> int:

@@ -121,7 +121,7 @@ def _train_in_group(config: Config, request: Train) -> None:
     from dinov2cli.device import choose_device
     from dinov2cli.doctor.report import preflight
     from dinov2cli.models.load.locate import Source, locate_together
-    from dinov2cli.train.rehearsal import rehearse
+    from dinov2cli.train.dry_run import rehearse
     from dinov2cli.train.run_folder import RunFolder
     from dinov2cli.train.trainer import Trainer
 

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from dinov2cli.models.allocator import keep_freed_memory
+from dinov2cli.train.allocator import keep_freed_memory
 assert keep_freed_memory()
 torch.ones(20_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,7 +28,7 @@ def test_large_arrays_reuse_memory() -> None:
 @pytest.mark.parametrize("room", [True, False])
 def test_an_evaluation_does_not_overrule_its_training(room: bool) -> None:
     code = (
-        "from dinov2cli.models.allocator import keep_freed_memory\n"
+        "from dinov2cli.train.allocator import keep_freed_memory\n"
         f"print(keep_freed_memory(room={room}), keep_freed_memory(), keep_freed_memory(room={not room}))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()

@@ -1,7 +1,7 @@
 """`dino2 bench extract` measures images that are there, and those that are still files."""
 
 from test_bench_train import run
-from test_flops import SIZES
+from test_cost import SIZES
 
 
 def test_extraction_from_memory_and_from_files() -> None:

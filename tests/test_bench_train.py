@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_flops import SIZES
+from test_cost import SIZES
 from typer.testing import CliRunner
 
 from dinov2cli.bench.train import TrainBenchmark, benchmark_variants

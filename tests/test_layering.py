@@ -28,7 +28,7 @@ FLOORS = {
 }  # fmt: skip
 LONGEST_FILE, MOST_PARAMETERS = 330, 12
 # What does not hold yet; each only ever gets shorter.
-CIRCLES = {("train/plan.py", "train/trainer.py")}
+CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES = {"launch/supervisor.py"}
 LONG_SIGNATURES: set[str] = set()
 TO_COME = {"models/load/infer.py", "models/load/layouts/", "bench/"}

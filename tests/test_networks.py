@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_flops import SIZES
+from tiny_run import TINY as SIZES
 
 from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config

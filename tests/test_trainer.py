@@ -12,7 +12,7 @@ from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, DataError, TrainingFailure
-from dinov2cli.train.rehearsal import rehearse
+from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from dinov2cli.config import load_config
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.device import choose_device
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.requests.bench import BenchExtract
-from dinov2cli.train.flops import forward_flops
+from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.cost import class_token_flops
 from dinov2cli.train.networks import build_backbone
 
 
@@ -50,7 +50,7 @@ def run(request: BenchExtract) -> Measured:
         began = time.perf_counter()
         extractor(dataset)
         from_files = len(dataset) / (time.perf_counter() - began)
-    gflops_per_s, best = per_s * forward_flops(model, image_size) / 1e9, max(rates)
+    gflops_per_s, best = per_s * class_token_flops(config, image_size) / 1e9, max(rates)
     figures = {
         "device": name_of(device),
         "threads": torch.get_num_threads(),

@@ -25,10 +25,9 @@ from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patch
 from dinov2cli.data.randomness import mask_rng
 from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
-from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.requests.bench import BenchTrain
-from dinov2cli.train.flops import step_flops
-from dinov2cli.train.memory import crop_groups, estimate, masked_patches, room_for_gaps
+from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.cost import estimate, masked_patches, room_for_gaps, step_flops
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.sharding import Sharding
@@ -69,7 +68,7 @@ class TrainBenchmark(NamedTuple):
     parts_s: dict[str, float]
     """Median time of each part of a step: data, passes of the backbones, `REST`."""
     model_gflops: float
-    """Of an average step, counted by `flops.step_flops`: what its losses and gradients need."""
+    """Of an average step, counted by `cost.step_flops`: what it computes."""
     whole_gflops: float
     """The same with every token of the last block."""
     model_gflops_per_s: float
@@ -81,7 +80,7 @@ class TrainBenchmark(NamedTuple):
     memory_gb: float
     """Largest amount that the steps took: allocated on the GPU; on the CPU, growth of the process's resident memory."""
     expected_memory_gb: float
-    """`memory.estimate`."""
+    """`cost.estimate`."""
 
 
 def run(request: BenchTrain) -> Measured:
@@ -185,7 +184,7 @@ def benchmark_training(
     memory_before = _memory(device)
     step = _TimedStep(config, device, precision, attention)
     total = WARM_UP + steps
-    times, masked, rates = [], [], []
+    times, rates = [], []
     batches, waiting = iter(_batches(config, dataset, total, device)), time.perf_counter()
     name = f"{precision.name} {attention}{' compiled' if config.train.compile else ''}, steps"
     with progress() as bar:
@@ -195,12 +194,11 @@ def benchmark_training(
             parts = step(batch)
             if number >= WARM_UP:
                 times.append({**parts, "data": parts["data"] + waited})
-                masked.append(batch.mask_indices.shape[0])
             if number >= WARM_UP - 1:  # before and after each step that counts
                 rates.append(matrix_rates(config, device, precision.dtype))
             waiting = time.perf_counter()
 
-    flops = step_flops(config, masked=round(statistics.mean(masked)))
+    flops = step_flops(config)
     seconds = [sum(parts.values()) for parts in times]
     order = ["data", *(part for part in times[0] if part.endswith(" forward")), *REST]
     step_s = statistics.median(seconds)
@@ -265,8 +263,11 @@ class _TimedStep:
 def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
     """Median GFLOP/s of the step's own matrix products: the blocks' layers, the prototypes, and one square product."""
     dim = config.arch().embed_dim
-    tokens = sum(count * length for count, length in crop_groups(config))
-    rows = sum(count for count, _ in crop_groups(config)) + masked_patches(config)
+    batch, crops, patch = config.train.batch_size_per_gpu, config.crops, config.student.patch_size
+    sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
+    special = 1 + config.student.num_register_tokens
+    tokens = batch * sum((size // patch) ** 2 + special for size in sizes)
+    rows = batch * len(sizes) + masked_patches(config)
     shapes = [
         (tokens, dim, 3 * dim),
         (tokens, dim, 4 * dim),

@@ -25,7 +25,7 @@ from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure,
 from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.files import flush_to_disk
-from dinov2cli.train.memory import describe, estimate
+from dinov2cli.train.cost import describe, estimate
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import choose_sharding

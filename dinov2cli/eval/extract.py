@@ -21,7 +21,7 @@ from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
 from dinov2cli.eval.stopping import stoppable
-from dinov2cli.models.allocator import keep_freed_memory
+from dinov2cli.train.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset

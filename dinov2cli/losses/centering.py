@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
+from dinov2cli.device import without_autocast
 
 
 class SoftmaxCentering(nn.Module):
@@ -69,7 +70,7 @@ def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -
     Returns:
         float32 [B, K]; each row sums to 1.
     """
-    with torch.autocast(scores_BK.device.type, enabled=False):  # matrix-vector products, too, in float32
+    with without_autocast(scores_BK.device.type):  # matrix-vector products, too, in float32
         # One float32 copy, which becomes the result.
         return _sinkhorn_knopp(scores_BK.to(torch.float32, copy=True).div_(temperature), iterations)
 

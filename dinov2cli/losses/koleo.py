@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2cli.device import without_autocast
 from dinov2cli.losses.term import GLOBAL_VIEWS, Batch, LossTerm, Tokens
 
 
@@ -18,7 +19,7 @@ class KoLeoLoss(nn.Module):
         """[B, D] -> float32 scalar. With a single image there is no neighbour, and the loss is 0."""
         if features.shape[0] < 2:
             return features.float().sum() * 0
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             x = F.normalize(features.float(), dim=-1, eps=self.eps)
             with torch.no_grad():
                 similarity = x @ x.T

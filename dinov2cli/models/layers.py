@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli.config.vit import ViTConfig
+from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 
 
@@ -138,9 +139,7 @@ def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Te
 
 
 def _products_in_float16(x: Tensor) -> bool:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype == torch.float16
+    return (autocast_dtype(x.device.type) or x.dtype) == torch.float16
 
 
 @dataclass(frozen=True)

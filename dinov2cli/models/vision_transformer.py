@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.config.vit import ViTConfig
+from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
 from dinov2cli.models.layers import Block, KeptSequences, PatchEmbed, draw_for_branches
@@ -294,7 +295,7 @@ def exact_under_autocast(stream: Tensor) -> Tensor:
     So it is in the reference wherever nothing is dropped, as LayerScale's float32 factors promote it; with stochastic
     depth it stays in half precision there, too.
     """
-    return stream.float() if torch.is_autocast_enabled(stream.device.type) else stream
+    return stream.float() if autocast_dtype(stream.device.type) else stream
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int], config: ViTConfig) -> Tensor:

@@ -51,7 +51,7 @@ def choose_sharding(config: Config, precision: Precision, world_size: int) -> tu
     if world_size == 1:
         return "none", "one process"
     if precision.device.type == "cuda" and not scaled:
-        from dinov2cli.train.memory import estimate
+        from dinov2cli.train.cost import estimate
 
         needed_gb = estimate(config, world_size=world_size, sharding="ddp", precision=precision.name).total
         there = torch.cuda.get_device_properties(precision.device).total_memory / 1e9

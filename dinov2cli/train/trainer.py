@@ -18,15 +18,15 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader, make_train_loader
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
-from dinov2cli.models.allocator import keep_freed_memory
 from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
+from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.cost import estimate, room_for_gaps
 from dinov2cli.train.display import print_plan
-from dinov2cli.train.memory import estimate, room_for_gaps
+from dinov2cli.train.dry_run import plan_rows
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
-from dinov2cli.train.plan import plan_rows
 from dinov2cli.train.record import Reading, Record, StepResult
 from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
 from dinov2cli.train.run_folder import RunFolder
@@ -95,8 +95,6 @@ class Trainer:
         self.expected_memory = estimate(
             config, world_size=self.world_size, sharding=mode, precision=self.precision.name
         )
-        if device.type == "cpu":
-            keep_freed_memory(room=room_for_gaps(self.expected_memory))
         self.objective.to(device).train()
         if config.train.compile:
             self.objective.compile_parts()
@@ -119,6 +117,8 @@ class Trainer:
         if self.iteration >= self.total:
             logger.info("finished already: %d of %d iterations", self.iteration, self.total)
             return
+        if self.device.type == "cpu":
+            keep_freed_memory(room=room_for_gaps(self.expected_memory))
         loader = self.make_loader()
         with distributed.same_error_everywhere():
             if distributed.is_main():
