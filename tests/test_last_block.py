@@ -7,7 +7,7 @@ from torch import Tensor
 from dinov2cli.config import ViTConfig
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
-from dinov2cli.models.layers import draw_kept_sequences
+from dinov2cli.models.stochastic_depth import draw_kept_sequences
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 LAYOUT = TokenLayout(((6, 10), (8, 5)))

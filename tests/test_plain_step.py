@@ -18,7 +18,8 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.dino_head import DINOHead
-from dinov2cli.models.layers import Block, KeptSequences
+from dinov2cli.models.layers import Block
+from dinov2cli.models.stochastic_depth import KeptSequences
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
@@ -124,7 +125,7 @@ def plain_block(
     for number, branch in enumerate((plain_attention, plain_mlp)):
         factor = torch.ones(len(x), 1)
         if kept is not None:
-            factor = torch.zeros(len(x), 1).index_put((kept[number].index,), kept[number].scale)
+            factor = torch.zeros(len(x), 1).index_put((kept[number].index,), kept[number].factor)
         x = x + factor * branch(block, x, layout)
     return x
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
-from dinov2cli.models.layers import Attention, Block, KeptSequences, linear_and_scale
+from dinov2cli.models.layers import Attention, Block, linear_and_scale
+from dinov2cli.models.stochastic_depth import KeptSequences, shapes_may_depend_on_data
 
 
 class LastBlock(Block):
@@ -34,13 +35,13 @@ class LastBlock(Block):
             y = y + attention_at(self.attn, self.norm1(x), layout, used, self.ls1)
             return y + self.mlp_branch(y)
         attending, transformed = kept
-        rows, places, scale = find(attending, used, x.shape[0])
-        normed = self.norm1(x.index_select(0, attending.index))
+        rows, places, scale = find(attending, used)
+        normed = self.norm1(attending.select(x))
         residual = attention_at(self.attn, normed, attending.layout, places, self.ls1) * scale
-        y = y.index_add(0, rows, residual.to(y.dtype))
-        rows, _, scale = find(transformed, used, x.shape[0])
-        residual = self.mlp_branch(y.index_select(0, rows)) * scale
-        return y.index_add(0, rows, residual.to(y.dtype))
+        y = add_rows(y, rows, residual.to(y.dtype))
+        rows, _, scale = find(transformed, used)
+        residual = self.mlp_branch(y if rows is None else y.index_select(0, rows)) * scale
+        return add_rows(y, rows, residual.to(y.dtype))
 
 
 def attention_at(attn: Attention, x: Tensor, layout: TokenLayout, places: Tensor, scale: nn.Module) -> Tensor:
@@ -89,7 +90,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-def find(kept: KeptSequences, places: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def add_rows(y: Tensor, rows: Tensor | None, residual: Tensor) -> Tensor:
+    """`y` [U, D] with a residual added to some rows, or to all."""
+    return y + residual if rows is None else y.index_add(0, rows, residual)
+
+
+def find(kept: KeptSequences, places: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """Which of some tokens of the whole stream are kept, where in the kept stream they lie, and their scale.
 
     Where shapes may not depend on the data, dropped tokens are given too, at place 0 with scale 0.
@@ -97,22 +103,12 @@ def find(kept: KeptSequences, places: Tensor, tokens: int) -> tuple[Tensor, Tens
     Args:
         kept: the sequences on which a branch runs.
         places: int64 [U], in the whole stream.
-        tokens: length T of the whole stream.
 
     Returns:
-        int64 [U'], which of `places`; int64 [U'], places in the kept stream; float32 [U', 1].
+        int64 [U'], which of `places`, or None for all; int64 [U'], places in the kept stream; float32 [U', 1].
     """
-    kept_place = kept.index.new_zeros(tokens)
-    kept_place[kept.index] = torch.arange(kept.index.shape[0], device=kept.index.device)
-    scale = kept.scale.new_zeros(tokens, 1)
-    scale[kept.index] = kept.scale
-    found, scale = kept_place[places], scale[places]
+    found, scale = kept.place[places], kept.scale[places]
     if not shapes_may_depend_on_data(kept.index):
-        return torch.arange(places.shape[0], device=places.device), found, scale
+        return None, found, scale
     rows = scale.flatten().nonzero().flatten()
     return rows, found[rows], scale[rows]
-
-
-def shapes_may_depend_on_data(x: Tensor) -> bool:
-    """Whether sizes may be read from arrays: on the CPU. A GPU would be waited for, a compiled graph broken."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()

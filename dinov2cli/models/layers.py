@@ -4,7 +4,6 @@ Shape legend: T tokens, D dim, H heads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
+from dinov2cli.models.stochastic_depth import KeptSequences
 
 
 class PatchEmbed(nn.Module):
@@ -142,65 +142,6 @@ def _products_in_float16(x: Tensor) -> bool:
     return (autocast_dtype(x.device.type) or x.dtype) == torch.float16
 
 
-@dataclass(frozen=True)
-class KeptSequences:
-    """The random sequences on which one residual branch runs in this step (stochastic depth).
-
-    Args:
-        index: int64 [T'], the kept tokens' places in the stream.
-        layout: the kept tokens as a stream of their own.
-        scale: float32 [T', 1], batch size over kept sequences, for each token (crop sizes differ in it).
-    """
-
-    index: Tensor
-    layout: TokenLayout
-    scale: Tensor
-
-
-def draw_kept_sequences(
-    layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
-) -> KeptSequences:
-    """Draw, for each crop size by itself, max(int(b * (1 - rate)), 1) of its b sequences to keep."""
-    return draw_for_branches(1, layout, drop_rate, generator, device)[0]
-
-
-def draw_for_branches(
-    branches: int,
-    layout: TokenLayout,
-    drop_rate: float,
-    generator: torch.Generator,
-    device: torch.device,
-    backend: str = "sdpa",
-) -> list[KeptSequences]:
-    """One draw after the other for so many residual branches, their layout prepared for an attention backend.
-
-    It is made on the CPU, so that it is the same on every device. Only the numbers of the sequences travel to a GPU,
-    all at once and from page-locked memory, so that nobody waits.
-    """
-    groups = [(max(int(count * (1 - drop_rate)), 1), length) for count, length in layout.groups]
-    chosen = torch.stack(
-        [
-            torch.cat(
-                [
-                    torch.randperm(count, generator=generator)[:kept]
-                    for (count, _), (kept, _) in zip(layout.groups, groups, strict=True)
-                ]
-            )
-            for _ in range(branches)
-        ]
-    )
-    if device.type == "cuda":
-        chosen = chosen.pin_memory().to(device, non_blocking=True)
-    index, scale, start = [], [], 0
-    parts = chosen.split([kept for kept, _ in groups], dim=1)
-    for (count, length), (kept, _), part in zip(layout.groups, groups, parts, strict=True):
-        index.append((start + part[:, :, None] * length + torch.arange(length, device=device)).flatten(1))
-        scale.append(torch.full((kept * length, 1), count / kept, device=device))
-        start += count * length
-    kept_layout, scales = TokenLayout(tuple(groups), layout.grids).prepared(backend, device), torch.cat(scale)
-    return [KeptSequences(places, kept_layout, scales) for places in torch.cat(index, dim=1).unbind()]
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
@@ -232,8 +173,7 @@ class Block(nn.Module):
             return x + self.mlp_branch(x, layout)
         for branch, drawn in zip((self.attention_branch, self.mlp_branch), kept, strict=True):
             stream = x.flatten(0, -2)
-            residual = branch(stream.index_select(0, drawn.index), drawn.layout) * drawn.scale
-            x = stream.index_add(0, drawn.index, residual.to(x.dtype)).view(x.shape)
+            x = drawn.add(stream, branch(drawn.select(stream), drawn.layout)).view(x.shape)
         return x
 
     def attention_branch(self, x: Tensor, layout: TokenLayout | None) -> Tensor:

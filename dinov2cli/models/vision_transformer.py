@@ -17,7 +17,8 @@ from dinov2cli.config.vit import ViTConfig
 from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
-from dinov2cli.models.layers import Block, KeptSequences, PatchEmbed, draw_for_branches
+from dinov2cli.models.layers import Block, PatchEmbed
+from dinov2cli.models.stochastic_depth import KeptSequences, draw_for_branches
 
 
 class VisionTransformer(nn.Module):
