@@ -1,9 +1,11 @@
 """Device and arithmetic, decided in one way for training, evaluation and pictures; main memory."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -99,6 +101,19 @@ class Precision:
     def autocast(self) -> AbstractContextManager[None]:
         """Context in which matrix products run in `dtype`."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What keeps torch.compile from writing kernels for a device, in words; None if it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "triton needs a GPU of compute capability 7.0"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "triton finds no C compiler"
+    return None
 
 
 class Arriving:

@@ -11,7 +11,6 @@ from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.visualize.pictures import load_picture_model
 
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("asked", ["auto", *DTYPES])
@@ -41,7 +40,7 @@ def test_without_a_gpu_the_cpu_is_chosen() -> None:
         choose_device("cuda")
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_each_process_has_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device() == choose_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
@@ -49,7 +48,7 @@ def test_each_process_has_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -
         choose_device()
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [True, False])
 def test_bf16_is_chosen_where_the_gpu_has_it(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)

@@ -17,6 +17,7 @@ from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
 
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = [
     "student.arch=vit_tiny", "student.embed_dim=24", "student.depth=4", "student.num_heads=2", "student.patch_size=14",
@@ -42,12 +43,18 @@ class Step(NamedTuple):
     grad_norms: dict[str, float]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TRAININGS)
+def test_on_a_gpu_it_equals_the_reference_too(name: str) -> None:
+    test_training_equals_the_reference(name, checkpointing=False, device=torch.device("cuda"))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", TRAININGS)
-def test_training_equals_the_reference(name: str, checkpointing: bool) -> None:
+def test_training_equals_the_reference(name: str, checkpointing: bool, device: torch.device = CPU) -> None:
     golden = np.load(GOLDEN / f"{name}.npz")
     config = config_of(name, f"train.activation_checkpointing={str(checkpointing).lower()}")
-    for number, step in enumerate(train_steps(golden, config, arrays(golden, "init/"))):
+    for number, step in enumerate(train_steps(golden, config, arrays(golden, "init/"), device)):
         for key, value in step.losses.items():
             assert value == pytest.approx(golden[f"step{number}/loss/{key}"].item(), rel=1e-4), (number, key)
         for module, norm in step.grad_norms.items():
@@ -57,7 +64,7 @@ def test_training_equals_the_reference(name: str, checkpointing: bool) -> None:
         final = arrays(golden, prefix)
         assert final.keys() == network.state_dict().keys()
         for key, value in network.state_dict().items():
-            difference = (value - final[key]).abs()
+            difference = (value.cpu() - final[key]).abs()
             if key.endswith("attn.qkv.bias"):
                 # Softmax is blind to the keys' bias: its gradient is rounding noise, which Adam makes full steps of.
                 queries, keys, values = difference.chunk(3)
@@ -70,11 +77,14 @@ def config_of(name: str, *overrides: str) -> Config:
     return load_config(overrides=[*SHARED, *TRAININGS[name], *overrides])
 
 
-def train_steps(golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor]) -> Iterator[Step]:
+def train_steps(
+    golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor], device: torch.device
+) -> Iterator[Step]:
     """The recorded four steps from the given weights, with our code."""
     objective = SSLMetaArch(config).train()
     objective.student.load_state_dict(initial, strict=True)
     objective.teacher.load_state_dict(initial, strict=True)
+    objective.to(device)
     optimizer = build_optimizer(objective.student, config)
     for number in range(4):
         lr, weight_decay, momentum, temperature, last_lr = golden[f"step{number}/hyper_lr_wd_mom_temp_lastlr"]
@@ -83,7 +93,7 @@ def train_steps(golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str,
             "momentum": momentum, "teacher_temp": temperature,
         }  # fmt: skip
         apply_schedules(optimizer.param_groups, values)
-        losses = objective(batch_of(golden, number, config), values)
+        losses = objective(batch_of(golden, number, config).to(device), values)
         losses.total.backward()
         norms = clip_gradients(objective.student, config.optim.clip_grad)
         optimizer.step()

@@ -13,6 +13,7 @@ from itertools import pairwise, product, repeat
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dinov2cli.bench.clock import Clock, Measured, matrix_rate, name_of, table
 from dinov2cli.config import Config, load_config
@@ -32,7 +33,7 @@ from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.step import TrainingStep
-from dinov2cli.train.trainer import choose_attention
+from dinov2cli.train.trainer import choose_attention, choose_compile
 
 WARM_UP = 2
 REST = ("heads and losses", "backward", "optimizer", "EMA")
@@ -81,6 +82,8 @@ class TrainBenchmark(NamedTuple):
     """Largest amount that the steps took: allocated on the GPU; on the CPU, growth of the process's resident memory."""
     expected_memory_gb: float
     """`cost.estimate`."""
+    kernels: list[tuple[str, float, int]]
+    """The longest kernels of a step on a GPU, if they are asked for: name, milliseconds, calls."""
 
 
 def run(request: BenchTrain) -> Measured:
@@ -95,7 +98,7 @@ def run(request: BenchTrain) -> Measured:
     data = "random crops" if request.synthetic else make_dataset(request.data).describe()
     configs = [load_config(request.preset, request.config_file, [*request.overrides, *changes]) for changes in variants]
     dataset = None if request.synthetic else request.data
-    outcomes = list(benchmark_variants(configs, device, data=dataset, steps=request.steps))
+    outcomes = list(benchmark_variants(configs, device, data=dataset, steps=request.steps, kernels=request.kernels))
     results = [outcome for outcome in outcomes if isinstance(outcome, TrainBenchmark)]
     failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
     if not results:
@@ -130,7 +133,7 @@ def rows_of(results: Sequence[TrainBenchmark]) -> Iterator[list[str]]:
 
 
 def benchmark_variants(
-    configs: list[Config], device: torch.device, *, data: str | None, steps: int
+    configs: list[Config], device: torch.device, *, data: str | None, steps: int, kernels: int = 0
 ) -> Iterator[TrainBenchmark | ConfigError]:
     """Several variants, each in a process of its own: one's memory and compiled code do not count for the next.
 
@@ -138,18 +141,18 @@ def benchmark_variants(
         configs: the variants.
         device: where.
         data: dataset string for the training's own loader; None for random crops.
-        steps: see `benchmark_training`.
+        steps, kernels: see `benchmark_training`.
     """
     context = multiprocessing.get_context("spawn")
     for config in configs:
         with ProcessPoolExecutor(1, context, initializer=_end_on_interrupt) as process:
             try:
-                yield process.submit(_benchmark, config, device, data, steps).result()
+                yield process.submit(_benchmark, config, device, data, steps, kernels).result()
             except ConfigError as error:
                 yield error
             except (torch.OutOfMemoryError, BrokenProcessPool) as error:
                 said = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "its process was killed"
-                variant = f"{config.student.attention_backend}, {'' if config.train.compile else 'not '}compiled"
+                variant = f"{config.student.attention_backend}, train.compile={config.train.compile}"
                 yield ConfigError(f"train.batch_size_per_gpu={config.train.batch_size_per_gpu} ({variant}): {said}")
 
 
@@ -157,12 +160,13 @@ def _end_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the process that waits for this one, too
 
 
-def _benchmark(config: Config, device: torch.device, data: str | None, steps: int) -> TrainBenchmark:
-    return benchmark_training(config, device, dataset=None if data is None else make_dataset(data), steps=steps)
+def _benchmark(config: Config, device: torch.device, data: str | None, steps: int, kernels: int) -> TrainBenchmark:
+    dataset = None if data is None else make_dataset(data)
+    return benchmark_training(config, device, dataset=dataset, steps=steps, kernels=kernels)
 
 
 def benchmark_training(
-    config: Config, device: torch.device, *, dataset: ImageDataset | None = None, steps: int = 5
+    config: Config, device: torch.device, *, dataset: ImageDataset | None = None, steps: int = 5, kernels: int = 0
 ) -> TrainBenchmark:
     """Time `steps` training steps after two that are not counted.
 
@@ -171,6 +175,7 @@ def benchmark_training(
         device: where.
         dataset: images for the training's own loader; None for random crops that are always the same.
         steps: how many steps to time.
+        kernels: on a GPU, how many of a further step's kernels to list.
 
     Raises:
         ConfigError: the attention backend cannot run here.
@@ -181,12 +186,13 @@ def benchmark_training(
     if device.type == "cpu":
         keep_freed_memory(room=room_for_gaps(expected))
     attention, _ = choose_attention(config, device, precision)
+    compiled, _ = choose_compile(config, device)
     memory_before = _memory(device)
-    step = _TimedStep(config, device, precision, attention)
+    step = _TimedStep(config, device, precision, attention, compiled)
     total = WARM_UP + steps
     times, rates = [], []
     batches, waiting = iter(_batches(config, dataset, total, device)), time.perf_counter()
-    name = f"{precision.name} {attention}{' compiled' if config.train.compile else ''}, steps"
+    name = f"{precision.name} {attention}{' compiled' if compiled else ''}, steps"
     with progress() as bar:
         for number in bar.track(range(total), description=name):
             batch = next(batches)
@@ -209,7 +215,7 @@ def benchmark_training(
         batch_size=config.train.batch_size_per_gpu,
         precision=precision.name,
         attention=attention,
-        compiled=config.train.compile,
+        compiled=compiled,
         images_per_s=config.train.batch_size_per_gpu / step_s,
         step_s=step_s,
         parts_s={part: statistics.median(parts[part] for parts in times) for part in order},
@@ -222,17 +228,29 @@ def benchmark_training(
         ),
         memory_gb=(_memory(device) - memory_before) / 1e9,
         expected_memory_gb=expected.total,
+        kernels=longest_kernels(step, batch, kernels) if kernels and device.type == "cuda" else [],
     )
+
+
+def longest_kernels(step: "_TimedStep", batch: MultiCropBatch, count: int) -> list[tuple[str, float, int]]:
+    """Of one step: name, milliseconds in all, calls; the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step(batch)
+    found = sorted(profiler.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
+    return [(event.key, event.self_device_time_total / 1e3, event.count) for event in found[:count]]
 
 
 class _TimedStep:
     """The training step with a clock that is read between its parts."""
 
-    def __init__(self, config: Config, device: torch.device, precision: Precision, attention: str) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, precision: Precision, attention: str, compiled: bool
+    ) -> None:
         torch.manual_seed(config.train.seed)
-        self.device, self.clock = device, Clock(device)
-        objective = SSLMetaArch(config, attention).to(device).train()
-        if config.train.compile:
+        self.device, self.clock, self.compiled = device, Clock(device), compiled
+        with device:  # a GPU draws the weights in no time; which they are does not matter
+            objective = SSLMetaArch(config, attention).to(device).train()
+        if compiled:
             objective.compile_parts()
         self.step = TrainingStep(config, objective, Sharding(objective, "none", precision), precision)
         for name, network in self.step.networks.named():
@@ -241,7 +259,7 @@ class _TimedStep:
     def __call__(self, batch: MultiCropBatch) -> dict[str, float]:
         """Seconds by part of one step."""
         self.clock.start()
-        batch = batch.to(self.device, non_blocking=True)
+        batch = batch.to(self.device, non_blocking=True, compiled=self.compiled)
         self.step(batch.iteration, [batch], self.clock.mark)
         return self.clock.read()
 

@@ -102,9 +102,10 @@ class Train(Group):
     activation_checkpointing: bool = Field(
         False, description="(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
-    compile: bool = Field(
-        False,
-        description="(dino2) Run blocks, heads and losses through torch.compile: same results, slower first steps.",
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="(dino2) Run blocks, heads and losses through torch.compile: same results but for rounding, slower "
+        "first steps; auto: on a GPU.",
     )
     sharding: Literal["auto", "none", "ddp", "fsdp"] = Field(
         "auto",

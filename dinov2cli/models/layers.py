@@ -38,8 +38,9 @@ class LayerNorm(nn.LayerNorm):
     """With parameters that FSDP has gathered in half precision it takes a float32 stream, on the CPU, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias))
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        if self.weight.dtype.itemsize >= x.dtype.itemsize:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):

@@ -1,5 +1,6 @@
 """Requests for measurements: how fast the parts of dino2 run on this machine."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -61,6 +62,7 @@ class BenchTrain(Bench):
     compiled: Annotated[
         tuple[str, ...], Option("on or off; repeatable: --compile off --compile on.", flags="--compile")
     ] = ()
+    kernels: Annotated[int, Field(ge=0), Option("On a GPU, also list this many kernels of a step, the longest.")] = 0
     device: Device = "auto"
     as_json: Tables = False
 
@@ -188,4 +190,37 @@ class BenchLinear(Request):
     as_json: Json = False
 
 
-BENCHES = (BenchTrain, BenchExtract, BenchKnn, BenchLogreg, BenchLinear, BenchAugment)
+class BenchGpu(Request):
+    """Measure all that is worth knowing of a GPU in a few minutes, and write it to one file.
+
+    Checks of the machine, the tests that need a GPU (in the source tree), the training step with each attention
+    backend, compiled and not, other presets, extraction, k-NN, and the kernels that a step spends its time in. Each
+    part is a process of its own; one that fails is named, and the others go on.
+
+    Example:
+
+        dino2 bench gpu --output gpu.json
+
+        dino2 bench gpu --preset vits14 --minutes 3 --output gpu.json
+    """
+
+    command: ClassVar[str] = "bench gpu"
+    run_by: ClassVar[str] = "dinov2cli.bench.gpu:run"
+
+    output: Annotated[Path, Option("The JSON file, written anew after each part.", metavar="FILE")] = Path("gpu.json")
+    preset: Annotated[str, Option("What is trained in every way.", metavar="NAME", completes="presets")] = (
+        "vitl16_short"
+    )
+    others: Annotated[
+        tuple[str, ...], Option("What is trained as configured.", metavar="NAME", completes="presets")
+    ] = ("vits14", "vitl14")
+    extract_preset: Annotated[str, Option("Whose features are extracted.", metavar="NAME", completes="presets")] = (
+        "vitl14"
+    )
+    steps: Annotated[AtLeastOne, Option("Steps to time of each.")] = 20
+    minutes: Annotated[float, Field(gt=0), Option("After which no part begins, and the one that runs is ended.")] = 8
+    device: Annotated[str, Option("cuda, cuda:N, or cpu to try the command itself.")] = "cuda"
+    as_json: Json = False
+
+
+BENCHES = (BenchTrain, BenchExtract, BenchKnn, BenchLogreg, BenchLinear, BenchAugment, BenchGpu)

@@ -41,6 +41,8 @@ class Run(Protocol):
     iteration: int
     attention_backend: str
     attention_reason: str
+    compiled: bool
+    compile_reason: str
     sharding: Sharding
     sharding_reason: str
     objective: SSLMetaArch
@@ -98,6 +100,7 @@ def plan_rows(run: Run, loader: Loader[MultiCropBatch]) -> list[tuple[str, str]]
         ("device", f"{run.device}, {run.precision.name} ({run.precision.reason})"),
         ("processes", f"{world}; sharding {run.sharding.mode} ({run.sharding_reason})"),
         ("attention", f"{run.attention_backend} ({run.attention_reason})"),
+        ("compiled", f"{'yes' if run.compiled else 'no'} ({run.compile_reason})"),
         ("expected memory", describe(run.expected_memory) + hint),
     ]
     return rows

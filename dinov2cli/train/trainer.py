@@ -16,7 +16,7 @@ from dinov2cli.console import Interrupted, MetricLogger, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader, make_train_loader
-from dinov2cli.device import Precision
+from dinov2cli.device import Precision, why_not_compile
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -83,6 +83,7 @@ class Trainer:
             arithmetic = config.compute_precision
             self.precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
             self.attention_backend, self.attention_reason = choose_attention(config, device, self.precision)
+            self.compiled, self.compile_reason = choose_compile(config, device)
             mode, self.sharding_reason = choose_sharding(config, self.precision, self.world_size)
             torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
             self.objective = SSLMetaArch(config, self.attention_backend)
@@ -96,7 +97,7 @@ class Trainer:
             config, world_size=self.world_size, sharding=mode, precision=self.precision.name
         )
         self.objective.to(device).train()
-        if config.train.compile:
+        if self.compiled:
             self.objective.compile_parts()
         self.sharding = Sharding(self.objective, mode, self.precision)
         self.step = TrainingStep(config, self.objective, self.sharding, self.precision)
@@ -166,7 +167,7 @@ class Trainer:
 
     def on_device(self, batch: MultiCropBatch) -> MultiCropBatch:
         """The batch where the networks are; from page-locked memory, nobody waits for the copy."""
-        return batch.to(self.device, non_blocking=True, compiled=self.config.train.compile)
+        return batch.to(self.device, non_blocking=True, compiled=self.compiled)
 
     def make_loader(self) -> Loader[MultiCropBatch]:
         """Batches of this process from the current iteration to the end of the run."""
@@ -284,3 +285,11 @@ def choose_attention(config: Config, device: torch.device, precision: Precision)
         return choose_attention_backend(asked, use)
     except ValueError as error:
         raise ConfigError(f"student.attention_backend={asked}: {error}", "auto chooses one that runs.") from error
+
+
+def choose_compile(config: Config, device: torch.device) -> tuple[bool, str]:
+    """Whether the step goes through torch.compile, and the reason."""
+    if config.train.compile != "auto":
+        return config.train.compile, "as configured"
+    problem = why_not_compile(device)
+    return problem is None, problem or "fewer and larger kernels on a GPU"
