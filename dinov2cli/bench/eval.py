@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinov2cli.bench.clock import Clock, Measured
+from dinov2cli.device import choose_device
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import LEARNING_RATES, HeadTrainer, LinearHeads, input_of_head
@@ -23,12 +24,12 @@ def knn(request: BenchKnn) -> Measured:
 
     Both are timed block by block in turn, so that other load on the machine meets both.
     """
-    keys, dim, device = request.keys, request.dim, request.device
+    keys, dim, device = request.keys, request.dim, choose_device(request.device)
     generator = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(keys, dim, generator=generator), dim=1).to(device)
     q = F.normalize(torch.randn(request.queries, dim, generator=generator), dim=1).to(device)
     bank = KeyBank(x, torch.zeros(keys, dtype=torch.int64, device=device), torch.arange(keys, device=device), device)
-    blocks, k, clock = q.split(bank.query_block()), min(request.k, keys), Clock(torch.device(device))
+    blocks, k, clock = q.split(bank.query_block()), min(request.k, keys), Clock(device)
     search, product = 0.0, 0.0
     bank.search(blocks[0], k)
     for block in blocks:
@@ -117,7 +118,8 @@ def _logreg_objective(weight: torch.Tensor, bias: torch.Tensor, train: Features,
 
 def linear(request: BenchLinear) -> Measured:
     """A step of all 52 heads together, beside 52 separate layers with their own SGD."""
-    dim, classes, batch, device, steps = request.dim, request.classes, request.batch, request.device, request.steps
+    dim, classes, batch, steps = request.dim, request.classes, request.batch, request.steps
+    device = choose_device(request.device)
     generator = torch.Generator().manual_seed(0)
     features = {
         "last_cls": torch.randn(batch, 4, dim, generator=generator).to(device),
@@ -138,7 +140,7 @@ def linear(request: BenchLinear) -> Measured:
         torch.stack(losses).sum().backward()
         optimizer.step()
 
-    clock, together_s, separate_s = Clock(torch.device(device)), 0.0, 0.0
+    clock, together_s, separate_s = Clock(device), 0.0, 0.0
     for step in range(steps + 1):
         first = clock.seconds(partial(trainer.step, step, features, targets))
         second = clock.seconds(separate)

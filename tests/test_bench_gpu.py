@@ -1,0 +1,45 @@
+"""`dino2 bench gpu`: one file whatever happens to its parts, and parts that the command line knows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dinov2cli.bench import gpu
+from dinov2cli.cli.main import main
+from dinov2cli.requests.bench import BenchGpu
+
+
+def test_a_part_that_fails_or_takes_too_long_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [
+        gpu.Part("fine", ["-c", "print('{\"images_per_s\": 3.5}')"], 60),
+        gpu.Part("broken", ["-c", "raise SystemExit('no such kernel')"], 60),
+        gpu.Part("endless", ["-c", "import time; time.sleep(60)"], 1),
+        gpu.Part("text", ["-c", "print('3 passed')"], 60),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda request: some)
+    found = gpu.run(BenchGpu(output=tmp_path / "gpu.json", device="cpu"))
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["device"] == "CPU" and written["parts"] == found.figures["parts"]
+    parts = written["parts"]
+    assert parts["fine"]["result"] == {"images_per_s": 3.5} and parts["text"]["result"] == ["3 passed"]
+    assert "no such kernel" in parts["broken"]["error"] and "ended after 1 s" in parts["endless"]["error"]
+
+
+def test_without_time_nothing_begins(tmp_path: Path) -> None:
+    found = gpu.run(BenchGpu(output=tmp_path / "gpu.json", device="cpu", minutes=1e-9))
+    assert {part["error"] for part in found.figures["parts"].values()} == {"not run: no time was left"}
+
+
+def test_every_part_is_a_command_line_that_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [part.words[2:] for part in gpu.parts(BenchGpu()) if part.words[1] == "dinov2cli"]
+    assert len(lines) > 8
+    for words in lines:
+        if words[0] == "doctor":
+            continue
+        # Unknown options and values are refused before a device that is not there.
+        with pytest.raises(SystemExit) as stop:
+            main([word if word != "cuda" else "cuda:99" for word in words])
+        assert stop.value.code == 2 and "cuda:99: this machine has" in capsys.readouterr().err, words
