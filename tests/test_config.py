@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dinov2cli.config import ARCHITECTURES, Config, annotated_yaml, list_presets, load_config
+from dinov2cli.config import ARCHITECTURES, Config, list_presets, load_config
 from dinov2cli.config.messages import suggest
-from dinov2cli.config.tree import FIELDS, expectation
+from dinov2cli.config.tree import FIELDS, annotated_yaml, expectation
 from dinov2cli.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -3,17 +3,6 @@
 from dinov2cli.config.config import Config
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
-from dinov2cli.config.tree import annotated_yaml
-from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTConfig
+from dinov2cli.config.vit import ARCHITECTURES, ViTConfig
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "Config",
-    "Preset",
-    "ViTConfig",
-    "annotated_yaml",
-    "find_preset",
-    "list_presets",
-    "load_config",
-]
+__all__ = ["ARCHITECTURES", "Config", "Preset", "ViTConfig", "find_preset", "list_presets", "load_config"]

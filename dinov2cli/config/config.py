@@ -11,20 +11,9 @@ from pathlib import Path
 import yaml
 from pydantic import model_validator
 
+from dinov2cli.config import schema
 from dinov2cli.config.checks import contradictions
 from dinov2cli.config.group import Group
-from dinov2cli.config.schema import (
-    ComputePrecision,
-    Crops,
-    Data,
-    Dino,
-    Evaluation,
-    Ibot,
-    Optim,
-    Student,
-    Teacher,
-    Train,
-)
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import write_text
@@ -37,21 +26,20 @@ class Config(Group):
     `ConfigError` with one line per problem.
     """
 
-    compute_precision: ComputePrecision = ComputePrecision()
-    dino: Dino = Dino()
-    ibot: Ibot = Ibot()
-    train: Train = Train()
-    student: Student = Student()
-    teacher: Teacher = Teacher()
-    optim: Optim = Optim()
-    crops: Crops = Crops()
-    data: Data = Data()
-    evaluation: Evaluation = Evaluation()
+    compute_precision: schema.ComputePrecision = schema.ComputePrecision()
+    dino: schema.Dino = schema.Dino()
+    ibot: schema.Ibot = schema.Ibot()
+    train: schema.Train = schema.Train()
+    student: schema.Student = schema.Student()
+    teacher: schema.Teacher = schema.Teacher()
+    optim: schema.Optim = schema.Optim()
+    crops: schema.Crops = schema.Crops()
+    data: schema.Data = schema.Data()
+    evaluation: schema.Evaluation = schema.Evaluation()
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
-        problems = contradictions(self.crops, self.student, self.ibot, self.optim, self.evaluation)
-        if problems:
+        if problems := list(contradictions(self.crops, self.student, self.ibot, self.optim, self.evaluation)):
             raise ValueError("\n".join(problems))
         return self
 
@@ -131,10 +119,10 @@ def _deviations(config: Config) -> Iterable[str]:
         yield f"compute_precision.precision={precision.precision}: {used}; the reference runs fp16 with a scaler"
     elif not precision.grad_scaler:
         yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
-    if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
+    if config.crops.blur_prob != schema.Crops.model_fields["blur_prob"].default:
         yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
     for key in ("color_jitter_prob", "grayscale_prob", "solarize_prob"):
-        value, default = getattr(config.crops, key), Crops.model_fields[key].default
+        value, default = getattr(config.crops, key), schema.Crops.model_fields[key].default
         if value != default:
             yield f"crops.{key}={value}: the reference uses {default}"
     if train.gradient_accumulation > 1:

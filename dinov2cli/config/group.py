@@ -1,12 +1,19 @@
 """What every group of keys is: frozen and checked at the door."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Group(BaseModel):
     """A group of keys: immutable, no unknown keys, no silent conversion (`"64"` or `true` is not a number)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def key(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A key of a group: its default, its meaning in a sentence, and what else pydantic's `Field` takes."""
+    return Field(default, description=meaning, **bounds)
 
 
 def put_first(group: type[Group], *names: str) -> None:

@@ -1,12 +1,13 @@
 """From preset or file and overrides to a validated `Config`."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.constructor import ConstructorError
 
 from dinov2cli.config.config import Config
 from dinov2cli.config.messages import explain
@@ -43,10 +44,7 @@ def load_config(
         path = _locate(Path(config_file))
         source, base = str(path), read_yaml(path)
     given = parse_overrides(overrides)
-    base, notes = translate(base)
-    given, given_notes = translate(given)
-    for origin, note in [*((source, note) for note in notes), *(("overrides", note) for note in given_notes)]:
-        logger.info("%s: %s", origin, note)
+    base, given = translate(base, source), translate(given, "overrides")
     tree = merge(base, given)
     _refuse_unresolved(tree)
     try:
@@ -96,7 +94,10 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
         key = key.strip()
         if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
             raise ConfigError(f"override '{override}': must have the form group.key=value, such as optim.base_lr=0.001")
-        layer = merge(layer, _nest(key.split("."), _override_value(key, text)))
+        value = _override_value(key, text)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        layer = merge(layer, value)
     return layer
 
 
@@ -120,11 +121,6 @@ def _override_value(key: str, text: str) -> Any:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{key}={text}: the value cannot be read: {problem}") from None
-
-
-def _nest(path: Sequence[str], value: Any) -> Layer:
-    first, *rest = path
-    return {first: _nest(rest, value) if rest else value}
 
 
 def _refuse_unresolved(tree: Layer, prefix: str = "") -> None:
@@ -155,13 +151,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is given twice", key_node.start_mark
-                )
-            seen.add(key)
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

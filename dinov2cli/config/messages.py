@@ -31,7 +31,6 @@ _OTHER_NAMES = {
     "bf16": "compute_precision.precision",
     "registers": "student.num_register_tokens",
 }
-_NEVER_SUGGESTED = {"optim.lr"}
 
 
 def explain(error: ValidationError, *, base: dict[str, Any], given: dict[str, Any], source: str = "") -> ConfigError:
@@ -60,7 +59,7 @@ def suggest(key: str) -> str | None:
     leaf = key.rsplit(".", 1)[-1].lower()
     if leaf in _OTHER_NAMES:
         return _OTHER_NAMES[leaf]
-    candidates = [known for known in FIELDS if known not in _NEVER_SUGGESTED]
+    candidates = [known for known in FIELDS if known != "optim.lr"]  # which has no effect
     best = max(candidates, key=lambda known: _likeness(key, known))
     return best if _likeness(key, best) >= 0.7 else None
 
@@ -84,7 +83,7 @@ def _lines(problem: Any, path: list[str], base: dict[str, Any], given: dict[str,
         guess = "; write it in quotes" if problem["type"] == "string_type" else guess
         yield f"{key}={_shown(value)}: must be {expectation(FIELDS[key])}{guess}"
     else:
-        example = next(iter(name for name in FIELDS if name.startswith(f"{path[0]}.")))
+        example = next(name for name in FIELDS if name.startswith(f"{path[0]}."))
         yield f"{key}={_shown(value)}: is a group of keys; name one of them, such as {example}"
 
 
@@ -106,11 +105,10 @@ def _unknown_key(key: str, value: Any) -> str:
 def _likeness(key: str, known: str) -> float:
     key, known = key.lower(), known.lower()
     leaf, known_leaf = key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1]
-    same_group = key.split(".")[0] == known.split(".")[0]
     likeness = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
     if len(leaf) >= 3 and (leaf in known_leaf or known_leaf in leaf):
         likeness = max(likeness, 0.7 + 0.2 * likeness)
-    return likeness + (0.1 if same_group else 0.0)
+    return likeness + (0.1 if key.split(".")[0] == known.split(".")[0] else 0.0)
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,9 @@
 """The presets: YAML files that state their difference from the defaults and open with a comment on their use."""
 
 import difflib
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from dinov2cli.errors import ConfigError
@@ -10,17 +12,16 @@ from dinov2cli.errors import ConfigError
 _FOLDERS = (Path(__file__).parents[1] / "presets", Path(__file__).parents[2] / "presets")
 
 
+@dataclass(frozen=True)
 class Preset:
-    """A preset file.
+    """A preset file."""
 
-    Attributes:
-        name: what `--preset` takes, such as `vitl16_short`.
-        path: the YAML file.
-    """
+    path: Path
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.stem
+    @property
+    def name(self) -> str:
+        """What `--preset` takes, such as `vitl16_short`."""
+        return self.path.stem
 
     @cached_property
     def text(self) -> str:
@@ -35,20 +36,13 @@ class Preset:
     @property
     def comment(self) -> list[str]:
         """Lines of the opening comment, without the `#`."""
-        lines = []
-        for line in self.text.splitlines():
-            if not line.startswith("#"):
-                break
-            lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
-        return lines
+        opening = takewhile(lambda line: line.startswith("#"), self.text.splitlines())
+        return [line.removeprefix("#").removeprefix(" ").rstrip() for line in opening]
 
     @property
     def summary(self) -> str:
         """First line of the opening comment."""
         return self.comment[0] if self.comment else ""
-
-    def __repr__(self) -> str:
-        return f"Preset({self.name!r})"
 
 
 def list_presets() -> list[Preset]:

@@ -1,6 +1,9 @@
 """Acceptance of files written by the DINOv2 reference: keys that mean nothing here, and its nested precision."""
 
+from collections.abc import Iterator
 from typing import Any
+
+from dinov2cli.console import logger
 
 # Keys of the reference that have no effect there either, and later additions at the value that changes nothing.
 WITHOUT_EFFECT: dict[tuple[str, str], tuple[Any, ...] | None] = {  # None: any value
@@ -11,23 +14,22 @@ WITHOUT_EFFECT: dict[tuple[str, str], tuple[Any, ...] | None] = {  # None: any v
     ("student", "in_chans"): (3, None),
     ("student", "channel_adaptive"): (False, None),
 }
-PRECISIONS = {
-    "fp16": "fp16", "bf16": "bf16", "fp32": "fp32",
-    "float16": "fp16", "bfloat16": "bf16", "float32": "fp32",
-}  # fmt: skip
+PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+PRECISIONS |= {name: name for name in PRECISIONS.values()}
 
 
-def translate(layer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """One layer of settings (a file, or the overrides) in our terms, and a note on whatever was left out.
+def translate(layer: dict[str, Any], origin: str) -> dict[str, Any]:
+    """One layer of settings (a file, or the overrides) in our terms; whatever was left out is logged.
 
     The input is not changed. Values that are wrong are left in place: validation names them.
     """
     layer = {group: dict(keys) if isinstance(keys, dict) else keys for group, keys in layer.items()}
-    notes = [*_drop_without_effect(layer), *_drop_derived_lr(layer), *_flatten_precision(layer)]
-    return layer, notes
+    for note in (*_drop_without_effect(layer), *_drop_derived_lr(layer), *_flatten_precision(layer)):
+        logger.info("%s: %s", origin, note)
+    return layer
 
 
-def _drop_without_effect(layer: dict[str, Any]) -> list[str]:
+def _drop_without_effect(layer: dict[str, Any]) -> Iterator[str]:
     dropped = []
     for (group, key), values in WITHOUT_EFFECT.items():
         keys = layer.get(group)
@@ -36,52 +38,50 @@ def _drop_without_effect(layer: dict[str, Any]) -> list[str]:
             dropped.append(f"{group}.{key}")
     if layer.get("MODEL") == {}:
         del layer["MODEL"]
-    if not dropped:
-        return []
-    return [f"keys of the reference without effect, ignored: {', '.join(dropped)}"]
+    if dropped:
+        yield f"keys of the reference without effect, ignored: {', '.join(dropped)}"
 
 
-def _drop_derived_lr(layer: dict[str, Any]) -> list[str]:
+def _drop_derived_lr(layer: dict[str, Any]) -> Iterator[str]:
     # The reference overwrites optim.lr from base_lr at every start, so the number in a file is what came out of
     # scaling on that run's GPUs. Taking it as given would scale it twice.
     optim = layer.get("optim")
     if not isinstance(optim, dict) or not isinstance(optim.get("lr"), int | float) or isinstance(optim["lr"], bool):
-        return []
-    rate = optim.pop("lr")
-    if rate == 0:
-        return []
-    return [
-        f"optim.lr={rate:g} is ignored: as in the reference, the learning rate is derived at start from "
-        "optim.base_lr and the effective batch; to change it, set optim.base_lr"
-    ]
+        return
+    if rate := optim.pop("lr"):
+        yield (
+            f"optim.lr={rate:g} is ignored: as in the reference, the learning rate is derived at start from "
+            "optim.base_lr and the effective batch; to change it, set optim.base_lr"
+        )
 
 
-def _flatten_precision(layer: dict[str, Any]) -> list[str]:
+def _flatten_precision(layer: dict[str, Any]) -> Iterator[str]:
     precision = layer.get("compute_precision")
     if not isinstance(precision, dict):
-        return []
-    modules = {}
+        return
+    types: dict[str, Any] = {}
     for side in ("student", "teacher"):
         if isinstance(precision.get(side), dict):
-            modules.update({f"{side}.{name}": module for name, module in precision.pop(side).items()})
-    if not modules:
-        return []
-    types = {name: _param_dtype(module) for name, module in modules.items()}
+            types |= {f"{side}.{name}": _param_dtype(module) for name, module in precision.pop(side).items()}
+    if not types:
+        return
     known = {name: PRECISIONS[dtype] for name, dtype in types.items() if dtype in PRECISIONS}
     for name, dtype in types.items():
         if dtype is not None and dtype not in PRECISIONS:
             # Put back as a value of the flat key, where validation will refuse it and list what there is.
             precision.setdefault("precision", dtype)
-            return [f"compute_precision.{name} asks for {dtype}"]
+            yield f"compute_precision.{name} asks for {dtype}"
+            return
     if not known:
-        return ["compute_precision.{student,teacher}.*: sharding settings of the reference, ignored"]
+        yield "compute_precision.{student,teacher}.*: sharding settings of the reference, ignored"
+        return
     chosen = known.get("student.backbone", next(iter(known.values())))
     precision.setdefault("precision", chosen)
     mixed = "" if len(set(known.values())) == 1 else " (that of student.backbone; one precision serves all modules)"
-    return [
+    yield (
         f"compute_precision.{{student,teacher}}.*: taken as precision={precision['precision']}{mixed}; "
         "sharding_strategy and reduce_dtype are chosen by dino2"
-    ]
+    )
 
 
 def _param_dtype(module: Any) -> Any:

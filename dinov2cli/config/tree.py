@@ -4,21 +4,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dinov2cli.config.config import Config
+from dinov2cli.config.group import Group
 
-
-def _groups() -> dict[str, type[BaseModel]]:
-    groups = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        groups[name] = field.annotation
-    return groups
-
-
-GROUPS = _groups()
+GROUPS: dict[str, type[Group]] = {name: type(group) for name, group in Config()}
 FIELDS: dict[str, FieldInfo] = {
     f"{group}.{key}": field for group, model in GROUPS.items() for key, field in model.model_fields.items()
 }

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from dinov2cli.config.group import Group, put_first
+from dinov2cli.config.group import Group, key, put_first
 
 
 class Architecture(NamedTuple):
@@ -30,34 +30,25 @@ ARCHITECTURES = {
 }
 
 InitialScale = Annotated[
-    float | None,
-    Field(ge=0, title="LayerScale", description="Initial LayerScale; 0 or null: no LayerScale."),
+    float | None, Field(ge=0, title="LayerScale", description="Initial LayerScale; 0 or null: no LayerScale.")
 ]
 
 
 class ViTOptions(Group):
     """The options that a run sets in its `student` group. A field's title is its name in a sentence."""
 
-    patch_size: int = Field(16, ge=1, title="patch size", description="Side of a patch in pixels.")
+    patch_size: int = key(16, "Side of a patch in pixels.", ge=1, title="patch size")
     layerscale: InitialScale = 1e-5
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = Field(
-        "mlp",
-        title="feed-forward layer",
-        description="Feed-forward layer; swiglu and swiglufused are the same.",
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = key(
+        "mlp", "Feed-forward layer; swiglu and swiglufused are the same.", title="feed-forward layer"
     )
-    qkv_bias: bool = Field(True, title="qkv bias", description="Bias in the query, key and value projections.")
-    proj_bias: bool = Field(True, title="projection bias", description="Bias in the attention's output projection.")
-    ffn_bias: bool = Field(True, title="feed-forward bias", description="Biases in the feed-forward layer.")
-    num_register_tokens: int = Field(0, ge=0, title="registers", description="Register tokens.")
-    interpolate_antialias: bool = Field(
-        False, title="antialiasing", description="Antialias when position embeddings are resized."
-    )
-    interpolate_offset: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        title="offset",
-        description="Offset added to the size when position embeddings are resized; 0: exact size.",
+    qkv_bias: bool = key(True, "Bias in the query, key and value projections.", title="qkv bias")
+    proj_bias: bool = key(True, "Bias in the attention's output projection.", title="projection bias")
+    ffn_bias: bool = key(True, "Biases in the feed-forward layer.", title="feed-forward bias")
+    num_register_tokens: int = key(0, "Register tokens.", ge=0, title="registers")
+    interpolate_antialias: bool = key(False, "Antialias when position embeddings are resized.", title="antialiasing")
+    interpolate_offset: float = key(
+        0.1, "Offset added to the size when position embeddings are resized; 0: exact size.", ge=0, lt=1, title="offset"
     )
 
 
@@ -76,14 +67,12 @@ class ViTConfig(ViTOptions):
     """
 
     layerscale: InitialScale = None
-    embed_dim: int = Field(768, ge=1, title="width", description="Size of a token.")
-    depth: int = Field(12, ge=1, title="depth", description="Transformer blocks.")
-    num_heads: int = Field(12, ge=1, title="attention heads", description="Attention heads.")
-    img_size: int = Field(
-        224, ge=1, title="image size", description="Native side in pixels, for which the position embeddings are."
-    )
-    in_chans: int = Field(3, ge=1, title="image channels", description="Image channels.")
-    hidden_dim: int = Field(3072, ge=1, title="hidden width", description="Width within the feed-forward layer.")
+    embed_dim: int = key(768, "Size of a token.", ge=1, title="width")
+    depth: int = key(12, "Transformer blocks.", ge=1, title="depth")
+    num_heads: int = key(12, "Attention heads.", ge=1, title="attention heads")
+    img_size: int = key(224, "Native side in pixels, for which the position embeddings are.", ge=1, title="image size")
+    in_chans: int = key(3, "Image channels.", ge=1, title="image channels")
+    hidden_dim: int = key(3072, "Width within the feed-forward layer.", ge=1, title="hidden width")
 
     def __init__(self, **options: Any) -> None:
         try:

@@ -108,10 +108,7 @@ class SwiGLUFFN(nn.Module):
         return linear_and_scale(F.silu(gate) * value, self.w3, scale)
 
 
-FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "mlp": Mlp,
-    "swiglu": SwiGLUFFN,
-}
+FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLUFFN}
 
 
 class LayerScale(nn.Module):
@@ -157,10 +154,7 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
     def forward(
-        self,
-        x: Tensor,
-        layout: TokenLayout | None = None,
-        kept: tuple[KeptSequences, KeptSequences] | None = None,
+        self, x: Tensor, layout: TokenLayout | None = None, kept: tuple[KeptSequences, KeptSequences] | None = None
     ) -> Tensor:
         """[T, D] -> [T, D], or [B, N, D] -> [B, N, D].
 

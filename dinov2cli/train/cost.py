@@ -127,7 +127,7 @@ class _Measured(NamedTuple):
 
 
 def _measure(config: Config, precision: str) -> _Measured:
-    with META:
+    with META, torch.enable_grad():  # a step has gradients, even if the caller has switched them off
         objective, batch = SSLMetaArch(config).train(), _meta_batch(config)
         networks = objective.networks
         for parameter in networks.student.parameters():

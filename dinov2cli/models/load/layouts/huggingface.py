@@ -12,12 +12,7 @@ from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 
 # Options by transformers' names.
 _SIZES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
-_OPTIONS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
-    "qkv_bias": "qkv_bias",
-}
+_OPTIONS = {"img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels", "qkv_bias": "qkv_bias"}
 # Options for which transformers has no words: they bring the model back here as it was.
 _OURS = ("interpolate_antialias", "interpolate_offset")
 # The names in files, which every version of transformers reads and writes.
