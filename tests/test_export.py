@@ -7,17 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
-from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state, sample_model, sample_state, save
+from weight_samples import (
+    PLAIN,
+    REGISTERS,
+    SAMPLES,
+    SWIGLU,
+    assert_same_state,
+    export_model,
+    sample_model,
+    sample_state,
+    save,
+)
 
 from dinov2cli.cli.main import app
 from dinov2cli.config import ViTConfig
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
 from dinov2cli.export import exporter, graph_files
 from dinov2cli.export.bundle import Bundle, Runner, need
-from dinov2cli.export.exporter import FORMATS, ExportError, export_model
+from dinov2cli.export.exporter import FORMATS, ExportError
 from dinov2cli.export.graph import ExportableVisionTransformer
 from dinov2cli.models.classifier import load_classifier
 from dinov2cli.models.load import load_backbone_into, load_model, read_weights
@@ -199,7 +210,7 @@ def test_graphs_give_our_features_at_any_size_and_batch(tmp_path: Path, sample: 
 def test_onnx_of_one_size_declares_what_it_takes(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    result = export_model(source_file(tmp_path, PLAIN), "onnx", tmp_path / "m.onnx", image_size=(28, 70), opset=20)
+    result = export_model(source_file(tmp_path, PLAIN), "onnx", tmp_path / "m.onnx", image_size="28x70", opset=20)
     model = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(model)
     assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [20]
@@ -228,7 +239,7 @@ def test_onnx_of_a_large_model_keeps_its_weights_in_a_file_beside(
 
 def test_image_size_must_fit_the_patches(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="image size 30x70: both must be multiples of patch size 14"):
-        export_model(source_file(tmp_path, PLAIN), "torch-export", tmp_path / "m.pt2", image_size=(30, 70))
+        export_model(source_file(tmp_path, PLAIN), "torch-export", tmp_path / "m.pt2", image_size="30x70")
 
 
 @pytest.mark.parametrize("architecture", [PLAIN, REGISTERS, PLAIN.changed(interpolate_antialias=True), ODD])
@@ -304,7 +315,6 @@ def test_a_head_goes_beside_the_backbone(tmp_path: Path, format_name: str) -> No
 @pytest.mark.parametrize(("format_name", "output", "changes", "message"), [
     ("onnx", "m.pth", {}, r"format onnx writes a file that ends in \.onnx"),
     ("timm", "m.pth", {}, r"format timm writes a file that ends in \.safetensors"),
-    ("gguf", "m.gguf", {}, "format 'gguf' is unknown; known: safetensors, official, hf, timm, onnx, torch-export"),
     ("hf", "m", {"layerscale": None}, "transformers cannot hold this model: .* always have LayerScale"),
     ("hf", "m", {"hidden_dim": 700}, "an MLP of 700 is not a whole multiple of the width 192"),
     ("hf", "m", {"ffn_bias": False}, "always have a bias"),
@@ -316,6 +326,11 @@ def test_what_a_format_cannot_hold_is_refused(
     with pytest.raises(WeightsError, match=message):
         export_model(source_file(tmp_path, PLAIN.changed(**changes)), format_name, tmp_path / "out" / output)
     assert not (tmp_path / "out" / output).exists()
+
+
+def test_an_unknown_format_is_refused_and_the_known_ones_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="'safetensors', 'official', 'hf', 'timm', 'onnx' or 'torch-export'"):
+        export_model(source_file(tmp_path, PLAIN), "gguf", tmp_path / "m.gguf")
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from typer.testing import CliRunner
-from weight_samples import PLAIN, REGISTERS, sample_state, save
+from weight_samples import PLAIN, REGISTERS, export_model, sample_state, save
 
 from dinov2cli.cli.main import app, main
-from dinov2cli.export.description import describe
-from dinov2cli.export.exporter import export_model
+from dinov2cli.export import description
+from dinov2cli.requests.tools import Info
 
 
 def info_json(*arguments: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_for_people(tmp_path: Path) -> None:
 def test_unreadable_config_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.yaml").write_text("student: {patch_size: 14}\nnonsense: 3\n")
-    assert "not readable" in describe(run)["training"]["config"]
+    assert "not readable" in description.run(Info(checkpoint=str(run))).facts["training"]["config"]
 
 
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import TINY, metrics_of, write_images
-from weight_samples import assert_same_state, sample_model, sample_state, save
+from weight_samples import assert_same_state, export_model, sample_model, sample_state, save
 
 from dinov2cli.config import Config, ViTConfig
 from dinov2cli.errors import WeightsError
-from dinov2cli.export.exporter import export_model
 from dinov2cli.models.load import load_backbone_into, load_model
 from dinov2cli.requests.train import Train
 from dinov2cli.start import resolve_config, train

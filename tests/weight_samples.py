@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dinov2cli.config import ViTConfig
+from dinov2cli.export.exporter import ExportResult, run
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.export import Export
 
 PLAIN = ViTConfig(embed_dim=192, depth=2, num_heads=3, patch_size=14, img_size=56, layerscale=1.0)
 REGISTERS = PLAIN.changed(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
@@ -40,3 +42,8 @@ def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def export_model(checkpoint: Path | str, format_name: str, output: Path, **options: Any) -> ExportResult:
+    """`dino2 export`."""
+    return run(Export(checkpoint=str(checkpoint), format=format_name, output=output, **options))

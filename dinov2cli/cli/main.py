@@ -16,8 +16,7 @@ from dinov2cli.requests.bench import BENCHES
 from dinov2cli.requests.eval import EVALUATIONS, EmbedRequest
 from dinov2cli.requests.export import Export
 from dinov2cli.requests.pictures import Attention, PcaImage, PcaVideo
-from dinov2cli.requests.prepare import PrepareImagenet
-from dinov2cli.requests.tools import Doctor, Info, ListPresets, Plot, Results, ShowPreset, Status
+from dinov2cli.requests.tools import Doctor, Info, ListPresets, Plot, PrepareImagenet, Results, ShowPreset, Status
 from dinov2cli.requests.train import Train
 
 # What can be asked, in the order of --help. Nothing here imports torch.

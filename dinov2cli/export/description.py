@@ -18,7 +18,7 @@ from dinov2cli.requests.tools import Info
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found, for people as a table."""
+    """Everything known of a checkpoint, as plain values; for people as a table."""
 
     facts: dict[str, Any]
 
@@ -30,25 +30,15 @@ class Description:
 
 
 def run(request: Info) -> Description:
-    """Do what `dino2 info` asks; the errors are those of `describe`."""
-    return Description(describe(request.checkpoint, config_file=request.config_file, digest=request.digest))
-
-
-def describe(source: str | Path, *, config_file: str | Path | None = None, digest: bool = False) -> dict[str, Any]:
-    """Everything known of a checkpoint, as plain values.
-
-    Args:
-        source: anything that `load_model` takes.
-        config_file: the run's config.yaml, where none lies beside the weights.
-        digest: read the files once more for their SHA-256.
+    """Do what `dino2 info` asks.
 
     Raises:
-        WeightsError: it cannot be loaded.
+        WeightsError: the checkpoint cannot be loaded.
     """
-    weights = read_weights(source, config_file=config_file)
+    weights = read_weights(request.checkpoint, config_file=request.config_file)
     architecture = weights.architecture
     found: dict[str, Any] = {
-        "source": str(source),
+        "source": request.checkpoint,
         "files": [str(file) for file in weights.source.files],
         "bytes": sum(file.stat().st_size for file in weights.source.files),
         "what": architecture.describe(),
@@ -59,17 +49,13 @@ def describe(source: str | Path, *, config_file: str | Path | None = None, diges
         "left_out": list(weights.report.left_out),
         "notes": weights.report.notes,
     }
-    if digest:
+    if request.digest:
         found["sha256"] = sha256(*weights.source.files)
     if weights.source.released:
         found["released"] = weights.source.released.name
     found["training"] = _training(weights)
-    found["provenance"] = {
-        key.removeprefix("dino2."): json.loads(value)
-        for key, value in weights.metadata.items()
-        if key == "dino2.provenance"
-    }.get("provenance", {})
-    return found
+    found["provenance"] = json.loads(weights.metadata.get("dino2.provenance", "{}"))
+    return Description(found)
 
 
 def _training(weights: RecognisedWeights) -> dict[str, Any]:
@@ -77,11 +63,10 @@ def _training(weights: RecognisedWeights) -> dict[str, Any]:
     run = weights.source.run
     if run is None:
         return {}
-    newest = newest_teacher(run)
     state: dict[str, Any] = {
         "run": str(run),
         "iteration": weights.source.iteration,
-        "is_newest_teacher": newest is not None and newest == weights.source.files[0],
+        "is_newest_teacher": newest_teacher(run) == weights.source.files[0],
     }
     config_file = run / "config.yaml"
     if config_file.is_file():
@@ -96,8 +81,7 @@ def _training(weights: RecognisedWeights) -> dict[str, Any]:
                 "dataset": config.train.dataset_path,
                 "seed": config.train.seed,
             }
-    metrics = _last_metrics(run / "training_metrics.json")
-    if metrics:
+    if metrics := _last_metrics(run / "training_metrics.json"):
         state["last_metrics"] = metrics
     return state
 
@@ -118,13 +102,15 @@ def _table(found: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")
+    left_out: list[str] = found["left_out"]
+    groups = sorted({name.split(".")[0] for name in left_out})
     rows = {
         "model": found["what"],
         "parameters": f"{found['parameters']:,}",
         "released as": found.get("released"),
         "file": ", ".join(found["files"]),
         "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['layout']} layout, {found['tensors_read']} tensors",
-        "left out": f"{len(found['left_out'])} tensors ({_groups(found['left_out'])})" if found["left_out"] else None,
+        "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
         "position embeddings": _interpolation(found["architecture"]),
         "sha256": found.get("sha256"),
         **{f"training {key.replace('_', ' ')}": _short(value) for key, value in found["training"].items()},
@@ -135,10 +121,6 @@ def _table(found: dict[str, Any]) -> Table:
         if value is not None:
             table.add_row(name, str(value))
     return table
-
-
-def _groups(names: list[str]) -> str:
-    return ", ".join(sorted({name.split(".")[0] for name in names}))
 
 
 def _interpolation(architecture: dict[str, Any]) -> str:

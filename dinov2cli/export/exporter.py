@@ -99,64 +99,29 @@ class ExportResult:
 
 
 def run(request: Export) -> ExportResult:
-    """Do what `dino2 export` asks; the errors are those of `export_model`."""
-    return export_model(
-        request.checkpoint,
-        request.format,
-        request.output,
-        image_size=request.size(),
-        **request.model_dump(include={"linear_head", "layers", "opset", "config_file", "overwrite"}),
-    )
-
-
-def export_model(
-    source: str | Path,
-    format_name: str,
-    output: str | Path,
-    *,
-    linear_head: str | Path | None = None,
-    layers: int = 4,
-    image_size: tuple[int, int] | None = None,
-    opset: int = 18,
-    config_file: str | Path | None = None,
-    overwrite: bool = False,
-) -> ExportResult:
     """Write the model in another format, once it has been opened there and found to give the same features.
-
-    Args:
-        source: anything that `load_model` takes; a released name with `_lc` brings its linear head.
-        format_name: a key of `FORMATS`.
-        output: the file, or for `hf` the folder.
-        linear_head: a file of a linear classifier to go along.
-        layers: which released head, for a `_lc` name.
-        image_size: (height, width) in pixels, for a graph of one size; by default any multiple of the patch size.
-        opset: ONNX operator set.
-        config_file: the run's config.yaml, where none lies beside the weights.
-        overwrite: replace an existing output.
 
     Raises:
         Dino2Error: bad input, a model that the format cannot hold, or outputs that differ. Nothing is left then.
     """
-    if format_name not in FORMATS:
-        raise WeightsError(f"format '{format_name}' is unknown; known: {', '.join(FORMATS)}")
-    chosen, output = FORMATS[format_name], Path(output)
-    _check_output(output, chosen, format_name, overwrite)
-    released = RELEASED.get(str(source))
-    weights = read_weights(str(source).removesuffix("_lc") if released else source, config_file=config_file)
-    head = read_linear_head(linear_head) if linear_head else None
+    chosen, output = FORMATS[request.format], request.output
+    _check_output(request, chosen.suffixes)
+    released = RELEASED.get(request.checkpoint)
+    name = request.checkpoint.removesuffix("_lc") if released else request.checkpoint
+    weights = read_weights(name, config_file=request.config_file)
+    head = read_linear_head(request.linear_head) if request.linear_head else None
     if head is None and released and released.classifier:
-        head = read_linear_head(released.name, layers)
-    bundle = _bundle(weights, head, image_size, opset)
-    result = ExportResult(format_name, str(output), weights.architecture.describe())
-    result.notes += weights.report.lines()
+        head = read_linear_head(released.name, request.layers)
+    bundle = _bundle(weights, head, request)
+    result = ExportResult(request.format, str(output), weights.architecture.describe(), notes=weights.report.lines())
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the output, so that moving it there is a rename.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside:
         staged = Path(aside) / output.name
         chosen.write(bundle, staged)
         result.comparisons = _compare(bundle, chosen, staged, result)
-        result.files = _move_into_place(Path(aside), output, overwrite)
-    if format_name == "timm":
+        result.files = _move_into_place(Path(aside), output, request.overwrite)
+    if request.format == "timm":
         name, arguments = layouts.timm.model_of(weights.architecture)
         words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         result.notes.append(f"open with timm.create_model({name!r}, checkpoint_path={str(output)!r}, {words})")
@@ -168,9 +133,8 @@ def compare(bundle: Bundle, run: Runner, shape: tuple[int, int, int], *, binding
     images = random_images(bundle.architecture, *shape)
     with torch.no_grad():
         ours, theirs = bundle.reference()(images), run(images)
-    assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
-    for name in ours:
-        assert ours[name].shape == theirs[name].shape, (name, ours[name].shape, theirs[name].shape)
+    shapes = [{name: tensor.shape for name, tensor in outputs.items()} for outputs in (ours, theirs)]
+    assert shapes[0] == shapes[1], shapes
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     scale = max(float(ours[name].abs().max()) for name in ours)
     return Comparison(tuple(images.shape), difference, scale, binding)
@@ -214,10 +178,8 @@ def _shapes(bundle: Bundle) -> tuple[tuple[int, int, int], ...]:
     return (1, native, native), (2, patch * max(2, grid // 2), patch * (grid // 3 + 3))
 
 
-def _bundle(
-    weights: RecognisedWeights, head: nn.Linear | None, image_size: tuple[int, int] | None, opset: int
-) -> Bundle:
-    architecture = weights.architecture
+def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: Export) -> Bundle:
+    architecture, image_size = weights.architecture, request.size()
     if head is not None:
         head_input(head.in_features, architecture.embed_dim, architecture.depth)
     if image_size is not None and any(side < 1 or side % architecture.patch_size for side in image_size):
@@ -231,17 +193,18 @@ def _bundle(
         "iteration": weights.source.iteration,
     }
     model = build_from(weights).eval().requires_grad_(False)
-    return Bundle(weights.state, architecture, model, head, provenance, image_size, opset)
+    return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
 
 
-def _check_output(output: Path, chosen: Format, name: str, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
+def _check_output(request: Export, suffixes: tuple[str, ...]) -> None:
+    output, name = request.output, request.format
+    if output.exists() and not request.overwrite:
         raise WeightsError(f"{output} exists; --overwrite replaces it")
-    if chosen.suffixes and output.suffix not in chosen.suffixes:
-        raise WeightsError(f"{output}: format {name} writes a file that ends in {' or '.join(chosen.suffixes)}")
-    if chosen.suffixes and output.is_dir():
+    if suffixes and output.suffix not in suffixes:
+        raise WeightsError(f"{output}: format {name} writes a file that ends in {' or '.join(suffixes)}")
+    if suffixes and output.is_dir():
         raise WeightsError(f"{output} is a folder; format {name} writes a file")
-    if not chosen.suffixes and output.is_file():
+    if not suffixes and output.is_file():
         raise WeightsError(f"{output} is a file; format {name} writes a folder")
 
 

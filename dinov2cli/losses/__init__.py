@@ -5,15 +5,5 @@ from dinov2cli.losses.cross_entropy import DINOLoss, DINOTerm, iBOTPatchLoss, iB
 from dinov2cli.losses.koleo import KoLeoLoss, KoLeoTerm
 from dinov2cli.losses.term import LossTerm
 
-__all__ = [
-    "DINOLoss",
-    "DINOTerm",
-    "KoLeoLoss",
-    "KoLeoTerm",
-    "LossTerm",
-    "SinkhornKnoppCentering",
-    "SoftmaxCentering",
-    "iBOTPatchLoss",
-    "iBOTTerm",
-    "sinkhorn_knopp",
-]
+__all__ = ["DINOLoss", "DINOTerm", "KoLeoLoss", "KoLeoTerm", "LossTerm", "SinkhornKnoppCentering", "SoftmaxCentering",
+           "iBOTPatchLoss", "iBOTTerm", "sinkhorn_knopp"]  # fmt: skip

@@ -32,10 +32,6 @@ class SoftmaxCentering(nn.Module):
     def forward(self, scores_BK: Tensor, temperature: float) -> Tensor:
         """Target probabilities, float32 [B, K]; then moves the center by the scores of all processes."""
         targets_BK = torch.softmax((scores_BK - self.center).div_(temperature), dim=-1)  # the center is float32
-        self._update(scores_BK)
-        return targets_BK
-
-    def _update(self, scores_BK: Tensor) -> None:
         # Weighted by each process's number of samples, so that the split over processes does not matter.
         total = distributed.all_reduce_sum(scores_BK.sum(0, keepdim=True, dtype=torch.float32))
         count = distributed.all_reduce_sum(torch.full((1, 1), float(scores_BK.shape[0]), device=scores_BK.device))
@@ -44,6 +40,7 @@ class SoftmaxCentering(nn.Module):
         # reports such a batch).
         usable = (count > 0) & moved.isfinite().all()
         self.center.copy_(torch.where(usable, moved, self.center))
+        return targets_BK
 
 
 class SinkhornKnoppCentering(nn.Module):
@@ -70,22 +67,18 @@ def sinkhorn_knopp(scores_BK: Tensor, temperature: float, iterations: int = 3) -
     Returns:
         float32 [B, K]; each row sums to 1.
     """
-    with without_autocast(scores_BK.device.type):  # matrix-vector products, too, in float32
-        # One float32 copy, which becomes the result.
-        return _sinkhorn_knopp(scores_BK.to(torch.float32, copy=True).div_(temperature), iterations)
-
-
-def _sinkhorn_knopp(log_BK: Tensor, iterations: int) -> Tensor:
+    log_BK = scores_BK.to(torch.float32, copy=True).div_(temperature)  # the one copy, which becomes the result
     # Shifting a prototype's or a sample's scores only changes its scaling factor; with every prototype's and then every
     # sample's largest entry at 1, nothing that matters can overflow or vanish, at any temperature.
     log_BK -= distributed.all_reduce_max(_largest(log_BK, dim=0))
     sample_shift_B = _largest(log_BK, dim=1)
     assign_BK = log_BK.sub_(sample_shift_B[:, None]).exp_()
     sample_scale_B = sample_shift_B.exp()
-    for _ in range(iterations):
-        # The constants 1/K and 1/B cancel, as in the end each sample's row sums to 1.
-        prototype_scale_K = 1 / distributed.all_reduce_sum(sample_scale_B @ assign_BK)
-        sample_scale_B = 1 / (assign_BK @ prototype_scale_K)
+    with without_autocast(scores_BK.device.type):  # matrix-vector products, too, in float32
+        for _ in range(iterations):
+            # The constants 1/K and 1/B cancel, as in the end each sample's row sums to 1.
+            prototype_scale_K = 1 / distributed.all_reduce_sum(sample_scale_B @ assign_BK)
+            sample_scale_B = 1 / (assign_BK @ prototype_scale_K)
     return assign_BK.mul_(prototype_scale_K).mul_(sample_scale_B[:, None])
 
 

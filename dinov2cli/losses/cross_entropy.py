@@ -53,10 +53,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         factor = (gradient.reshape(logsumexp.shape) / ctx.temperature)[..., None]
         factor_of_softmax = factor * mass[:, None]
         of_scores = torch.empty_like(rows)
-        for at in _chunks(rows):
-            # (sum of targets) * softmax - targets
+        for at in _chunks(rows):  # (sum of targets) * softmax - targets, in place unless the scores are half precision
             place = of_scores[at]
-            # In place, unless the scores are in half precision.
             part = place.copy_(rows[at]) if place.dtype == logsumexp.dtype else rows[at].to(logsumexp.dtype)
             part.mul_(1 / ctx.temperature).sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
             part.addcmul_(targets[at[1]].to(part.dtype), factor[at], value=-1)

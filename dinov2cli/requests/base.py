@@ -31,6 +31,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,6 +91,7 @@ class Request(Group):
 AsJson = Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json")]
 """The field `as_json` of requests whose result can be printed for programs; `run` does not look at it."""
 AtLeastOne = Annotated[int, Field(ge=1)]
+ConfigBeside = Annotated[Path | None, Option("The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")]
 
 
 def run(request: Request) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from dinov2cli.requests.base import Argument, Option, Request
+from dinov2cli.requests.base import Argument, ConfigBeside, Option, Request
 
 
 class Export(Request):
@@ -53,9 +53,7 @@ class Export(Request):
         ),
     ] = None
     opset: Annotated[int, Field(ge=18, le=23), Option("onnx: operator set.")] = 18
-    config_file: Annotated[
-        Path | None, Option("The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")
-    ] = None
+    config_file: ConfigBeside = None
     overwrite: Annotated[bool, Option("Replace an existing output.")] = False
     as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
 

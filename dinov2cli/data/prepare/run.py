@@ -10,7 +10,7 @@ from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
 from dinov2cli.data.prepare.labels import Labels, read_labels, write_labels
 from dinov2cli.data.prepare.val_folders import sort_val
 from dinov2cli.errors import DataError
-from dinov2cli.requests.prepare import PrepareImagenet
+from dinov2cli.requests.tools import PrepareImagenet
 
 
 def run(request: PrepareImagenet) -> None:
