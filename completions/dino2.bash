@@ -78,6 +78,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -226,6 +227,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -279,6 +281,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -340,6 +343,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -395,6 +399,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -448,6 +453,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -509,6 +515,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -556,6 +563,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -589,6 +597,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -651,6 +660,7 @@ _dino2() {
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
                 train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
                 train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
                 train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;

@@ -93,7 +93,7 @@ class Train(Group):
     activation_checkpointing: bool = key(
         False, "(dino2) Recompute activations in the backward pass: less memory, about a third slower."
     )
-    compile: bool | Literal["auto"] = key(
+    compile: Literal["auto", True, False] = key(
         "auto",
         "(dino2) Run blocks, heads and losses through torch.compile: same results but for rounding, slower "
         "first steps; auto: on a GPU.",

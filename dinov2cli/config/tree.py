@@ -35,7 +35,7 @@ def takes_text(field: FieldInfo) -> bool:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words a key takes, empty for any other kind of key."""
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return tuple(map(_spelled, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ()
 
 
 def expectation(field: FieldInfo) -> str:
@@ -47,7 +47,7 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):  # Annotated[...]
         return _in_words(get_args(annotation)[0], [*_flat(annotation.__metadata__), *metadata])
     if get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(str, get_args(annotation)))}"
+        return f"one of {', '.join(map(_spelled, get_args(annotation)))}"
     if get_origin(annotation) in (Union, UnionType):
         inner = [part for part in get_args(annotation) if part is not NoneType]
         return f"{_in_words(inner[0], metadata)}, or null"
@@ -58,6 +58,11 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
         return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return kind + _bounds(metadata)
+
+
+def _spelled(value: Any) -> str:
+    """As it stands in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flat(metadata: Any) -> list[Any]:
