@@ -333,3 +333,13 @@ def test_deviations_follow_the_switches() -> None:
     for key, value in switches.items():
         (line,) = load_config(overrides=[*as_published, f"{key}={value}"]).deviations()
         assert line.startswith(f"{key}={value}: ")
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_compile_is_a_word_or_a_truth(word: str, value: object, tmp_path: Path) -> None:
+    config = load_config(overrides=[f"train.compile={word}", "train.output_dir=x"])
+    config.save(tmp_path / "config.yaml")
+    assert config.train.compile is value or config.train.compile == value == "auto"
+    assert load_config(config_file=tmp_path / "config.yaml").train.compile == value
+    with pytest.raises(ConfigError, match=r"train\.compile=maybe: must be one of auto, true, false"):
+        load_config(overrides=["train.compile=maybe"])

@@ -30,7 +30,8 @@ def annotated_yaml(config: Config) -> str:
 
 def takes_text(field: FieldInfo) -> bool:
     """Whether the key's values are text (free, or one of a few words)."""
-    return field.annotation is str or get_origin(field.annotation) is Literal
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else (None,)
+    return field.annotation is str or all(isinstance(word, str) for word in words)
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
