@@ -10,9 +10,8 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -104,12 +103,10 @@ class Checkpointer:
 
     def _write(self, final: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.incomplete"
-        problem = None
-        if distributed.is_main():
-            problem = _problem_of(_make_room, aside, _tensor_bytes(state))
-        problem = self._from_main(problem)
+        needed = _tensor_bytes(state)
+        problem = self._from_main(_problem_of(_make_room, aside, needed) if distributed.is_main() else None)
         if problem is None:
-            problem = _problem_of(self._write_shards, aside, state)
+            problem = _problem_of(self._on_disk, dcp.save, state, aside)  # an error in a process is raised by all
             if problem is None and distributed.is_main():
                 problem = _problem_of(self._complete, aside, final, manifest)
             problem = self._from_main(problem)
@@ -122,10 +119,12 @@ class Checkpointer:
                 "again: training resumes from the newest of them.",
             )
 
-    def _write_shards(self, aside: Path, state: dict[str, Any]) -> None:
-        """Every process's part; an error in one of them is raised by all."""
-        with _single_process_is_meant():
-            dcp.save(state, checkpoint_id=aside, process_group=self._group, no_dist=self._group is None)
+    def _on_disk(self, act: Callable[..., object], state: dict[str, Any], folder: Path) -> None:
+        """`dcp.save` or `dcp.load` of every process's part, without torch's warning that there is no process group:
+        a single process has none on purpose."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            act(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
 
     def _complete(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         _write_manifest(aside, manifest)
@@ -158,8 +157,7 @@ class Checkpointer:
             problem = distributed.broadcast_object(_damage(path) if distributed.is_main() else None)
             if problem is None:
                 try:
-                    with _single_process_is_meant():
-                        dcp.load(state, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+                    self._on_disk(dcp.load, state, path)
                 except Exception as error:
                     problem = _innermost(error)
                 else:
@@ -199,13 +197,6 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
             torch.save({"teacher": {key: value.detach().cpu() for key, value in teacher_state.items()}}, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot be finished: torch reports a disk that fills up in words nobody understands."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"No space left on device: it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
 
 
 def _tensor_bytes(value: object) -> int:
@@ -259,9 +250,12 @@ def _problem_of(work: Callable[..., object], *arguments: object) -> str | None:
 
 
 def _make_room(aside: Path, needed: int) -> None:
+    """An empty folder. Torch reports a disk that fills up in words nobody understands: so ask for the space first."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _require_space(aside, needed)
+    free = shutil.disk_usage(aside).free
+    if needed > free:
+        raise OSError(f"No space left on device: it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -292,14 +286,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-@contextmanager
-def _single_process_is_meant() -> Iterator[None]:
-    """Silence torch's warning that there is no process group: a single process has none on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
 
 
 def _innermost(error: BaseException) -> str:

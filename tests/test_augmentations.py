@@ -13,7 +13,8 @@ from scipy import stats
 from dinov2cli.config import load_config
 from dinov2cli.data.augmentations import MultiCropAugmentation, shrink_for, shrunk
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, draw_crops, random_box
-from dinov2cli.data.datasets.sample_photos import _load_photos
+from dinov2cli.data.datasets.sample_photos import photo_files
+from dinov2cli.data.decoding import read_image
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.randomness import sample_rng
 
@@ -134,7 +135,7 @@ def test_no_crop_is_decoded_smaller_than_it_is_wanted() -> None:
 
 
 def test_scaled_decoding_changes_crops_little(tmp_path: Path) -> None:
-    photo = cv2.resize(_load_photos()[0], (1600, 1200), interpolation=cv2.INTER_CUBIC)
+    photo = cv2.resize(read_image(photo_files("astronaut.png")[0]), (1600, 1200), interpolation=cv2.INTER_CUBIC)
     Image.fromarray(photo).save(tmp_path / "photo.jpg", quality=90)
     overrides = [f"train.dataset_path={tmp_path}", "train.batch_size_per_gpu=8", "train.num_workers=0"]
     plain, scaled = (

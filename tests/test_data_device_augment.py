@@ -54,7 +54,7 @@ def test_whole_chains_within_a_grey_level(photos: np.ndarray) -> None:
     recipes = (CropRecipe(64, (0.3, 1.0), blur=0.5, solarize=0.2),)
     parameters = [draw_crops(recipes, 64, 64, sample_rng(0, k))[0] for k in range(len(photos))]
     workers = photos
-    for step in COLOR_STEPS:
+    for step in COLOR_STEPS.values():
         workers = np.stack([step(crop, p) for crop, p in zip(workers, parameters, strict=True)])
     device = color_crops(torch.from_numpy(photos), ColorDecisions.of(parameters)).permute(0, 2, 3, 1).numpy()
     error = np.abs(device - workers).mean(axis=(1, 2, 3))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cv2
 import torch
 
 from dinov2cli.bench.clock import Measured, table
@@ -18,7 +17,7 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
-from dinov2cli.data.workers import available_cores
+from dinov2cli.data.workers import available_cores, opencv_on_one_thread
 from dinov2cli.requests.bench import BenchAugment
 
 
@@ -38,9 +37,8 @@ def run(request: BenchAugment) -> Measured:
                "rates": rates}  # fmt: skip
     total = sum(stages.values())
     parts = [(stage, f"{ms:.3f}", f"{ms / total:.0%}") for stage, ms in stages.items()]
-    by_workers = [
-        (str(rate["workers"]), f"{rate['images_per_s']:.1f}", f"{rate['images_per_s_per_core']:.1f}") for rate in rates
-    ]
+    counted = "{workers} {images_per_s:.1f} {images_per_s_per_core:.1f}"
+    by_workers = [counted.format(**rate).split() for rate in rates]
     return Measured(figures, [
         f"{dataset.describe()}; {cores} cores",
         table("stage", "ms an image", "share", rows=[*parts, ("all", f"{total:.3f}", "")]),
@@ -95,8 +93,8 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
             height, width = image.shape[:2]
             drawn = augmentation.draw(height, width, sample_rng(0, abs(k)))
         views = [image] * len(drawn)
-        for step in (*GEOMETRIC_STEPS, *COLOR_STEPS):
-            with timed(step.__name__.removeprefix("random_").replace("_", " ")):
+        for name, step in {**GEOMETRIC_STEPS, **COLOR_STEPS}.items():
+            with timed(name):
                 views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
         place = k % batch_size
         with timed("collate"):
@@ -113,11 +111,10 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """This process on one thread, as a loader process runs."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     try:
-        yield
+        with opencv_on_one_thread(True):
+            yield
     finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
+        torch.set_num_threads(before)

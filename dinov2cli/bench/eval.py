@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dinov2cli.bench.clock import Clock, Measured
 from dinov2cli.device import choose_device
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.linear_heads import LEARNING_RATES, HeadTrainer, LinearHeads, input_of_head
+from dinov2cli.eval.linear_heads import HeadTrainer, LinearHeads, input_of_head
 from dinov2cli.eval.logreg import C_VALUES, LogregSettings, sweep
 from dinov2cli.eval.nearest import KeyBank
 from dinov2cli.requests.bench import BenchKnn, BenchLinear, BenchLogreg
@@ -36,9 +35,8 @@ def knn(request: BenchKnn) -> Measured:
         product += clock.seconds(partial(torch.matmul, block, x.T))
         search += clock.seconds(partial(bank.search, block, k))
     facts = {"search_s": search, "bare_product_s": product, "ratio": search / product}
-    return measured(
-        "search takes {ratio:.2f} times the bare product ({search_s:.2f} s and {bare_product_s:.2f} s)", facts
-    )
+    text = "search takes {ratio:.2f} times the bare product ({search_s:.2f} s and {bare_product_s:.2f} s)"
+    return measured(text, facts)
 
 
 def logreg(request: BenchLogreg) -> Measured:
@@ -55,16 +53,13 @@ def logreg(request: BenchLogreg) -> Measured:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise EnvironmentProblem(
-            "This benchmark compares with scikit-learn.", hint="pip install 'dinov2cli[test]'"
-        ) from None
+        remedy = "pip install 'dinov2cli[test]'"
+        raise EnvironmentProblem("This benchmark compares with scikit-learn.", remedy) from None
     images, classes = request.images, request.classes
     features, targets = overlapping_classes(images, request.dim, classes)
     held_out = images // 10
-    test, train = (
-        Features({"cls": features[rows]}, targets[rows], torch.arange(len(targets[rows])), len(targets[rows]))
-        for rows in (slice(held_out), slice(held_out, None))
-    )
+    split = zip(features.tensor_split([held_out]), targets.tensor_split([held_out]), strict=True)
+    test, train = (Features({"cls": cls}, of_cls, torch.arange(len(cls)), len(cls)) for cls, of_cls in split)
     start = _clocks()
     ours, accuracies = sweep(train, test, LogregSettings(), classes)
     seconds, work = _clocks() - start
@@ -121,12 +116,10 @@ def linear(request: BenchLinear) -> Measured:
     dim, classes, batch, steps = request.dim, request.classes, request.batch, request.steps
     device = choose_device(request.device)
     generator = torch.Generator().manual_seed(0)
-    features = {
-        "last_cls": torch.randn(batch, 4, dim, generator=generator).to(device),
-        "mean_patch": torch.randn(batch, dim, generator=generator).to(device),
-    }
+    shapes = {"last_cls": (batch, 4, dim), "mean_patch": (batch, dim)}
+    features = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
     targets = torch.randint(0, classes, (batch,), generator=generator).to(device)
-    heads = LinearHeads(dim, classes, learning_rates=LEARNING_RATES, generator=generator).to(device)
+    heads = LinearHeads(dim, classes, generator=generator).to(device)
     trainer = HeadTrainer(heads, 10**6)
     layers = [heads.head(name).requires_grad_() for name in heads.names]
     rates = heads.rates.tolist() * len(heads.inputs)
@@ -136,8 +129,8 @@ def linear(request: BenchLinear) -> Measured:
 
     def separate() -> None:
         optimizer.zero_grad()
-        losses = [_loss(layer, features, targets) for layer in layers]
-        torch.stack(losses).sum().backward()
+        scores = (layer(input_of_head(layer, dim, 4).of(features)) for layer in layers)
+        torch.stack([F.cross_entropy(each, targets) for each in scores]).sum().backward()
         optimizer.step()
 
     clock, together_s, separate_s = Clock(device), 0.0, 0.0
@@ -147,19 +140,13 @@ def linear(request: BenchLinear) -> Measured:
         if step:  # the first allocates
             together_s, separate_s = together_s + first, separate_s + second
     facts = {"together_s": together_s / steps, "separate_s": separate_s / steps, "ratio": separate_s / together_s}
-    return measured(
-        "a step of 52 heads: {together_s:.4f} s, separately {separate_s:.4f} s, {ratio:.1f} times as long", facts
-    )
+    text = "a step of 52 heads: {together_s:.4f} s, separately {separate_s:.4f} s, {ratio:.1f} times as long"
+    return measured(text, facts)
 
 
 def measured(text: str, facts: dict[str, Any]) -> Measured:
     """One sentence with the figures in it."""
     return Measured(facts, [text.format(**facts)])
-
-
-def _loss(layer: nn.Linear, features: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-    blocks, dim = features["last_cls"].shape[1:]
-    return F.cross_entropy(layer(input_of_head(layer, dim, blocks).of(features)), targets)
 
 
 def _clocks() -> np.ndarray:

@@ -20,7 +20,7 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.console import err, progress
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
-from dinov2cli.data.datasets import ImageDataset, make_dataset
+from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng
@@ -95,10 +95,10 @@ def run(request: BenchTrain) -> Measured:
     device, variants = choose_device(request.device), variants_of(request)
     if device.type == "cpu" and set(request.precision) - {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")
-    data = "random crops" if request.synthetic else make_dataset(request.data).describe()
+    asked = None if request.synthetic else request.data
+    data = make_dataset(asked).describe() if asked else "random crops"
     configs = [load_config(request.preset, request.config_file, [*request.overrides, *changes]) for changes in variants]
-    dataset = None if request.synthetic else request.data
-    outcomes = list(benchmark_variants(configs, device, data=dataset, steps=request.steps, kernels=request.kernels))
+    outcomes = list(benchmark_variants(configs, device, data=asked, steps=request.steps, kernels=request.kernels))
     results = [outcome for outcome in outcomes if isinstance(outcome, TrainBenchmark)]
     failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
     if not results:
@@ -138,20 +138,17 @@ def benchmark_variants(
     """Several variants, each in a process of its own: one's memory and compiled code do not count for the next.
 
     Args:
-        configs: the variants.
-        device: where.
-        data: dataset string for the training's own loader; None for random crops.
-        steps, kernels: see `benchmark_training`.
+        device, data, steps, kernels: as in `benchmark_training`.
     """
     context = multiprocessing.get_context("spawn")
     for config in configs:
         with ProcessPoolExecutor(1, context, initializer=_end_on_interrupt) as process:
             try:
-                yield process.submit(_benchmark, config, device, data, steps, kernels).result()
+                yield process.submit(benchmark_training, config, device, data, steps, kernels).result()
             except ConfigError as error:
                 yield error
             except (torch.OutOfMemoryError, BrokenProcessPool) as error:
-                said = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "its process was killed"
+                said = "its process was killed" if isinstance(error, BrokenProcessPool) else "out of memory"
                 variant = f"{config.student.attention_backend}, train.compile={config.train.compile}"
                 yield ConfigError(f"train.batch_size_per_gpu={config.train.batch_size_per_gpu} ({variant}): {said}")
 
@@ -160,21 +157,14 @@ def _end_on_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the process that waits for this one, too
 
 
-def _benchmark(config: Config, device: torch.device, data: str | None, steps: int, kernels: int) -> TrainBenchmark:
-    dataset = None if data is None else make_dataset(data)
-    return benchmark_training(config, device, dataset=dataset, steps=steps, kernels=kernels)
-
-
 def benchmark_training(
-    config: Config, device: torch.device, *, dataset: ImageDataset | None = None, steps: int = 5, kernels: int = 0
+    config: Config, device: torch.device, data: str | None = None, steps: int = 5, kernels: int = 0
 ) -> TrainBenchmark:
     """Time `steps` training steps after two that are not counted.
 
     Args:
         config: what to train; its precision, attention backend and `train.compile` make the variant.
-        device: where.
-        dataset: images for the training's own loader; None for random crops that are always the same.
-        steps: how many steps to time.
+        data: dataset string for the training's own loader; None for random crops that are always the same.
         kernels: on a GPU, how many of a further step's kernels to list.
 
     Raises:
@@ -191,7 +181,13 @@ def benchmark_training(
     step = _TimedStep(config, device, precision, attention, compiled)
     total = WARM_UP + steps
     times, rates = [], []
-    batches, waiting = iter(_batches(config, dataset, total, device)), time.perf_counter()
+    batches: Iterator[MultiCropBatch]
+    if data is None:
+        batches = repeat(synthetic_batch(config))
+    else:
+        on_gpu = device.type == "cuda"
+        batches = iter(make_train_loader(config, start=0, stop=total, pin_memory=on_gpu, dataset=make_dataset(data)))
+    waiting = time.perf_counter()
     name = f"{precision.name} {attention}{' compiled' if compiled else ''}, steps"
     with progress() as bar:
         for number in bar.track(range(total), description=name):
@@ -223,9 +219,7 @@ def benchmark_training(
         whole_gflops=flops.whole / 1e9,
         model_gflops_per_s=flops.step / 1e9 / step_s,
         matrix_gflops_per_s={shape: statistics.median(each[shape] for each in rates) for shape in rates[0]},
-        utilisation=statistics.median(
-            flops.step / 1e9 / taken / rate for taken, rate in zip(seconds, around, strict=True)
-        ),
+        utilisation=statistics.median(flops.step / 1e9 / s / rate for s, rate in zip(seconds, around, strict=True)),
         memory_gb=(_memory(device) - memory_before) / 1e9,
         expected_memory_gb=expected.total,
         kernels=longest_kernels(step, batch, kernels) if kernels and device.type == "cuda" else [],
@@ -285,38 +279,23 @@ def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repea
     sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
     special = 1 + config.student.num_register_tokens
     tokens = batch * sum((size // patch) ** 2 + special for size in sizes)
+    blocks = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
     rows = batch * len(sizes) + masked_patches(config)
-    shapes = [
-        (tokens, dim, 3 * dim),
-        (tokens, dim, 4 * dim),
-        (tokens, 4 * dim, dim),
-        (rows, config.dino.head_bottleneck_dim, config.dino.head_n_prototypes),
-        (2048, 2048, 2048),
-    ]
+    prototypes = rows, config.dino.head_bottleneck_dim, config.dino.head_n_prototypes
+    shapes = [*blocks, prototypes, (2048, 2048, 2048)]
     return {f"{m} x {k} x {n}": matrix_rate(m, k, n, device, dtype, repeats) for m, k, n in shapes}
-
-
-def _batches(
-    config: Config, dataset: ImageDataset | None, number: int, device: torch.device
-) -> Iterator[MultiCropBatch]:
-    if dataset is None:
-        return repeat(synthetic_batch(config))
-    loader = make_train_loader(config, start=0, stop=number, pin_memory=device.type == "cuda", dataset=dataset)
-    return iter(loader)
 
 
 def synthetic_batch(config: Config) -> MultiCropBatch:
     """Random pixels, with masks as in training."""
-    crops, batch, patch = config.crops, config.train.batch_size_per_gpu, config.student.patch_size
+    size, batch, patch = config.crops.global_crops_size, config.train.batch_size_per_gpu, config.student.patch_size
     buffers = CropBuffers(MultiCropAugmentation.from_config(config).recipes, batch)
     generator = torch.Generator().manual_seed(0)
     for views in (buffers.global_crops, buffers.local_crops):
         views.random_(256, generator=generator)
-    side = crops.global_crops_size // patch
-    masking = MaskingGenerator(side, side, max_block_patches(crops.global_crops_size, patch))
+    masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
     probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
-    ratios = config.ibot.mask_ratio_min_max
-    numbers = mask_rng(config.train.seed, 0, 0)
+    ratios, numbers = config.ibot.mask_ratio_min_max, mask_rng(config.train.seed, 0, 0)
     masks = make_masks(GLOBAL_CROPS * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
     return collate(buffers, masks, iteration=0, samples=list(range(batch)), bad=[])
 

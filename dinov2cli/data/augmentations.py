@@ -1,5 +1,6 @@
 """Multi-crop augmentation (DINOv2 paper, section 4 and appendix): two global and several local views of an image."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -53,32 +54,17 @@ class MultiCropAugmentation:
         return draw_crops(self.recipes, height, width, rng)
 
 
-def random_resized_crop(image: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return pixels.resized_crop(image, *drawn.box, drawn.size)
-
-
-def random_flip(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return pixels.flip(crop) if drawn.flip else crop
-
-
-def random_color_jitter(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return color_jitter(crop, drawn.jitter) if drawn.jitter is not None else crop
-
-
-def random_grayscale(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return pixels.grayscale(crop) if drawn.grayscale else crop
-
-
-def random_gaussian_blur(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return pixels.gaussian_blur(crop, drawn.blur_sigma) if drawn.blur_sigma > 0 else crop
-
-
-def random_solarize(crop: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    return pixels.solarize(crop) if drawn.solarize else crop
-
-
-GEOMETRIC_STEPS = (random_resized_crop, random_flip)
-COLOR_STEPS = (random_color_jitter, random_grayscale, random_gaussian_blur, random_solarize)
+Step = Callable[[np.ndarray, CropParameters], np.ndarray]
+GEOMETRIC_STEPS: dict[str, Step] = {
+    "resized crop": lambda image, drawn: pixels.resized_crop(image, *drawn.box, drawn.size),
+    "flip": lambda crop, drawn: pixels.flip(crop) if drawn.flip else crop,
+}
+COLOR_STEPS: dict[str, Step] = {
+    "color jitter": lambda crop, drawn: color_jitter(crop, drawn.jitter) if drawn.jitter else crop,
+    "grayscale": lambda crop, drawn: pixels.grayscale(crop) if drawn.grayscale else crop,
+    "gaussian blur": lambda crop, drawn: pixels.gaussian_blur(crop, drawn.blur_sigma) if drawn.blur_sigma > 0 else crop,
+    "solarize": lambda crop, drawn: pixels.solarize(crop) if drawn.solarize else crop,
+}
 """The recipe: every view goes through the geometric steps, then the colour steps, in this order.
 
 `device_augment.color_crops` does the colour steps on a device.
@@ -91,7 +77,7 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
     All views take a step before any takes the next: the step's code and tables stay in the processor's cache.
     """
     views = [image] * len(drawn)
-    for step in (*GEOMETRIC_STEPS, *COLOR_STEPS) if color else GEOMETRIC_STEPS:
+    for step in (*GEOMETRIC_STEPS.values(), *(COLOR_STEPS.values() if color else ())):
         views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
     return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
 

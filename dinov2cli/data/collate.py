@@ -109,6 +109,8 @@ def collate(
     """
     masks_ = torch.from_numpy(masks)
     masked_per_image = masks_.sum(dim=1, keepdim=True).clamp(min=1)
+    views = list(zip(*(parameters or ()), strict=True))
+    colors = [[p for view in part for p in view] for part in (views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])]
     return MultiCropBatch(
         global_crops=crops.global_crops,
         local_crops=crops.local_crops,
@@ -118,15 +120,7 @@ def collate(
         iteration=iteration,
         samples=torch.tensor(samples),
         bad=bad,
-        pending=_color_decisions(parameters) if parameters else None,
-    )
-
-
-def _color_decisions(parameters: list[list[CropParameters]]) -> tuple[ColorDecisions, ColorDecisions]:
-    views = list(zip(*parameters, strict=True))
-    return (
-        ColorDecisions.of([p for view in views[:GLOBAL_CROPS] for p in view]),
-        ColorDecisions.of([p for view in views[GLOBAL_CROPS:] for p in view]),
+        pending=(ColorDecisions.of(colors[0]), ColorDecisions.of(colors[1])) if parameters else None,
     )
 
 

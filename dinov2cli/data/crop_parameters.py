@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+JITTER_FACTORS = ((1 - 0.4, 1 + 0.4), (1 - 0.4, 1 + 0.4), (1 - 0.2, 1 + 0.2), (-0.1, 0.1))
+"""Ranges of brightness, contrast, saturation and hue."""
 FLIP_PROBABILITY = 0.5
 BLUR_SIGMA = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
@@ -48,7 +49,7 @@ class Jitter(NamedTuple):
     """Colour jitter: the `factors` of brightness, contrast, saturation and hue; `order` permutes their four places."""
 
     order: tuple[int, ...]
-    factors: tuple[float, float, float, float]
+    factors: tuple[float, ...]
 
 
 class CropParameters(NamedTuple):
@@ -121,22 +122,8 @@ def _between(low: float, high: float, number: float) -> float:
 
 
 def _jitter(order_numbers: tuple[float, float, float], factors: list[float]) -> Jitter:
-    brightness, contrast, saturation, hue = factors
-    return Jitter(
-        order=_permutation(order_numbers),
-        factors=(
-            _between(1 - BRIGHTNESS, 1 + BRIGHTNESS, brightness),
-            _between(1 - CONTRAST, 1 + CONTRAST, contrast),
-            _between(1 - SATURATION, 1 + SATURATION, saturation),
-            _between(-HUE, HUE, hue),
-        ),
-    )
-
-
-def _permutation(numbers: tuple[float, float, float]) -> tuple[int, ...]:
-    """Uniform permutation of range(4) from three uniform numbers (Fisher and Yates)."""
     order = [0, 1, 2, 3]
-    for last, number in zip((3, 2, 1), numbers, strict=True):
+    for last, number in zip((3, 2, 1), order_numbers, strict=True):  # a uniform permutation (Fisher and Yates)
         other = int((last + 1) * number)
         order[last], order[other] = order[other], order[last]
-    return tuple(order)
+    return Jitter(tuple(order), tuple(_between(*limits, n) for limits, n in zip(JITTER_FACTORS, factors, strict=True)))

@@ -45,11 +45,9 @@ def dataset(situation: Situation) -> Finding:
     counts = distributed.all_gather_objects(len(images) if images is not None else -1)
     if images is None or (here is not None and here.status is Status.FAILURE):
         return here or failure("no images", "")
-    listed = sorted({count for count in counts if count >= 0})
-    if len(listed) > 1:
+    if others := sorted({count for count in counts if count not in (-1, len(images))}):
         return failure(
-            f"process {distributed.rank()} finds {len(images)} images where others find "
-            f"{', '.join(str(count) for count in listed if count != len(images))}",
+            f"process {distributed.rank()} finds {len(images)} images where others find {', '.join(map(str, others))}",
             "All nodes must see the same files: put them on a shared file system, or copy them anew.",
         )
     return here or ok(images.describe(), images=len(images))
@@ -159,8 +157,7 @@ def disk_space(situation: Situation) -> Finding:
     """Room for the checkpoints that the run keeps and the one being written."""
     size, keep = checkpoint_bytes(situation.config), situation.config.train.keep
     folder = situation.folder
-    existing = RunFolder(folder).checkpoints
-    held = sum(file.stat().st_size for file in existing.rglob("*") if file.is_file()) if existing.is_dir() else 0
+    held = sum(file.stat().st_size for file in RunFolder(folder).checkpoints.rglob("*") if file.is_file())
     needed = max(0, (keep + 1) * size - held)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free

@@ -53,9 +53,7 @@ class FeatureCache:
         """
         for kept in dict.fromkeys((recipe, replace(recipe, detailed=True))):
             entry = self._entry(kept, dataset)
-            reason = None
-            if distributed.is_main():
-                reason = _why_not(entry, _identity(kept, dataset))
+            reason = _why_not(entry, _identity(kept, dataset)) if distributed.is_main() else None
             reason = distributed.broadcast_object(reason)
             if reason is None:
                 logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
@@ -64,13 +62,10 @@ class FeatureCache:
                 logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
         return None
 
+    @stoppable("stopping once the features are in the cache")
     def save(self, recipe: Recipe, dataset: "ImageDataset", features: Features) -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
         entry = self._entry(recipe, dataset)
-        with stoppable("stopping once the features are in the cache"):
-            self._write(entry, recipe, dataset, features)
-
-    def _write(self, entry: Path, recipe: Recipe, dataset: "ImageDataset", features: Features) -> None:
         part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
         tensors = {**features.tensors, "targets": features.targets, "indices": features.indices}
         try:
@@ -84,12 +79,10 @@ class FeatureCache:
             problem, facts = str(error), []
         problems = [text for text in distributed.all_gather_objects(problem) if text]
         parts = distributed.all_gather_objects(facts)
-        if not distributed.is_main():
-            return
-        if problems:
+        if problems and distributed.is_main():
             logger.warning("features not cached in %s: %s", self.folder, problems[0])
-            return
-        write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
+        elif distributed.is_main():
+            write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
 
     def _entry(self, recipe: Recipe, dataset: "ImageDataset") -> Path:
         name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
@@ -150,9 +143,8 @@ def _read(entry: Path, size: int, names: tuple[str, ...]) -> Features:
     rows: dict[str, list[Tensor]] = {}
     for name, tensor in _parts(entry, int(mine[0]), int(mine[-1]) + 1):
         rows.setdefault(name, []).append(tensor)
-    tensors = {name: torch.cat(rows[name]) for name in (*names, "targets", "indices")}
-    targets, indices = tensors.pop("targets"), tensors.pop("indices")
-    return Features(tensors, targets, indices, size)
+    targets, indices = torch.cat(rows["targets"]), torch.cat(rows["indices"])
+    return Features({name: torch.cat(rows[name]) for name in names}, targets, indices, size)
 
 
 def _parts(entry: Path, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:

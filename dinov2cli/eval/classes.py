@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
 
 
+def check_labels(targets: Tensor, dataset: str, protocol: str) -> None:
+    """Raise DataError where an image has no class (its target is below 0); `dataset` and `protocol` as to be named."""
+    if missing := int((targets < 0).sum()):
+        raise DataError(
+            f"The {dataset} has {missing} of {len(targets)} images without a class; {protocol} needs a class for each.",
+            hint="Put the images into one subfolder per class.",
+        )
+
+
 def align_classes(train: "ImageDataset", other: "ImageDataset", other_name: str = "val") -> Tensor | None:
     """The train set's class index of each class of `other`: int64 [C_other], or None where the numbering is the same.
 
@@ -21,12 +30,9 @@ def align_classes(train: "ImageDataset", other: "ImageDataset", other_name: str 
         DataError: `other` has classes that the train set has not, by name or, without names, by number.
     """
     known, names = tuple(train.class_names), tuple(other.class_names)
-    if not known or not names:
+    if not known or not names or known == names:
         return None
-    if known == names:
-        return None
-    missing = sorted(set(names) - set(known))
-    if missing:
+    if missing := sorted(set(names) - set(known)):
         raise DataError(
             f"The {other_name} dataset has {len(missing)} of {len(names)} classes that the train dataset has not: "
             f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}.",

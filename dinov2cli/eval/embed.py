@@ -3,7 +3,6 @@
 A table: a row is an image, in the order of the dataset, or, in safetensors, an entry of each tensor.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,10 +58,8 @@ def run(request: EmbedRequest) -> Embedded:
     with distributed.process_group():
         images = make_dataset(request.data)
         subject = load_subject(request.checkpoint, request.config_file)
-        extract = subject.extractor(
-            request, batch_size=request.batch_size, resize_ratio=request.resize_ratio, detailed=True
-        )
-        features = embed(extract, images, request.output)
+        sizes = {"batch_size": request.batch_size, "resize_ratio": request.resize_ratio}
+        features = embed(subject.extractor(request, detailed=True, **sizes), images, request.output)
     return Embedded(str(request.output), features.size, features.cls.shape[1], images.describe())
 
 
@@ -106,16 +103,11 @@ def embed(extract: Extractor, dataset: "ImageDataset", output: Path) -> Features
             "dino2.transform": f"resize {extract.resize}, crop {extract.image_size}",
             "dino2.classes": "\n".join(dataset.class_names),
         }
-        paths = [dataset.path(i) for i in range(len(dataset))]
-        _write_whole(FeatureTable(tensors, targets, paths, metadata), output)
+        table = FeatureTable(tensors, targets, [dataset.path(i) for i in range(len(dataset))], metadata)
+        with stoppable("stopping once the features are written"), writing(output), replacing(output) as aside:
+            WRITERS[output.suffix](table, aside)
     distributed.barrier()
     return part
-
-
-def _write_whole(table: FeatureTable, output: Path) -> None:
-    """Write `output`, whole or not at all; EnvironmentProblem where the disk is full or read-only."""
-    with stoppable("stopping once the features are written"), writing(output), replacing(output) as aside:
-        WRITERS[output.suffix](table, aside)
 
 
 def _write_safetensors(table: FeatureTable, file: Path) -> None:
@@ -149,8 +141,5 @@ def _lists(rows: np.ndarray) -> "pyarrow.Array":
     return column
 
 
-WRITERS: dict[str, Callable[[FeatureTable, Path], None]] = {
-    ".safetensors": _write_safetensors,
-    ".parquet": _write_parquet,
-}
+WRITERS = {".safetensors": _write_safetensors, ".parquet": _write_parquet}
 """Formats by suffix."""

@@ -125,46 +125,34 @@ class Extractor:
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
+        at_once = len(images)
+        if self.device.type == "cpu":  # activations of a whole batch would not stay in its caches
+            at_once = TOKENS_IN_CACHE // ((self.image_size // int(self.model.patch_size)) ** 2 + 1)  # type: ignore[arg-type]
         with self.precision.autocast():
-            if self.device.type != "cpu":
-                return self._forward(images)
-            parts = [self._forward(part) for part in images.split(self._images_in_cache)]
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            parts = [self._forward(part) for part in images.split(max(1, at_once))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         model: Any = self.model
-        return detailed_features(model, images) if self.detailed else {"cls": model.class_tokens(images).float()}
-
-    @property
-    def _images_in_cache(self) -> int:
-        """How many images the CPU computes at once: activations of a whole batch would not stay in its caches."""
-        tokens = (self.image_size // int(self.model.patch_size)) ** 2 + 1  # type: ignore[arg-type]
-        return max(1, TOKENS_IN_CACHE // tokens)
+        if not self.detailed:
+            return {"cls": model.class_tokens(images).float()}
+        # Where it has fewer than four blocks, all of them are kept.
+        layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, len(model.blocks)), return_class_token=True)
+        last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
+        return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
     def _batches(
         self, dataset: "ImageDataset", indices: Tensor, description: str
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        loader = make_eval_loader(
-            dataset,
-            self.transform,
-            self.batch_size,
-            self.num_workers,
-            indices=indices.tolist(),
-            pin_memory=self.device.type == "cuda",
-        )
+        how = self.transform, self.batch_size, self.num_workers
+        on_gpu = self.device.type == "cuda"
+        loader = make_eval_loader(dataset, *how, indices=indices.tolist(), pin_memory=on_gpu)
         with progress() as bar, stoppable() as stop_if_asked:
             task = bar.add_task(description, total=len(indices))
             for batch in loader:
                 yield batch
                 bar.advance(task, len(batch[0]))
                 stop_if_asked()
-
-
-def detailed_features(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """`cls`, `mean_patch` and `last_cls` of a batch, float32; models of fewer than four blocks give all they have."""
-    layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, len(model.blocks)), return_class_token=True)
-    last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
-    return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
 
 def fitting_image_size(model: Any, image_size: int | None) -> int:

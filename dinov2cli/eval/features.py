@@ -31,8 +31,10 @@ class Features:
         return self.tensors["cls"]
 
     def with_classes(self, mapping: Tensor | None) -> "Features":
-        """The same features with class `mapping[c]` in place of class c; None leaves them."""
-        return self if mapping is None else replace(self, targets=renumber(self.targets, mapping))
+        """The same features with class `mapping[c]` in place of class c, -1 left as it is; None leaves all."""
+        if mapping is None:
+            return self
+        return replace(self, targets=torch.where(self.targets < 0, self.targets, mapping[self.targets.clamp(min=0)]))
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,3 @@ class Recipe:
 def part_of_this_process(size: int) -> Tensor:
     """The consecutive positions of `size` images that fall to this process, int64."""
     return torch.arange(size).tensor_split(distributed.world_size())[distributed.rank()]
-
-
-def renumber(targets: Tensor, mapping: Tensor) -> Tensor:
-    """`mapping[target]`, leaving -1 as it is."""
-    return torch.where(targets < 0, targets, mapping[targets.clamp(min=0)])

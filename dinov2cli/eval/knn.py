@@ -4,7 +4,7 @@ The neighbours of an image vote for their classes with weights softmax(similarit
 the `cls` features. Shapes: Q queries, N train images, D features, C classes, k neighbours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
-from dinov2cli.eval.classes import align_classes
+from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
@@ -59,21 +59,16 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     val_images = labelled(trial.val_dataset, "val", "k-NN")
     mapping = align_classes(train_images, val_images)
     extract = trial.extractor(request.batch_size)
-    train = extract(train_images, "train features")
+    val = train = extract(train_images, "train features")
     leave_one_out = same_images(train_images, val_images)
     if leave_one_out:
         logger.info("k-NN: train and val are the same images; each is classified by the others (leave-one-out)")
-        val = train
     else:
         val = extract(val_images, "val features").with_classes(mapping)
     device = "cpu" if request.gather_on_cpu else extract.device
     results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
     rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
-    lines = [
-        {f"{key} Top {n}": value}
-        for key, accuracy in results.items()
-        for n, value in ((1, accuracy.top1), (5, accuracy.top5))
-    ]
+    lines = [{f"{key} Top {n}": getattr(results[key], f"top{n}")} for key in results for n in (1, 5)]
     return trial.report(extract, settings, rows, lines, leave_one_out=leave_one_out)
 
 
@@ -101,6 +96,7 @@ def evaluate_knn(
     val_labels = distributed.all_gather_rows(val.targets)
     _check_labels(labels, val_labels)
     n_classes = 1 + int(max(labels.max(), val_labels.max()))
+    exclude = val.indices if leave_one_out else None
     keys, queries = F.normalize(train.cls, dim=1), F.normalize(val.cls, dim=1)
     results: KnnResults = {}
     for n_per_class in settings.n_per_class:
@@ -111,10 +107,10 @@ def evaluate_knn(
             ks = usable_ks(settings.ks, n_per_class, len(chosen) - leave_one_out)
             here = torch.isin(train.indices, chosen)
             bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
-            exclude = val.indices if leave_one_out else None
-            with stoppable() as stop_if_asked:
-                arguments = ks, settings.temperature, n_classes, exclude, stop_if_asked
-                tries.append(_accuracies(bank, queries, val.targets, *arguments))
+            meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
+            for found, targets in _neighbours(bank, queries, val.targets, max(ks), exclude):
+                meter.update(knn_scores(found, ks, settings.temperature, n_classes), targets)
+            tries.append(dict(zip(ks, meter.compute(), strict=True)))
         results |= {(name, k): _mean([accuracies[k] for accuracies in tries]) for k in tries[0]}
     return results
 
@@ -199,30 +195,22 @@ def same_images(first: "ImageDataset", second: "ImageDataset") -> bool:
     return n == len(second) and first.describe() == second.describe() and first.path(n - 1) == second.path(n - 1)
 
 
-def _accuracies(
-    bank: KeyBank,
-    queries: Tensor,
-    targets: Tensor,
-    ks: Sequence[int],
-    temperature: float,
-    n_classes: int,
-    exclude: Tensor | None,
-    after_block: Callable[[], None],
-) -> dict[int, Accuracy]:
-    meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
+def _neighbours(
+    bank: KeyBank, queries: Tensor, targets: Tensor, k: int, exclude: Tensor | None
+) -> Iterator[tuple[Neighbours, Tensor]]:
+    """Of this process's queries, block by block: their neighbours and targets. Ctrl-C ends it between two blocks."""
     block = int(-distributed.all_reduce_max(torch.tensor(-bank.query_block())))  # the smallest of all processes
     n_blocks = int(distributed.all_reduce_max(torch.tensor(-(-len(queries) // block))))
-    for number in range(n_blocks):
-        here = slice(number * block, (number + 1) * block)
-        # Every process searches its own keys for the queries of all, and then scores its own queries.
-        sizes = distributed.all_gather_objects(len(queries[here]))
-        excluded = None if exclude is None else distributed.all_gather_rows(exclude[here])
-        found = bank.search(distributed.all_gather_rows(queries[here]), max(ks), excluded)
-        mine = slice(sum(sizes[: distributed.rank()]), sum(sizes[: distributed.rank() + 1]))
-        scores = knn_scores(Neighbours(found.similarities[mine], found.labels[mine]), ks, temperature, n_classes)
-        meter.update(scores, targets[here])
-        after_block()
-    return dict(zip(ks, meter.compute(), strict=True))
+    with stoppable() as stop_if_asked:
+        for number in range(n_blocks):
+            here = slice(number * block, (number + 1) * block)
+            # Every process searches its own keys for the queries of all, and then scores its own queries.
+            sizes = distributed.all_gather_objects(len(queries[here]))
+            excluded = None if exclude is None else distributed.all_gather_rows(exclude[here])
+            found = bank.search(distributed.all_gather_rows(queries[here]), k, excluded)
+            mine = slice(sum(sizes[: distributed.rank()]), sum(sizes[: distributed.rank() + 1]))
+            yield Neighbours(found.similarities[mine], found.labels[mine]), targets[here]
+            stop_if_asked()
 
 
 def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
@@ -231,13 +219,8 @@ def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
 
 
 def _check_labels(train: Tensor, val: Tensor) -> None:
-    for name, labels in (("train", train), ("val", val)):
-        if (labels < 0).any():
-            raise DataError(
-                f"The {name} dataset has {int((labels < 0).sum())} of {len(labels)} images without a class; "
-                "k-NN needs a class for each.",
-                hint="Put the images into one folder per class.",
-            )
+    check_labels(train, "train dataset", "k-NN")
+    check_labels(val, "val dataset", "k-NN")
     unknown = sorted(set(val.unique().tolist()) - set(train.unique().tolist()))
     if len(unknown) == len(val.unique()):
         raise DataError(

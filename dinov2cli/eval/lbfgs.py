@@ -117,12 +117,10 @@ def minimise(
         )
         done = solved | (exhausted & ~accepted)
         if done.any():
-            finished = run.which[done]
-            answer.points[finished] = run.point[done]
-            answer.values[finished] = run.value[done]
-            answer.iterations[finished] = run.iterations[done]
-            for kept, latest in zip(answer.memory, (run.steps, run.changes, run.rho), strict=True):
-                kept[finished] = latest[done]
+            found = answer.points, answer.values, answer.iterations, *answer.memory
+            latest = run.point, run.value, run.iterations, run.steps, run.changes, run.rho
+            for kept, tensor in zip(found, latest, strict=True):
+                kept[run.which[done]] = tensor[done]
             run, inverse_hessian = run.keep(~done), inverse_hessian[~done]
     return answer._replace(evaluations=evaluations)
 
@@ -160,13 +158,9 @@ def _advance(
     at = accepted.nonzero()[:, 0]
     step, change = point[at] - run.point[at], gradient[at] - run.gradient[at]
     curvature = (step * change).sum(1)
-    remembered = at[curvature > 0]  # rounding can hide the curvature of a convex function at its minimum
-    kept = curvature > 0
-    for history, newest in (
-        (run.steps, step[kept]),
-        (run.changes, change[kept]),
-        (run.rho, 1 / curvature[kept]),
-    ):
+    kept = curvature > 0  # rounding can hide the curvature of a convex function at its minimum
+    remembered = at[kept]
+    for history, newest in ((run.steps, step[kept]), (run.changes, change[kept]), (run.rho, 1 / curvature[kept])):
         history[remembered] = torch.cat((history[remembered, 1:], newest[:, None]), 1)
     run.point[at], run.value[at], run.gradient[at] = point[at], value[at], gradient[at]
     direction = -_inverse_hessian_times(gradient[at], run.steps[at], run.changes[at], run.rho[at], inverse_hessian[at])
@@ -179,19 +173,16 @@ def _advance(
 
 def _inverse_hessian_times(q: Tensor, steps: Tensor, changes: Tensor, rho: Tensor, diagonal: Tensor) -> Tensor:
     """The two-loop recursion (Nocedal and Wright, algorithm 7.4) for every problem. q: [P, n] -> [P, n]."""
+    past = [(steps[:, i], changes[:, i], rho[:, i]) for i in range(steps.shape[1])]
     alphas = []
-    for step, change, r in _latest_first(steps, changes, rho):
+    for step, change, r in reversed(past):
         alpha = r * (step * q).sum(1)
         q = q - alpha[:, None] * change
         alphas.append(alpha)
     newest = changes[:, -1]
     scale = 1 / (rho[:, -1] * (newest * diagonal * newest).sum(1))
     q = torch.where(rho[:, -1] > 0, scale, 1.0)[:, None] * diagonal * q
-    for (step, change, r), alpha in zip(reversed(_latest_first(steps, changes, rho)), reversed(alphas), strict=True):
+    for (step, change, r), alpha in zip(past, reversed(alphas), strict=True):
         beta = r * (change * q).sum(1)
         q = q + (alpha - beta)[:, None] * step
     return q
-
-
-def _latest_first(steps: Tensor, changes: Tensor, rho: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [(steps[:, i], changes[:, i], rho[:, i]) for i in reversed(range(steps.shape[1]))]

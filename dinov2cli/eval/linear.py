@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from dinov2cli import distributed
 from dinov2cli.console import Interrupted, interruption, logger, progress
 from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.loaders import Loader
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
-from dinov2cli.data.workers import WorkerError, choose_workers, loader_errors, set_up_worker
-from dinov2cli.errors import CheckpointError, Dino2Error
+from dinov2cli.errors import CheckpointError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
@@ -107,8 +106,8 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
             read_labels(test.labels, make_dataset(test.dataset))
     extract = trial.extractor(256, detailed=True)
     notes: tuple[str, ...] = ()
-    extra: dict[str, Any] = {}
     names: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
     if request.head is None:
         train_images = labelled(trial.train_dataset, "train", "a linear probe")
         n_classes, names = int(torch.as_tensor(train_images.targets()).max()) + 1, train_images.class_names
@@ -116,7 +115,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         resume = not request.no_resume
         result = evaluate_linear(extract, train_images, n_classes, val, settings, folder=trial.folder, resume=resume)
         best, accuracy, head = result.best, result.accuracy, result.head
-        extra["heads"] = {name: each.top1 for name, each in result.heads.items()}
+        extra = {"heads": {name: each.top1 for name, each in result.heads.items()}}
         notes = (FROZEN_CROPS,) if settings.frozen_crops else ()
         if trial.folder is not None:
             _write(trial.folder / BEST_HEAD, {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()})
@@ -191,19 +190,9 @@ def cropped_batches(
     extract: Extractor, images: "ImageDataset", settings: LinearSettings, start: int
 ) -> Iterator[Batch]:
     """Features of random crops (8 to 100 % of the area, flipped half the time) of this process's part of each batch."""
-    loader = DataLoader(
-        _CroppedImages(images, extract.image_size, settings),
-        batch_size=None,
-        sampler=range(start, settings.iterations),
-        num_workers=choose_workers(extract.num_workers),
-        worker_init_fn=set_up_worker,
-    )
-    with loader_errors():
-        for batch in loader:
-            if isinstance(batch, WorkerError):
-                raise batch.error
-            pixels, targets = batch
-            yield extract.features_of(pixels), targets.to(extract.device)
+    parts = _Parts(images, extract.image_size, settings)
+    for pixels, targets in Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False):
+        yield extract.features_of(pixels), targets.to(extract.device)
 
 
 def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearSettings, start: int) -> Iterator[Batch]:
@@ -211,18 +200,18 @@ def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearS
     part = extract(images, "train features")
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
     targets = distributed.all_gather_rows(part.targets)
-    order = SampleOrder(part.size, settings.seed)
+    parts = _Parts(images, extract.image_size, settings)
 
     def batch(iteration: int) -> Batch:
-        rows = torch.tensor([order.index(k) for k in _samples_of(iteration, settings.batch_size)])
+        rows = torch.tensor(list(parts.images_of(iteration).values()))
         features = {name: tensor[rows].to(extract.device) for name, tensor in tensors.items()}
         return features, targets[rows].to(extract.device)
 
     return map(batch, range(start, settings.iterations))
 
 
-class _CroppedImages(Dataset[tuple[Tensor, Tensor] | WorkerError]):
-    """Item i is this process's part of the batch of iteration i: float32 [B, 3, S, S], int64 [B]."""
+class _Parts:
+    """The part of each iteration's batch that falls to this process."""
 
     def __init__(self, images: "ImageDataset", size: int, settings: LinearSettings) -> None:
         self.images = images
@@ -231,23 +220,19 @@ class _CroppedImages(Dataset[tuple[Tensor, Tensor] | WorkerError]):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
 
-    def __getitem__(self, iteration: int) -> tuple[Tensor, Tensor] | WorkerError:
+    def images_of(self, iteration: int) -> dict[int, int]:
+        """Indices in the dataset, by the samples' numbers in the order of the run."""
         first = (iteration * self.world_size + self.rank) * self.batch_size
-        pixels, targets = [], []
-        try:
-            for k in range(first, first + self.batch_size):
-                index = self.order.index(k)
-                rng = keyed_rng(self.seed, Stream.LINEAR_PROBE, k)
-                pixels.append(self.crop(self.images.image(index), rng))
-                targets.append(self.images.target(index))
-        except Dino2Error as error:
-            return WorkerError(error)
-        return torch.stack(pixels), torch.tensor(targets)
+        return {k: self.order.index(k) for k in range(first, first + self.batch_size)}
 
-
-def _samples_of(iteration: int, batch_size: int) -> range:
-    first = (iteration * distributed.world_size() + distributed.rank()) * batch_size
-    return range(first, first + batch_size)
+    def crops(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """float32 [B, 3, S, S] and targets int64 [B]."""
+        chosen = self.images_of(iteration)
+        crops = [
+            self.crop(self.images.image(index), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
+            for k, index in chosen.items()
+        ]
+        return torch.stack(crops), torch.tensor([self.images.target(index) for index in chosen.values()])
 
 
 def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:
@@ -257,21 +242,15 @@ def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:
 
 
 def _save(folder: Path, trainer: HeadTrainer, settings: LinearSettings, iteration: int) -> None:
-    state = {
-        "identity": _identity(trainer.heads, settings),
-        "iteration": iteration,
-        "heads": trainer.heads.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-    }
-    _write(folder / CHECKPOINT, state)
+    state = {"heads": trainer.heads.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    _write(folder / CHECKPOINT, {"identity": _identity(trainer.heads, settings), "iteration": iteration, **state})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all, from one process."""
-    if not distributed.is_main():
-        return
-    with replacing(path) as aside, aside.open("wb") as file:
-        torch.save(content, file)
+    if distributed.is_main():
+        with replacing(path) as aside, aside.open("wb") as file:
+            torch.save(content, file)
 
 
 def _resume(folder: Path, trainer: HeadTrainer, settings: LinearSettings) -> int:
@@ -279,14 +258,12 @@ def _resume(folder: Path, trainer: HeadTrainer, settings: LinearSettings) -> int
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
-    device = trainer.heads.rates.device
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=trainer.heads.rates.device, weights_only=True)
         identity = state["identity"]
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).", hint="Delete it, or give --no-resume.") from None
-    now = _identity(trainer.heads, settings)
-    for key, value in now.items():
+    for key, value in _identity(trainer.heads, settings).items():
         if identity.get(key) != value:
             raise CheckpointError(
                 f"{path} belongs to a probe with {key}={identity.get(key)}; this one has {key}={value}.",

@@ -5,7 +5,7 @@ Shapes: B images, D width of the model, F inputs of a head, R learning rates, C 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,7 @@ class LinearHeads(nn.Module):
     """R heads for each input, their weights stacked, so that one product serves all learning rates.
 
     Args:
-        width: D.
-        n_classes: C.
+        width, n_classes: D and C.
         learning_rates: base rates, for a batch of 256 images.
         batch: images in a step on all processes; rates are scaled by batch / 256.
         n_blocks: numbers of last blocks; each is tried with and without the mean patch token.
@@ -68,13 +67,11 @@ class LinearHeads(nn.Module):
         rates = [rate * batch / 256 for rate in learning_rates]
         self.names = [f"classifier_{i.key}_lr_{rate}" for i in self.inputs for rate in rate_names(rates)]
         self.register_buffer("rates", torch.tensor(rates), persistent=False)
-        R = len(rates)
-        self.weights = nn.ParameterDict()
-        self.biases = nn.ParameterDict()
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         for each in self.inputs:
-            weight = torch.empty(R, n_classes, (each.n_blocks + each.avgpool) * width)
+            weight = torch.empty(len(rates), n_classes, (each.n_blocks + each.avgpool) * width)
             self.weights[each.key] = nn.Parameter(weight.normal_(std=0.01, generator=generator))
-            self.biases[each.key] = nn.Parameter(torch.zeros(R, n_classes))
+            self.biases[each.key] = nn.Parameter(torch.zeros(len(rates), n_classes))
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits of every head, in the order of `names`: float32 [H, B, C]."""
@@ -93,16 +90,12 @@ class LinearHeads(nn.Module):
         return total
 
     def head(self, name: str) -> nn.Linear:
-        """One head as a layer of its own.
-
-        Raises:
-            KeyError: no head of that name.
-        """
-        if name not in self.names:
-            raise KeyError(name)
+        """A copy of one head as a frozen layer of its own; ValueError if there is none of that name."""
         which, rate = divmod(self.names.index(name), len(self.rates))
-        key = self.inputs[which].key
-        return linear_layer(self.weights[key][rate], self.biases[key][rate])
+        weight, bias = (tensors[self.inputs[which].key][rate].detach() for tensors in (self.weights, self.biases))
+        layer = nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        return layer
 
     def _logits(self, features: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for each in self.inputs:
@@ -168,29 +161,15 @@ def measure_heads(
     """
     if isinstance(heads, LinearHeads):
         device, n_heads, n_classes = heads.rates.device, len(heads.names), heads.n_classes
-        classify: Any = heads
     else:
         depth, width = features.tensors["last_cls"].shape[1:]
         device, n_heads, n_classes = heads.weight.device, 1, heads.out_features
-        layer, sees = heads, input_of_head(heads, width, depth)
-
-        def classify(batch: Mapping[str, Tensor]) -> Tensor:
-            logits: Tensor = layer(sees.of(batch))
-            return logits[None]
-
+        sees = input_of_head(heads, width, depth)
     meter = AccuracyMeter(n_classes if class_mapping is None else len(class_mapping), n_heads, metric, str(device))
     for rows in torch.arange(len(features.targets)).split(256):
-        scores = classify({name: tensor[rows].to(device) for name, tensor in features.tensors.items()})
+        batch = {name: tensor[rows].to(device) for name, tensor in features.tensors.items()}
+        scores = heads(batch) if isinstance(heads, LinearHeads) else heads(sees.of(batch))[None]
         if class_mapping is not None:
             scores = scores[:, :, class_mapping.to(device)]
         meter.update(scores, features.targets[rows])
     return meter.compute()
-
-
-@torch.no_grad()
-def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A frozen layer that holds copies of `weight` [C, F] and `bias` [C]."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0]).requires_grad_(False)
-    layer.weight.copy_(weight)
-    layer.bias.copy_(bias)
-    return layer

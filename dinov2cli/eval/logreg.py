@@ -8,7 +8,7 @@ few images of the best, so that the choice is that of float64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,30 +102,21 @@ def evaluate_logreg(
     """
     settings = settings or LogregSettings()
     n_classes = 1 + max(_largest(part) for part in (train, val, finetune) if part is not None)
-    if finetune is None and settings.finetune_on_val:
-        fitted_on, chosen_on = train, val
-    elif finetune is None:
+    fitted_on, chosen_on = train, val if finetune is None else finetune
+    if finetune is None and not settings.finetune_on_val:
         fitted_on, chosen_on = hold_out_tenth(train)
-    else:
-        fitted_on, chosen_on = train, finetune
     _, accuracies = sweep(fitted_on, chosen_on, settings, n_classes, device=device)
     scores = [accuracy.top1 for accuracy in accuracies]
     best = scores.index(max(scores))  # of equals the smallest C, the most regularised
     best_C = settings.Cs[best]
     logger.info("logistic regression: C = %.3g is best with %.2f %%", best_C, scores[best])
-    everything = [train] if finetune is None else [train, finetune]
-    final = _fit(everything, [best_C], settings, device)
+    final = _fit([train] if finetune is None else [train, finetune], [best_C], settings, device)
     (accuracy,) = measure(final, val, n_classes, settings.metric)
     return LogregResult(accuracy, best_C, dict(zip(settings.Cs, scores, strict=True)), final)
 
 
 def sweep(
-    train: Features,
-    chosen_on: Features,
-    settings: LogregSettings,
-    n_classes: int,
-    *,
-    device: torch.device | str = "cpu",
+    train: Features, chosen_on: Features, settings: LogregSettings, n_classes: int, device: torch.device | str = "cpu"
 ) -> tuple[Classifiers, list[Accuracy]]:
     """Classifiers for all C, and their accuracies on the images that C is chosen on."""
     rough = _fit([train], settings.Cs, replace(settings, dtype="float32"), device)
@@ -164,29 +155,13 @@ def measure(classifiers: Classifiers, features: Features, n_classes: int, metric
 
 
 def _fit(
-    parts: Sequence[Features],
-    Cs: Sequence[float],
-    settings: LogregSettings,
-    device: torch.device | str,
-    *,
-    ftol: float = 1e-13,
-    start: Classifiers | None = None,
+    parts: Sequence[Features], Cs: Sequence[float], settings: LogregSettings, device: torch.device | str, **options: Any
 ) -> Classifiers:
-    features = torch.cat([part.cls for part in parts]).to(device)
-    targets = torch.cat([part.targets for part in parts]).to(device)
-    dtype = getattr(torch, settings.dtype)
+    """`softmax_regression.fit` on all parts together, by the settings; further options are `fit`'s."""
+    features, targets = torch.cat([part.cls for part in parts]), torch.cat([part.targets for part in parts])
+    options |= {"max_iter": settings.max_iter, "tol": settings.tol, "dtype": getattr(torch, settings.dtype)}
     with stoppable() as stop_if_asked:
-        return fit(
-            features,
-            targets,
-            Cs,
-            max_iter=settings.max_iter,
-            tol=settings.tol,
-            ftol=ftol,
-            dtype=dtype,
-            start=start,
-            after_step=stop_if_asked,
-        )
+        return fit(features.to(device), targets.to(device), Cs, after_step=stop_if_asked, **options)
 
 
 def _select(features: Features, mask: Tensor) -> Features:

@@ -35,8 +35,7 @@ class AccuracyMeter:
     """Counts hits batch by batch; `compute` sums over all processes.
 
     Args:
-        n_classes: number of classes C.
-        n_heads: number of classifiers H that are measured side by side.
+        n_classes, n_heads: C, and H, the number of classifiers that are measured side by side.
         metric: how hits are averaged. With `imagenet_real_accuracy` targets are [B, L], padded with -1, a hit is any of
             an image's labels, and images without a label do not count ("Are we done with ImageNet?", Beyer et al.).
     """

@@ -1,7 +1,8 @@
 """What all evaluations share: the model, the data and the features that a request means, and the report.
 
-A protocol is a module of this package with `run(request, subject=None) -> Evaluation`, and a request in
-`requests.eval` whose command ends with the module's name.
+A protocol is a module of this package with `run(request, subject=None) -> Evaluation`, which loads the model unless it
+is given and writes the report where the request says; and a request in `requests.eval` whose command ends with the
+module's name.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import make_dataset
-from dinov2cli.errors import DataError, Dino2Error
+from dinov2cli.errors import Dino2Error
+from dinov2cli.eval.classes import check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, datasets_for, load_subject
@@ -26,14 +28,10 @@ if TYPE_CHECKING:
     from dinov2cli.data.datasets import ImageDataset
 
 
-Run = Callable[[EvalRequest, Subject | None], Evaluation]
-"""`run` of a protocol: from a request to its report, which is also written where the request says. The model is loaded
-unless it is given."""
-
-
 def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:
     """Run the protocol that a request is for, alone or as one of several processes."""
-    run: Run = import_module(f"dinov2cli.eval.{request.protocol()}").run
+    run: Callable[[EvalRequest, Subject | None], Evaluation]
+    run = import_module(f"dinov2cli.eval.{request.protocol()}").run
     with distributed.process_group():
         return run(request, subject)
 
@@ -64,8 +62,9 @@ class Trial:
 
     @property
     def folder(self) -> Path | None:
-        """Where the files of this evaluation go."""
-        return self.subject.output_dir(self.request.protocol(), self.request.output_dir)
+        """Where the files of this evaluation go: where asked for, else beside a run's teacher, else nowhere."""
+        beside = self.subject.weights.parent / self.request.protocol() if self.subject.run else None
+        return self.request.output_dir or beside
 
     def report(
         self,
@@ -118,13 +117,7 @@ def labelled(dataset: str, name: str, protocol: str) -> "ImageDataset":
         DataError: some have none, or there is no such dataset.
     """
     images = make_dataset(dataset)
-    targets = torch.as_tensor(images.targets())
-    if missing := int((targets < 0).sum()):
-        raise DataError(
-            f"The {name} dataset ({images.describe()}) has {missing} of {len(targets)} images without a class; "
-            f"{protocol} needs a class for each.",
-            hint="Put the images into one subfolder per class.",
-        )
+    check_labels(torch.as_tensor(images.targets()), f"{name} dataset ({images.describe()})", protocol)
     return images
 
 

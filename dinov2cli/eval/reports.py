@@ -57,9 +57,7 @@ class Evaluation:
         checkpoint: the weights, relative to the run folder where they lie in one.
         iteration: the training iteration, if known.
         weights_hash: SHA-256 of the model.
-        train_dataset, val_dataset: dataset strings.
         settings: what was chosen in the protocol.
-        rows: the accuracies.
         notes: what a reader must know, such as approximations.
         extra: further numbers, such as the best C.
     """
@@ -93,14 +91,12 @@ class Evaluation:
 
     def replaces(self, other: "Evaluation") -> bool:
         """Whether this is the same measurement as `other`, made again."""
-        keys = ("task", "checkpoint", "train_dataset", "val_dataset")
-        same = all(getattr(self, key) == getattr(other, key) for key in keys)
-        return same and self.as_dict()["settings"] == other.as_dict()["settings"]
+        mine, its = self.as_dict(), other.as_dict()
+        return all(mine[it] == its[it] for it in ("task", "checkpoint", "train_dataset", "val_dataset", "settings"))
 
 
 def write_reference_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write `results_eval_<task>.json`: one JSON object a line, as the reference implementation does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -141,17 +141,18 @@ def _minimise(
     return found
 
 
-class _Problem:
+class _Problem(NamedTuple):
     """Mean cross-entropy + penalty |W|^2 / 2 for all penalties: one product each way for all of them.
 
     Products are in the precision of `features`, points and sums in float64.
     """
 
-    def __init__(
-        self, features: Tensor, labels: Tensor, penalty: Tensor, N: int, K: int, after_step: Callable[[], None]
-    ) -> None:
-        self.features, self.labels, self.penalty, self.N, self.K = features, labels, penalty, N, K
-        self.after_step = after_step
+    features: Tensor
+    labels: Tensor
+    penalty: Tensor
+    N: int
+    K: int
+    after_step: Callable[[], None]
 
     def evaluate(self, points: Tensor, chosen: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
         """Values [P] and gradients [P, K * (D + 1)] of the problems `within[chosen]`."""
@@ -204,7 +205,5 @@ def _principal_axes(features: Tensor, N: int) -> tuple[Tensor, Tensor]:
     mean = distributed.all_reduce_sum(features.sum(0)) / N
     centred = features - mean
     covariance = distributed.all_reduce_sum(centred.T @ centred) / N
-    _, rotation = torch.linalg.eigh(covariance)
     # Eigenvectors have free signs: take those of one process.
-    rotation = distributed.broadcast_object(rotation)
-    return rotation, mean
+    return distributed.broadcast_object(torch.linalg.eigh(covariance).eigenvectors), mean

@@ -36,11 +36,6 @@ class Subject:
     iteration: int | None = None
     config: Config | None = None
 
-    @property
-    def precision(self) -> str:
-        """As configured; `auto` without a configuration."""
-        return self.config.compute_precision.precision if self.config else "auto"
-
     def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
         return Extractor(
@@ -49,13 +44,9 @@ class Subject:
             num_workers=request.num_workers,
             device=request.device,
             cache=None if request.no_cache else FeatureCache(),
-            precision=self.precision,
+            precision=self.config.compute_precision.precision if self.config else "auto",
             **options,
         )
-
-    def output_dir(self, task: str, wanted: Path | None) -> Path | None:
-        """Where a task's files go: where asked for, else beside a run's teacher, else nowhere."""
-        return wanted or (self.weights.parent / task if self.run else None)
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:
@@ -79,11 +70,8 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
         )
     config = load_config(config_file=config_file, overrides=overrides) if config_file else None
     changed = {item.partition("=")[0] for item in overrides}
-    student = {
-        key: getattr(config.student, key)
-        for key in ("num_heads", *RESIZING)  # what the weights do not show
-        if config and f"student.{key}" in changed
-    }
+    not_shown = [key for key in ("num_heads", *RESIZING) if f"student.{key}" in changed]  # by the weights
+    student = {key: getattr(config.student, key) for key in not_shown} if config else {}
     model = load_model(source, config_file=config_file, **student)
     return Subject(model, checkpoint, source.files[0], source.run, source.iteration, config)
 
@@ -105,8 +93,7 @@ def datasets_for(config: Config | None, train: str | None, val: str | None) -> t
             train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
     if train and val:
         return train, val
-    options = {"--train-dataset": train, "--val-dataset": val}
-    missing = " and ".join(option for option, given in options.items() if not given)
+    missing = " and ".join(name for name, given in (("--train-dataset", train), ("--val-dataset", val)) if not given)
     raise ConfigError(
         f"{missing} missing: evaluation needs labelled images to learn from and labelled images to classify.",
         hint="For example: --train-dataset photos/train --val-dataset photos/val, folders with a subfolder per class.",

@@ -29,8 +29,6 @@ class TestSet:
     """A dataset and how it is scored.
 
     Args:
-        dataset: dataset string.
-        metric: how hits are averaged.
         class_mapping: a `.npy` with the classifier's class for each class of the dataset (as for ImageNet-A and -R).
         labels: a file with the labels, in place of the dataset's: `.npy` int [N] or [N, L] padded with -1, or a JSON
             list of numbers or of lists (ImageNet-ReaL's `real.json`).
@@ -47,17 +45,12 @@ class TestSet:
 def test_sets_of(request: LinearRequest) -> list[TestSet]:
     """The further test sets of a request; `None` among its mappings and labels leaves one out."""
     n = len(request.test_datasets)
-    metrics = request.test_metric_types or (request.val_metric_type,) * n
-    mappings = request.test_class_mapping_fpaths or ("None",) * n
-    labels = request.test_labels or ("None",) * n
-
-    def path(word: str) -> Path | None:
-        return None if word == "None" else Path(word)
-
-    return [
-        TestSet(name, MetricType(metric), path(mapping), path(file))
-        for name, metric, mapping, file in zip(request.test_datasets, metrics, mappings, labels, strict=True)
-    ]
+    metrics = map(MetricType, request.test_metric_types or (request.val_metric_type,) * n)
+    mappings, labels = (
+        [None if word == "None" else Path(word) for word in words or ("None",) * n]
+        for words in (request.test_class_mapping_fpaths, request.test_labels)
+    )
+    return list(map(TestSet, request.test_datasets, metrics, mappings, labels))
 
 
 def accuracy_on(test: TestSet, extract: Extractor, head: nn.Linear, names: tuple[str, ...] = ()) -> Accuracy:
@@ -69,8 +62,7 @@ def accuracy_on(test: TestSet, extract: Extractor, head: nn.Linear, names: tuple
     mapping = read_class_mapping(test.class_mapping, head.out_features) if test.class_mapping else None
     if test.labels is None and test.metric is MetricType.IMAGENET_REAL_ACCURACY:
         raise DataError(f"{test.dataset}: {test.metric} needs a file of labels (--test-labels).")
-    has_labels = test.labels is not None
-    images = make_dataset(test.dataset) if has_labels else labelled(test.dataset, "test", "a linear probe")
+    images = make_dataset(test.dataset) if test.labels else labelled(test.dataset, "test", "a linear probe")
     features = extract(images, f"features of {test.dataset}")
     if test.labels is not None:
         features = replace(features, targets=read_labels(test.labels, images)[features.indices])
@@ -113,11 +105,8 @@ def read_labels(path: Path, dataset: "ImageDataset") -> Tensor:
     if len(labels) != len(dataset):
         raise DataError(f"{path}: {len(labels)} labels, but {dataset.describe()} has {len(dataset)} images.")
     numbers = [_IMAGENET_VAL.search(dataset.path(i)) for i in range(len(dataset))]
-    if all(numbers):
-        order = torch.tensor([int(number[1]) - 1 for number in numbers if number])
-        if sorted(order.tolist()) == list(range(len(dataset))):
-            labels = labels[order]
-    return labels
+    order = [int(number[1]) - 1 for number in numbers if number]
+    return labels[torch.tensor(order)] if sorted(order) == list(range(len(dataset))) else labels
 
 
 def _read_json_labels(path: Path) -> Tensor:
@@ -134,7 +123,6 @@ def _read_json_labels(path: Path) -> Tensor:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path)
-        return array
+        return np.asarray(np.load(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as .npy ({error}).") from None

@@ -2,16 +2,13 @@
 
 A command is a request, a function that runs it, and a line in `cli/main.py`:
 
-    class Knn(Request):
+    class Knn(Request, command="eval knn", run_by="dinov2cli.eval.knn:run"):  # `--help` does not import that module
         '''Classify images by their nearest neighbours.   # the help text, with its examples
 
         Example:
 
             dino2 eval knn runs/demo
         '''
-
-        command: ClassVar[str] = "eval knn"
-        run_by: ClassVar[str] = "dinov2cli.eval.knn:run"  # imported when it runs: `--help` imports no torch
 
         checkpoint: Annotated[str, Argument("What to evaluate.", metavar="CKPT")]
         nb_knn: Annotated[tuple[AtLeastOne, ...], Option("Numbers of neighbours.", flags="--nb-knn --nb_knn")] = ()
@@ -87,8 +84,15 @@ class Request(Group):
     logs: ClassVar[bool] = False
     """Whether the terminal shows what is being done, and not only warnings."""
 
+    def __init_subclass__(cls, **said: str | bool) -> None:
+        """Keywords of the class statement are the class variables above."""
+        super().__init_subclass__()
+        for name, value in said.items():
+            assert name in Request.__class_vars__, f"{cls.__name__}: {name} is not said of a command"
+            setattr(cls, name, value)
 
-AsJson = Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json")]
+
+AsJson = Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json", last=True)]
 """The field `as_json` of requests whose result can be printed for programs; `run` does not look at it."""
 AtLeastOne = Annotated[int, Field(ge=1)]
 ConfigBeside = Annotated[Path | None, Option("The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")]

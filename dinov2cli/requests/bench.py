@@ -1,7 +1,7 @@
 """Requests for measurements: how fast the parts of dino2 run on this machine."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,7 +32,7 @@ class Bench(Request):
         return self
 
 
-class BenchTrain(Bench):
+class BenchTrain(Bench, command="bench train", run_by="dinov2cli.bench.train:run"):
     """Measure a training step: images per second, where the time goes, and the share of the hardware's rate.
 
     Every combination of the given attention backends, precisions and compilation is measured. The model's FLOPs are
@@ -47,9 +47,6 @@ class BenchTrain(Bench):
 
         dino2 bench train --preset vitl16_short --compile off --compile on --json
     """
-
-    command: ClassVar[str] = "bench train"
-    run_by: ClassVar[str] = "dinov2cli.bench.train:run"
 
     overrides: Overrides = ()
     preset: Preset = None
@@ -75,16 +72,13 @@ class BenchTrain(Bench):
         return words
 
 
-class BenchExtract(Request):
+class BenchExtract(Request, command="bench extract", run_by="dinov2cli.bench.extract:run"):
     """Measure feature extraction: class tokens per second of a backbone with fresh weights.
 
     Example:
 
         dino2 bench extract --preset vits14 --batch-size 64
     """
-
-    command: ClassVar[str] = "bench extract"
-    run_by: ClassVar[str] = "dinov2cli.bench.extract:run"
 
     overrides: Overrides = ()
     preset: Preset = "vits14"
@@ -97,7 +91,7 @@ class BenchExtract(Request):
     as_json: Tables = False
 
 
-class BenchAugment(Bench):
+class BenchAugment(Bench, command="bench augment", run_by="dinov2cli.bench.data:run"):
     """Measure images per second from file to augmented batch, and where the time goes.
 
     Stages are timed on one core. Rates are those of the training's own loader, by number of processes.
@@ -108,9 +102,6 @@ class BenchAugment(Bench):
 
         dino2 bench augment --preset vitl14 --json > rates.json
     """
-
-    command: ClassVar[str] = "bench augment"
-    run_by: ClassVar[str] = "dinov2cli.bench.data:run"
 
     overrides: Overrides = ()
     data: Data = SAMPLE_PHOTOS
@@ -131,16 +122,13 @@ PlainDevice = Annotated[str, Option("cpu or cuda.")]
 Json = Annotated[bool, Option("Print one JSON object.", flags="--json")]
 
 
-class BenchKnn(Request):
+class BenchKnn(Request, command="bench knn", run_by="dinov2cli.bench.eval:knn"):
     """Measure the exact k-NN search beside the bare matrix product.
 
     Example:
 
         dino2 bench knn --queries 2000
     """
-
-    command: ClassVar[str] = "bench knn"
-    run_by: ClassVar[str] = "dinov2cli.bench.eval:knn"
 
     queries: Annotated[AtLeastOne, Option("Features to classify.")] = 10_000
     keys: Annotated[AtLeastOne, Option("Features to search.")] = 100_000
@@ -150,16 +138,13 @@ class BenchKnn(Request):
     as_json: Json = False
 
 
-class BenchLogreg(Request):
+class BenchLogreg(Request, command="bench logreg", run_by="dinov2cli.bench.eval:logreg"):
     """Measure the sweep over 45 values of C beside scikit-learn's fits one by one.
 
     Example:
 
         dino2 bench logreg --images 6000
     """
-
-    command: ClassVar[str] = "bench logreg"
-    run_by: ClassVar[str] = "dinov2cli.bench.eval:logreg"
 
     images: Annotated[int, Field(ge=100), Option("Features; a tenth of them for testing.")] = 60_000
     dim: Dim = 384
@@ -171,16 +156,13 @@ class BenchLogreg(Request):
     as_json: Json = False
 
 
-class BenchLinear(Request):
+class BenchLinear(Request, command="bench linear", run_by="dinov2cli.bench.eval:linear"):
     """Measure a training step of 52 linear heads beside 52 separate ones.
 
     Example:
 
         dino2 bench linear --classes 1000 --steps 3
     """
-
-    command: ClassVar[str] = "bench linear"
-    run_by: ClassVar[str] = "dinov2cli.bench.eval:linear"
 
     dim: Dim = 384
     classes: Classes = 10
@@ -190,7 +172,7 @@ class BenchLinear(Request):
     as_json: Json = False
 
 
-class BenchGpu(Request):
+class BenchGpu(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:run"):
     """Measure all that is worth knowing of a GPU in a few minutes, and write it to one file.
 
     Checks of the machine, the tests that need a GPU (in the source tree), the training step with each attention
@@ -203,9 +185,6 @@ class BenchGpu(Request):
 
         dino2 bench gpu --preset vits14 --minutes 3 --output gpu.json
     """
-
-    command: ClassVar[str] = "bench gpu"
-    run_by: ClassVar[str] = "dinov2cli.bench.gpu:run"
 
     output: Annotated[Path, Option("The JSON file, written anew after each part.", metavar="FILE")] = Path("gpu.json")
     preset: Annotated[str, Option("What is trained in every way.", metavar="NAME", completes="presets")] = (

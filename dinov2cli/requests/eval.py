@@ -4,21 +4,20 @@ The names and defaults of the options are the reference implementation's.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
-from dinov2cli.requests.launch import Slurm
+from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Option, Request
+from dinov2cli.requests.launch import Gpus, Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
 """How hits are averaged."""
 ConfigFile = Annotated[Path | None, Option("Configuration instead of the run's own.", metavar="YAML")]
 BatchSize = Annotated[AtLeastOne, Option("Images at a time.", flags="--batch-size --batch_size")]
 NumWorkers = Annotated[
-    Annotated[int, Field(ge=0)] | None,
-    Option("Processes that decode images; by default from the cores.", last=True),
+    Annotated[int, Field(ge=0)] | None, Option("Processes that decode images; by default from the cores.", last=True)
 ]
 ImageSize = Annotated[
     AtLeastOne | None, Option("Side in pixels to evaluate at; by default the model's, at most 224.", last=True)
@@ -27,12 +26,10 @@ Device = Annotated[str | None, Option("cpu, cuda or cuda:N; by default a GPU if 
 NoCache = Annotated[bool, Option("Extract features anew and keep none.", last=True)]
 
 
-class EvalRequest(Request):
+class EvalRequest(
+    Request, run_by="dinov2cli.eval.protocol:evaluate", launched_by="dinov2cli.launch.evaluation:launch", logs=True
+):
     """What all evaluations share. The words of `command` end with the name of a module of `dinov2cli.eval`."""
-
-    run_by: ClassVar[str] = "dinov2cli.eval.protocol:evaluate"
-    launched_by: ClassVar[str | None] = "dinov2cli.launch.evaluation:launch"
-    logs: ClassVar[bool] = True
 
     checkpoint: Annotated[
         str,
@@ -66,11 +63,8 @@ class EvalRequest(Request):
     image_size: ImageSize = None
     device: Device = None
     no_cache: NoCache = False
-    as_json: Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json", last=True)] = False
-    gpus: Annotated[
-        AtLeastOne | None,
-        Option("Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True),
-    ] = None
+    as_json: AsJson = False
+    gpus: Gpus = None
     slurm: Slurm = Slurm()
 
     @classmethod
@@ -94,16 +88,15 @@ class EvalRequest(Request):
     @field_validator("overrides")
     @classmethod
     def _are_overrides(cls, words: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        for word in words:
-            if "=" not in word:
-                raise ValueError(
-                    f"'{word}' is no change of the configuration; these are written a.b=value. "
-                    f"What is evaluated is '{info.data.get('checkpoint')}', the first word that belongs to no option."
-                )
+        if other := [word for word in words if "=" not in word]:
+            raise ValueError(
+                f"'{other[0]}' is no change of the configuration; these are written a.b=value. "
+                f"What is evaluated is '{info.data.get('checkpoint')}', the first word that belongs to no option."
+            )
         return words
 
 
-class KnnRequest(EvalRequest):
+class KnnRequest(EvalRequest, command="eval knn"):
     """Classify images by their nearest neighbours in feature space.
 
     Nothing is trained: the `cls` features of the train images vote, weighted by similarity. Where train and val are
@@ -114,8 +107,6 @@ class KnnRequest(EvalRequest):
         dino2 eval knn runs/demo --train-dataset photos/train --val-dataset photos/val
     """
 
-    command: ClassVar[str] = "eval knn"
-
     nb_knn: Annotated[
         tuple[AtLeastOne, ...],
         Option("Numbers of neighbours [10 20 100 200].", flags="--nb-knn --nb_knn", default_text=False),
@@ -124,9 +115,7 @@ class KnnRequest(EvalRequest):
     n_per_class_list: Annotated[
         tuple[Annotated[int, Field(ge=-1)], ...],
         Option(
-            "Train images of each class; -1 for all [-1].",
-            flags="--n-per-class-list --n-per-class",
-            default_text=False,
+            "Train images of each class; -1 for all [-1].", flags="--n-per-class-list --n-per-class", default_text=False
         ),
     ] = (-1,)
     n_tries: Annotated[AtLeastOne, Option("Random choices of these to average over.")] = 1
@@ -141,7 +130,7 @@ class KnnRequest(EvalRequest):
         return numbers
 
 
-class LogregRequest(EvalRequest):
+class LogregRequest(EvalRequest, command="eval logreg"):
     """Fit a logistic regression to the features, its strength C chosen among 45 values.
 
     C is chosen on a random tenth of the train images (or a fine-tune set, or val), then all train images are fitted.
@@ -150,8 +139,6 @@ class LogregRequest(EvalRequest):
 
         dino2 eval logreg runs/demo --train-dataset photos/train --val-dataset photos/val
     """
-
-    command: ClassVar[str] = "eval logreg"
 
     finetune_dataset: Annotated[
         str | None,
@@ -170,7 +157,7 @@ class LogregRequest(EvalRequest):
     batch_size: BatchSize = 256
 
 
-class LinearRequest(EvalRequest):
+class LinearRequest(EvalRequest, command="eval linear"):
     """Train linear classifiers on the frozen features and report the best.
 
     52 of them side by side: 13 learning rates, the last block or the last four, with and without the mean patch token.
@@ -179,8 +166,6 @@ class LinearRequest(EvalRequest):
 
         dino2 eval linear runs/demo --train-dataset photos/train --val-dataset photos/val --epochs 1
     """
-
-    command: ClassVar[str] = "eval linear"
 
     head: Annotated[
         str | None,
@@ -237,13 +222,11 @@ class LinearRequest(EvalRequest):
         return self
 
 
-EVALUATIONS: dict[str, type[EvalRequest]] = {
-    each.protocol(): each for each in (KnnRequest, LogregRequest, LinearRequest)
-}
+EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnRequest, LogregRequest, LinearRequest)}
 """What may follow `dino2 eval`, or stand in `evaluation.tasks`."""
 
 
-class EmbedRequest(Request):
+class EmbedRequest(Request, command="embed", run_by="dinov2cli.eval.embed:run", logs=True):
     """Write the features of every image to a file.
 
     For each image: the class token, the mean patch token, the class tokens of the last four blocks, label and path.
@@ -254,10 +237,6 @@ class EmbedRequest(Request):
 
         dino2 embed dinov2_vits14 --data photos --output photos.parquet
     """
-
-    command: ClassVar[str] = "embed"
-    run_by: ClassVar[str] = "dinov2cli.eval.embed:run"
-    logs: ClassVar[bool] = True
 
     checkpoint: Annotated[str, Argument("A run folder, a weights file, a URL or a released name.", metavar="CKPT")]
     data: Annotated[str, Option("A folder of images or a dataset string.", metavar="DATASET")]

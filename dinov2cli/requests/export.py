@@ -1,14 +1,14 @@
 """The request to write a model in another format."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from dinov2cli.requests.base import Argument, ConfigBeside, Option, Request
 
 
-class Export(Request):
+class Export(Request, command="export", run_by="dinov2cli.export.exporter:run"):
     """Write a model in another format, and check that it gives the same features there.
 
     The export is opened by its own ecosystem (transformers, timm, onnxruntime, torch.export), run on random images at
@@ -20,9 +20,6 @@ class Export(Request):
 
         dino2 export dinov2_vits14_reg --format onnx --output vits14_reg.onnx
     """
-
-    command: ClassVar[str] = "export"
-    run_by: ClassVar[str] = "dinov2cli.export.exporter:run"
 
     checkpoint: Annotated[
         str,

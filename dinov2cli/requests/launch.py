@@ -54,5 +54,7 @@ class Slurm(Group):
         return any(value not in (None, ()) for value in self.__dict__.values())
 
 
-Gpus = Annotated[AtLeastOne | None, Option("Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N")]
+Gpus = Annotated[
+    AtLeastOne | None, Option("Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True)
+]
 """The field `gpus` of commands that run in one process unless they are told otherwise."""

@@ -1,7 +1,7 @@
 """Requests for pictures of what a model sees."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,17 +10,9 @@ from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
 DEFAULT_MODEL = "dinov2_vits14_reg"
 Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
+Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
 
-Model = Annotated[
-    str | None,
-    Option(
-        "Run folder, weights file, Hugging Face folder, URL or released name. "
-        f"Default: {DEFAULT_MODEL}, downloaded once.",
-        metavar="CKPT",
-    ),
-]
-Device = Annotated[str, Option("auto, cpu, cuda or cuda:N.")]
-Resolution = Annotated[int, Field(ge=1, le=512), Option("Patches along the short side of the picture.")]
+
 Foreground = Annotated[
     str,
     Option(
@@ -38,7 +30,17 @@ BatchSize = Annotated[AtLeastOne | None, Option("Pictures at a time. Default: wh
 class Pictures(Request):
     """What the commands that draw share: inputs, then the output."""
 
-    paths: Annotated[tuple[Path, ...], Field(min_length=1), Argument("Inputs, then the output.")]
+    paths: Annotated[Paths, Argument("Inputs, then the output.")]
+    model: Annotated[
+        str | None,
+        Option(
+            "Run folder, weights file, Hugging Face folder, URL or released name. "
+            f"Default: {DEFAULT_MODEL}, downloaded once.",
+            metavar="CKPT",
+        ),
+    ] = None
+    resolution: Annotated[int, Field(ge=1, le=512), Option("Patches along the short side of the picture.")] = 32
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", last=True)] = "auto"
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -57,7 +59,7 @@ class Pictures(Request):
         return self
 
 
-class PcaImage(Pictures):
+class PcaImage(Pictures, command="pca-image", run_by="dinov2cli.visualize.pca_image:run"):
     """Show photos as the model sees them: principal components of their patch features as colours.
 
     All photos share one set of colours: what the model takes for the same thing has the same colour in each. OUTPUT
@@ -69,26 +71,19 @@ class PcaImage(Pictures):
         dino2 pca-image dog.jpg other-dog.jpg dogs.png --model RUN
     """
 
-    command: ClassVar[str] = "pca-image"
-    run_by: ClassVar[str] = "dinov2cli.visualize.pca_image:run"
-
     paths: Annotated[
-        tuple[Path, ...],
-        Field(min_length=1),
+        Paths,
         Argument("Images, folders of images or SamplePhotos (built in), then the output.", metavar="INPUT... OUTPUT"),
     ]
-    model: Model = None
-    resolution: Resolution = 32
     foreground: Foreground = "auto"
     layout: Annotated[Layout | None, Option("What a picture shows. Default: pca, and side-by-side on a sheet.")] = None
     upsampling: Upsampling = "bicubic"
     save_basis: SaveBasis = None
     basis: Basis = None
     batch_size: BatchSize = None
-    device: Device = "auto"
 
 
-class PcaVideo(Pictures):
+class PcaVideo(Pictures, command="pca-video", run_by="dinov2cli.visualize.pca_video:run"):
     """Show a video as the model sees it: principal components of its patch features as colours.
 
     INPUT is anything FFmpeg reads, or a folder of images. OUTPUT is a video (`.mp4`, `.mov`, `.mkv`; H.264), a
@@ -104,16 +99,7 @@ class PcaVideo(Pictures):
         dino2 pca-video walk.mp4 walk-pca.mp4 --layout side-by-side
     """
 
-    command: ClassVar[str] = "pca-video"
-    run_by: ClassVar[str] = "dinov2cli.visualize.pca_video:run"
-
-    paths: Annotated[
-        tuple[Path, ...],
-        Field(min_length=1),
-        Argument("Videos or folders of images, then the output.", metavar="INPUT... OUTPUT"),
-    ]
-    model: Model = None
-    resolution: Resolution = 32
+    paths: Annotated[Paths, Argument("Videos or folders of images, then the output.", metavar="INPUT... OUTPUT")]
     foreground: Foreground = "auto"
     layout: Annotated[Layout, Option("What a frame shows.")] = "pca"
     upsampling: Upsampling = "bicubic"
@@ -127,10 +113,9 @@ class PcaVideo(Pictures):
     audio: Annotated[bool, Option("Keep the sound (mp4, mov, mkv).")] = True
     steady: Annotated[bool, Option("Average out sensor noise where the picture stands still.")] = True
     batch_size: BatchSize = None
-    device: Device = "auto"
 
 
-class Attention(Pictures):
+class Attention(Pictures, command="attention", run_by="dinov2cli.visualize.attention_maps:run"):
     """Show where the class token and each register look, as the mean over the heads and head by head.
 
     OUTPUT is a `.png` file, a sheet with one row for the class token and one for each register of each image:
@@ -142,16 +127,6 @@ class Attention(Pictures):
         dino2 attention dog.jpg dog-attention.png --model RUN
     """
 
-    command: ClassVar[str] = "attention"
-    run_by: ClassVar[str] = "dinov2cli.visualize.attention_maps:run"
-
-    paths: Annotated[
-        tuple[Path, ...],
-        Field(min_length=1),
-        Argument("Images or folders of images, then the output.", metavar="INPUT... OUTPUT"),
-    ]
-    model: Model = None
-    resolution: Resolution = 32
+    paths: Annotated[Paths, Argument("Images or folders of images, then the output.", metavar="INPUT... OUTPUT")]
     block: Annotated[int, Option("Index of the block; -1 is the last.")] = -1
     overlay: Annotated[bool, Option("Draw the maps over the photo.")] = False
-    device: Device = "auto"

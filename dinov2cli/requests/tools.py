@@ -1,7 +1,7 @@
 """Requests about what is there: data, weights, runs, presets."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, ConfigBeside, 
 from dinov2cli.requests.train import ConfigFile
 
 
-class PrepareImagenet(Request):
+class PrepareImagenet(Request, command="prepare-imagenet", run_by="dinov2cli.data.prepare.run:run"):
     """Prepare ImageNet-1k, a subset of it, or ImageNet-22k for training.
 
     Writes `entries-<SPLIT>.npy`, `class-ids-<SPLIT>.npy` and `class-names-<SPLIT>.npy` (22k: `entries.npy` and
@@ -22,9 +22,6 @@ class PrepareImagenet(Request):
 
         dino2 prepare-imagenet --root /data/imagenet --check
     """
-
-    command: ClassVar[str] = "prepare-imagenet"
-    run_by: ClassVar[str] = "dinov2cli.data.prepare.run:run"
 
     root: Annotated[Path, Option("Folder with train/, val/, test/ (22k: with the <wnid>.tar files).")]
     extra: Annotated[Path | None, Option("Folder to write the metadata files to.", default_text="the root")] = None
@@ -51,7 +48,7 @@ class PrepareImagenet(Request):
         return self
 
 
-class Info(Request):
+class Info(Request, command="info", run_by="dinov2cli.export.description:run"):
     """Say what a checkpoint is: architecture, parameters, layout, training state, provenance.
 
     The weights are read and checked as for loading them; what is no DINOv2 backbone is refused, and named.
@@ -60,9 +57,6 @@ class Info(Request):
 
         dino2 info runs/demo
     """
-
-    command: ClassVar[str] = "info"
-    run_by: ClassVar[str] = "dinov2cli.export.description:run"
 
     checkpoint: Annotated[
         str,
@@ -75,7 +69,7 @@ class Info(Request):
     as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
 
 
-class Plot(Request):
+class Plot(Request, command="plot", run_by="dinov2cli.visualize.run_plot:run"):
     """Plot losses, schedules, monitors and evaluation scores of one or several runs.
 
     Reads what training and evaluation wrote into the run folders; a run may still be going on. Needs matplotlib:
@@ -85,9 +79,6 @@ class Plot(Request):
 
         dino2 plot runs/baseline runs/larger-lr --output compare.html --smooth 20
     """
-
-    command: ClassVar[str] = "plot"
-    run_by: ClassVar[str] = "dinov2cli.visualize.run_plot:run"
 
     runs: Annotated[
         tuple[Path, ...], Field(min_length=1), Argument("Run folders; their curves are overlaid.", metavar="RUN...")
@@ -99,7 +90,7 @@ class Plot(Request):
     smooth: Annotated[AtLeastOne, Option("Logged points in the moving mean drawn over the raw curve.")] = 1
 
 
-class Results(Request):
+class Results(Request, command="results", run_by="dinov2cli.eval.reports:run"):
     """Show all evaluations of a run's checkpoints, with 95 % confidence intervals.
 
     The intervals say how sure the accuracy is for the number of images it was measured on.
@@ -109,15 +100,12 @@ class Results(Request):
         dino2 results runs/demo
     """
 
-    command: ClassVar[str] = "results"
-    run_by: ClassVar[str] = "dinov2cli.eval.reports:run"
-
     run: Annotated[Path, Argument("A run folder, or a results.json.", metavar="RUN", default_text=False)]
     task: Annotated[str | None, Option("Only knn, logreg or linear.")] = None
     as_json: AsJson = False
 
 
-class Status(Request):
+class Status(Request, command="status", run_by="dinov2cli.launch.status:run"):
     """Show how far a run is, how fast, and whether all its processes are well.
 
     It reads the run folder, from any machine that sees it, and asks Slurm where the run was submitted. "Slowest" is the
@@ -128,14 +116,11 @@ class Status(Request):
         dino2 status runs/demo
     """
 
-    command: ClassVar[str] = "status"
-    run_by: ClassVar[str] = "dinov2cli.launch.status:run"
-
     run: Annotated[Path, Argument("A run folder.", metavar="RUN", default_text=False)]
     as_json: Annotated[bool, Option("Print one JSON object instead.", flags="--json")] = False
 
 
-class ListPresets(Request):
+class ListPresets(Request, command="presets list", run_by="dinov2cli.config.show:list_them"):
     """List the presets, with what each is for.
 
     Example:
@@ -143,13 +128,10 @@ class ListPresets(Request):
         dino2 presets list
     """
 
-    command: ClassVar[str] = "presets list"
-    run_by: ClassVar[str] = "dinov2cli.config.show:list_them"
-
     as_json: AsJson = False
 
 
-class ShowPreset(Request):
+class ShowPreset(Request, command="presets show", run_by="dinov2cli.config.show:show"):
     """Print a preset as YAML: its difference from the defaults, or everything.
 
     Example:
@@ -159,16 +141,13 @@ class ShowPreset(Request):
         dino2 train --config-file mine.yaml --output-dir RUN
     """
 
-    command: ClassVar[str] = "presets show"
-    run_by: ClassVar[str] = "dinov2cli.config.show:show"
-
     name: Annotated[str, Argument("Name of a preset, as `dino2 presets list` prints it.", completes="presets")]
     full: Annotated[bool, Option("Print every key, with its meaning and what it takes, not only the differences.")] = (
         False
     )
 
 
-class Doctor(Request):
+class Doctor(Request, command="doctor", run_by="dinov2cli.doctor.report:run", logs=True):
     """Check machine, data and run folder before a training, and say what to do about what is wrong.
 
     Takes the options of dino2 train. Without any, it examines the machine alone; with --data also whether the images
@@ -181,10 +160,6 @@ class Doctor(Request):
 
         torchrun --nproc-per-node 8 -m dinov2cli doctor runs/photos
     """
-
-    command: ClassVar[str] = "doctor"
-    run_by: ClassVar[str] = "dinov2cli.doctor.report:run"
-    logs: ClassVar[bool] = True
 
     arguments: Annotated[
         tuple[str, ...],

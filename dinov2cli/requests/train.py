@@ -1,7 +1,7 @@
 """The request to train."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import model_validator
 
@@ -11,7 +11,7 @@ from dinov2cli.requests.launch import Slurm
 ConfigFile = Annotated[Path | None, Option("A configuration file instead of a preset.", metavar="YAML")]
 
 
-class Train(Request):
+class Train(Request, command="train", run_by="dinov2cli.start:run", launched_by="dinov2cli.start:launch", logs=True):
     """Pretrain a vision transformer with DINOv2 on a set of images.
 
     Ctrl-C saves; the same command resumes, with the same losses as if it had never stopped. The run folder gets
@@ -30,11 +30,6 @@ class Train(Request):
 
         dino2 train --preset vitl14 --output-dir runs/vitl14 --nodes 12 --gpus 8 --partition gpu --timeout-min 1440
     """
-
-    command: ClassVar[str] = "train"
-    run_by: ClassVar[str] = "dinov2cli.start:run"
-    launched_by: ClassVar[str | None] = "dinov2cli.start:launch"
-    logs: ClassVar[bool] = True
 
     overrides: Annotated[
         tuple[str, ...],
@@ -73,8 +68,7 @@ class Train(Request):
     ] = None
     no_resume: Annotated[bool, Option("Start over; an earlier run's files move to previous_1/ and so on.")] = False
     dry_run: Annotated[
-        bool,
-        Option("Check everything, estimate time and memory; do not train. With Slurm options: print the script."),
+        bool, Option("Check everything, estimate time and memory; do not train. With Slurm options: print the script.")
     ] = False
     slurm: Slurm = Slurm()
 

@@ -74,9 +74,8 @@ def attention_maps(
     grid = PatchFeatures(model, resolution).grid((picture.shape[0], picture.shape[1]))
     fitted = resize(picture, (grid[0] * model.patch_size, grid[1] * model.patch_size))
     images = normalize(torch.from_numpy(fitted)[None].to(next(model.parameters()).device))
-    outside = model.prefix_tokens
     with torch.inference_mode():
-        weights = special_token_attention(model, images, block)[0, :, :, outside:]
+        weights = special_token_attention(model, images, block)[0, :, :, model.prefix_tokens :]
     names = ("cls", *(f"register {i + 1}" for i in range(model.num_register_tokens)))
     return AttentionMaps(weights.transpose(0, 1).unflatten(2, grid).float().cpu().numpy(), names)
 

@@ -7,8 +7,10 @@ Shape legend: F pictures, h x w patches of a picture, D feature dimension.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +80,6 @@ class ColorBasis:
     low: FloatArray
     high: FloatArray
 
-    @property
-    def dim(self) -> int:
-        """Dimension D of the features that the basis is for."""
-        return len(self.colors.mean)
-
     def rgb(self, features: NDArray[np.floating]) -> FloatArray:
         """Unclipped colours, ready to be resized: [..., D] -> float64 [..., 3], mostly within 0 to 1."""
         spread = self.high - self.low
@@ -96,17 +93,12 @@ class ColorBasis:
         Raises:
             EnvironmentProblem: the file cannot be written.
         """
+        threshold = np.nan if self.foreground.threshold is None else self.foreground.threshold
+        facts: dict[str, Any] = {"format": FORMAT, "threshold": threshold, "score_range": self.foreground.score_range}
         parts = {"separation": self.foreground.separation, "colors": self.colors}
+        bases = {f"{name}_{field}": getattr(part, field) for name, part in parts.items() for field in COMPONENTS}
         with writing(path), replacing(path) as aside, aside.open("wb") as file:
-            np.savez(
-                file,
-                format=FORMAT,
-                threshold=np.nan if self.foreground.threshold is None else self.foreground.threshold,
-                score_range=self.foreground.score_range,
-                low=self.low,
-                high=self.high,
-                **{f"{name}_{field}": getattr(part, field) for name, part in parts.items() for field in COMPONENTS},
-            )
+            np.savez(file, low=self.low, high=self.high, **facts, **bases)
 
     @classmethod
     def load(cls, path: Path) -> "ColorBasis":
@@ -141,13 +133,10 @@ def parse_foreground(text: str) -> str | float:
     """
     if text in ("auto", "none"):
         return text
-    try:
-        threshold = float(text)
-    except ValueError:
-        threshold = float("nan")
-    if not 0 <= threshold <= 1:
-        raise DataError(f"--foreground {text}: give auto, none or a number from 0 to 1 (such as 0.5)")
-    return threshold
+    with suppress(ValueError):
+        if 0 <= (threshold := float(text)) <= 1:
+            return threshold
+    raise DataError(f"--foreground {text}: give auto, none or a number from 0 to 1 (such as 0.5)")
 
 
 def fit_color_basis(stream: FeatureStream, foreground: str | float = "auto") -> ColorBasis:
@@ -226,8 +215,9 @@ def _share_above(histogram: StreamingHistogram, value: float) -> float:
 
 def check_basis(basis: ColorBasis, dim: int) -> None:
     """Raise DataError where a basis is for features of another dimension than the model's."""
-    if basis.dim != dim:
+    its = len(basis.colors.mean)
+    if its != dim:
         raise DataError(
-            f"--basis: it was fitted to {basis.dim}-dimensional features, and the model's have "
-            f"{dim}; fit it with the same model"
+            f"--basis: it was fitted to {its}-dimensional features, and the model's have {dim}; "
+            "fit it with the same model"
         )

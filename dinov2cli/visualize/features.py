@@ -65,18 +65,15 @@ class PatchFeatures:
         for item, picture in items:
             grid = self.grid((picture.shape[0], picture.shape[1]), pixel_aspect)
             fitted = resize(picture, (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size))
-            if batch and batch[0][1].shape != fitted.shape:
+            if batch and (batch[0][1].shape != fitted.shape or len(batch) >= self.batch_size(grid)):
                 yield from self._run(batch)
                 batch = []
             batch.append((item, fitted))
-            if len(batch) >= self.batch_size(grid):
-                yield from self._run(batch)
-                batch = []
         if batch:
             yield from self._run(batch)
 
     def batch_size(self, grid: tuple[int, int]) -> int:
-        """Pictures at a time: as given, else from the memory that was free at the first picture of this grid."""
+        """Pictures at a time: as given, else from the memory that was free when this grid first came up."""
         if self._batch_size is not None:
             return self._batch_size
         if grid not in self._by_grid:
@@ -94,9 +91,8 @@ class PatchFeatures:
         return min(max(free // (4 * bytes_per_picture), 1), max(most, 1))
 
     def _run(self, batch: list[tuple[Item, Picture]]) -> Iterator[tuple[Item, FeatureMap]]:
-        pictures = np.stack([picture for _, picture in batch])
-        for (item, _), features in zip(batch, self._features(pictures), strict=True):
-            yield item, features
+        items, pictures = zip(*batch, strict=True)
+        yield from zip(items, self._features(np.stack(pictures)), strict=True)
 
     def _features(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, H, W, 3] -> [B, h, w, D]. Where the device's memory does not do, in halves from then on."""

@@ -81,10 +81,7 @@ def pca_images(
     extractor = PatchFeatures(model, resolution)
     if basis is None:
         basis = fit_image_basis(extractor, lambda: photos, foreground=foreground)
-    return PCAPictures(
-        list(render_images(extractor, basis, photos, layout=layout, upsampling=upsampling)),
-        basis,
-    )
+    return PCAPictures(list(render_images(extractor, basis, photos, layout=layout, upsampling=upsampling)), basis)
 
 
 def pca_sheet(model: VisionTransformer, photos: Iterable[Picture], *, resolution: int = 32) -> Picture:

@@ -3,10 +3,9 @@
 First pass: features of frames sampled evenly over all inputs fit the basis. Second pass: every frame is rendered.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from dinov2cli.console import interruption, logger, progress
 from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideo
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
-from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture, resize
+from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, resize
 from dinov2cli.visualize.pictures import Written, load_picture_model
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
-from dinov2cli.visualize.video.reader import Frame, FrameSource, open_source, sampling_step
-from dinov2cli.visualize.video.writer import VideoWriter, Writer, check_output, open_writer
+from dinov2cli.visualize.video.reader import FrameSource, open_source, sampling_step
+from dinov2cli.visualize.video.writer import VideoWriter, check_output, open_writer
 
 Advance = Callable[[int], object]
 """Called with the number of frames that were just finished."""
@@ -47,19 +46,16 @@ def run(request: PcaVideo) -> Written:
     with progress() as display:
         if basis is None:
             step = sampling_step(sum(counts), request.fit_frames)
-            advance = partial(
-                display.advance, display.add_task("fitting colours", total=sum(-(-n // step) for n in counts))
-            )
-            basis = fit_video_basis(
-                extractor, sources, foreground=foreground, fit_frames=request.fit_frames, advance=advance
-            )
+            task = display.add_task("fitting colours", total=sum(-(-n // step) for n in counts))
+            advance = partial(display.advance, task)
+            basis = fit_video_basis(extractor, sources, foreground, request.fit_frames, advance=advance)
         if request.save_basis:
             basis.save(request.save_basis)
         style = VideoStyle(request.layout, request.upsampling, request.audio, request.steady)
         written = []
         for source, path, count in zip(sources, outputs, counts, strict=True):
-            advance = partial(display.advance, display.add_task(f"rendering {path.name}", total=count))
-            frames = render_video(extractor, basis, source, path, style, advance=advance)
+            task = display.add_task(f"rendering {path.name}", total=count)
+            frames = render_video(extractor, basis, source, path, style, advance=partial(display.advance, task))
             written.append((path, f"{frames} frames"))
     return Written(tuple(written))
 
@@ -92,9 +88,9 @@ class VideoStyle:
 def fit_video_basis(
     extractor: PatchFeatures,
     sources: Sequence[FrameSource],
-    *,
     foreground: str | float = "auto",
     fit_frames: int = 64,
+    *,
     advance: Advance = lambda _: None,
 ) -> ColorBasis:
     """One basis for all sources, from at most `fit_frames` frames sampled evenly over them.
@@ -135,33 +131,18 @@ def render_video(
         )
         if style.audio and isinstance(writer, VideoWriter) and source.path.is_file():
             writer.add_audio(source.path, source.start)
-        size = _output_size(source, writer)
+        height, width = source.size
+        if writer.square_pixels:
+            width = round(width * source.pixel_aspect)
         steady = TemporalFilter() if style.steady else None
-        for frame, features in extractor.maps(_with_pictures(source), source.pixel_aspect):
+        pictures = ((frame, frame.image) for frame in source.frames())
+        for frame, features in extractor.maps(pictures, source.pixel_aspect):
             if interrupted:
                 raise KeyboardInterrupt
-            picture = resize(frame.image, size)
-            image = render(
-                picture,
-                features,
-                basis,
-                layout=style.layout,
-                upsampling=style.upsampling,
-                smoothing=partial(steady, frame.image) if steady else None,
-            )
+            smoothing = partial(steady, frame.image) if steady else None
+            drawing = {"layout": style.layout, "upsampling": style.upsampling}
+            image = render(resize(frame.image, (height, width)), features, basis, smoothing=smoothing, **drawing)
             writer.write(image, frame.time, frame.duration)
             advance(1)
     logger.info("%s: %d frames", output, writer.frames_written)
     return writer.frames_written
-
-
-def _with_pictures(source: FrameSource) -> Iterator[tuple[Frame, Picture]]:
-    for frame in source.frames():
-        yield frame, frame.image
-
-
-def _output_size(source: FrameSource, writer: Writer) -> tuple[int, int]:
-    height, width = source.size
-    if writer.square_pixels and source.pixel_aspect != Fraction(1):
-        width = round(width * source.pixel_aspect)
-    return height, width

@@ -35,8 +35,7 @@ def render(
         upsampling: a key of `UPSAMPLING`.
         smoothing: such as a `TemporalFilter` for the frames of a video.
     """
-    size = picture.shape[0], picture.shape[1]
-    return LAYOUTS[layout](picture, *paint(features, basis, size, upsampling, smoothing))
+    return LAYOUTS[layout](picture, *paint(features, basis, picture.shape[:2], upsampling, smoothing))
 
 
 def paint(
@@ -75,14 +74,6 @@ def sheet(rows: Sequence[Sequence[Picture]], *, width: int = 1280, gap: int = 8)
     return np.concatenate([part for line in drawn for part in (line, space)][:-1])
 
 
-def _pca(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
-    return _to_bytes(colors * opacity)
-
-
-def _side_by_side(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
-    return np.concatenate([picture, _to_bytes(colors * opacity)], axis=1)
-
-
 def _overlay(picture: Picture, colors: NDArray[np.float32], opacity: NDArray[np.float32]) -> Picture:
     strength = OVERLAY_STRENGTH * opacity
     return _to_bytes(picture.astype(np.float32) / 255 * (1 - strength) + colors * strength)
@@ -93,7 +84,7 @@ def _to_bytes(values: NDArray[np.float32]) -> Picture:
 
 
 LAYOUTS: dict[str, Callable[[Picture, NDArray[np.float32], NDArray[np.float32]], Picture]] = {
-    "pca": _pca,
-    "side-by-side": _side_by_side,
+    "pca": lambda picture, colors, opacity: _to_bytes(colors * opacity),
+    "side-by-side": lambda picture, colors, opacity: np.concatenate([picture, _to_bytes(colors * opacity)], axis=1),
     "overlay": _overlay,
 }

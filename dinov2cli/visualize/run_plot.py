@@ -70,8 +70,8 @@ def read_run(path: Path) -> Run:
             points.setdefault(("Scores", name), {})[iteration] = top1
     curves: dict[tuple[str, str], Curve] = {}
     for group_and_name, by_iteration in points.items():
-        iterations = sorted(by_iteration)
-        curves[group_and_name] = (np.array(iterations), np.array([by_iteration[i] for i in iterations]))
+        iterations, values = zip(*sorted(by_iteration.items()), strict=True)
+        curves[group_and_name] = np.array(iterations), np.array(values)
     return Run(folder.resolve().name, curves)
 
 
@@ -88,22 +88,16 @@ def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
     suffix = output.suffix.lower()
     if suffix not in (".png", ".html"):
         raise DataError(f"{output}: unknown output type {suffix!r}; give .png or .html")
-    runs = _with_distinct_names(runs)
-    content = _png(runs, smooth) if suffix == ".png" else _html(runs, smooth).encode()
+    runs, names = _with_distinct_names(runs), _names(runs)
+    content = _draw(runs, names, smooth, "png") if suffix == ".png" else _html(runs, names, smooth).encode()
     with writing(output):
         write_bytes(output, content)
 
 
-def _png(runs: Sequence[Run], smooth: int) -> bytes:
-    return _draw(runs, _names(runs), smooth, "png")
-
-
-def _html(runs: Sequence[Run], smooth: int) -> str:
-    names = _names(runs)
+def _html(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int) -> str:
     sections = []
     for group in GROUPS:
-        of_group = [key for key in names if key[0] == group]
-        if of_group:
+        if of_group := [key for key in names if key[0] == group]:
             svg = _draw(runs, of_group, smooth, "svg").decode()
             sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg') :]}\n{_table(runs, of_group)}")
     title = html.escape("dino2: " + ", ".join(run.name for run in runs))
@@ -202,9 +196,7 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
 def _group(key: str) -> str:
     if key.endswith("_loss"):
         return "Losses"
-    if key in SCHEDULES:
-        return "Schedules"
-    return "Speed" if key in SPEED else "Monitors"
+    return "Schedules" if key in SCHEDULES else "Speed" if key in SPEED else "Monitors"
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -229,12 +221,11 @@ def _evaluations(path: Path) -> list[tuple[str, float, float]]:
         DataError: a damaged file.
     """
     try:
-        found = []
-        for evaluation in json.loads(path.read_text())["evaluations"]:
-            if evaluation["iteration"] is not None:
-                for row in evaluation["rows"]:
-                    name = f"{evaluation['task']} {row['name']} top-1 %"
-                    found.append((name, float(evaluation["iteration"]), float(row["top1"])))
-        return found
+        return [
+            (f"{evaluation['task']} {row['name']} top-1 %", float(evaluation["iteration"]), float(row["top1"]))
+            for evaluation in json.loads(path.read_text())["evaluations"]
+            if evaluation["iteration"] is not None
+            for row in evaluation["rows"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as evaluation results ({error})") from error

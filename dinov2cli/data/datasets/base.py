@@ -1,12 +1,11 @@
 """What every image dataset offers, and reading parts of files by position, in any process."""
 
-import ast
 import os
-import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class ImageDataset(ABC):
 
     def image(self, index: int) -> np.ndarray:
         """Pixels, uint8 [H, W, 3] RGB. Raises `UnreadableImage`."""
-        return decode_image(self.encoded(index), self.path(index))
+        return self.open(index).pixels()
 
     def order(self, seed: int) -> Order:
         """The order in which a training with this seed sees the images."""
@@ -158,16 +157,17 @@ class RecordFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                header, self._start = _npy_header(file.read(65536))
+                version = np.lib.format.read_magic(file)
+                read_header = getattr(np.lib.format, f"read_array_header_{1 if version == (1, 0) else 2}_0")
+                shape, _, self.dtype = read_header(file)
+                self._start = file.tell()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, SyntaxError, struct.error) as error:
+        except (ValueError, TokenError) as error:
             raise DataError(f"{path}: not a .npy file ({error})") from error
-        fields = header["descr"]
-        self.dtype = np.dtype([tuple(field) for field in fields] if isinstance(fields, list) else "V1")
-        if self.dtype.names is None or len(header["shape"]) != 1:
+        if self.dtype.names is None or len(shape) != 1:
             raise DataError(f"{path}: expected a one-dimensional structured array")
-        self._length = int(header["shape"][0])
+        self._length = int(shape[0])
         self._files = OpenFiles()
 
     def __len__(self) -> int:
@@ -185,12 +185,3 @@ class RecordFile:
     def column(self, name: str) -> np.ndarray:
         """One field of all records, copied into memory."""
         return np.array(np.load(self.path, mmap_mode="r")[name])
-
-
-def _npy_header(data: bytes) -> tuple[dict[str, Any], int]:
-    if data[:6] != b"\x93NUMPY":
-        raise ValueError("no NumPy signature")
-    length_format, length_size = ("<H", 2) if data[6] == 1 else ("<I", 4)
-    (length,) = struct.unpack_from(length_format, data, 8)
-    start = 8 + length_size
-    return ast.literal_eval(data[start : start + length].decode("utf-8")), start + length

@@ -1,7 +1,6 @@
 """A folder of images, with class subfolders or without."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,7 @@ class FolderDataset(ImageDataset):
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
         self._prefix = os.path.join(self.root, "")  # pathlib would take longer than reading a small image
-        listing = list_images(self.root)
-        self._paths = listing.paths
-        self._classes = listing.classes
-        self.class_names = listing.class_names
+        self._paths, self._classes, self.class_names = list_images(self.root)
         require_images(len(self._paths), str(self.root), "Files are recognised by their extension (.jpg, .png, ...).")
 
     def __len__(self) -> int:
@@ -54,6 +50,3 @@ class FolderDataset(ImageDataset):
         if self.class_names and unlabelled:
             classes += f" ({unlabelled} images directly in the folder have no label)"
         return f"folder {self.root}: {len(self)} images{classes}"
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        return (self[index] for index in range(len(self)))

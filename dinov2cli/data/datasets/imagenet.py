@@ -15,27 +15,18 @@ NO_CLASS = 2**32 - 1
 
 
 class Split(Enum):
-    """A part of ImageNet-1k: its folder and its full number of images."""
+    """A part of ImageNet-1k: its folder, its full number of images, and where in the folder an image lies."""
 
-    TRAIN = ("train", 1_281_167)
-    VAL = ("val", 50_000)
-    TEST = ("test", 100_000)
+    TRAIN = ("train", 1_281_167, "{class_id}/{class_id}_{number}.JPEG")
+    VAL = ("val", 50_000, "{class_id}/ILSVRC2012_val_{number:08d}.JPEG")
+    TEST = ("test", 100_000, "ILSVRC2012_test_{number:08d}.JPEG")
 
-    @property
-    def folder(self) -> str:
-        return self.value[0]
-
-    @property
-    def full_size(self) -> int:
-        return self.value[1]
+    def __init__(self, folder: str, full_size: int, layout: str) -> None:
+        self.folder, self.full_size, self.layout = folder, full_size, layout
 
     def image_path(self, class_id: str, actual_index: int) -> str:
         """Path of an image relative to the dataset's root."""
-        if self is Split.TRAIN:
-            return f"train/{class_id}/{class_id}_{actual_index}.JPEG"
-        if self is Split.VAL:
-            return f"val/{class_id}/ILSVRC2012_val_{actual_index:08d}.JPEG"
-        return f"test/ILSVRC2012_test_{actual_index:08d}.JPEG"
+        return f"{self.folder}/{self.layout.format(class_id=class_id, number=actual_index)}"
 
 
 class ImageNet(ImageDataset):
@@ -80,7 +71,8 @@ class ImageNet(ImageDataset):
         return str(self.root / self.split.image_path(str(entry["class_id"]), int(entry["actual_index"])))
 
     def target(self, index: int) -> int:
-        return _target(int(self._entries[index]["class_index"]))
+        class_index = int(self._entries[index]["class_index"])
+        return UNLABELLED if class_index == NO_CLASS else class_index
 
     def targets(self) -> np.ndarray:
         classes = self._entries.column("class_index")
@@ -89,7 +81,3 @@ class ImageNet(ImageDataset):
     def describe(self) -> str:
         part = "" if len(self) == self.split.full_size else f" of {self.split.full_size}"
         return f"ImageNet {self.split.name} in {self.root}: {len(self)}{part} images, {len(self.class_names)} classes"
-
-
-def _target(class_index: int) -> int:
-    return UNLABELLED if class_index == NO_CLASS else class_index

@@ -19,7 +19,7 @@ class JoinedDataset(ImageDataset):
 
     def __init__(self, parts: Sequence[ImageDataset], weights: Sequence[float] | None = None) -> None:
         self.parts = list(parts)
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.parts)
+        self.weights = [1.0] * len(self.parts) if weights is None else list(weights)
         self.ends = np.cumsum([len(part) for part in self.parts]).tolist()
         self.class_names = tuple(dict.fromkeys(name for part in self.parts for name in part.class_names))
 
@@ -34,10 +34,6 @@ class JoinedDataset(ImageDataset):
     def encoded(self, index: int) -> bytes | memoryview:
         part, i = self._locate(index)
         return self.parts[part].encoded(i)
-
-    def image(self, index: int) -> np.ndarray:
-        part, i = self._locate(index)
-        return self.parts[part].image(i)
 
     def open(self, index: int) -> LazyImage:
         part, i = self._locate(index)

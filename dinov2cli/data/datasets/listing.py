@@ -5,11 +5,11 @@ import os
 import secrets
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED
 from dinov2cli.files import cache_folder, digest, write_text
 
+Arrays = dict[str, np.ndarray]
 CACHE_FROM = 20_000
 """Folders with at least so many images are remembered; smaller ones are read faster than checked."""
 SCAN_THREADS = 16
@@ -71,14 +72,13 @@ def list_images(root: Path) -> Listing:
     A folder with many images is listed once: the listing is kept in the user's cache and read again in milliseconds
     as long as no folder below `root` has changed.
     """
-    recalled = recall(root, sorted(image_extensions()))
-    if recalled is not None:
+    if (recalled := recall(root, sorted(image_extensions()))) is not None:
         arrays, names = recalled
         return Listing(PathTable(arrays["blob"], arrays["ends"]), arrays["classes"], names)
     started = time.time_ns()
     top = _read_folder(str(root), "", frozenset())
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        branches = list(pool.map(lambda name: _scan(str(root), f"{name}/", top.parents), top.folders))
+        branches = list(pool.map(lambda name: _Found().scan(str(root), f"{name}/", top.parents), top.folders))
     found = _Found()
     found.add_folder("", top)
     class_names: list[str] = []
@@ -128,20 +128,13 @@ class _Found:
         self.ends.frombytes((np.frombuffer(other.ends, np.int64) + start).tobytes())
         self.modified |= other.modified
 
-
-def _scan(root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> _Found:
-    found = _Found()
-    for where, folder in _walk(root, prefix, parents):
-        found.add_folder(where, folder)
-    return found
-
-
-def _walk(root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> Iterator[tuple[str, _Folder]]:
-    """A folder and those below it, each before its subfolders."""
-    folder = _read_folder(root, prefix, parents)
-    yield prefix, folder
-    for name in folder.folders:
-        yield from _walk(root, f"{prefix}{name}/", folder.parents)
+    def scan(self, root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> "_Found":
+        """Add a folder and then those below it."""
+        folder = _read_folder(root, prefix, parents)
+        self.add_folder(prefix, folder)
+        for name in folder.folders:
+            self.scan(root, f"{prefix}{name}/", folder.parents)
+        return self
 
 
 def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> _Folder:
@@ -168,14 +161,11 @@ def image_extensions() -> frozenset[str]:
     from PIL import Image
 
     Image.init()
-    return frozenset(
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _NOT_PICTURES
-    )
+    kinds = Image.OPEN.keys() - _NOT_PICTURES
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in kinds)
 
 
-def recall(root: Path, kind: list[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]] | None:
+def recall(root: Path, kind: list[str]) -> tuple[Arrays, tuple[str, ...]] | None:
     """The arrays and class names remembered for (root, kind), or None if there are none or something changed since.
 
     A finding holds while every folder or file that it was made from has the modification time it had then.
@@ -196,12 +186,7 @@ def recall(root: Path, kind: list[str]) -> tuple[dict[str, np.ndarray], tuple[st
 
 
 def remember(
-    root: Path,
-    kind: list[str],
-    arrays: dict[str, np.ndarray],
-    class_names: tuple[str, ...],
-    modified: dict[str, int],
-    started_ns: int,
+    root: Path, kind: list[str], arrays: Arrays, class_names: tuple[str, ...], modified: dict[str, int], started_ns: int
 ) -> None:
     """Keep a finding about `root` that was begun at `started_ns`. A cache that cannot be written is done without.
 
@@ -212,15 +197,13 @@ def remember(
         return
     index = _index_path(root, kind)
     nonce = secrets.token_hex(4)
-    content: dict[str, Any] = {
-        "root": str(root), "nonce": nonce, "arrays": sorted(arrays), "class_names": class_names, "modified": modified,
-    }  # fmt: skip
+    content = {"nonce": nonce, "arrays": sorted(arrays), "class_names": class_names, "modified": modified}
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
         earlier = list(index.parent.glob(f"{index.stem}-*.npy"))
         for name, values in arrays.items():
             np.save(index.with_name(f"{index.stem}-{nonce}.{name}.npy"), values)
-        write_text(index, json.dumps(content))
+        write_text(index, json.dumps({"root": str(root), **content}))
         for path in earlier:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -45,7 +45,8 @@ class SamplePhotos(ImageDataset):
             raise DataError(f"SamplePhotos has no split {split!r}; it has {' and '.join(SPLITS)}")
         self.split = split
         self.per_class = SPLITS[split]
-        self.tiles = [_tiles_of(photo, split) for photo in _load_photos()]
+        photos = (decode_image(file.read_bytes(), str(file)) for file in photo_files(*PHOTOS))
+        self.tiles = [_tiles_of(photo, split) for photo in photos]
 
     def __len__(self) -> int:
         return len(PHOTOS) * self.per_class
@@ -95,25 +96,16 @@ def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:
     ]
 
 
-def _load_photos() -> list[np.ndarray]:
-    return [decode_image(file.read_bytes(), str(file)) for file in photo_files(*PHOTOS)]
-
-
 def photo_files(*names: str) -> list[Path]:
     """Files of photos that scikit-image ships, such as `chelsea.png`.
 
     Raises:
         EnvironmentProblem: scikit-image is not installed, or ships them no longer.
     """
-    spec = find_spec("skimage")  # found, not imported: only its files are needed
+    spec, remedy = find_spec("skimage"), "pip install 'dinov2cli[demo]'"  # found, not imported: its files are all
     if spec is None or spec.origin is None:
-        raise EnvironmentProblem(
-            "SamplePhotos uses the photos of scikit-image, which is not installed", "pip install 'dinov2cli[demo]'"
-        )
+        raise EnvironmentProblem("SamplePhotos uses the photos of scikit-image, which is not installed", remedy)
     folder = Path(spec.origin).parent / "data"
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise EnvironmentProblem(
-            f"this scikit-image does not ship {', '.join(missing)} in {folder}", "pip install 'dinov2cli[demo]'"
-        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise EnvironmentProblem(f"this scikit-image does not ship {', '.join(missing)} in {folder}", remedy)
     return [folder / name for name in names]

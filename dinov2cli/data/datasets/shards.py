@@ -11,7 +11,7 @@ import numpy as np
 
 from dinov2cli.console import logger, progress
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, require_images
-from dinov2cli.data.datasets.listing import PathTable, image_extensions, recall, remember
+from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
 from dinov2cli.errors import DataError
 
 INDEX_THREADS = 8
@@ -78,39 +78,29 @@ class _Index(NamedTuple):
 
 def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
     kind = ["shards", *shards]
-    recalled = recall(root, kind)
-    if recalled is not None:
-        arrays = recalled[0]
-        names = PathTable(arrays["blob"], arrays["ends"])
-        return _Index(arrays["shard"], arrays["offset"], arrays["size"], arrays["label"], names)
+    if (recalled := recall(root, kind)) is not None:
+        arrays, _ = recalled
+        names = PathTable(arrays.pop("blob"), arrays.pop("ends"))
+        return _Index(**arrays, names=names)
     started = time.time_ns()
     modified = {name: os.stat(root / name).st_mtime_ns for name in shards}
     logger.info("reading the headers of %d tar files in %s, once", len(shards), root)
     with progress() as bar, ThreadPoolExecutor(INDEX_THREADS) as pool:
         members = list(bar.track(pool.map(_images_in, [root / name for name in shards]), total=len(shards)))
-    rows = [(shard, *member) for shard, in_shard in enumerate(members) for member in in_shard]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 5
-    index = _Index(
-        np.array(columns[0], np.int32),
-        np.array(columns[2], np.int64),
-        np.array(columns[3], np.int64),
-        np.array(columns[4], np.int32),
-        PathTable.of(columns[1]),
-    )
-    arrays = {**index._asdict(), "blob": index.names.blob, "ends": index.names.ends}
-    del arrays["names"]
-    remember(root, kind, arrays, (), modified, started)
-    return index
+    places = np.array([place for in_shard in members for _, *place in in_shard], np.int64).reshape(-1, 3)
+    columns: Arrays = {
+        "shard": np.repeat(np.arange(len(shards), dtype=np.int32), [len(in_shard) for in_shard in members]),
+        "offset": places[:, 0].copy(),
+        "size": places[:, 1].copy(),
+        "label": places[:, 2].astype(np.int32),
+    }
+    names = PathTable.of(name for in_shard in members for name, *_ in in_shard)
+    remember(root, kind, {**columns, "blob": names.blob, "ends": names.ends}, (), modified, started)
+    return _Index(**columns, names=names)
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    label: int
-
-
-def _images_in(path: Path) -> list[_Member]:
+def _images_in(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, offset and size in bytes, and label (-1: none) of the images in a tar."""
     images: list[tuple[str, str, int, int]] = []
     labels: dict[str, int] = {}
     try:
@@ -132,4 +122,4 @@ def _images_in(path: Path) -> list[_Member]:
                         ".tar.gz to .tar first.") from error  # fmt: skip
     except ValueError as error:
         raise DataError(f"{path}: a .cls member holds no whole number ({error})") from error
-    return [_Member(name, offset, size, labels.get(key, UNLABELLED)) for key, name, offset, size in images]
+    return [(name, offset, size, labels.get(key, UNLABELLED)) for key, name, offset, size in images]

@@ -37,6 +37,8 @@ KINDS = {
     "Shards": DatasetKind(ShardsDataset, "Shards:root=/shards"),
 }
 
+_KNOWN = "Known datasets: a folder, " + ", ".join(kind.example for kind in KINDS.values())
+
 # A quoted piece starts where a value can start and ends where one can end, so a path may hold an apostrophe.
 _QUOTED = re.compile(r"""(?<![^\s=*+])("[^"]*"|'[^']*')(?=$|[\s:+])""")
 _PLUS = re.compile(rf"\s+\+\s+|\+(?=(?:[\d.]+\s*\*\s*)?(?:{'|'.join(KINDS)})(?:[:\s+]|$))")
@@ -54,9 +56,9 @@ def make_dataset(dataset_string: str) -> ImageDataset:
     """
     text = dataset_string.strip()
     if not text:
-        raise DataError("the dataset is empty; give a folder of images or a dataset string", _known())
-    if Path(text).expanduser().is_dir():
-        return _folder_or_shards(text)
+        raise DataError("the dataset is empty; give a folder of images or a dataset string", _KNOWN)
+    if (folder := Path(text).expanduser()).is_dir():
+        return _folder_or_shards(folder)
     parts, weights = [], []
     for part in _split(text, _PLUS):
         weight = _WEIGHT.match(part)
@@ -72,12 +74,11 @@ def _one_dataset(text: str) -> ImageDataset:
     if name in KINDS:
         kind = KINDS[name]
         return kind.build(**_options(name, kind, rest))
-    folder = _unquoted(text)
-    if Path(folder).expanduser().is_dir():
+    if (folder := Path(_unquoted(text)).expanduser()).is_dir():
         return _folder_or_shards(folder)
     close = get_close_matches(name, KINDS, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    raise DataError(f"{folder!r} is neither a folder nor a known dataset{meant}", _known())
+    raise DataError(f"{_unquoted(text)!r} is neither a folder nor a known dataset{meant}", _KNOWN)
 
 
 def _options(name: str, kind: DatasetKind, text: str) -> dict[str, str]:
@@ -108,11 +109,6 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def _folder_or_shards(folder: str) -> ImageDataset:
-    path = Path(folder).expanduser()
-    has_images = any(file.suffix.lower() in image_extensions() for file in path.iterdir())
-    return ShardsDataset(path) if not has_images and shards_in(path) else FolderDataset(path)
-
-
-def _known() -> str:
-    return "Known datasets: a folder, " + ", ".join(kind.example for kind in KINDS.values())
+def _folder_or_shards(folder: Path) -> ImageDataset:
+    has_images = any(file.suffix.lower() in image_extensions() for file in folder.iterdir())
+    return ShardsDataset(folder) if not has_images and shards_in(folder) else FolderDataset(folder)

@@ -28,7 +28,7 @@ class SplitReport(NamedTuple):
     problems: list[str]
 
 
-def check_split(root: Path, listing: SplitListing, labels: Labels | None) -> SplitReport:
+def check_split(root: Path, listing: SplitListing, labels: Labels) -> SplitReport:
     """Compare a split with labels.txt and the full data set, and open a sample of its images.
 
     Notes say what a subset lacks; problems are what a training would trip over.
@@ -41,23 +41,19 @@ def check_split(root: Path, listing: SplitListing, labels: Labels | None) -> Spl
         notes.append(f"{listing.images} of the {split.full_size} images of the full {split.name}")
     if listing.images == 0:
         problems.append(f"{split.folder}/ holds no image")
-    if labels is not None and split is not Split.TEST:
-        have = {c.class_id for c in with_images}
-        missing = [class_id for class_id in labels.names if class_id not in have]
-        if missing:
-            notes.append(f"{len(missing)} classes of labels.txt without images: {_first(missing)}")
-        unnamed = sorted(have - labels.names.keys())
-        if unnamed:
-            problems.append(f"{len(unnamed)} class folders that labels.txt does not name: {_first(unnamed)}")
-    empty = [c.class_id for c in listing.classes if c.class_id and not c.actual_indices]
-    if empty:
-        problems.append(f"{len(empty)} class folders without images: {_first(empty)}")
-    if listing.unexpected:
-        problems.append(f"{len(listing.unexpected)} names that are not of the layout: {_first(listing.unexpected)}")
+    have = {c.class_id for c in with_images}
+    names = dict.fromkeys(have, "") if split is Split.TEST else labels.names
+    if missing := [class_id for class_id in names if class_id not in have]:
+        notes.append(f"{len(missing)} classes of labels.txt without images: {_first(missing)}")
     paths = [root / split.image_path(c.class_id, n) for c in listing.classes for n in c.actual_indices]
-    zero = [str(path.relative_to(root)) for path in paths if _size(path) == 0]
-    if zero:
-        problems.append(f"{len(zero)} empty files: {_first(zero)}")
+    for what, found in (
+        ("class folders that labels.txt does not name", sorted(have - names.keys())),
+        ("class folders without images", [c.class_id for c in listing.classes if c.class_id and not c.actual_indices]),
+        ("names that are not of the layout", listing.unexpected),
+        ("empty files", [str(path.relative_to(root)) for path in paths if _size(path) == 0]),
+    ):
+        if found:
+            problems.append(f"{len(found)} {what}: {_first(found)}")
     sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
     for i in sorted(sample.tolist()):
         try:

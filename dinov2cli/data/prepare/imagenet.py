@@ -82,14 +82,13 @@ def list_split(root: Path, split: Split) -> SplitListing:
         listings = [_list_class(folder, split, "")]
         loose: list[str] = []
     else:
-        with os.scandir(folder) as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        names = _names_in(folder)
         loose = [f"{split.folder}/{name}" for name, is_folder in names if not is_folder]
         class_ids = [name for name, is_folder in names if is_folder]
         with progress() as bar, ThreadPoolExecutor(SCAN_THREADS) as pool:
             found = pool.map(lambda class_id: _list_class(folder / class_id, split, class_id), class_ids)
             listings = list(bar.track(found, total=len(class_ids), description=f"Listing {split.folder}"))
-    unexpected = [f"{split.folder}/{_join(c.class_id, name)}" for c in listings for name in c.unexpected]
+    unexpected = [os.path.join(split.folder, c.class_id, name) for c in listings for name in c.unexpected]
     return SplitListing(split, listings, loose + unexpected)
 
 
@@ -99,23 +98,21 @@ def entries_of(listing: SplitListing, labels: Labels) -> np.ndarray:
     Raises:
         DataError: a class folder that labels.txt does not name.
     """
-    unknown = [c.class_id for c in listing.classes if c.class_id and c.class_id not in labels.names]
-    if unknown:
-        raise DataError(
-            f"labels.txt does not name {len(unknown)} of the class folders of {listing.split.folder}/: "
-            + ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        )  # fmt: skip
+    if unknown := [c.class_id for c in listing.classes if c.class_id and c.class_id not in labels.names]:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        folder = listing.split.folder
+        raise DataError(f"labels.txt does not name {len(unknown)} of the class folders of {folder}/: {shown}")
     index_of = labels.class_index()
     with_images = [c for c in listing.classes if c.actual_indices]
-    dtype = np.dtype(
-        [
-            ("actual_index", "<u4"),
-            ("class_index", "<u4"),
-            ("class_id", f"U{max((len(c.class_id) for c in with_images), default=0)}"),
-            ("class_name", f"U{max((len(labels.names.get(c.class_id, '')) for c in with_images), default=0)}"),
-        ]
-    )
-    entries = np.empty(listing.images, dtype=dtype)
+    id_length = max((len(c.class_id) for c in with_images), default=0)
+    name_length = max((len(labels.names.get(c.class_id, "")) for c in with_images), default=0)
+    columns = {
+        "actual_index": "<u4",
+        "class_index": "<u4",
+        "class_id": f"U{id_length}",
+        "class_name": f"U{name_length}",
+    }
+    entries = np.empty(listing.images, dtype=np.dtype(list(columns.items())))
     start = 0
     for found in with_images:
         part = entries[start : start + len(found.actual_indices)]
@@ -163,15 +160,11 @@ def changed_since(root: Path, extra: Path, split: Split) -> bool:
 
 
 def _list_class(folder: Path, split: Split, class_id: str) -> ClassListing:
-    pattern = {
-        Split.TRAIN: re.compile(rf"{re.escape(class_id)}_(0|[1-9]\d*)\.JPEG"),
-        Split.VAL: re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG"),
-        Split.TEST: re.compile(r"ILSVRC2012_test_(\d{8})\.JPEG"),
-    }[split]
+    number = {Split.TRAIN: r"(0|[1-9]\d*)", Split.VAL: r"(\d{8})", Split.TEST: r"(\d{8})"}[split]
+    prefix = {Split.TRAIN: re.escape(class_id), Split.VAL: "ILSVRC2012_val", Split.TEST: "ILSVRC2012_test"}[split]
+    pattern = re.compile(rf"{prefix}_{number}\.JPEG")
     actual_indices, unexpected = [], []
-    with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in names:
+    for name, is_folder in _names_in(folder):
         found = pattern.fullmatch(name)
         if found and not is_folder:
             actual_indices.append(int(found[1]))
@@ -180,5 +173,7 @@ def _list_class(folder: Path, split: Split, class_id: str) -> ClassListing:
     return ClassListing(class_id, actual_indices, unexpected)
 
 
-def _join(class_id: str, name: str) -> str:
-    return f"{class_id}/{name}" if class_id else name
+def _names_in(folder: Path) -> list[tuple[str, bool]]:
+    """What is in a folder and not hidden, sorted, and whether it is a folder."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))

@@ -92,15 +92,10 @@ def block_listing(tar_path: Path) -> str:
 
 
 def _entries(class_ids: list[str], members: list[list[Member]]) -> np.ndarray:
-    dtype = np.dtype(
-        [
-            ("class_index", "<u4"),
-            ("class_id", f"U{max(len(class_id) for class_id in class_ids)}"),
-            ("start_offset", "<u4"),
-            ("end_offset", "<u4"),
-            ("filename", f"U{max((len(m.filename) for of_class in members for m in of_class), default=1)}"),
-        ]
-    )
+    id_length = max(len(class_id) for class_id in class_ids)
+    name_length = max((len(m.filename) for of_class in members for m in of_class), default=1)
+    columns = {"class_index": "<u4", "class_id": f"U{id_length}", "start_offset": "<u4", "end_offset": "<u4"}
+    dtype = np.dtype([*columns.items(), ("filename", f"U{name_length}")])
     entries = np.empty(sum(len(of_class) for of_class in members), dtype=dtype)
     start = 0
     for class_index, (class_id, of_class) in enumerate(zip(class_ids, members, strict=True)):

@@ -23,10 +23,7 @@ def run(request: PrepareImagenet) -> None:
     extra = request.extra.expanduser() if request.extra else root
     if not root.is_dir():
         raise DataError(f"--root {root} is not a folder")
-    if request.variant == "22k":
-        _prepare_22k(root, extra, request.force)
-    else:
-        _prepare_1k(root, extra, request)
+    (_prepare_22k if request.variant == "22k" else _prepare_1k)(root, extra, request)
 
 
 def _prepare_1k(root: Path, extra: Path, request: PrepareImagenet) -> None:
@@ -41,8 +38,7 @@ def _prepare_1k(root: Path, extra: Path, request: PrepareImagenet) -> None:
         _say(f"wrote {write_labels(root, sorted(class_ids))}")
     labels = Labels({}, []) if splits == [Split.TEST] else read_labels(root)
     if request.check:
-        _check(root, splits, labels)
-        return
+        return _check(root, splits, labels)
     for problem in labels.problems:
         _warn(problem)
     for split in splits:
@@ -77,8 +73,8 @@ def _check(root: Path, splits: list[Split], labels: Labels) -> None:
     _say("no problems found")
 
 
-def _prepare_22k(root: Path, extra: Path, force: bool) -> None:
-    if not force and (extra / "entries.npy").is_file() and (extra / "class-ids.npy").is_file():
+def _prepare_22k(root: Path, extra: Path, request: PrepareImagenet) -> None:
+    if not request.force and (extra / "entries.npy").is_file() and (extra / "class-ids.npy").is_file():
         _say(f"already prepared in {extra}; --force writes the files anew")
         return
     images, classes = prepare_imagenet22k(root, extra)

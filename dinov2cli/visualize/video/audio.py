@@ -25,17 +25,12 @@ class AudioTracks:
     """
 
     def __init__(self, path: Path, container: Any, start: Fraction) -> None:
-        self._path = path
+        self._path, self._container, self._start = path, container, start
         self._input = av.open(str(path))
-        self._container = container
-        self._start = start
         self._tracks = {s.index: _Track(s, container) for s in self._input.streams.audio if s.codec_context}
         streams = [self._input.streams[index] for index in self._tracks]
         self._packets: Iterator[Any] = iter(self._input.demux(streams)) if streams else iter(())
         self._next: Any = None
-
-    def __len__(self) -> int:
-        return len(self._tracks)
 
     def write_until(self, seconds: Fraction | None) -> None:
         """Mux the sound up to a time from the first frame; None: to its end."""
@@ -59,13 +54,11 @@ class AudioTracks:
         """Have the next packet with a time at hand; False at the end, which damage brings early."""
         while self._next is None:
             try:
-                packet = next(self._packets, None)
-            except av.error.EOFError:
+                packet = next(self._packets)
+            except (StopIteration, av.error.EOFError):
                 return False
             except av.error.FFmpegError as error:
                 logger.warning("%s: the sound ends early (%s)", self._path, error.strerror)
-                return False
-            if packet is None:
                 return False
             if packet.size and (packet.pts is not None or packet.dts is not None):
                 self._next = packet
@@ -110,9 +103,7 @@ class _Track:
         return [*self._encode(self._resampler.resample(None), start), *self._output.encode(None)]
 
     def _encode(self, frames: list[Any], start: Fraction) -> list[Any]:
-        packets: list[Any] = []
         for frame in frames:
             if frame.pts is not None and frame.time_base:
                 frame.pts -= round(start / frame.time_base)
-            packets.extend(self._output.encode(frame))
-        return packets
+        return [packet for frame in frames for packet in self._output.encode(frame)]

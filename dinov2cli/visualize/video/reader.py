@@ -93,8 +93,7 @@ class VideoFile:
         if first is None:
             raise DataError(f"{path}: no frame can be decoded; the file is empty or damaged")
         self.size = first.image.shape[:2]
-        quarter_turned = self._turns % 2 == 1
-        self.pixel_aspect = 1 / aspect if quarter_turned else aspect
+        self.pixel_aspect = 1 / aspect if self._turns % 2 == 1 else aspect  # turned by a quarter
 
     def count(self) -> int:
         with self._open() as container:
@@ -126,9 +125,7 @@ class VideoFile:
                     continue
                 image = _upright_rgb(frame, self._turns, converter)
                 size = size or image.shape[:2]
-                if image.shape[:2] != size:
-                    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
-                yield Frame(image, at * self.time_base, (frame.duration or usual) * self.time_base)
+                yield Frame(_of_size(image, size), at * self.time_base, (frame.duration or usual) * self.time_base)
 
     def _open(self) -> Any:
         try:
@@ -142,10 +139,7 @@ class VideoFile:
         packets = iter(container.demux(stream))
         while True:
             try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                yield from packet.decode()
+                yield from next(packets).decode()
             except (av.error.EOFError, StopIteration):
                 break
             except av.error.InvalidDataError:
@@ -163,23 +157,17 @@ class ImageFolder:
     def __init__(self, path: Path, rate: Fraction) -> None:
         if rate <= 0:
             raise DataError("--fps must be above 0")
-        self.path = path
-        self.rate = rate
-        self.time_base = 1 / rate
+        self.path, self.paths = path, list_images(path)
+        self.rate, self.time_base, self.start = rate, 1 / rate, Fraction(0)
         self.pixel_aspect = Fraction(1)
-        self.start = Fraction(0)
-        self.paths = list_images(path)
         self.size = read_image(self.paths[0]).shape[:2]
 
     def count(self) -> int:
         return len(self.paths)
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        height, width = self.size
         for index in range(0, len(self.paths), every):
-            image = read_image(self.paths[index])
-            if image.shape[:2] != (height, width):
-                image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
+            image = _of_size(read_image(self.paths[index]), self.size)
             yield Frame(image, index * self.time_base, self.time_base)
 
 
@@ -247,6 +235,12 @@ def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) ->
     else:
         image = pixels("rgb24")
     return np.ascontiguousarray(np.rot90(image, quarter_turns))
+
+
+def _of_size(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if image.shape[:2] == size:
+        return image
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:

@@ -70,10 +70,8 @@ class Writer:
 
     def write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
         """Append a frame: RGB [H, W, 3], with its time and duration in seconds; times must grow."""
-        try:
+        with writing(self.path):  # FFmpeg's errors of the file system are OSErrors as well
             self._write(image, time, duration)
-        except OSError as error:  # FFmpeg's errors of the file system are OSErrors as well
-            raise EnvironmentProblem(f"{self.path}: writing failed ({error.strerror or error})") from error
         self.frames_written += 1
 
     def __enter__(self) -> Self:
@@ -83,14 +81,11 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None or not self.frames_written:
-            self._abandon()
-            return
+            return self._abandon()
         try:
-            self._finish()
-            os.replace(self.aside, self.path)
-        except OSError as failure:
-            self._abandon()
-            raise EnvironmentProblem(f"{self.path}: writing failed ({failure.strerror or failure})") from failure
+            with writing(self.path):
+                self._finish()
+                os.replace(self.aside, self.path)
         except BaseException:
             self._abandon()
             raise
@@ -134,9 +129,7 @@ class VideoWriter(ContainerWriter):
     square_pixels = False
 
     def __init__(self, path: Path, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction) -> None:
-        self._time_base = time_base
-        self._rate = rate
-        self._pixel_aspect = pixel_aspect
+        self._time_base, self._rate, self._pixel_aspect = time_base, rate, pixel_aspect
         self._stream: Any = None
         self._audio: AudioTracks | None = None
         self._durations: dict[int, int] = {}
@@ -234,10 +227,8 @@ class GifWriter(ContainerWriter):
         self._stream = self._container.add_stream("gif", rate=100)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "pal8"
         self._stream.codec_context.time_base = Fraction(1, 100)
-        graph = av.filter.Graph()
-        source = graph.add_buffer(
-            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 100)
-        )
+        graph, ticks = av.filter.Graph(), Fraction(1, 100)
+        source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=ticks)
         split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
         # Ordered dithering stays put from frame to frame, where error diffusion would crawl.
         use, sink = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=4"), graph.add("buffersink")
@@ -271,11 +262,10 @@ class PngFolderWriter(Writer):
     def _check_place(self) -> None:
         if self.path.is_file():
             raise EnvironmentProblem(f"{self.path}: is a file; a name without suffix means a folder of PNG files")
-        foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-        foreign = [name for name in foreign if not re.fullmatch(r"frame_\d{6,}\.png", name)]
-        if foreign:
+        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if foreign := next((name for name in names if not re.fullmatch(r"frame_\d{6,}\.png", name)), None):
             raise EnvironmentProblem(
-                f"{self.path}: holds other files ({sorted(foreign)[0]}); give a new or empty folder for the frames"
+                f"{self.path}: holds other files ({foreign}); give a new or empty folder for the frames"
             )
 
     def _create(self) -> None:
