@@ -78,7 +78,7 @@ def test_for_people(tmp_path: Path) -> None:
 def test_unreadable_config_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.yaml").write_text("student: {patch_size: 14}\nnonsense: 3\n")
-    assert "not readable" in description.run(Info(checkpoint=str(run))).facts["training"]["config"]
+    assert "not readable" in description.run(Info(checkpoint=str(run)))["training"]["config"]
 
 
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from dinov2cli.config import ViTConfig
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
-from dinov2cli.models.stochastic_depth import draw_kept_sequences
+from dinov2cli.models.stochastic_depth import draw_for_branches
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 LAYOUT = TokenLayout(((6, 10), (8, 5)))
@@ -35,7 +35,7 @@ def test_used_tokens_alone_are_as_in_the_whole_block(ffn_layer: str, drop_rate: 
     cpu = torch.device("cpu")
     kept = None
     if drop_rate:
-        kept = tuple(draw_kept_sequences(LAYOUT, drop_rate, generator, cpu) for _ in range(2))
+        kept = tuple(draw_for_branches(2, LAYOUT, drop_rate, generator, cpu))
     stream = torch.randn(LAYOUT.tokens, 24, dtype=torch.float64, generator=generator)
     weights = torch.randn(used.shape[0], 24, dtype=torch.float64, generator=generator)
     results = []

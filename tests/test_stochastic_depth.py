@@ -6,19 +6,19 @@ from torch import Tensor
 
 from dinov2cli.models import stochastic_depth
 from dinov2cli.models.attention import TokenLayout
-from dinov2cli.models.stochastic_depth import draw_for_branches, draw_kept_sequences
+from dinov2cli.models.stochastic_depth import draw_for_branches
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
 def test_stochastic_depth_keeps_the_right_numbers_and_scales() -> None:
     layout = TokenLayout(((8, 5), (6, 3)))
-    kept = draw_kept_sequences(layout, 0.4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    kept = draw_for_branches(1, layout, 0.4, torch.Generator().manual_seed(0), torch.device("cpu"))[0]
     assert kept.layout.groups == ((4, 5), (3, 3))  # int(8 * 0.6), int(6 * 0.6)
     assert torch.allclose(kept.factor, torch.tensor([[2.0]] * 33)[: kept.layout.tokens])
     globals_, locals_ = kept.index[:20].view(4, 5), kept.index[20:].view(3, 3)
     assert (globals_[:, 0] % 5 == 0).all() and (globals_ < 40).all() and ((locals_[:, 0] - 40) % 3 == 0).all()
     assert (globals_.diff(dim=1) == 1).all() and len(set(globals_[:, 0].tolist())) == 4
-    one = draw_kept_sequences(TokenLayout(((2, 5),)), 0.9, torch.Generator(), torch.device("cpu"))
+    one = draw_for_branches(1, TokenLayout(((2, 5),)), 0.9, torch.Generator(), torch.device("cpu"))[0]
     assert one.layout.groups == ((1, 5),)
 
 
@@ -32,7 +32,7 @@ def test_stochastic_depth_is_right_on_average_and_repeatable() -> None:
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros_like(stream)
     for _ in range(2000):
-        kept = draw_kept_sequences(layout, 0.5, generator, stream.device)
+        kept = draw_for_branches(1, layout, 0.5, generator, stream.device)[0]
         branch = block.attention_branch(stream[kept.index], kept.layout) * kept.factor
         total += torch.zeros_like(stream).index_add(0, kept.index, branch)
     torch.testing.assert_close(total / 2000, residual, atol=0.05 * residual.abs().max().item(), rtol=0)
@@ -48,7 +48,7 @@ def test_draws_for_several_branches_are_those_made_one_by_one() -> None:
     together = draw_for_branches(4, layout, 0.4, torch.Generator().manual_seed(7), cpu)
     generator = torch.Generator().manual_seed(7)
     for drawn in together:
-        alone = draw_kept_sequences(layout, 0.4, generator, cpu)
+        alone = draw_for_branches(1, layout, 0.4, generator, cpu)[0]
         assert torch.equal(drawn.index, alone.index) and torch.equal(drawn.scale, alone.scale)
         assert torch.equal(drawn.place, alone.place)
     assert len({tuple(drawn.index.tolist()) for drawn in together}) > 1
@@ -58,7 +58,7 @@ def test_gathers_equal_what_autograd_does_itself(monkeypatch: pytest.MonkeyPatch
     """The way of a GPU and of compiled blocks, forward and backward, beside that of the CPU."""
     layout = TokenLayout(((8, 5), (6, 3)))
     generator = torch.Generator().manual_seed(0)
-    kept = draw_kept_sequences(layout, 0.4, generator, torch.device("cpu"))
+    kept = draw_for_branches(1, layout, 0.4, generator, torch.device("cpu"))[0]
     stream = torch.randn(layout.tokens, 4, dtype=torch.float64, generator=generator)
     weights = torch.randn(layout.tokens, 4, dtype=torch.float64, generator=generator)
 

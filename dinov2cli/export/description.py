@@ -1,7 +1,6 @@
 """What a checkpoint is: for `dino2 info`."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,32 @@ from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.requests.tools import Info
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(dict[str, Any]):
     """Everything known of a checkpoint, as plain values; for people as a table."""
 
-    facts: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.facts
-
     def __rich__(self) -> Table:
-        return _table(self.facts)
+        table = Table.grid(padding=(0, 2))
+        table.add_column()
+        table.add_column(overflow="fold")
+        left_out: list[str] = self["left_out"]
+        groups = sorted({name.split(".")[0] for name in left_out})
+        rows = {
+            "model": self["what"],
+            "parameters": f"{self['parameters']:,}",
+            "released as": self.get("released"),
+            "file": ", ".join(self["files"]),
+            "size": f"{self['bytes'] / 1e6:,.1f} MB, {self['layout']} layout, {self['tensors_read']} tensors",
+            "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
+            "position embeddings": _interpolation(self["architecture"]),
+            "sha256": self.get("sha256"),
+            **{f"training {key.replace('_', ' ')}": _short(value) for key, value in self["training"].items()},
+            **{f"provenance {key}": value for key, value in self["provenance"].items()},
+            "notes": "; ".join(self["notes"]) or None,
+        }
+        for name, value in rows.items():
+            if value is not None:
+                table.add_row(name, str(value))
+        return table
 
 
 def run(request: Info) -> Description:
@@ -37,25 +51,27 @@ def run(request: Info) -> Description:
     """
     weights = read_weights(request.checkpoint, config_file=request.config_file)
     architecture = weights.architecture
-    found: dict[str, Any] = {
-        "source": request.checkpoint,
-        "files": [str(file) for file in weights.source.files],
-        "bytes": sum(file.stat().st_size for file in weights.source.files),
-        "what": architecture.describe(),
-        "parameters": parameter_count(architecture),
-        "architecture": architecture.model_dump(),
-        "layout": weights.report.layout,
-        "tensors_read": weights.report.read,
-        "left_out": list(weights.report.left_out),
-        "notes": weights.report.notes,
-    }
+    found = Description(
+        {
+            "source": request.checkpoint,
+            "files": [str(file) for file in weights.source.files],
+            "bytes": sum(file.stat().st_size for file in weights.source.files),
+            "what": architecture.describe(),
+            "parameters": parameter_count(architecture),
+            "architecture": architecture.model_dump(),
+            "layout": weights.report.layout,
+            "tensors_read": weights.report.read,
+            "left_out": list(weights.report.left_out),
+            "notes": weights.report.notes,
+        }
+    )
     if request.digest:
         found["sha256"] = sha256(*weights.source.files)
     if weights.source.released:
         found["released"] = weights.source.released.name
     found["training"] = _training(weights)
     found["provenance"] = json.loads(weights.metadata.get("dino2.provenance", "{}"))
-    return Description(found)
+    return found
 
 
 def _training(weights: RecognisedWeights) -> dict[str, Any]:
@@ -96,31 +112,6 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
     return {}
-
-
-def _table(found: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(overflow="fold")
-    left_out: list[str] = found["left_out"]
-    groups = sorted({name.split(".")[0] for name in left_out})
-    rows = {
-        "model": found["what"],
-        "parameters": f"{found['parameters']:,}",
-        "released as": found.get("released"),
-        "file": ", ".join(found["files"]),
-        "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['layout']} layout, {found['tensors_read']} tensors",
-        "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
-        "position embeddings": _interpolation(found["architecture"]),
-        "sha256": found.get("sha256"),
-        **{f"training {key.replace('_', ' ')}": _short(value) for key, value in found["training"].items()},
-        **{f"provenance {key}": value for key, value in found["provenance"].items()},
-        "notes": "; ".join(found["notes"]) or None,
-    }
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, str(value))
-    return table
 
 
 def _interpolation(architecture: dict[str, Any]) -> str:

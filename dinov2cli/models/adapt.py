@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.attention import TokenLayout
-from dinov2cli.models.vision_transformer import VisionTransformer, resize_positions
+from dinov2cli.models.vision_transformer import VisionTransformer
 
 SIZE_POLICIES = ("error", "pad", "crop")
 
@@ -85,11 +85,3 @@ def adapt_patch_embedding(weight: Tensor, in_chans: int) -> Tensor:
     if in_chans == 1:
         return weight.sum(dim=1, keepdim=True)
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
-
-
-def resize_position_embeddings(pos_embed: Tensor, config: ViTConfig, grid: int) -> Tensor:
-    """Position embeddings [1, 1+N, D] for a square grid of another number of patches a side: [1, 1+grid*grid, D].
-
-    Resized just as a model of `config` does it on the fly for an image of that size.
-    """
-    return pos_embed if grid == config.grid else resize_positions(pos_embed, (grid, grid), config)

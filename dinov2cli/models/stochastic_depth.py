@@ -88,13 +88,6 @@ def shapes_may_depend_on_data(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def draw_kept_sequences(
-    layout: TokenLayout, drop_rate: float, generator: torch.Generator, device: torch.device
-) -> KeptSequences:
-    """Draw, for each crop size by itself, max(int(b * (1 - rate)), 1) of its b sequences to keep."""
-    return draw_for_branches(1, layout, drop_rate, generator, device)[0]
-
-
 def draw_for_branches(
     branches: int,
     layout: TokenLayout,
@@ -105,20 +98,14 @@ def draw_for_branches(
 ) -> list[KeptSequences]:
     """One draw after the other for so many residual branches, their layout prepared for an attention backend.
 
-    It is made on the CPU, so that it is the same on every device. Only the numbers of the sequences travel to a GPU,
-    all at once and from page-locked memory, so that nobody waits.
+    Of each crop size's b sequences, max(int(b * (1 - rate)), 1) are kept. The draw is made on the CPU, so that it is
+    the same on every device. Only the numbers of the sequences travel to a GPU, all at once and from page-locked
+    memory, so that nobody waits.
     """
     groups = [(max(int(count * (1 - drop_rate)), 1), length) for count, length in layout.groups]
+    counts = [(count, kept) for (count, _), (kept, _) in zip(layout.groups, groups, strict=True)]
     chosen = torch.stack(
-        [
-            torch.cat(
-                [
-                    torch.randperm(count, generator=generator)[:kept]
-                    for (count, _), (kept, _) in zip(layout.groups, groups, strict=True)
-                ]
-            )
-            for _ in range(branches)
-        ]
+        [torch.cat([torch.randperm(n, generator=generator)[:kept] for n, kept in counts]) for _ in range(branches)]
     )
     if device.type == "cuda":
         chosen = chosen.pin_memory().to(device, non_blocking=True)

@@ -197,18 +197,13 @@ class VisionTransformer(nn.Module):
             class tokens of all images in order [sum B_i, D], and patch tokens [M, D].
         """
         stream, layout = self.prepare_tokens(images, masks)
-        used = torch.cat([layout.sequence_starts(stream.device), self._patch_positions(layout, mask_indices)])
+        prefix, length = self.prefix_tokens, layout.groups[0][1]
+        places = mask_indices + (mask_indices // (length - prefix) + 1) * prefix  # in the stream
+        used = torch.cat([layout.sequence_starts(stream.device), places])
         n_cls = sum(count for count, _ in layout.groups)
         tokens = self.norm(self.forward_blocks(stream, layout, drop_generator, used))
         cls, patches = tokens.split([n_cls, mask_indices.shape[0]])
         return cls, patches
-
-    def _patch_positions(self, layout: TokenLayout, patch_indices: Tensor) -> Tensor:
-        """Places in the stream of patches of the first group, given as image * N + patch."""
-        length = layout.groups[0][1]
-        special = self.prefix_tokens
-        image = patch_indices // (length - special)
-        return patch_indices + (image + 1) * special
 
     def draw_stochastic_depth(
         self, stream: Tensor, layout: TokenLayout, generator: torch.Generator | None

@@ -14,20 +14,15 @@ import torch
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.adapt import (
-    SIZE_POLICIES,
-    AnySizeVisionTransformer,
-    adapt_patch_embedding,
-    resize_position_embeddings,
-)
+from dinov2cli.models.adapt import SIZE_POLICIES, AnySizeVisionTransformer, adapt_patch_embedding
 from dinov2cli.models.load.infer import check_complete, infer_architecture
 from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
 from dinov2cli.models.load.recognise import LoadReport, recognise
-from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
+from dinov2cli.models.load.released import BACKBONES, RELEASED
 from dinov2cli.models.load.tensor_files import read_tensors
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, resize_positions
 
 __all__ = ["RecognisedWeights", "Source", "load_backbone_into", "load_model", "locate", "read_weights"]
 
@@ -93,8 +88,9 @@ def load_model(
     }
     given = {key: value for key, value in given.items() if value is not None}
     if not pretrained:
-        architecture = _released(str(name_or_path)).architecture
-        return _build(architecture, size_policy, **given, in_chans=in_chans or 3, **overrides).eval()
+        if (released := RELEASED.get(str(name_or_path))) is None:
+            raise WeightsError(f"'{name_or_path}' is no released name; released: {', '.join(BACKBONES)}")
+        return _build(released.architecture, size_policy, **given, in_chans=in_chans or 3, **overrides).eval()
     weights = read_weights(name_or_path, config_file=config_file, **given)
     for line in weights.report.lines():
         logger.info("%s", line)
@@ -112,7 +108,7 @@ def build_from(
     with torch.device("meta"):  # the random initialisation would be thrown away: 1.1 billion draws for the giant
         model = _build(architecture, size_policy, **overrides)
     assert not list(model.buffers()), "buffers would stay uninitialised"
-    state["pos_embed"] = resize_position_embeddings(state["pos_embed"], architecture, model.config.grid)
+    state["pos_embed"] = resize_positions(state["pos_embed"], (model.config.grid,) * 2, architecture)
     model.to_empty(device="cpu").load_state_dict(state, strict=True)
     return model
 
@@ -178,7 +174,7 @@ def load_backbone_into(model: VisionTransformer, source: str | Path | Source) ->
         )
     state = dict(weights.state)
     if ours.grid != theirs.grid:
-        state["pos_embed"] = resize_position_embeddings(state["pos_embed"], theirs, ours.grid)
+        state["pos_embed"] = resize_positions(state["pos_embed"], (ours.grid, ours.grid), theirs)
         weights.report.notes.append(
             f"position embeddings resized from {theirs.grid}x{theirs.grid} patches ({theirs.img_size} pixels) to "
             f"{ours.grid}x{ours.grid} ({ours.img_size} pixels)"
@@ -206,9 +202,3 @@ def student_settings(config: ViTConfig) -> dict[str, Any]:
 def spell(value: Any) -> str:
     """A value as it stands in a config or after `a.b=`."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _released(name: str) -> Released:
-    if name not in RELEASED:
-        raise WeightsError(f"'{name}' is no released name; released: {', '.join(BACKBONES)}")
-    return RELEASED[name]

@@ -112,10 +112,8 @@ def _check(path: Path, expect_bytes: int | None, checksum: str) -> None:
     size = path.stat().st_size
     if expect_bytes is not None and not expect_bytes <= size <= expect_bytes + _OVERHEAD:
         raise WeightsError(f"{path}: {size:,} bytes, but the weights alone are {expect_bytes:,}")
-    if checksum:
-        found = sha256(path)
-        if found != checksum.lower():
-            raise WeightsError(f"{path}: sha256 {found}, expected {checksum}")
+    if checksum and (found := sha256(path)) != checksum.lower():
+        raise WeightsError(f"{path}: sha256 {found}, expected {checksum}")
 
 
 def _download(url: str, part: Path, target: Path) -> None:
@@ -154,7 +152,9 @@ def _transfer(url: str, part: Path) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        _check_space(part, (total or start) - start)
+        needed, free = (total or start) - start, shutil.disk_usage(part.parent).free
+        if needed > free:
+            raise EnvironmentProblem(f"{part.parent}: {needed:,} bytes to download, {free:,} free; set DINO2_CACHE")
         stamp = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if stamp:
             stamp_file.write_text(stamp)
@@ -173,19 +173,6 @@ def _transfer(url: str, part: Path) -> None:
     stamp_file.unlink(missing_ok=True)
 
 
-def _check_space(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise EnvironmentProblem(f"{part.parent}: {needed:,} bytes to download, {free:,} free; set DINO2_CACHE")
-
-
 def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-    )
+    text, *numbers = TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    return Progress(text, BarColumn(), *numbers, console=err, disable=not err.is_terminal)

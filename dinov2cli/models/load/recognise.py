@@ -1,6 +1,7 @@
 """From whatever a weights file holds to canonical DINOv2 weights, or a refusal that says what it is instead."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from dinov2cli.models.load.layouts.layout import State
 # Where a checkpoint keeps the weights: the first that is there is taken. A teacher comes before its student.
 _CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "backbone", "student")
 # Wrappers of PyTorch that lengthen names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _PREFIXES = ("module.", "model.", "teacher.", "student.", "backbone.", "dinov2.", "dinov2_with_registers.")
 # Parts of a checkpoint that are known and not part of the backbone.
 _EXPECTED_LEFTOVERS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.", "head.")
@@ -37,9 +38,7 @@ class LoadReport:
         """For people: one line a fact."""
         lines = [f"read {self.read} tensors from {self.source} ({self.layout} layout, {self.renamed} renamed)"]
         if self.left_out:
-            groups: dict[str, int] = {}
-            for name in self.left_out:
-                groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
+            groups = Counter(name.split(".")[0] for name in self.left_out)
             lines.append("left out: " + ", ".join(f"{group} ({count})" for group, count in groups.items()))
         if self.filled:
             lines.append("not in the file, set to zeros: " + ", ".join(self.filled))
@@ -56,15 +55,14 @@ def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
         WeightsError: it is not a DINOv2 backbone, and what it is instead, where that is known.
     """
     report = LoadReport(source)
-    tensors = _unwrap(content, source, report)
-    tensors = _strip_names(tensors)
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _unwrap(content, source, report).items()}
     tensors = _choose_teacher(tensors, report)
     tensors = _strip_prefixes(tensors, source)
-    for known in NOT_DINOV2:
-        if known.matches(set(tensors)):
-            raise WeightsError(f"{source}: {known.what}")
+    for is_such, what in NOT_DINOV2:
+        if is_such(set(tensors)):
+            raise WeightsError(f"{source}: {what}")
     backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith(_EXPECTED_LEFTOVERS)}
-    report.left_out += tuple(name for name in tensors if name.startswith(_EXPECTED_LEFTOVERS))
+    report.left_out += tuple(name for name in tensors if name not in backbone)
     layout = next((layout for layout in LAYOUTS if layout.matches(set(backbone))), None)
     if layout is None:
         raise WeightsError(f"{source}: {_what_is_missing(set(backbone))}")
@@ -80,7 +78,6 @@ def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
 
 def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
     """The dictionary of tensors inside a checkpoint's nested dictionaries."""
-    path: list[str] = []
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((key for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -91,7 +88,6 @@ def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
         left = [str(key) for key in content if key != inner]
         if left:
             report.notes.append(f"took '{inner}', left {', '.join(left[:6])}")
-        path.append(inner)
         content = content[inner]
     if not isinstance(content, Mapping):
         raise WeightsError(f"{source}: a {type(content).__name__} instead of a dictionary of weights")
@@ -101,15 +97,6 @@ def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
     if others:
         report.notes.append(f"ignored what is no tensor: {', '.join(others[:6])}")
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def _strip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    stripped = {}
-    for name, tensor in tensors.items():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        stripped[name] = tensor
-    return stripped
 
 
 def _choose_teacher(tensors: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
@@ -150,46 +137,40 @@ def _as_float32(state: State, source: str, report: LoadReport) -> State:
     return {name: tensor.to(torch.float32) for name, tensor in state.items()}
 
 
-@dataclass(frozen=True)
-class _Known:
-    matches: Callable[[set[str]], bool]
-    what: str
-
-
 def _any(pattern: str) -> Callable[[set[str]], bool]:
     return lambda names: any(re.search(pattern, name) for name in names)
 
 
-NOT_DINOV2 = (
-    _Known(
+NOT_DINOV2: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
+    (
         _any(r"(^|\.)_?flat_param(_\d+)?$"),
         "one rank's shard of an FSDP training checkpoint: flattened pieces of the weights, without their shapes. "
         "Use the run's eval/training_<iteration>/teacher_checkpoint.pth, which holds the whole teacher",
     ),
-    _Known(_any(r"storage_tokens$|rope_embed\.periods$"), "a DINOv3 model; dino2 loads DINOv2 models"),
-    _Known(
+    (_any(r"storage_tokens$|rope_embed\.periods$"), "a DINOv3 model; dino2 loads DINOv2 models"),
+    (
         lambda names: _any(r"^layer\.\d+\.attention\.q_proj|^model\.layer\.\d+\.")(names)
         or (_any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names)),
         "a DINOv3 model (no position embeddings); dino2 loads DINOv2 models",
     ),
-    _Known(_any(r"^decoder_(embed|blocks|pos_embed)"), "a masked autoencoder (MAE); dino2 loads DINOv2 models"),
-    _Known(_any(r"^masked_embed$"), "an iBOT model; dino2 loads DINOv2 models"),
-    _Known(
+    (_any(r"^decoder_(embed|blocks|pos_embed)"), "a masked autoencoder (MAE); dino2 loads DINOv2 models"),
+    (_any(r"^masked_embed$"), "an iBOT model; dino2 loads DINOv2 models"),
+    (
         _any(r"^(visual\.|text_model\.|vision_model\.|transformer\.resblocks|logit_scale)"),
         "a CLIP-like model; dino2 loads DINOv2 models",
     ),
-    _Known(_any(r"^(layer[1-4]\.\d+\.conv1|stages\.\d+\.)"), "a convolutional network; dino2 loads DINOv2 models"),
-    _Known(_any(r"\blora_[AB]\b"), "LoRA adapters without the model they adapt; merge them first"),
-    _Known(_any(r"(^|\.)(quantized|absmax|quant_map|weight_scale)"), "quantised weights; export them unquantised"),
-    _Known(
+    (_any(r"^(layer[1-4]\.\d+\.conv1|stages\.\d+\.)"), "a convolutional network; dino2 loads DINOv2 models"),
+    (_any(r"\blora_[AB]\b"), "LoRA adapters without the model they adapt; merge them first"),
+    (_any(r"(^|\.)(quantized|absmax|quant_map|weight_scale)"), "quantised weights; export them unquantised"),
+    (
         lambda names: names <= {"weight", "bias", "linear.weight", "linear.bias"} and len(names) > 0,
         "a linear head without a backbone; give it as the linear head of a backbone",
     ),
-    _Known(
+    (
         lambda names: bool(names) and all(re.match(r"(dino_head|ibot_head|mlp|last_layer)\.", name) for name in names),
         "a projection head without a backbone",
     ),
-    _Known(
+    (
         lambda names: "patch_embed.proj.weight" in names and "mask_token" not in names
         and not _any(r"\.ls1\.gamma$")(names) and "blocks.0.norm1.weight" in names,
         "a vision transformer without mask token and LayerScale (DINO, DeiT or a supervised one); "

@@ -1,6 +1,7 @@
 """The released DINOv2 models: names, architectures, addresses and sizes (DINOv2 model card)."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from dinov2cli.config.vit import ARCHITECTURES, ViTConfig
 from dinov2cli.models.vision_transformer import parameter_count
@@ -63,12 +64,10 @@ def _architecture(arch: str, registers: int) -> ViTConfig:
 
 def _released() -> dict[str, Released]:
     models = {}
-    for head in (False, True):
-        for registers in (0, 4):
-            for letter, arch in _SIZES.items():
-                stem = f"dinov2_vit{letter}14"
-                name = stem + ("_reg" if registers else "") + ("_lc" if head else "")
-                models[name] = Released(name, stem, _architecture(arch, registers), head)
+    for head, registers, (letter, arch) in product((False, True), (0, 4), _SIZES.items()):
+        stem = f"dinov2_vit{letter}14"
+        name = stem + ("_reg" if registers else "") + ("_lc" if head else "")
+        models[name] = Released(name, stem, _architecture(arch, registers), head)
     return models
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +51,11 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
     """
     refuse_other_files(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise WeightsError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
     if path.suffix in (".onnx", ".pt2"):
         raise WeightsError(f"{path}: an exported graph cannot be read back as weights; give the weights it came from")
     return _read_pickle(path), {}
@@ -78,20 +83,15 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
-
-
 def _read_pickle(path: Path) -> Any:
     archive = zipfile.is_zipfile(path)
-    if archive and (graph := _torchscript_or_other(path)):
-        raise WeightsError(f"{path}: {graph}")
+    if archive:
+        with zipfile.ZipFile(path) as opened:
+            names = opened.namelist()
+        if any(name.endswith("constants.pkl") for name in names):
+            raise WeightsError(f"{path}: a TorchScript model; dino2 reads state dicts")
+        if not any(name.endswith("data.pkl") for name in names):
+            raise WeightsError(f"{path}: a zip archive that torch.save did not write")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
@@ -104,20 +104,11 @@ def _read_pickle(path: Path) -> Any:
             ) from None
         if "legacy" in str(error).lower() or "magic" in str(error).lower() or not archive:
             raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
-        raise WeightsError(f"{path}: cannot be read as tensors ({_first_line(error)})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise WeightsError(f"{path}: cannot be read as tensors ({reason})") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         logger.debug("torch.load of %s: %s", path, error)
         raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
-
-
-def _torchscript_or_other(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith("constants.pkl") for name in names):
-        return "a TorchScript model; dino2 reads state dicts"
-    if not any(name.endswith("data.pkl") for name in names):
-        return "a zip archive that torch.save did not write"
-    return None
 
 
 def _unsafe_names(path: Path) -> list[str]:
@@ -134,7 +125,3 @@ def _about_rank_files(path: Path, wanted: list[str]) -> str:
             "their shapes: use the run's eval/training_<iteration>/teacher_checkpoint.pth"
         )
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

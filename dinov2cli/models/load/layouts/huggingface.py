@@ -1,7 +1,6 @@
 """Hugging Face transformers: Dinov2Model and Dinov2WithRegistersModel, their weights and their config.json."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,69 +14,73 @@ _SIZES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads":
 _OPTIONS = {"img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels", "qkv_bias": "qkv_bias"}
 # Options for which transformers has no words: they bring the model back here as it was.
 _OURS = ("interpolate_antialias", "interpolate_offset")
-# The names in files, which every version of transformers reads and writes.
+# Parts of names: ours, and those in files, which every version of transformers reads and writes.
 _NAMES = (
-    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-    (r"^embeddings\.position_embeddings$", r"pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", r"patch_embed.proj."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.output\.dense\.", r".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", r".mlp.w12."),
-    (r"\.mlp\.weights_out\.", r".mlp.w3."),
-    (r"^layernorm\.", r"norm."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("norm.", "layernorm."),
+    ("blocks.", "encoder.layer."),
+    (".attn.query.", ".attention.attention.query."),
+    (".attn.key.", ".attention.attention.key."),
+    (".attn.value.", ".attention.attention.value."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    (".mlp.w12.", ".mlp.weights_in."),
+    (".mlp.w3.", ".mlp.weights_out."),
 )
-# The names of the modules in memory since transformers 5; a `state_dict()` saved by hand has them.
+# Those of the modules in memory since transformers 5, which a `state_dict()` saved by hand has, and those in files.
 _MODULE_NAMES = (
-    (r"\.attention\.q_proj\.", r".attention.attention.query."),
-    (r"\.attention\.k_proj\.", r".attention.attention.key."),
-    (r"\.attention\.v_proj\.", r".attention.attention.value."),
-    (r"\.attention\.o_proj\.", r".attention.output.dense."),
-    (r"\.mlp\.down_proj\.", r".mlp.weights_out."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.down_proj.", ".mlp.weights_out."),
 )
 _QKV = ("query", "key", "value")
 
 
 def matches(names: set[str]) -> bool:
-    return any(re.search(r"^embeddings\.patch_embeddings\.projection\.weight$", name) for name in names)
+    return "embeddings.patch_embeddings.projection.weight" in names
 
 
 def from_(state: StateView) -> State:
     """transformers' Dinov2 and Dinov2WithRegisters, as saved or as in memory -> canonical."""
-    parts: State = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _MODULE_NAMES + _NAMES:
-            name = re.sub(pattern, replacement, name)
-        parts[name] = tensor
-    _join(parts, r"^(blocks\.\d+\.attn)\.query\.(weight|bias)$", "{0}.{part}.{1}", _QKV, "{0}.qkv.{1}")
-    _join(parts, r"^(blocks\.\d+\.mlp)\.gate_proj\.(weight|bias)$", "{0}.{part}.{1}", ("gate_proj", "up_proj"),
-          "{0}.w12.{1}")  # fmt: skip
+    replacements = (*_MODULE_NAMES, *((theirs, ours) for ours, theirs in _NAMES))
+    parts = {_renamed(name, replacements): tensor for name, tensor in state.items()}
+    _join(parts, _QKV, "qkv")
+    _join(parts, ("gate_proj", "up_proj"), "w12")
     return parts
 
 
 def to_(state: StateView) -> State:
     """canonical -> the names in transformers' files."""
-    renamed: State = {}
+    parts: State = {}
     for name, tensor in state.items():
-        if found := re.match(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", name):
-            for part, rows in zip(_QKV, tensor.chunk(3), strict=True):
-                renamed[f"encoder.layer.{found[1]}.attention.attention.{part}.{found[2]}"] = rows.clone()
-            continue
-        for pattern, replacement in (
-            (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-            (r"^pos_embed$", r"embeddings.position_embeddings"),
-            (r"^patch_embed\.proj\.", r"embeddings.patch_embeddings.projection."),
-            (r"^norm\.", r"layernorm."),
-            (r"^blocks\.(\d+)\.", r"encoder.layer.\1."),
-            (r"\.attn\.proj\.", r".attention.output.dense."),
-            (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-            (r"\.mlp\.w12\.", r".mlp.weights_in."),
-            (r"\.mlp\.w3\.", r".mlp.weights_out."),
-        ):
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+        if ".attn.qkv." in name:
+            parts |= {name.replace("qkv", part): rows.clone() for part, rows in zip(_QKV, tensor.chunk(3), strict=True)}
+        else:
+            parts[name] = tensor
+    return {_renamed(name, _NAMES): tensor for name, tensor in parts.items()}
+
+
+def _renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    for old, new in replacements:
+        name = name.replace(old, new)
+    return name
+
+
+def _join(state: State, parts: tuple[str, ...], joined: str) -> None:
+    """Put `joined` in the place of `parts`, which are its rows."""
+    for name in [name for name in state if f".{parts[0]}." in name]:
+        names = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+        missing = [part for part in names if part not in state]
+        if missing:
+            raise WeightsError(f"incomplete weights, '{missing[0]}' is missing beside '{names[0]}'")
+        state[name.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([state.pop(part) for part in names])
 
 
 def why_not(config: ViTConfig) -> str | None:
@@ -155,14 +158,3 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         if config.get(key, needed) != needed:
             raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")
     return {"from": path, "num_heads": config.get("num_attention_heads", 12), **config.get("dino2", {})}
-
-
-def _join(state: State, pattern: str, part_name: str, parts: tuple[str, ...], joined: str) -> None:
-    for name in [name for name in state if re.match(pattern, name)]:
-        found = re.match(pattern, name)
-        assert found is not None
-        names = [part_name.format(*found.groups(), part=part) for part in parts]
-        missing = [part for part in names if part not in state]
-        if missing:
-            raise WeightsError(f"incomplete weights, '{missing[0]}' is missing beside '{names[0]}'")
-        state[joined.format(*found.groups())] = torch.cat([state.pop(part) for part in names])

@@ -26,14 +26,13 @@ def matches(names: set[str]) -> bool:
 
 def from_(state: StateView) -> State:
     """timm -> canonical. The mask token, which timm does not keep, becomes zeros (its value before training)."""
-    renamed: State = {}
-    for name, tensor in state.items():
-        if name.startswith("head."):
-            continue
-        swiglu = ".mlp." in name and _is_packed_swiglu(state)
-        if swiglu:
-            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
-        renamed[name] = tensor
+    renamed = dict(state)
+    fc1, fc2 = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
+    if fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:  # SwiGLU
+        renamed = {
+            name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): tensor
+            for name, tensor in state.items()
+        }
     dim = state["patch_embed.proj.weight"].shape[0]
     if "reg_token" in renamed:
         renamed["register_tokens"] = renamed.pop("reg_token")
@@ -88,11 +87,6 @@ def restore(state: State, metadata: dict[str, str]) -> State:
 
 def _cls_with_position(state: StateView) -> Tensor:
     return state["cls_token"] + state["pos_embed"][:, :1]
-
-
-def _is_packed_swiglu(state: StateView) -> bool:
-    fc1, fc2 = state.get("blocks.0.mlp.fc1.weight"), state.get("blocks.0.mlp.fc2.weight")
-    return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]
 
 
 def why_not(config: ViTConfig) -> str | None:
