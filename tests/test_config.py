@@ -31,9 +31,9 @@ def test_defaults_are_the_reference_short_run() -> None:
     assert config == Config()
     assert config.arch() == (1024, 24, 16)
     assert config.iterations() == 125_000
-    assert config.warmup_iterations() == 12_500
-    assert config.teacher_temp_warmup_iterations() == 37_500
-    assert config.freeze_last_layer_iterations() == 1250
+    assert config.iterations(config.optim.warmup_epochs) == 12_500
+    assert config.iterations(config.teacher.warmup_teacher_temp_epochs) == 37_500
+    assert config.iterations(config.optim.freeze_last_layer_epochs) == 1250
     assert config.checkpoint_period() == 3750
     assert config.scaled_lr(32) == pytest.approx(0.004 * math.sqrt(2), rel=1e-15)
 
@@ -126,7 +126,7 @@ def test_effective_batch_counts_processes_and_accumulation() -> None:
 
 def test_a_long_temperature_warmup_is_allowed() -> None:
     config = load_config(overrides=["optim.epochs=10"])
-    assert config.teacher_temp_warmup_iterations() > config.iterations()
+    assert config.iterations(config.teacher.warmup_teacher_temp_epochs) > config.iterations()
 
 
 # --- files of the reference

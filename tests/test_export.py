@@ -21,6 +21,7 @@ from weight_samples import (
     sample_model,
     sample_state,
     save,
+    to_chunked,
 )
 
 from dinov2cli.cli.main import app
@@ -33,7 +34,6 @@ from dinov2cli.export.graph import ExportableVisionTransformer
 from dinov2cli.models.classifier import load_classifier
 from dinov2cli.models.load import load_backbone_into, load_model, read_weights
 from dinov2cli.models.load.layouts import huggingface, timm
-from dinov2cli.models.load.layouts.official import to_chunked
 from dinov2cli.models.load.released import RELEASED
 
 NAMES = {"safetensors": "m.safetensors", "official": "m.pth", "hf": "m", "timm": "m.safetensors", "onnx": "m.onnx",

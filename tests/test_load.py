@@ -16,7 +16,17 @@ import yaml
 from processes import run_in_processes
 from safetensors.torch import save_file
 from torch import Tensor
-from weight_samples import PLAIN, REGISTERS, SAMPLES, SWIGLU, assert_same_state, sample_model, sample_state, save
+from weight_samples import (
+    PLAIN,
+    REGISTERS,
+    SAMPLES,
+    SWIGLU,
+    assert_same_state,
+    sample_model,
+    sample_state,
+    save,
+    to_chunked,
+)
 
 import dinov2cli
 from dinov2cli import distributed
@@ -24,7 +34,6 @@ from dinov2cli.errors import WeightsError
 from dinov2cli.models.adapt import fit_to_patches
 from dinov2cli.models.load import load_backbone_into, load_model, locate, read_weights
 from dinov2cli.models.load.layouts import huggingface, timm
-from dinov2cli.models.load.layouts.official import to_chunked
 from dinov2cli.models.load.locate import locate_together
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,5 +1,6 @@
 """Small models with distinct random weights, for the tests of loading and exporting."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,15 @@ def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
 def export_model(checkpoint: Path | str, format_name: str, output: Path, **options: Any) -> ExportResult:
     """`dino2 export`."""
     return run(Export(checkpoint=str(checkpoint), format=format_name, output=output, **options))
+
+
+def to_chunked(state: dict[str, Tensor], chunks: int) -> dict[str, Tensor]:
+    """Flat weights as the reference writes them with block_chunks, for a depth that divides into `chunks`."""
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    size = depth // chunks
+
+    def rename(name: str) -> str:
+        found = re.match(r"^blocks\.(\d+)\.", name)
+        return f"blocks.{int(found[1]) // size}.{name.removeprefix('blocks.')}" if found else name
+
+    return {rename(name): tensor for name, tensor in state.items()}

@@ -52,29 +52,13 @@ class Config(Group):
         options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
         return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.global_crops_size)
 
-    def iterations(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self._epochs_to_iterations(self.optim.epochs)
-
-    def warmup_iterations(self) -> int:
-        """Iterations of the learning rate's linear warm-up."""
-        return self._epochs_to_iterations(self.optim.warmup_epochs)
-
-    def teacher_temp_warmup_iterations(self) -> int:
-        """Iterations of the teacher temperature's linear warm-up; may exceed `iterations()`."""
-        return self._epochs_to_iterations(self.teacher.warmup_teacher_temp_epochs)
-
-    def freeze_last_layer_iterations(self) -> int:
-        """Iterations in which the prototypes' learning rate is 0."""
-        return self._epochs_to_iterations(self.optim.freeze_last_layer_epochs)
-
-    def freeze_backbone_iterations(self) -> int:
-        """Iterations in which the backbone's learning rate is 0."""
-        return self._epochs_to_iterations(self.student.freeze_backbone_epochs)
+    def iterations(self, epochs: int | None = None) -> int:
+        """Iterations of so many epochs, by default of the whole run."""
+        return (self.optim.epochs if epochs is None else epochs) * self.train.OFFICIAL_EPOCH_LENGTH
 
     def checkpoint_period(self) -> int:
         """Iterations between checkpoints to resume from: `train.checkpoint_period`, or three epochs."""
-        return self.train.checkpoint_period or self._epochs_to_iterations(3)
+        return self.train.checkpoint_period or self.iterations(3)
 
     def effective_batch(self, world_size: int = 1) -> int:
         """Images per optimizer step over all processes and accumulated batches."""
@@ -107,9 +91,6 @@ class Config(Group):
                 f"{path}: cannot write the configuration: {error.strerror or error}",
                 "Make space (or make the folder writable) and run the same command again.",
             ) from error
-
-    def _epochs_to_iterations(self, epochs: int) -> int:
-        return epochs * self.train.OFFICIAL_EPOCH_LENGTH
 
 
 def _deviations(config: Config) -> Iterable[str]:

@@ -44,8 +44,7 @@ class Bundle:
 
     def reference(self) -> Runner:
         """Our own model's outputs, which an export is compared with."""
-        graph = ExportGraph(self.model, self.head).eval()
-        return lambda images: dict(zip(graph.output_names, graph(images), strict=True))
+        return ExportGraph(self.model, self.head).eval().named
 
 
 def need(package: str, extra: str = "export") -> ModuleType:

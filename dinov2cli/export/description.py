@@ -23,6 +23,8 @@ class Description(dict[str, Any]):
         table.add_column()
         table.add_column(overflow="fold")
         left_out: list[str] = self["left_out"]
+        architecture, side = self["architecture"], self["architecture"]["img_size"]
+        how = f"offset {architecture['interpolate_offset']}, antialias {architecture['interpolate_antialias']}"
         groups = sorted({name.split(".")[0] for name in left_out})
         rows = {
             "model": self["what"],
@@ -31,7 +33,7 @@ class Description(dict[str, Any]):
             "file": ", ".join(self["files"]),
             "size": f"{self['bytes'] / 1e6:,.1f} MB, {self['layout']} layout, {self['tensors_read']} tensors",
             "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
-            "position embeddings": _interpolation(self["architecture"]),
+            "position embeddings": f"for {side}x{side} pixels; elsewhere resized with {how}",
             "sha256": self.get("sha256"),
             **{f"training {key.replace('_', ' ')}": _short(value) for key, value in self["training"].items()},
             **{f"provenance {key}": value for key, value in self["provenance"].items()},
@@ -52,18 +54,16 @@ def run(request: Info) -> Description:
     weights = read_weights(request.checkpoint, config_file=request.config_file)
     architecture = weights.architecture
     found = Description(
-        {
-            "source": request.checkpoint,
-            "files": [str(file) for file in weights.source.files],
-            "bytes": sum(file.stat().st_size for file in weights.source.files),
-            "what": architecture.describe(),
-            "parameters": parameter_count(architecture),
-            "architecture": architecture.model_dump(),
-            "layout": weights.report.layout,
-            "tensors_read": weights.report.read,
-            "left_out": list(weights.report.left_out),
-            "notes": weights.report.notes,
-        }
+        source=request.checkpoint,
+        files=[str(file) for file in weights.source.files],
+        bytes=sum(file.stat().st_size for file in weights.source.files),
+        what=architecture.describe(),
+        parameters=parameter_count(architecture),
+        architecture=architecture.model_dump(),
+        layout=weights.report.layout,
+        tensors_read=weights.report.read,
+        left_out=list(weights.report.left_out),
+        notes=weights.report.notes,
     )
     if request.digest:
         found["sha256"] = sha256(*weights.source.files)
@@ -112,11 +112,6 @@ def _last_metrics(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
     return {}
-
-
-def _interpolation(architecture: dict[str, Any]) -> str:
-    how = f"offset {architecture['interpolate_offset']}, antialias {architecture['interpolate_antialias']}"
-    return f"for {architecture['img_size']}x{architecture['img_size']} pixels; elsewhere resized with {how}"
 
 
 def _short(value: Any) -> Any:

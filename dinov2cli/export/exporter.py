@@ -13,10 +13,10 @@ from torch import nn
 
 from dinov2cli.config import ViTConfig
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
-from dinov2cli.export import huggingface, timm_file
+from dinov2cli.export import huggingface
 from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
-from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
+from dinov2cli.export.weight_files import open_ours, open_timm, write_official, write_safetensors, write_timm
 from dinov2cli.files import sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, build_from, layouts, read_weights
@@ -49,7 +49,7 @@ FORMATS: dict[str, Format] = {
     "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
     "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
     "hf": Format(huggingface.write, huggingface.open_, 1e-4, (), "transformers", layouts.huggingface.resizes_otherwise),
-    "timm": Format(timm_file.write, timm_file.open_, 1e-4, (".safetensors",), "timm", layouts.timm.resizes_otherwise),
+    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors",), "timm", layouts.timm.resizes_otherwise),
     "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
     "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
 }

@@ -32,6 +32,9 @@ class ExportGraph(nn.Module):
             return cls, patches
         return cls, patches, self.classifier.linear_head(pool_features(outputs, self.classifier.avgpool))
 
+    def named(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.output_names, self(images), strict=True))
+
 
 class ExportableVisionTransformer(VisionTransformer):
     """Resizes position embeddings by two matrix products, whose matrices the graph makes from the image's size.

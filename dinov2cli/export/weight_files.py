@@ -1,19 +1,22 @@
-"""Our own layout as safetensors, and the released one (`official`): a flat state dict in a `.pth`."""
+"""Files of weights: our own layout as safetensors, the released one (`official`, a flat `.pth`), and timm's."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from dinov2cli import __version__
 from dinov2cli.config.vit import Architecture, ViTOptions
 from dinov2cli.errors import WeightsError
-from dinov2cli.export.bundle import Bundle, Runner
+from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
 from dinov2cli.export.graph import ExportGraph
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import build_from, read_weights
 from dinov2cli.models.load.infer import infer_architecture
+from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.locate import architecture_file
 from dinov2cli.models.load.tensor_files import write_tensors
 
@@ -53,8 +56,7 @@ def open_ours(bundle: Bundle, path: Path) -> Runner:
     if changed:
         raise WeightsError(f"{path.name} reads back with other numbers in {', '.join(changed[:4])}")
     head = read_linear_head(head_path(bundle, path)) if bundle.head is not None else None
-    graph = ExportGraph(build_from(weights), head).eval()
-    return lambda images: dict(zip(graph.output_names, graph(images), strict=True))
+    return ExportGraph(build_from(weights), head).eval().named
 
 
 def head_path(bundle: Bundle, path: Path) -> Path:
@@ -62,3 +64,47 @@ def head_path(bundle: Bundle, path: Path) -> Path:
     assert bundle.head is not None
     blocks, _ = head_input(bundle.head.in_features, bundle.architecture.embed_dim, bundle.architecture.depth)
     return path.with_name(f"{path.stem}_linear{'4' if blocks == 4 else ''}_head{path.suffix}")
+
+
+def write_timm(bundle: Bundle, path: Path) -> None:
+    """A file that timm opens: `timm.create_model(name, checkpoint_path=file, ...)`; timm is needed to compare only.
+
+    It keeps no mask token, and with registers no position of the class token; both travel in the file's metadata, so
+    that reading it back here is exact.
+
+    Raises:
+        WeightsError: timm's class cannot hold this model or head.
+    """
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path.name}: the timm format is written as .safetensors")
+    if bundle.head is not None:
+        raise WeightsError(
+            "timm's classifier sees the class token alone, a DINOv2 linear head also patch tokens: it cannot go along",
+            hint="Export to onnx or torch-export to have both in one file.",
+        )
+    if reason := timm.why_not(bundle.architecture):
+        raise WeightsError(reason)
+    metadata = {
+        "format": "pt",
+        "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
+        **timm.lost(bundle.state),
+    }
+    write_tensors(timm.to_(bundle.state), path, metadata)
+
+
+def open_timm(bundle: Bundle, path: Path) -> Runner:
+    """The file as timm opens it, for images of any size.
+
+    Raises:
+        EnvironmentProblem: timm (which needs torchvision) is not installed.
+    """
+    package: Any = need("timm")
+    name, arguments = timm.model_of(bundle.architecture)
+    model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
+    prefix = bundle.model.prefix_tokens
+
+    def run(images: Tensor) -> Outputs:
+        tokens = model.forward_features(images)
+        return {"cls": tokens[:, 0], "patches": tokens[:, prefix:]}
+
+    return run

@@ -219,7 +219,7 @@ class Record:
             return {}
         health = teacher_health(numbers)
         # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
-        begun = reading.iteration > max(self.config.warmup_iterations(), self.total // 10)
+        begun = reading.iteration > max(self.config.iterations(self.config.optim.warmup_epochs), self.total // 10)
         verdict = collapse_verdict(health, numbers["cls"].shape[0]) if begun else None
         if verdict and not self.collapsed:
             logger.warning("iteration %d: %s", reading.iteration, verdict)

@@ -22,15 +22,16 @@ class Schedules:
     def __init__(self, config: "Config", world_size: int = 1) -> None:
         self.peak_lr = config.scaled_lr(world_size)
         optim, teacher, total = config.optim, config.teacher, config.iterations()
-        warmup, temp_warmup = config.warmup_iterations(), config.teacher_temp_warmup_iterations()
+        warmup = config.iterations(optim.warmup_epochs)
+        temp_warmup = config.iterations(teacher.warmup_teacher_temp_epochs)  # may exceed the run
 
         def lr(iteration: int) -> float:
             return cosine(iteration, total, self.peak_lr, optim.min_lr, warmup=warmup)
 
         self.functions: dict[str, Schedule] = {
             "lr": lr,
-            "last_layer_lr": frozen_until(config.freeze_last_layer_iterations(), lr),
-            "backbone_lr": frozen_until(config.freeze_backbone_iterations(), lr),
+            "last_layer_lr": frozen_until(config.iterations(optim.freeze_last_layer_epochs), lr),
+            "backbone_lr": frozen_until(config.iterations(config.student.freeze_backbone_epochs), lr),
             "weight_decay": lambda i: cosine(i, total, optim.weight_decay, optim.weight_decay_end),
             "momentum": lambda i: cosine(i, total, teacher.momentum_teacher, teacher.final_momentum_teacher),
             "teacher_temp": lambda i: linear(i, temp_warmup, teacher.warmup_teacher_temp, teacher.teacher_temp),

@@ -121,11 +121,8 @@ def _heads(dim: int, hints: Hints, source: str) -> int:
             f"its weights (known widths: {known})",
             hint="Put the run's config.yaml beside the file, or pass num_heads=... to load_model.",
         )
-    if dim % heads:
-        raise WeightsError(f"{source}: a width of {dim} does not divide into {heads} heads")
     return int(heads)
 
 
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -70,7 +70,10 @@ def locate(source: str | Path | Source) -> Source:
                 hint="dinov2cli.models.classifier.load_classifier gives both.",
             )
         return Source((fetch(released.backbone_url, expect_bytes=released.backbone_bytes),), released=released)
-    raise WeightsError(_nothing_there(text))
+    if re.match(r"dinov[13]_|dino_", text):
+        raise WeightsError(f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(BACKBONES)}")
+    known = ", ".join(BACKBONES)
+    raise WeightsError(f"'{text}' is neither a file or folder nor a released name; released: {known}")
 
 
 def locate_together(source: str | Path | Source) -> Source:
@@ -181,9 +184,3 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise WeightsError(f"{path}: not readable JSON (it lies beside the weights)") from None
     return huggingface.hints(config, str(path))
-
-
-def _nothing_there(text: str) -> str:
-    if re.match(r"dinov[13]_|dino_", text):
-        return f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(BACKBONES)}"
-    return f"'{text}' is neither a file or folder nor a released name; released: {', '.join(BACKBONES)}"

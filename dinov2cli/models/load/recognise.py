@@ -18,6 +18,7 @@ _CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "
 # Wrappers of PyTorch that lengthen names.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _PREFIXES = ("module.", "model.", "teacher.", "student.", "backbone.", "dinov2.", "dinov2_with_registers.")
+_PATCH_EMBEDDINGS = {"patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"}
 # Parts of a checkpoint that are known and not part of the backbone.
 _EXPECTED_LEFTOVERS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.", "head.")
 
@@ -110,21 +111,15 @@ def _choose_teacher(tensors: dict[str, Tensor], report: LoadReport) -> dict[str,
 
 def _strip_prefixes(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """Take off `module.`, `teacher.`, `backbone.` and the like, one after the other, where the backbone lies under."""
-    while True:
-        prefix = next(
-            (p for p in _PREFIXES if any(name.startswith(p) for name in tensors) and not _has_patch_embedding(tensors)),
-            None,
-        )
+    while not _PATCH_EMBEDDINGS & set(tensors):
+        prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in tensors)), None)
         if prefix is None:
-            return tensors
+            break
         stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         if len(stripped) != len(tensors):
             raise WeightsError(f"{source}: two tensors of the same name once the prefix '{prefix}' is taken off")
         tensors = stripped
-
-
-def _has_patch_embedding(tensors: Mapping[str, Tensor]) -> bool:
-    return any(name in tensors for name in ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"))
+    return tensors
 
 
 def _as_float32(state: State, source: str, report: LoadReport) -> State:

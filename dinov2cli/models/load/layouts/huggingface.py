@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 
-from dinov2cli.config.vit import ViTConfig, swiglu_width
+from dinov2cli.config.vit import RESIZING, ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 
 # Options by transformers' names.
 _SIZES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
 _OPTIONS = {"img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels", "qkv_bias": "qkv_bias"}
-# Options for which transformers has no words: they bring the model back here as it was.
-_OURS = ("interpolate_antialias", "interpolate_offset")
 # Parts of names: ours, and those in files, which every version of transformers reads and writes.
 _NAMES = (
     ("cls_token", "embeddings.cls_token"),
@@ -95,7 +93,7 @@ def why_not(config: ViTConfig) -> str | None:
     if config.layerscale is None:
         return "transformers' blocks always have LayerScale"
     known = ("hidden_dim", "ffn_layer", "proj_bias", "ffn_bias", "layerscale", "num_register_tokens")
-    return first_unknown(config, (*_SIZES, *_OPTIONS, *_OURS, *known))
+    return first_unknown(config, (*_SIZES, *_OPTIONS, *RESIZING, *known))
 
 
 def resizes_otherwise(config: ViTConfig) -> str | None:
@@ -132,7 +130,8 @@ def config_json(config: ViTConfig, classes: int | None = None) -> dict[str, Any]
         "hidden_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "dtype": "float32",
-        "dino2": {name: getattr(config, name) for name in _OURS},
+        # What transformers has no words for: it brings the model back here as it was.
+        "dino2": {name: getattr(config, name) for name in RESIZING},
     }
     if config.num_register_tokens:
         written["num_register_tokens"] = config.num_register_tokens

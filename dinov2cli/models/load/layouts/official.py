@@ -18,15 +18,3 @@ def is_chunked(names: set[str]) -> bool:
 def from_chunked(state: StateView) -> State:
     """`blocks.<chunk>.<i>.*` (block_chunks > 0; i counts over the whole model) -> `blocks.<i>.*`."""
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in state.items()}
-
-
-def to_chunked(state: StateView, chunks: int) -> State:
-    """The reverse of `from_chunked`, for a model whose depth divides into `chunks`."""
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    size = depth // chunks
-
-    def rename(name: str) -> str:
-        found = re.match(r"^blocks\.(\d+)\.", name)
-        return f"blocks.{int(found[1]) // size}.{name.removeprefix('blocks.')}" if found else name
-
-    return {rename(name): tensor for name, tensor in state.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2cli.config.vit import ViTConfig
+from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 from dinov2cli.models.load.released import RELEASED
 
@@ -97,7 +97,7 @@ def why_not(config: ViTConfig) -> str | None:
             "one of the two"
         )
     known = ("img_size", "hidden_dim", "ffn_layer", "ffn_bias", "layerscale", "num_register_tokens")
-    unknown = first_unknown(config, (*_OPTIONS, *known, "interpolate_antialias", "interpolate_offset"))
+    unknown = first_unknown(config, (*_OPTIONS, *known, *RESIZING))
     return f"timm cannot hold this model: {unknown}" if unknown else None
 
 
