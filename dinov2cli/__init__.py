@@ -1,26 +1,30 @@
-"""dino2: DINOv2 self-supervised visual features on your own images."""
+"""dino2: DINOv2 self-supervised visual features on your own images.
+
+Here are `load_model`, `run`, and what can be asked of it: `TrainRequest`, `KnnRequest`, ..., one for each command.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinov2cli.models.load import load_model
-    from dinov2cli.requests.base import run
-    from dinov2cli.requests.eval import EmbedRequest, KnnRequest, LinearRequest, LogregRequest
+    from dinov2cli.models.load import load_model as load_model
+    from dinov2cli.requests.base import run as run
+    from dinov2cli.requests.bench import *  # noqa: F403
+    from dinov2cli.requests.eval import *  # noqa: F403
+    from dinov2cli.requests.export import *  # noqa: F403
+    from dinov2cli.requests.pictures import *  # noqa: F403
+    from dinov2cli.requests.tools import *  # noqa: F403
+    from dinov2cli.requests.train import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = ["EmbedRequest", "KnnRequest", "LinearRequest", "LogregRequest", "__version__", "load_model", "run"]
-
-# Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
-_PLACES = {
-    "dinov2cli.models.load": ("load_model",),
-    "dinov2cli.requests.base": ("run",),
-    "dinov2cli.requests.eval": ("EmbedRequest", "KnnRequest", "LinearRequest", "LogregRequest"),
-}
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(module), name)
+    # Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
+    modules = {"load_model": ["models.load"], "run": ["requests.base"]}.get(name, [])
+    if name.endswith("Request"):
+        modules = [f"requests.{each}" for each in ("bench", "eval", "export", "pictures", "tools", "train")]
+    for module in modules:
+        if hasattr(found := import_module(f"dinov2cli.{module}"), name):
+            return getattr(found, name)
     raise AttributeError(f"module 'dinov2cli' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.notes import mark, reported
 from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.launch import GPUS_PER_NODE
-from dinov2cli.requests.train import Train
+from dinov2cli.requests.train import TrainRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dinov2cli.train.trainer import OnlineKnn
 
 
-def launch(request: Train) -> Elsewhere | None:
+def launch(request: TrainRequest) -> Elsewhere | None:
     """Submit the training as a job, or start it in several processes, where the request or the GPUs here say so.
 
     Raises:
@@ -49,7 +49,7 @@ def launch(request: Train) -> Elsewhere | None:
     return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run_folder))
 
 
-def run(request: Train) -> None:
+def run(request: TrainRequest) -> None:
     """Train as the request says, in this process, alone or as one of those that a launcher started.
 
     Raises:
@@ -58,7 +58,7 @@ def run(request: Train) -> None:
     train(resolve_config(request), request)
 
 
-def resolve_config(request: Train, *, read_weights: bool = True) -> Config:
+def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Config:
     """The configuration that a request says: its options that stand for a key are overrides of it.
 
     With `read_weights`, keys that nobody has set follow the weights that the student starts from.
@@ -104,7 +104,7 @@ def settings_of_run(run_folder: Path) -> dict[str, object]:
     return load_config(config_file=folder.config).student.model_dump(exclude={"pretrained_weights"})
 
 
-def train(config: Config, request: Train) -> None:
+def train(config: Config, request: TrainRequest) -> None:
     """Train with this configuration; of the request, `cpu`, `no_resume` and `dry_run` count."""
     from dinov2cli import distributed
 
@@ -114,7 +114,7 @@ def train(config: Config, request: Train) -> None:
         _train_in_group(config, request)
 
 
-def _train_in_group(config: Config, request: Train) -> None:
+def _train_in_group(config: Config, request: TrainRequest) -> None:
     from dinov2cli import distributed
     from dinov2cli.console import logger, set_up_logging
     from dinov2cli.data.datasets import make_dataset

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2cli import run
+from dinov2cli import TrainRequest, run
 from dinov2cli.data.datasets import UNLABELLED, ImageDataset
 from dinov2cli.data.datasets.strings import KINDS, DatasetKind
-from dinov2cli.requests.train import Train
 
 
 class ZipDataset(ImageDataset):
@@ -42,7 +41,7 @@ class ZipDataset(ImageDataset):
 
 def main(archive: str, run_folder: str, *overrides: str) -> None:
     KINDS["Zip"] = DatasetKind(ZipDataset, "Zip:file=photos.zip")
-    run(Train(preset="demo", data=f"Zip:file={archive}", output_dir=Path(run_folder), overrides=overrides))
+    run(TrainRequest(preset="demo", data=f"Zip:file={archive}", output_dir=Path(run_folder), overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinov2cli import run
+from dinov2cli import TrainRequest, run
 from dinov2cli.losses.term import Batch, LossTerm, Tokens
-from dinov2cli.requests.train import Train
 from dinov2cli.train.objective import TERMS, Term
 
 
@@ -28,7 +27,7 @@ class PatchVariance(LossTerm):
 def main(dataset: str, run_folder: str, *overrides: str) -> None:
     # The weight may be a function of the iteration. The name is that of the term in what is saved and logged.
     TERMS["patch_variance"] = lambda config: Term(PatchVariance(), weight=0.5, follower=None)
-    run(Train(preset="demo", data=dataset, output_dir=Path(run_folder), overrides=overrides))
+    run(TrainRequest(preset="demo", data=dataset, output_dir=Path(run_folder), overrides=overrides))
 
 
 if __name__ == "__main__":

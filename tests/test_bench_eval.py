@@ -1,15 +1,15 @@
 """`dino2 bench knn|logreg|linear` measure what they say, and both ways to compute it agree."""
 
 from dinov2cli.bench.eval import knn, linear, logreg
-from dinov2cli.requests.bench import BenchKnn, BenchLinear, BenchLogreg
+from dinov2cli.requests.bench import BenchKnnRequest, BenchLinearRequest, BenchLogregRequest
 
 
 def test_benches_measure() -> None:
-    few = BenchLogreg(images=300, dim=6, classes=3, every=20)
+    few = BenchLogregRequest(images=300, dim=6, classes=3, every=20)
     for measured in (
-        knn(BenchKnn(queries=50, keys=500, dim=8, k=10)),
+        knn(BenchKnnRequest(queries=50, keys=500, dim=8, k=10)),
         logreg(few),
-        linear(BenchLinear(dim=8, classes=3, batch=16, steps=2)),
+        linear(BenchLinearRequest(dim=8, classes=3, batch=16, steps=2)),
     ):
         assert measured.figures["ratio"] > 0
         (sentence,) = measured.shown

@@ -7,7 +7,7 @@ import pytest
 
 from dinov2cli.bench import gpu
 from dinov2cli.cli.main import main
-from dinov2cli.requests.bench import BenchGpu
+from dinov2cli.requests.bench import BenchGpuRequest
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named_and_the_others_go_on(
@@ -20,7 +20,7 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_the_others_go_on(
         gpu.Part("text", ["-c", "print('3 passed')"], 60),
     ]
     monkeypatch.setattr(gpu, "parts", lambda request: some)
-    found = gpu.run(BenchGpu(output=tmp_path / "gpu.json", device="cpu"))
+    found = gpu.run(BenchGpuRequest(output=tmp_path / "gpu.json", device="cpu"))
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["device"] == "CPU" and written["parts"] == found.figures["parts"]
     parts = written["parts"]
@@ -29,12 +29,12 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_the_others_go_on(
 
 
 def test_without_time_nothing_begins(tmp_path: Path) -> None:
-    found = gpu.run(BenchGpu(output=tmp_path / "gpu.json", device="cpu", minutes=1e-9))
+    found = gpu.run(BenchGpuRequest(output=tmp_path / "gpu.json", device="cpu", minutes=1e-9))
     assert {part["error"] for part in found.figures["parts"].values()} == {"not run: no time was left"}
 
 
 def test_every_part_is_a_command_line_that_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [part.words[2:] for part in gpu.parts(BenchGpu()) if part.words[1] == "dinov2cli"]
+    lines = [part.words[2:] for part in gpu.parts(BenchGpuRequest()) if part.words[1] == "dinov2cli"]
     assert len(lines) > 8
     for words in lines:
         if words[0] == "doctor":

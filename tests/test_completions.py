@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 import pytest
 
@@ -14,7 +14,7 @@ from dinov2cli.cli.completion.tree import Command, command_tree
 from dinov2cli.cli.main import tree
 from dinov2cli.config import list_presets
 from dinov2cli.config.tree import FIELDS
-from dinov2cli.requests.base import Argument, Option, Request
+from dinov2cli.requests.base import Request, argument, option
 
 COMPLETIONS = Path(__file__).parents[1] / "completions"
 PRESETS = [preset.name for preset in list_presets()]
@@ -26,22 +26,22 @@ needs_fish = pytest.mark.skipif(shutil.which("fish") is None, reason="fish is no
 class TrainIt(Request):
     """Train: it's [quick]."""
 
-    command: ClassVar[str] = "train-it"
+    command = "train-it"
 
-    overrides: Annotated[tuple[str, ...], Argument("Keys: a.b=value.", completes="overrides")] = ()
-    preset: Annotated[str | None, Option("A $preset `name`.", flags="--preset -p", completes="presets")] = None
-    output_dir: Annotated[Path, Option('Where "it" goes.')] = Path()
-    device: Annotated[Literal["cpu", "cuda"], Option("Where it runs.")] = "cpu"
-    gpus: Annotated[int, Option("How many.")] = 1
-    quick: Annotated[bool, Option("How fast.")] = True
+    overrides: tuple[str, ...] = argument("Keys: a.b=value.", default=(), completes="overrides")
+    preset: str | None = option(None, "A $preset `name`.", flags="--preset -p", completes="presets")
+    output_dir: Path = option(Path(), 'Where "it" goes.')
+    device: Literal["cpu", "cuda"] = option("cpu", "Where it runs.")
+    gpus: int = option(1, "How many.")
+    quick: bool = option(True, "How fast.")
 
 
 class One(Request):
     """The one."""
 
-    command: ClassVar[str] = "group one"
+    command = "group one"
 
-    weights: Annotated[Path, Argument("A file.")]
+    weights: Path = argument("A file.")
 
 
 def probe_tree() -> Command:
@@ -68,8 +68,8 @@ def test_every_command_and_option_is_in_every_script() -> None:
     for name, text in generate(root).items():
         for command in root.walk():
             assert command.path[-1] in text, (name, command.path)
-            for option in command.options:
-                for flag in option.flags:
+            for each in command.options:
+                for flag in each.flags:
                     assert (flag.lstrip("-") if name.endswith(".fish") else flag) in text, (name, command.path, flag)
 
 

@@ -15,7 +15,7 @@ from weight_samples import PLAIN, REGISTERS, export_model, sample_state, save
 
 from dinov2cli.cli.main import app, main
 from dinov2cli.export import description
-from dinov2cli.requests.tools import Info
+from dinov2cli.requests.tools import InfoRequest
 
 
 def info_json(*arguments: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_for_people(tmp_path: Path) -> None:
 def test_unreadable_config_is_said_and_does_not_hide_the_rest(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.yaml").write_text("student: {patch_size: 14}\nnonsense: 3\n")
-    assert "not readable" in description.run(Info(checkpoint=str(run)))["training"]["config"]
+    assert "not readable" in description.run(InfoRequest(checkpoint=str(run)))["training"]["config"]
 
 
 def test_wrong_input_is_one_message_and_exit_code_2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from weight_samples import assert_same_state, export_model, sample_model, sample
 from dinov2cli.config import Config, ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load import load_backbone_into, load_model
-from dinov2cli.requests.train import Train
+from dinov2cli.requests.train import TrainRequest
 from dinov2cli.start import resolve_config, train
 from dinov2cli.train.trainer import Trainer
 
@@ -29,7 +29,7 @@ def config_for(tmp_path: Path, weights: Path, *overrides: str) -> Config:
         write_images(data)
     overrides = (*TRAINING, *overrides)
     return resolve_config(
-        Train(overrides=overrides, data=str(data), output_dir=tmp_path / "run", init_from=str(weights))
+        TrainRequest(overrides=overrides, data=str(data), output_dir=tmp_path / "run", init_from=str(weights))
     )
 
 
@@ -63,7 +63,7 @@ def test_training_from_an_export_runs_and_warms_the_heads_up_first(tmp_path: Pat
     """Through the first epoch only the heads learn; then the backbone moves too."""
     weights = exported(tmp_path, "hf")
     config = config_for(tmp_path, weights, "student.freeze_backbone_epochs=1")
-    train(config, Train(cpu=True))
+    train(config, TrainRequest(cpu=True))
     source = load_model(weights)
     warmed_up = load_model(tmp_path / "run" / "eval" / "training_3" / "teacher_checkpoint.pth")
     for name, tensor in source.state_dict().items():
@@ -97,11 +97,11 @@ def test_architecture_follows_the_weights_unless_it_is_set(tmp_path: Path) -> No
 def test_a_run_resumes_without_the_weights_it_began_with(tmp_path: Path) -> None:
     weights = exported(tmp_path, "official")
     begun = config_for(tmp_path, weights, "optim.epochs=1")
-    train(begun, Train(cpu=True))
+    train(begun, TrainRequest(cpu=True))
     weights.unlink()
     resumed = config_for(tmp_path, weights)  # as typed before, but for its length
     assert resumed.student == begun.student
-    train(resumed, Train(cpu=True))
+    train(resumed, TrainRequest(cpu=True))
     assert len(metrics_of(tmp_path / "run")) == 12
 
 
@@ -109,7 +109,7 @@ def test_adaptation_preset_takes_the_weights_architecture(tmp_path: Path) -> Non
     source = save(sample_state(SOURCE.changed(embed_dim=192, num_heads=3, hidden_dim=512, patch_size=14, img_size=56)),
                   tmp_path / "weights.pth")  # fmt: skip
     photos, run = "SamplePhotos:split=TRAIN", tmp_path / "run"
-    config = resolve_config(Train(preset="adapt_518", data=photos, output_dir=run, init_from=str(source)))
+    config = resolve_config(TrainRequest(preset="adapt_518", data=photos, output_dir=run, init_from=str(source)))
     assert config.iterations() == 10_000 and config.crops.global_crops_size == 518
     assert (config.student.embed_dim, config.student.depth, config.student.ffn_layer) == (192, 2, "swiglu")
 
@@ -118,4 +118,4 @@ def test_another_patch_size_is_refused_in_words(tmp_path: Path) -> None:
     weights = exported(tmp_path, "official")
     config = config_for(tmp_path, weights, "student.patch_size=16")
     with pytest.raises(WeightsError, match="cannot start this model: it has patch size 8 instead of 16"):
-        train(config, Train(cpu=True))
+        train(config, TrainRequest(cpu=True))

@@ -22,7 +22,7 @@ from dinov2cli.launch.slurm import (
 from dinov2cli.launch.status import read_jobs
 from dinov2cli.requests.eval import KnnRequest
 from dinov2cli.requests.launch import GPUS_PER_NODE, Slurm
-from dinov2cli.requests.train import Train
+from dinov2cli.requests.train import TrainRequest
 
 TRAIN = ["train", "--preset", "vitl16_short", "--output-dir"]
 
@@ -124,7 +124,7 @@ def test_a_job_submits_others_with_its_own_options_but_those_of_size(monkeypatch
 
 def test_status_knows_the_trainings_among_the_jobs_of_a_run(tmp_path: Path) -> None:
     wanted = Wanted(Slurm(nodes=2), 8, cpu=False)
-    for job_id, request in (("7", Train(preset="demo")), ("8", KnnRequest(checkpoint="run"))):
+    for job_id, request in (("7", TrainRequest(preset="demo")), ("8", KnnRequest(checkpoint="run"))):
         write_record(new_folder(tmp_path / "slurm"), job_id, request, wanted)
     (job,) = read_jobs(tmp_path)
     assert (job["job_id"], job["nodes"], job["request"]) == ("7", 2, {"preset": "demo"})

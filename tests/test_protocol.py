@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from dinov2cli.errors import WeightsError
 from dinov2cli.eval import knn, subject
 from dinov2cli.eval.protocol import evaluate_teacher
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.base import Option
+from dinov2cli.requests.base import option
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest, KnnRequest, LinearRequest
 
 PHOTOS = {"train_dataset": "SamplePhotos:split=TRAIN", "val_dataset": "SamplePhotos:split=VAL"}
@@ -33,9 +32,9 @@ class MeansRequest(EvalRequest):
         dino2 eval means runs/demo
     """
 
-    command: ClassVar[str] = "eval means"
+    command = "eval means"
 
-    shrink: Annotated[float, Option("How far the means move to their own mean.")] = 0.0
+    shrink: float = option(0.0, "How far the means move to their own mean.")
 
 
 MEANS = '''

@@ -2,22 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 import typer
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from typer.testing import CliRunner
 
 from dinov2cli.cli import command
 from dinov2cli.cli.command import add_command, request_from
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Group, Option, Request, run, words_of
+from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Group, Request, argument, option, run, words_of
 
 
 class Where(Group):
-    nodes: Annotated[AtLeastOne | None, Option("Machines.", panel="Elsewhere")] = None
-    setup: Annotated[tuple[str, ...], Option("A line.", panel="Elsewhere", one_each=True)] = ()
+    panel = "Elsewhere"
+
+    nodes: AtLeastOne | None = option(None, "Machines.")
+    setup: tuple[str, ...] = option((), "A line.", one_each=True)
 
 
 class Probe(Request):
@@ -28,20 +30,20 @@ class Probe(Request):
         dino2 probe RUN
     """
 
-    command: ClassVar[str] = "probe"
-    run_by: ClassVar[str] = "test_requests:answer"
+    command = "probe"
+    run_by = "test_requests:answer"
 
-    checkpoint: Annotated[str, Argument("What.", metavar="CKPT")]
-    overrides: Annotated[tuple[str, ...], Argument("Keys.", metavar="[a.b=value ...]", completes="overrides")] = ()
-    output_dir: Annotated[Path | None, Option("Folder.", metavar="DIR")] = None
-    nb_knn: Annotated[tuple[AtLeastOne, ...], Option("Neighbours.", flags="--nb-knn --nb_knn")] = ()
-    tests: Annotated[tuple[str, ...], Option("Datasets.")] = ()
-    share: Annotated[float, Field(ge=0, le=1), Option("A share.", default_text="a half")] = 0.5
-    kind: Annotated[Literal["red", "blue"], Option("A colour.")] = "red"
-    audio: Annotated[bool, Option("Sound.")] = True
-    force: Annotated[bool, Option("By force.")] = False
+    checkpoint: str = argument("What.", metavar="CKPT")
+    overrides: tuple[str, ...] = argument("Keys.", default=(), metavar=OVERRIDES, completes="overrides")
+    output_dir: Path | None = option(None, "Folder.", metavar="DIR")
+    nb_knn: tuple[AtLeastOne, ...] = option((), "Neighbours.", flags="--nb-knn --nb_knn")
+    tests: tuple[str, ...] = option((), "Datasets.")
+    share: float = option(0.5, "A share.", ge=0, le=1, default_text="a half")
+    kind: Literal["red", "blue"] = option("red", "A colour.")
+    audio: bool = option(True, "Sound.")
+    force: bool = option(False, "By force.")
     where: Where = Where()
-    as_json: AsJson = False
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
     @model_validator(mode="after")
     def consistent(self) -> "Probe":

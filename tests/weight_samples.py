@@ -10,7 +10,7 @@ from torch import Tensor
 from dinov2cli.config import ViTConfig
 from dinov2cli.export.exporter import ExportResult, run
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.export import Export
+from dinov2cli.requests.export import ExportRequest
 
 PLAIN = ViTConfig(embed_dim=192, depth=2, num_heads=3, patch_size=14, img_size=56, layerscale=1.0)
 REGISTERS = PLAIN.changed(num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0)
@@ -47,7 +47,7 @@ def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
 
 def export_model(checkpoint: Path | str, format_name: str, output: Path, **options: Any) -> ExportResult:
     """`dino2 export`."""
-    return run(Export(checkpoint=str(checkpoint), format=format_name, output=output, **options))
+    return run(ExportRequest(checkpoint=str(checkpoint), format=format_name, output=output, **options))
 
 
 def to_chunked(state: dict[str, Tensor], chunks: int) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.data.workers import available_cores, opencv_on_one_thread
-from dinov2cli.requests.bench import BenchAugment
+from dinov2cli.requests.bench import BenchAugmentRequest
 
 
-def run(request: BenchAugment) -> Measured:
+def run(request: BenchAugmentRequest) -> Measured:
     """Measure samples of a dataset, from file to collated batch, with the crops that the configuration describes.
 
     The stages are timed one by one in this process (`stages_ms`, milliseconds an image); the rates are of whole epochs

@@ -15,10 +15,10 @@ from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import HeadTrainer, LinearHeads, input_of_head
 from dinov2cli.eval.logreg import C_VALUES, LogregSettings, sweep
 from dinov2cli.eval.nearest import KeyBank
-from dinov2cli.requests.bench import BenchKnn, BenchLinear, BenchLogreg
+from dinov2cli.requests.bench import BenchKnnRequest, BenchLinearRequest, BenchLogregRequest
 
 
-def knn(request: BenchKnn) -> Measured:
+def knn(request: BenchKnnRequest) -> Measured:
     """Exact search of all queries beside the bare product with all keys.
 
     Both are timed block by block in turn, so that other load on the machine meets both.
@@ -39,7 +39,7 @@ def knn(request: BenchKnn) -> Measured:
     return measured(text, facts)
 
 
-def logreg(request: BenchLogreg) -> Measured:
+def logreg(request: BenchLogregRequest) -> Measured:
     """The sweep over all 45 C as `dino2 eval logreg` does it, beside scikit-learn on every `every`-th C.
 
     scikit-learn's times are interpolated to all C. Both are timed by the clock and in seconds of work of the cores,
@@ -111,7 +111,7 @@ def _logreg_objective(weight: torch.Tensor, bias: torch.Tensor, train: Features,
     return float(F.cross_entropy(logits, train.targets) + weight.square().sum() / (2 * C * train.size))
 
 
-def linear(request: BenchLinear) -> Measured:
+def linear(request: BenchLinearRequest) -> Measured:
     """A step of all 52 heads together, beside 52 separate layers with their own SGD."""
     dim, classes, batch, steps = request.dim, request.classes, request.batch, request.steps
     device = choose_device(request.device)

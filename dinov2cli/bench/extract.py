@@ -10,13 +10,13 @@ from dinov2cli.config import load_config
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.device import choose_device
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.requests.bench import BenchExtract
+from dinov2cli.requests.bench import BenchExtractRequest
 from dinov2cli.train.allocator import keep_freed_memory
 from dinov2cli.train.cost import class_token_flops
 from dinov2cli.train.networks import build_backbone
 
 
-def run(request: BenchExtract) -> Measured:
+def run(request: BenchExtractRequest) -> Measured:
     """Time the configured backbone with fresh weights on random batches, then on the dataset, if one is given.
 
     Of the figures, `model_images_per_s` is the median over the batches, of images that are there already;

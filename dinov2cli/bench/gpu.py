@@ -13,7 +13,7 @@ from dinov2cli.bench.clock import Measured, name_of, table
 from dinov2cli.console import err
 from dinov2cli.device import choose_device
 from dinov2cli.files import write_text
-from dinov2cli.requests.bench import BenchGpu
+from dinov2cli.requests.bench import BenchGpuRequest
 
 TESTS = Path(__file__).parents[2] / "tests"
 """Those of the source tree; an installed package has none."""
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     limit: float
 
 
-def run(request: BenchGpu) -> Measured:
+def run(request: BenchGpuRequest) -> Measured:
     """Run all parts that the time allows, and write the file after each.
 
     The file holds for each part its seconds and what it printed as JSON or, if it failed, its last lines.
@@ -54,7 +54,7 @@ def run(request: BenchGpu) -> Measured:
     return Measured(facts(name_of(device)) | {"parts": results}, [table("part", "seconds", "found", rows=rows)])
 
 
-def parts(request: BenchGpu) -> Iterator[Part]:
+def parts(request: BenchGpuRequest) -> Iterator[Part]:
     """What is measured, what matters most first."""
     dino2 = ["-m", "dinov2cli"]
     on = ["--device", request.device]

@@ -26,7 +26,7 @@ from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patch
 from dinov2cli.data.randomness import mask_rng
 from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
-from dinov2cli.requests.bench import BenchTrain
+from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.train.allocator import keep_freed_memory
 from dinov2cli.train.cost import estimate, masked_patches, room_for_gaps, step_flops
 from dinov2cli.train.networks import SSLNetwork
@@ -86,7 +86,7 @@ class TrainBenchmark(NamedTuple):
     """The longest kernels of a step on a GPU, if they are asked for: name, milliseconds, calls."""
 
 
-def run(request: BenchTrain) -> Measured:
+def run(request: BenchTrainRequest) -> Measured:
     """Measure every combination of what the request names.
 
     Raises:
@@ -112,7 +112,7 @@ def run(request: BenchTrain) -> Measured:
     return Measured(figures, [head, table("", *names, rows=[*rows_of(results)], numbers_right=True)])
 
 
-def variants_of(request: BenchTrain) -> list[list[str]]:
+def variants_of(request: BenchTrainRequest) -> list[list[str]]:
     """Overrides of every combination that is asked for."""
     choices = (
         [f"student.attention_backend={backend}" for backend in request.attention],

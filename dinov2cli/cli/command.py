@@ -2,13 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dinov2cli.cli.completion.words import complete_override, complete_preset
@@ -16,7 +17,7 @@ from dinov2cli.cli.output import show
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.environment import is_worker, worker_rank
-from dinov2cli.requests.base import Argument, Group, Option, Request, function_named, run
+from dinov2cli.requests.base import Group, Request, Typed, function_named, run
 
 COMPLETERS = {"presets": complete_preset, "overrides": complete_override}
 
@@ -29,14 +30,16 @@ class Parameter(NamedTuple):
         plain: the type of one value, without None.
         many: whether there may be several.
         bounds: smallest and largest value, None where there is none.
+        panel: heading under which `--help` lists it.
     """
 
     path: tuple[str, ...]
     field: FieldInfo
-    option: Option
+    typed: Typed
     plain: Any
     many: bool
     bounds: tuple[float | None, float | None]
+    panel: str | None
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class Parameter(NamedTuple):
     @property
     def flags(self) -> tuple[str, ...]:
         """Spellings of an option, as click wants them; those of a switch that is on by default have `--no-`."""
-        spelled = self.option.flags.split() or [f"--{self.name.replace('_', '-')}"]
+        spelled = self.typed.get("flags", "").split() or [f"--{self.name.replace('_', '-')}"]
         if self.plain is bool and self.field.default is True:
             spelled = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in spelled]
         return tuple(spelled)
@@ -53,44 +56,44 @@ class Parameter(NamedTuple):
     @property
     def as_typed(self) -> str:
         """What messages call it."""
-        is_argument = isinstance(self.option, Argument)
-        return (self.option.metavar or self.name.upper()) if is_argument else self.flags[0].split("/")[0]
+        return self.typed.get("metavar", self.name.upper()) if self.is_argument else self.flags[0].split("/")[0]
+
+    @property
+    def is_argument(self) -> bool:
+        return self.typed.get("positional", False)
 
 
-def parameters(request: type[BaseModel]) -> list[Parameter]:
+def parameters(request: type[Group]) -> list[Parameter]:
     """The options and arguments of a request in their order; those of groups in the group's place."""
-    return sorted(_fields(request), key=lambda each: each.option.last)
+    return sorted(_fields(request), key=lambda each: each.typed.get("last", False))
 
 
-def _fields(request: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
+def _fields(request: type[Group], above: tuple[str, ...] = ()) -> Iterator[Parameter]:
     for name, field in request.model_fields.items():
         plain, limits = _bare(field.annotation)
         if isinstance(plain, type) and issubclass(plain, Group):
             yield from _fields(plain, (*above, name))
             continue
-        option = next((extra for extra in field.metadata if isinstance(extra, Option)), None)
-        assert option is not None, f"{request.__name__}.{name}: neither Option, Argument nor Group"
+        assert isinstance(field.json_schema_extra, dict), f"{request.__name__}.{name}: no option, argument or Group"
         many = get_origin(plain) is tuple
         if many:
             plain, limits = _bare(get_args(plain)[0])
         limits += field.metadata
         least = next((extra.ge for extra in limits if hasattr(extra, "ge")), None)
         most = next((extra.le for extra in limits if hasattr(extra, "le")), None)
-        yield Parameter((*above, name), field, option, plain, many, (least, most))
+        yield Parameter(
+            (*above, name), field, cast(Typed, field.json_schema_extra), plain, many, (least, most), request.panel
+        )
 
 
 def add_command(app: typer.Typer, name: str, request: type[Request]) -> None:
     """Make a request a command of `app`; the function of the command is the request's doing."""
     found = parameters(request)
-    kind: type[VariadicCommand] = type(
-        "Command",
-        (VariadicCommand,),
-        {
-            "one_each": frozenset(each.name for each in found if each.option.one_each),
-            "waits": any(isinstance(each.option, Argument) and each.option.completes is None for each in found),
-            "instead": frozenset(flag for each in found if each.option.names_argument for flag in each.flags),
-        },
-    )
+
+    class Command(VariadicCommand):
+        one_each = frozenset(each.name for each in found if each.typed.get("one_each"))
+        waits = any(each.is_argument and "completes" not in each.typed for each in found)
+        instead = frozenset(flag for each in found if each.typed.get("names_argument") for flag in each.flags)
 
     def command(context: typer.Context, **values: Any) -> None:
         typed = {
@@ -103,12 +106,7 @@ def add_command(app: typer.Typer, name: str, request: type[Request]) -> None:
     signature += [_typer_parameter(each) for each in found]
     command.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in signature}
-    app.command(name, cls=kind, help=help_of(request))(command)
-
-
-def help_of(request: type[Request]) -> str:
-    """The text of a command's `--help`."""
-    return inspect.cleandoc(request.__doc__ or "")
+    app.command(name, cls=Command, help=request.__doc__)(command)
 
 
 def request_of(request: type[Request], typed: Mapping[str, Any]) -> Request:
@@ -174,7 +172,7 @@ def request_from(text: str, known: Iterable[type[Request]]) -> Request:
 
 
 def _typer_parameter(each: Parameter) -> inspect.Parameter:
-    option, default = each.option, each.field.get_default(call_default_factory=True)
+    typed, default = each.typed, each.field.get_default()
     plain: Any = each.plain
     if each.many and get_origin(plain) is Literal:  # Typer takes lists of an Enum, not of a Literal
         plain = cast(Any, StrEnum)(each.name, {word: word for word in get_args(plain)})
@@ -182,16 +180,18 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
     if each.field.is_required():
         default = inspect.Parameter.empty
     elif each.many:
-        default = list(default or ()) or None
+        default = list(default) or None
     if default is None:
         annotation = annotation | None
-    common: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "min": each.bounds[0],
-                              "max": each.bounds[1], "rich_help_panel": option.panel,
-                              "show_default": option.default_text}  # fmt: skip
-    if option.completes:
-        common["autocompletion"] = COMPLETERS[option.completes]
-    maker: Callable[..., Any] = typer.Argument if isinstance(option, Argument) else typer.Option
-    info = maker(**common) if isinstance(option, Argument) else maker(*each.flags, **common)
+    info = (typer.Argument if each.is_argument else partial(typer.Option, *each.flags))(
+        help=each.field.description,
+        metavar=typed.get("metavar"),
+        min=each.bounds[0],
+        max=each.bounds[1],
+        rich_help_panel=each.panel,
+        show_default=typed.get("default_text", True),
+        autocompletion=COMPLETERS.get(typed.get("completes", "")),
+    )
     return inspect.Parameter(
         each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )

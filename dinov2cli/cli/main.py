@@ -11,35 +11,30 @@ from dinov2cli.cli.completion.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
+from dinov2cli.requests import bench, eval, export, pictures, tools, train
 from dinov2cli.requests.base import Request
-from dinov2cli.requests.bench import BENCHES
-from dinov2cli.requests.eval import EVALUATIONS, EmbedRequest
-from dinov2cli.requests.export import Export
-from dinov2cli.requests.pictures import Attention, PcaImage, PcaVideo
-from dinov2cli.requests.tools import Doctor, Info, ListPresets, Plot, PrepareImagenet, Results, ShowPreset, Status
-from dinov2cli.requests.train import Train
 
 # What can be asked, in the order of --help. Nothing here imports torch.
 REQUESTS: tuple[type[Request], ...] = (
-    PrepareImagenet,
-    Train,
-    Status,
-    EmbedRequest,
-    Results,
-    Export,
-    Info,
-    PcaVideo,
-    PcaImage,
-    Attention,
-    Plot,
-    Doctor,
-    *EVALUATIONS.values(),
-    ListPresets,
-    ShowPreset,
-    *BENCHES,
+    tools.PrepareImagenetRequest,
+    train.TrainRequest,
+    tools.StatusRequest,
+    eval.EmbedRequest,
+    tools.ResultsRequest,
+    export.ExportRequest,
+    tools.InfoRequest,
+    pictures.PcaVideoRequest,
+    pictures.PcaImageRequest,
+    pictures.AttentionRequest,
+    tools.PlotRequest,
+    tools.DoctorRequest,
+    *eval.EVALUATIONS.values(),
+    tools.ListPresetsRequest,
+    tools.ShowPresetRequest,
+    *bench.BENCHES,
 )
 # The words of each command; those of evaluations also without `eval`.
-COMMANDS: dict[str, type[Request]] = {request.command: request for request in REQUESTS} | EVALUATIONS
+COMMANDS: dict[str, type[Request]] = {request.command: request for request in REQUESTS} | eval.EVALUATIONS
 # The first of two words, with its help.
 GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"

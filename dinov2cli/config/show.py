@@ -6,7 +6,7 @@ from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
 from dinov2cli.config.tree import annotated_yaml
 from dinov2cli.console import out
-from dinov2cli.requests.tools import ListPresets, ShowPreset
+from dinov2cli.requests.tools import ListPresetsRequest, ShowPresetRequest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,12 +41,12 @@ class Yaml(str):
         return Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(self)
 
 
-def list_them(request: ListPresets) -> PresetList:
+def list_them(request: ListPresetsRequest) -> PresetList:
     """Do what `dino2 presets list` asks."""
     return PresetList(list_presets())
 
 
-def show(request: ShowPreset) -> Yaml:
+def show(request: ShowPresetRequest) -> Yaml:
     """The preset as it is written, or with `full` every key of it; ConfigError if there is none of that name."""
     preset = find_preset(request.name)
     if not request.full:

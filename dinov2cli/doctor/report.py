@@ -21,7 +21,7 @@ from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine,
 from dinov2cli.doctor.machine import MACHINE
 from dinov2cli.doctor.run import DATA, MODEL, OUTPUT
 from dinov2cli.errors import ConfigError, Dino2Error
-from dinov2cli.requests.tools import Doctor
+from dinov2cli.requests.tools import DoctorRequest
 
 ALL = {**MACHINE, **DATA, **MODEL, **OUTPUT}
 COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
@@ -81,7 +81,7 @@ def _as_dict(name: str, finding: Finding) -> dict[str, Any]:
     return {**plain, "facts": dict(finding.facts)} if finding.facts else plain
 
 
-def run(request: Doctor) -> Report:
+def run(request: DoctorRequest) -> Report:
     """Make the checks that there is something to look at for, on all processes.
 
     Raises:
@@ -101,7 +101,7 @@ def run(request: Doctor) -> Report:
     return report
 
 
-def configuration(request: Doctor) -> Config:
+def configuration(request: DoctorRequest) -> Config:
     """The configuration that the options say: as in `dino2 train`, or that of the run named first."""
     words, config_file = list(request.arguments), request.config_file
     if words and "=" not in words[0]:

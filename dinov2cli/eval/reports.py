@@ -21,7 +21,7 @@ from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.files import write_text
-from dinov2cli.requests.tools import Results
+from dinov2cli.requests.tools import ResultsRequest
 
 RESULTS_FILE = "results.json"
 
@@ -147,7 +147,7 @@ class Evaluations:
         return results_table(self.evaluations, self.title)
 
 
-def run(request: Results) -> Evaluations:
+def run(request: ResultsRequest) -> Evaluations:
     """The evaluations that `dino2 results` asks for; DataError as from `read_results`."""
     found = read_results(request.run)
     return Evaluations([each for each in found if request.task in (None, each.task)], str(request.run))

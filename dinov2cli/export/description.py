@@ -12,7 +12,7 @@ from dinov2cli.files import sha256
 from dinov2cli.models.load import RecognisedWeights, read_weights
 from dinov2cli.models.load.locate import newest_teacher
 from dinov2cli.models.vision_transformer import parameter_count
-from dinov2cli.requests.tools import Info
+from dinov2cli.requests.tools import InfoRequest
 
 
 class Description(dict[str, Any]):
@@ -45,7 +45,7 @@ class Description(dict[str, Any]):
         return table
 
 
-def run(request: Info) -> Description:
+def run(request: InfoRequest) -> Description:
     """Do what `dino2 info` asks.
 
     Raises:

@@ -22,7 +22,7 @@ from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, build_from, layouts, read_weights
 from dinov2cli.models.load.locate import architecture_file
 from dinov2cli.models.load.released import RELEASED
-from dinov2cli.requests.export import Export
+from dinov2cli.requests.export import ExportRequest
 
 
 class Format(NamedTuple):
@@ -98,7 +98,7 @@ class ExportResult:
         return "\n".join([*lines, *(f"wrote {file} ({size / 1e6:,.1f} MB)" for file, size in self.files.items())])
 
 
-def run(request: Export) -> ExportResult:
+def run(request: ExportRequest) -> ExportResult:
     """Write the model in another format, once it has been opened there and found to give the same features.
 
     Raises:
@@ -178,7 +178,7 @@ def _shapes(bundle: Bundle) -> tuple[tuple[int, int, int], ...]:
     return (1, native, native), (2, patch * max(2, grid // 2), patch * (grid // 3 + 3))
 
 
-def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: Export) -> Bundle:
+def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportRequest) -> Bundle:
     architecture, image_size = weights.architecture, request.size()
     if head is not None:
         head_input(head.in_features, architecture.embed_dim, architecture.depth)
@@ -196,7 +196,7 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: Export)
     return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
 
 
-def _check_output(request: Export, suffixes: tuple[str, ...]) -> None:
+def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:
     output, name = request.output, request.format
     if output.exists() and not request.overwrite:
         raise WeightsError(f"{output} exists; --overwrite replaces it")

@@ -69,7 +69,7 @@ class Status:
         return "\n".join(f"{name:<12} {text}" for name, text in rows(self))
 
 
-def run(request: tools.Status) -> Status:
+def run(request: tools.StatusRequest) -> Status:
     """Do what `dino2 status` asks."""
     return read_status(request.run)
 

@@ -2,7 +2,7 @@
 
 A command is a request, a function that runs it, and a line in `cli/main.py`:
 
-    class Knn(Request, command="eval knn", run_by="dinov2cli.eval.knn:run"):  # `--help` does not import that module
+    class KnnRequest(Request, command="eval knn", run_by="dinov2cli.eval.knn:run"):  # `--help` does not import that
         '''Classify images by their nearest neighbours.   # the help text, with its examples
 
         Example:
@@ -10,65 +10,70 @@ A command is a request, a function that runs it, and a line in `cli/main.py`:
             dino2 eval knn runs/demo
         '''
 
-        checkpoint: Annotated[str, Argument("What to evaluate.", metavar="CKPT")]
-        nb_knn: Annotated[tuple[AtLeastOne, ...], Option("Numbers of neighbours.", flags="--nb-knn --nb_knn")] = ()
-        layout: Annotated[Literal["pca", "overlay"], Option("What a picture shows.")] = "pca"
-        as_json: AsJson = False
+        checkpoint: str = argument("What to evaluate.", metavar="CKPT")
+        nb_knn: tuple[AtLeastOne, ...] = option((10, 20), "Numbers of neighbours.", flags="--nb-knn --nb_knn")
+        layout: Literal["pca", "overlay"] = option("pca", "What a picture shows.")
+        share: float = option(0.5, "Share of the images.", ge=0, le=1)
+        as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
         slurm: Slurm = Slurm()  # a Group: its fields are options of the command, in its place
 
-    result = run(Knn(checkpoint="runs/demo", nb_knn=(10, 20)))
+    result = run(KnnRequest(checkpoint="runs/demo", nb_knn=(10, 20)))
 
-Fields without a default are required. Inherited ones come first, but for those that are `last`. Types are str, int,
-float, bool, Path, a Literal of words, each of them or None, and tuples of them for options of several values. Bounds
-are pydantic's. What fields contradict, a validator says with a ValueError, whose text is the message that is printed.
-What `run` returns, `cli/output.py` shows.
+Inherited fields come first, but for those that are `last`. Types are str, int, float, bool, Path, a Literal of words,
+each of them or None, and tuples of them for options of several values. What fields contradict, a validator says with a
+ValueError, whose text is the message that is printed. What `run` returns, `cli/output.py` shows; where the request has
+a field `as_json`, as one JSON object if that is true.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+OVERRIDES = "[a.b=value ...]"
+"""What `--help` calls changes of the configuration."""
 
-@dataclass(frozen=True)
-class Option:
-    """How a field of a request is typed.
 
-    Attributes:
+class Typed(TypedDict, total=False):
+    """How a field is typed, beside what its name and type say."""
+
+    flags: str  # spellings, separated by spaces; by default the field's name. The first is the name in messages
+    metavar: str  # what stands for the value in `--help`
+    default_text: str | bool  # what `--help` says of the default instead of the value; False: nothing
+    completes: Literal["presets", "overrides"]  # what the shell offers: presets, or keys of the configuration
+    positional: bool  # given by its position
+    one_each: bool  # of several values, each needs the name before it, as anything may follow
+    names_argument: bool  # stands for the command's first argument
+    last: bool  # listed after what a class adds to the options that it inherits
+
+
+def option(default: Any, help: str, *, ge: float | None = None, le: float | None = None, **typed: Unpack[Typed]) -> Any:
+    """A field of a request that is typed as an option.
+
+    Args:
+        default: `...` for none: it must be given.
         help: its text in `--help`.
-        flags: spellings, separated by spaces; by default the field's name. The first is the name in messages.
-        metavar: what stands for the value in `--help`.
-        panel: heading under which `--help` lists it, "Options" by default.
-        default_text: what `--help` says of the default instead of the value; False: nothing.
-        completes: what the shell offers: presets, or keys of the configuration.
-        one_each: of several values, each needs the name before it, as anything may follow.
-        names_argument: stands for the command's first argument.
-        last: is listed after what a class adds to the options that it inherits.
+        ge: smallest number.
+        le: largest number.
     """
-
-    help: str
-    flags: str = ""
-    metavar: str | None = None
-    panel: str | None = None
-    default_text: str | bool = True
-    completes: Literal["presets", "overrides"] | None = None
-    one_each: bool = False
-    names_argument: bool = False
-    last: bool = False
+    return Field(default, description=help, ge=ge, le=le, json_schema_extra=cast(Any, typed))
 
 
-class Argument(Option):
-    """How a field that is given by its position is typed."""
+def argument(help: str, *, default: Any = ..., **typed: Unpack[Typed]) -> Any:
+    """A field of a request that is given by its position."""
+    typed["positional"] = True
+    return option(default, help, **typed)
 
 
 class Group(BaseModel):
     """Options that several requests share through one field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    panel: ClassVar[str | None] = None
+    """The heading under which `--help` lists them, "Options" by default."""
 
 
 class Request(Group):
@@ -90,12 +95,6 @@ class Request(Group):
         for name, value in said.items():
             assert name in Request.__class_vars__, f"{cls.__name__}: {name} is not said of a command"
             setattr(cls, name, value)
-
-
-AsJson = Annotated[bool, Option("Print one JSON object instead of a table.", flags="--json", last=True)]
-"""The field `as_json` of requests whose result can be printed for programs; `run` does not look at it."""
-AtLeastOne = Annotated[int, Field(ge=1)]
-ConfigBeside = Annotated[Path | None, Option("The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")]
 
 
 def run(request: Request) -> Any:

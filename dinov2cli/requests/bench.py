@@ -3,36 +3,23 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
-from dinov2cli.requests.train import ConfigFile
-
-Overrides = Annotated[
-    tuple[str, ...],
-    Argument(
-        "Changes of single configuration keys.", metavar="[a.b=value ...]", completes="overrides", default_text=False
-    ),
-]
-Preset = Annotated[str | None, Option("What to run.", metavar="NAME", completes="presets")]
-Data = Annotated[str, Option("A folder of images or a dataset string.", metavar="DATASET")]
-Device = Annotated[str, Option("cpu, cuda, or auto: a GPU if there is one.")]
-Tables = Annotated[bool, Option("Print one JSON object instead of tables.", flags="--json")]
-SAMPLE_PHOTOS = "SamplePhotos:split=TRAIN"
+from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
+from dinov2cli.requests.train import ConfiguredRequest
 
 
-class Bench(Request):
-    """A measurement; of a preset and a configuration file only one can be meant."""
+class BenchConfiguredRequest(ConfiguredRequest):
+    """What measurements of a configuration share."""
 
-    @model_validator(mode="after")
-    def _one_configuration(self) -> "Bench":
-        given = self.model_fields_set
-        if {"preset", "config_file"} <= given:
-            raise ValueError("--preset and --config-file are both given; choose one")
-        return self
+    overrides: tuple[str, ...] = argument(
+        "Changes of single configuration keys.", default=(), metavar=OVERRIDES, completes="overrides"
+    )
+    preset: str | None = option(None, "What to run.", metavar="NAME", completes="presets")
+    as_json: bool = option(False, "Print one JSON object instead of tables.", flags="--json", last=True)
 
 
-class BenchTrain(Bench, command="bench train", run_by="dinov2cli.bench.train:run"):
+class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="dinov2cli.bench.train:run"):
     """Measure a training step: images per second, where the time goes, and the share of the hardware's rate.
 
     Every combination of the given attention backends, precisions and compilation is measured. The model's FLOPs are
@@ -48,20 +35,14 @@ class BenchTrain(Bench, command="bench train", run_by="dinov2cli.bench.train:run
         dino2 bench train --preset vitl16_short --compile off --compile on --json
     """
 
-    overrides: Overrides = ()
-    preset: Preset = None
-    config_file: ConfigFile = None
-    data: Data = SAMPLE_PHOTOS
-    synthetic: Annotated[bool, Option("Random crops, always the same, instead of a dataset.")] = False
-    steps: Annotated[AtLeastOne, Option("Steps to time, after two that are not.")] = 5
-    attention: Annotated[tuple[str, ...], Option("Attention backend: sdpa, xformers or varlen; repeatable.")] = ()
-    precision: Annotated[tuple[str, ...], Option("fp32, bf16 or fp16; repeatable.")] = ()
-    compiled: Annotated[
-        tuple[str, ...], Option("on or off; repeatable: --compile off --compile on.", flags="--compile")
-    ] = ()
-    kernels: Annotated[int, Field(ge=0), Option("On a GPU, also list this many kernels of a step, the longest.")] = 0
-    device: Device = "auto"
-    as_json: Tables = False
+    data: str = option("SamplePhotos:split=TRAIN", "A folder of images or a dataset string.", metavar="DATASET")
+    synthetic: bool = option(False, "Random crops, always the same, instead of a dataset.")
+    steps: AtLeastOne = option(5, "Steps to time, after two that are not.")
+    attention: tuple[str, ...] = option((), "Attention backend: sdpa, xformers or varlen; repeatable.")
+    precision: tuple[str, ...] = option((), "fp32, bf16 or fp16; repeatable.")
+    compiled: tuple[str, ...] = option((), "on or off; repeatable: --compile off --compile on.", flags="--compile")
+    kernels: int = option(0, "On a GPU, also list this many kernels of a step, the longest.", ge=0)
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
 
     @field_validator("compiled")
     @classmethod
@@ -72,7 +53,7 @@ class BenchTrain(Bench, command="bench train", run_by="dinov2cli.bench.train:run
         return words
 
 
-class BenchExtract(Request, command="bench extract", run_by="dinov2cli.bench.extract:run"):
+class BenchExtractRequest(BenchConfiguredRequest, command="bench extract", run_by="dinov2cli.bench.extract:run"):
     """Measure feature extraction: class tokens per second of a backbone with fresh weights.
 
     Example:
@@ -80,18 +61,15 @@ class BenchExtract(Request, command="bench extract", run_by="dinov2cli.bench.ext
         dino2 bench extract --preset vits14 --batch-size 64
     """
 
-    overrides: Overrides = ()
-    preset: Preset = "vits14"
-    config_file: ConfigFile = None
-    data: Annotated[str | None, Option("Extract from these files, too.", metavar="DATASET")] = None
-    batch_size: Annotated[AtLeastOne, Option("Images of a batch.")] = 32
-    batches: Annotated[AtLeastOne, Option("Batches to time.")] = 10
-    image_size: Annotated[AtLeastOne, Option("Side in pixels.")] = 224
-    device: Device = "auto"
-    as_json: Tables = False
+    preset: str | None = option("vits14", "What to run.", metavar="NAME", completes="presets")
+    data: str | None = option(None, "Extract from these files, too.", metavar="DATASET")
+    batch_size: AtLeastOne = option(32, "Images of a batch.")
+    batches: AtLeastOne = option(10, "Batches to time.")
+    image_size: AtLeastOne = option(224, "Side in pixels.")
+    device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
 
 
-class BenchAugment(Bench, command="bench augment", run_by="dinov2cli.bench.data:run"):
+class BenchAugmentRequest(BenchConfiguredRequest, command="bench augment", run_by="dinov2cli.bench.data:run"):
     """Measure images per second from file to augmented batch, and where the time goes.
 
     Stages are timed on one core. Rates are those of the training's own loader, by number of processes.
@@ -103,26 +81,16 @@ class BenchAugment(Bench, command="bench augment", run_by="dinov2cli.bench.data:
         dino2 bench augment --preset vitl14 --json > rates.json
     """
 
-    overrides: Overrides = ()
-    data: Data = SAMPLE_PHOTOS
-    preset: Annotated[str | None, Option("Whose crops to make.", metavar="NAME", completes="presets")] = None
-    config_file: ConfigFile = None
-    workers: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...],
-        Option("Loader processes; repeatable. 0: the main process.", default_text="0, 1, 2, 4, ... cores"),
-    ] = ()
-    images: Annotated[AtLeastOne, Option("Images a repeat.")] = 200
-    repeats: Annotated[AtLeastOne, Option("Repeats; the median is reported.")] = 5
-    as_json: Tables = False
+    preset: str | None = option(None, "Whose crops to make.", metavar="NAME", completes="presets")
+    data: str = option("SamplePhotos:split=TRAIN", "A folder of images or a dataset string.", metavar="DATASET")
+    workers: tuple[Annotated[int, Field(ge=0)], ...] = option(
+        (), "Loader processes; repeatable. 0: the main process.", default_text="0, 1, 2, 4, ... cores"
+    )
+    images: AtLeastOne = option(200, "Images a repeat.")
+    repeats: AtLeastOne = option(5, "Repeats; the median is reported.")
 
 
-Dim = Annotated[AtLeastOne, Option("Dimensions of a feature.")]
-Classes = Annotated[int, Field(ge=2), Option("Number of classes.")]
-PlainDevice = Annotated[str, Option("cpu or cuda.")]
-Json = Annotated[bool, Option("Print one JSON object.", flags="--json")]
-
-
-class BenchKnn(Request, command="bench knn", run_by="dinov2cli.bench.eval:knn"):
+class BenchKnnRequest(Request, command="bench knn", run_by="dinov2cli.bench.eval:knn"):
     """Measure the exact k-NN search beside the bare matrix product.
 
     Example:
@@ -130,15 +98,15 @@ class BenchKnn(Request, command="bench knn", run_by="dinov2cli.bench.eval:knn"):
         dino2 bench knn --queries 2000
     """
 
-    queries: Annotated[AtLeastOne, Option("Features to classify.")] = 10_000
-    keys: Annotated[AtLeastOne, Option("Features to search.")] = 100_000
-    dim: Dim = 384
-    k: Annotated[AtLeastOne, Option("Neighbours.")] = 200
-    device: PlainDevice = "cpu"
-    as_json: Json = False
+    queries: AtLeastOne = option(10_000, "Features to classify.")
+    keys: AtLeastOne = option(100_000, "Features to search.")
+    dim: AtLeastOne = option(384, "Dimensions of a feature.")
+    k: AtLeastOne = option(200, "Neighbours.")
+    device: str = option("cpu", "cpu or cuda.")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
 
-class BenchLogreg(Request, command="bench logreg", run_by="dinov2cli.bench.eval:logreg"):
+class BenchLogregRequest(Request, command="bench logreg", run_by="dinov2cli.bench.eval:logreg"):
     """Measure the sweep over 45 values of C beside scikit-learn's fits one by one.
 
     Example:
@@ -146,17 +114,16 @@ class BenchLogreg(Request, command="bench logreg", run_by="dinov2cli.bench.eval:
         dino2 bench logreg --images 6000
     """
 
-    images: Annotated[int, Field(ge=100), Option("Features; a tenth of them for testing.")] = 60_000
-    dim: Dim = 384
-    classes: Classes = 10
-    every: Annotated[AtLeastOne, Option("Fit every n-th C with scikit-learn.")] = 9
-    limit: Annotated[float, Field(ge=0), Option("Seconds after which scikit-learn begins no further fit.")] = (
-        300  # fits take longer the larger C, so that the time of those left out is underestimated
-    )
-    as_json: Json = False
+    images: int = option(60_000, "Features; a tenth of them for testing.", ge=100)
+    dim: AtLeastOne = option(384, "Dimensions of a feature.")
+    classes: int = option(10, "Number of classes.", ge=2)
+    every: AtLeastOne = option(9, "Fit every n-th C with scikit-learn.")
+    # Fits take longer the larger C, so that the time of those left out is underestimated.
+    limit: float = option(300, "Seconds after which scikit-learn begins no further fit.", ge=0)
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
 
-class BenchLinear(Request, command="bench linear", run_by="dinov2cli.bench.eval:linear"):
+class BenchLinearRequest(Request, command="bench linear", run_by="dinov2cli.bench.eval:linear"):
     """Measure a training step of 52 linear heads beside 52 separate ones.
 
     Example:
@@ -164,15 +131,15 @@ class BenchLinear(Request, command="bench linear", run_by="dinov2cli.bench.eval:
         dino2 bench linear --classes 1000 --steps 3
     """
 
-    dim: Dim = 384
-    classes: Classes = 10
-    batch: Annotated[AtLeastOne, Option("Images of a step.", flags="--batch-size")] = 128
-    steps: Annotated[AtLeastOne, Option("Steps to time.")] = 20
-    device: PlainDevice = "cpu"
-    as_json: Json = False
+    dim: AtLeastOne = option(384, "Dimensions of a feature.")
+    classes: int = option(10, "Number of classes.", ge=2)
+    batch: AtLeastOne = option(128, "Images of a step.", flags="--batch-size")
+    steps: AtLeastOne = option(20, "Steps to time.")
+    device: str = option("cpu", "cpu or cuda.")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
 
-class BenchGpu(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:run"):
+class BenchGpuRequest(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:run"):
     """Measure all that is worth knowing of a GPU in a few minutes, and write it to one file.
 
     Checks of the machine, the tests that need a GPU (in the source tree), the training step with each attention
@@ -186,20 +153,24 @@ class BenchGpu(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:run"):
         dino2 bench gpu --preset vits14 --minutes 3 --output gpu.json
     """
 
-    output: Annotated[Path, Option("The JSON file, written anew after each part.", metavar="FILE")] = Path("gpu.json")
-    preset: Annotated[str, Option("What is trained in every way.", metavar="NAME", completes="presets")] = (
-        "vitl16_short"
+    output: Path = option(Path("gpu.json"), "The JSON file, written anew after each part.", metavar="FILE")
+    preset: str = option("vitl16_short", "What is trained in every way.", metavar="NAME", completes="presets")
+    others: tuple[str, ...] = option(
+        ("vits14", "vitl14"), "What is trained as configured.", metavar="NAME", completes="presets"
     )
-    others: Annotated[
-        tuple[str, ...], Option("What is trained as configured.", metavar="NAME", completes="presets")
-    ] = ("vits14", "vitl14")
-    extract_preset: Annotated[str, Option("Whose features are extracted.", metavar="NAME", completes="presets")] = (
-        "vitl14"
-    )
-    steps: Annotated[AtLeastOne, Option("Steps to time of each.")] = 20
-    minutes: Annotated[float, Field(gt=0), Option("After which no part begins, and the one that runs is ended.")] = 8
-    device: Annotated[str, Option("cuda, cuda:N, or cpu to try the command itself.")] = "cuda"
-    as_json: Json = False
+    extract_preset: str = option("vitl14", "Whose features are extracted.", metavar="NAME", completes="presets")
+    steps: AtLeastOne = option(20, "Steps to time of each.")
+    minutes: Annotated[float, Field(gt=0)] = option(8, "After which no part begins, and the one that runs is ended.")
+    device: str = option("cuda", "cuda, cuda:N, or cpu to try the command itself.")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
 
-BENCHES = (BenchTrain, BenchExtract, BenchKnn, BenchLogreg, BenchLinear, BenchAugment, BenchGpu)
+BENCHES = (
+    BenchTrainRequest,
+    BenchExtractRequest,
+    BenchKnnRequest,
+    BenchLogregRequest,
+    BenchLinearRequest,
+    BenchAugmentRequest,
+    BenchGpuRequest,
+)

@@ -4,67 +4,58 @@ The names and defaults of the options are the reference implementation's.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, Option, Request
-from dinov2cli.requests.launch import Gpus, Slurm
+from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
+from dinov2cli.requests.launch import Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
 """How hits are averaged."""
-ConfigFile = Annotated[Path | None, Option("Configuration instead of the run's own.", metavar="YAML")]
-BatchSize = Annotated[AtLeastOne, Option("Images at a time.", flags="--batch-size --batch_size")]
-NumWorkers = Annotated[
-    Annotated[int, Field(ge=0)] | None, Option("Processes that decode images; by default from the cores.", last=True)
-]
-ImageSize = Annotated[
-    AtLeastOne | None, Option("Side in pixels to evaluate at; by default the model's, at most 224.", last=True)
-]
-Device = Annotated[str | None, Option("cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)]
-NoCache = Annotated[bool, Option("Extract features anew and keep none.", last=True)]
+
+
+class FeaturesRequest(Request, logs=True):
+    """What commands share that extract features."""
+
+    num_workers: int | None = option(None, "Processes that decode images; by default from the cores.", ge=0, last=True)
+    image_size: AtLeastOne | None = option(
+        None, "Side in pixels to evaluate at; by default the model's, at most 224.", last=True
+    )
 
 
 class EvalRequest(
-    Request, run_by="dinov2cli.eval.protocol:evaluate", launched_by="dinov2cli.launch.evaluation:launch", logs=True
+    FeaturesRequest, run_by="dinov2cli.eval.protocol:evaluate", launched_by="dinov2cli.launch.evaluation:launch"
 ):
     """What all evaluations share. The words of `command` end with the name of a module of `dinov2cli.eval`."""
 
-    checkpoint: Annotated[
-        str,
-        Argument(
-            "What to evaluate: a run folder (its newest teacher), a teacher_checkpoint.pth, .pth or .safetensors "
-            "file, a Hugging Face folder, a URL or a released name such as dinov2_vits14.",
-            metavar="CKPT",
-            default_text=False,
-        ),
-    ] = ""
-    overrides: Annotated[
-        tuple[str, ...], Argument("Changes of its config.", metavar="[a.b=value ...]", completes="overrides")
-    ] = ()
-    train_dataset: Annotated[
-        str | None,
-        Option(
-            "Labelled images to learn from: a folder with a subfolder per class, or a string such as "
-            "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names.",
-            metavar="DATASET",
-        ),
-    ] = None
-    val_dataset: Annotated[str | None, Option("Labelled images to classify, likewise.", metavar="DATASET")] = None
-    output_dir: Annotated[
-        Path | None, Option("Where results go; by default beside the run's teacher.", metavar="DIR")
-    ] = None
-    config_file: ConfigFile = None
-    pretrained_weights: Annotated[
-        str | None, Option("Another way to give CKPT.", metavar="CKPT", names_argument=True)
-    ] = None
-    num_workers: NumWorkers = None
-    image_size: ImageSize = None
-    device: Device = None
-    no_cache: NoCache = False
-    as_json: AsJson = False
-    gpus: Gpus = None
+    checkpoint: str = argument(
+        "What to evaluate: a run folder (its newest teacher), a teacher_checkpoint.pth, .pth or .safetensors "
+        "file, a Hugging Face folder, a URL or a released name such as dinov2_vits14.",
+        default="",
+        metavar="CKPT",
+        default_text=False,
+    )
+    overrides: tuple[str, ...] = argument(
+        "Changes of its config.", default=(), metavar=OVERRIDES, completes="overrides"
+    )
+    train_dataset: str | None = option(
+        None,
+        "Labelled images to learn from: a folder with a subfolder per class, or a string such as "
+        "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names.",
+        metavar="DATASET",
+    )
+    val_dataset: str | None = option(None, "Labelled images to classify, likewise.", metavar="DATASET")
+    output_dir: Path | None = option(None, "Where results go; by default beside the run's teacher.", metavar="DIR")
+    config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
+    pretrained_weights: str | None = option(None, "Another way to give CKPT.", metavar="CKPT", names_argument=True)
+    device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
+    no_cache: bool = option(False, "Extract features anew and keep none.", last=True)
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json", last=True)
+    gpus: AtLeastOne | None = option(
+        None, "Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True
+    )
     slurm: Slurm = Slurm()
 
     @classmethod
@@ -107,20 +98,19 @@ class KnnRequest(EvalRequest, command="eval knn"):
         dino2 eval knn runs/demo --train-dataset photos/train --val-dataset photos/val
     """
 
-    nb_knn: Annotated[
-        tuple[AtLeastOne, ...],
-        Option("Numbers of neighbours [10 20 100 200].", flags="--nb-knn --nb_knn", default_text=False),
-    ] = (10, 20, 100, 200)
-    temperature: Annotated[float, Field(ge=1e-4), Option("T of the votes' softmax.")] = 0.07
-    n_per_class_list: Annotated[
-        tuple[Annotated[int, Field(ge=-1)], ...],
-        Option(
-            "Train images of each class; -1 for all [-1].", flags="--n-per-class-list --n-per-class", default_text=False
-        ),
-    ] = (-1,)
-    n_tries: Annotated[AtLeastOne, Option("Random choices of these to average over.")] = 1
-    gather_on_cpu: Annotated[bool, Option("Search on the CPU. Features never need to fit on a GPU.")] = False
-    batch_size: BatchSize = 256
+    nb_knn: tuple[AtLeastOne, ...] = option(
+        (10, 20, 100, 200), "Numbers of neighbours [10 20 100 200].", flags="--nb-knn --nb_knn", default_text=False
+    )
+    temperature: float = option(0.07, "T of the votes' softmax.", ge=1e-4)
+    n_per_class_list: tuple[Annotated[int, Field(ge=-1)], ...] = option(
+        (-1,),
+        "Train images of each class; -1 for all [-1].",
+        flags="--n-per-class-list --n-per-class",
+        default_text=False,
+    )
+    n_tries: AtLeastOne = option(1, "Random choices of these to average over.")
+    gather_on_cpu: bool = option(False, "Search on the CPU. Features never need to fit on a GPU.")
+    batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
 
     @field_validator("n_per_class_list")
     @classmethod
@@ -140,21 +130,19 @@ class LogregRequest(EvalRequest, command="eval logreg"):
         dino2 eval logreg runs/demo --train-dataset photos/train --val-dataset photos/val
     """
 
-    finetune_dataset: Annotated[
-        str | None,
-        Option("Images to choose C on.", flags="--finetune-dataset --finetune-dataset-str", metavar="DATASET"),
-    ] = None
-    finetune_on_val: Annotated[bool, Option("Choose C on the val set instead of a tenth of the train set.")] = False
-    metric_type: Annotated[
-        Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy"],
-        Option("mean_accuracy, mean_per_class_accuracy or per_class_accuracy.", metavar="METRIC"),
-    ] = "mean_accuracy"
-    train_dtype: Annotated[
-        Literal["float64", "float32"], Option("float64, or float32 for less precision.", metavar="DTYPE")
-    ] = "float64"
-    train_features_device: Annotated[str | None, Option("Where to fit; by default where features are made.")] = None
-    max_train_iters: Annotated[AtLeastOne, Option("Steps of L-BFGS for each C.")] = 1000
-    batch_size: BatchSize = 256
+    finetune_dataset: str | None = option(
+        None, "Images to choose C on.", flags="--finetune-dataset --finetune-dataset-str", metavar="DATASET"
+    )
+    finetune_on_val: bool = option(False, "Choose C on the val set instead of a tenth of the train set.")
+    metric_type: Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy"] = option(
+        "mean_accuracy", "mean_accuracy, mean_per_class_accuracy or per_class_accuracy.", metavar="METRIC"
+    )
+    train_dtype: Literal["float64", "float32"] = option(
+        "float64", "float64, or float32 for less precision.", metavar="DTYPE"
+    )
+    train_features_device: str | None = option(None, "Where to fit; by default where features are made.")
+    max_train_iters: AtLeastOne = option(1000, "Steps of L-BFGS for each C.")
+    batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
 
 
 class LinearRequest(EvalRequest, command="eval linear"):
@@ -167,43 +155,37 @@ class LinearRequest(EvalRequest, command="eval linear"):
         dino2 eval linear runs/demo --train-dataset photos/train --val-dataset photos/val --epochs 1
     """
 
-    head: Annotated[
-        str | None,
-        Option(
-            "Evaluate a trained head instead of training: a file of weight and bias, a URL, or a released name "
-            "such as dinov2_vitb14_lc.",
-            flags="--head --classifier-fpath",
-            metavar="HEAD",
-        ),
-    ] = None
-    head_layers: Annotated[int, Option("1 or 4: which of the released heads.")] = 4
-    frozen_crops: Annotated[bool, Option("Fast approximation: train on the features of centre crops.")] = False
-    test_datasets: Annotated[tuple[str, ...], Option("Further datasets to test on.", metavar="DATASET")] = ()
-    test_metric_types: Annotated[
-        tuple[Metric, ...],
-        Option(
-            "For each test dataset: mean_accuracy, mean_per_class_accuracy, per_class_accuracy or "
-            "imagenet_real_accuracy [as val].",
-            metavar="METRIC",
-        ),
-    ] = ()
-    test_class_mapping_fpaths: Annotated[
-        tuple[str, ...], Option("For each test dataset: classes, or None.", metavar="NPY")
-    ] = ()
-    test_labels: Annotated[
-        tuple[str, ...], Option("For each test dataset: .npy or .json labels, or None.", metavar="FILE")
-    ] = ()
-    val_class_mapping_fpath: Annotated[Path | None, Option("Classes of val, with --head.", metavar="NPY")] = None
-    val_metric_type: Annotated[Metric, Option("As --test-metric-types.", metavar="METRIC")] = "mean_accuracy"
-    epochs: Annotated[AtLeastOne, Option("Epochs.")] = 10
-    epoch_length: Annotated[AtLeastOne, Option("Iterations of an epoch.")] = 1250
-    batch_size: Annotated[AtLeastOne, Option("Images in a step on each process.")] = 128
-    learning_rates: Annotated[
-        tuple[float, ...], Option("Rates for a batch of 256 [13 from 1e-5 to 0.1].", default_text=False)
-    ] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-    eval_period_iterations: Annotated[int, Field(ge=0), Option("Iterations between looks at val; 0: none.")] = 1250
-    save_checkpoint_frequency: Annotated[AtLeastOne, Option("Epochs between checkpoints.")] = 1
-    no_resume: Annotated[bool, Option("Start anew even if there is a checkpoint.")] = False
+    head: str | None = option(
+        None,
+        "Evaluate a trained head instead of training: a file of weight and bias, a URL, or a released name "
+        "such as dinov2_vitb14_lc.",
+        flags="--head --classifier-fpath",
+        metavar="HEAD",
+    )
+    head_layers: int = option(4, "1 or 4: which of the released heads.")
+    frozen_crops: bool = option(False, "Fast approximation: train on the features of centre crops.")
+    test_datasets: tuple[str, ...] = option((), "Further datasets to test on.", metavar="DATASET")
+    test_metric_types: tuple[Metric, ...] = option(
+        (),
+        "For each test dataset: mean_accuracy, mean_per_class_accuracy, per_class_accuracy or "
+        "imagenet_real_accuracy [as val].",
+        metavar="METRIC",
+    )
+    test_class_mapping_fpaths: tuple[str, ...] = option((), "For each test dataset: classes, or None.", metavar="NPY")
+    test_labels: tuple[str, ...] = option((), "For each test dataset: .npy or .json labels, or None.", metavar="FILE")
+    val_class_mapping_fpath: Path | None = option(None, "Classes of val, with --head.", metavar="NPY")
+    val_metric_type: Metric = option("mean_accuracy", "As --test-metric-types.", metavar="METRIC")
+    epochs: AtLeastOne = option(10, "Epochs.")
+    epoch_length: AtLeastOne = option(1250, "Iterations of an epoch.")
+    batch_size: AtLeastOne = option(128, "Images in a step on each process.")
+    learning_rates: tuple[float, ...] = option(
+        (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+        "Rates for a batch of 256 [13 from 1e-5 to 0.1].",
+        default_text=False,
+    )
+    eval_period_iterations: int = option(1250, "Iterations between looks at val; 0: none.", ge=0)
+    save_checkpoint_frequency: AtLeastOne = option(1, "Epochs between checkpoints.")
+    no_resume: bool = option(False, "Start anew even if there is a checkpoint.")
 
     @field_validator("head_layers")
     @classmethod
@@ -213,7 +195,7 @@ class LinearRequest(EvalRequest, command="eval linear"):
         return layers
 
     @model_validator(mode="after")
-    def _one_for_each_test_dataset(self) -> "LinearRequest":
+    def _one_for_each_test_dataset(self) -> Self:
         for name in ("test_metric_types", "test_class_mapping_fpaths", "test_labels"):
             given, sets = len(getattr(self, name)), len(self.test_datasets)
             if given not in (0, sets):
@@ -226,7 +208,7 @@ EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnReq
 """What may follow `dino2 eval`, or stand in `evaluation.tasks`."""
 
 
-class EmbedRequest(Request, command="embed", run_by="dinov2cli.eval.embed:run", logs=True):
+class EmbedRequest(FeaturesRequest, command="embed", run_by="dinov2cli.eval.embed:run"):
     """Write the features of every image to a file.
 
     For each image: the class token, the mean patch token, the class tokens of the last four blocks, label and path.
@@ -238,23 +220,19 @@ class EmbedRequest(Request, command="embed", run_by="dinov2cli.eval.embed:run", 
         dino2 embed dinov2_vits14 --data photos --output photos.parquet
     """
 
-    checkpoint: Annotated[str, Argument("A run folder, a weights file, a URL or a released name.", metavar="CKPT")]
-    data: Annotated[str, Option("A folder of images or a dataset string.", metavar="DATASET")]
-    output: Annotated[Path, Option("A .safetensors or .parquet file.", metavar="FEATURES")]
-    config_file: ConfigFile = None
-    batch_size: BatchSize = 256
-    num_workers: NumWorkers = None
-    image_size: ImageSize = None
-    resize_ratio: Annotated[
-        float,
-        Field(ge=1),
-        Option(
-            "Short side to resize to, as a multiple of the image size: 256/224 as in eval knn and linear, 1 as in "
-            "eval logreg.",
-            default_text="256/224",
-            last=True,
-        ),
-    ] = 256 / 224
-    device: Device = None
-    no_cache: NoCache = False
-    as_json: Annotated[bool, Option("Print one JSON object about the file.", flags="--json", last=True)] = False
+    checkpoint: str = argument("A run folder, a weights file, a URL or a released name.", metavar="CKPT")
+    data: str = option(..., "A folder of images or a dataset string.", metavar="DATASET")
+    output: Path = option(..., "A .safetensors or .parquet file.", metavar="FEATURES")
+    config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
+    batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
+    resize_ratio: float = option(
+        256 / 224,
+        "Short side to resize to, as a multiple of the image size: 256/224 as in eval knn and linear, 1 as in "
+        "eval logreg.",
+        ge=1,
+        default_text="256/224",
+        last=True,
+    )
+    device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
+    no_cache: bool = option(False, "Extract features anew and keep none.", last=True)
+    as_json: bool = option(False, "Print one JSON object about the file.", flags="--json", last=True)

@@ -1,14 +1,14 @@
 """The request to write a model in another format."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from dinov2cli.requests.base import Argument, ConfigBeside, Option, Request
+from dinov2cli.requests.base import Request, argument, option
 
 
-class Export(Request, command="export", run_by="dinov2cli.export.exporter:run"):
+class ExportRequest(Request, command="export", run_by="dinov2cli.export.exporter:run"):
     """Write a model in another format, and check that it gives the same features there.
 
     The export is opened by its own ecosystem (transformers, timm, onnxruntime, torch.export), run on random images at
@@ -21,38 +21,29 @@ class Export(Request, command="export", run_by="dinov2cli.export.exporter:run"):
         dino2 export dinov2_vits14_reg --format onnx --output vits14_reg.onnx
     """
 
-    checkpoint: Annotated[
-        str,
-        Argument(
-            "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name; a name ending "
-            "in _lc brings its linear head.",
-            metavar="CKPT",
-        ),
-    ]
-    format: Annotated[
-        Literal["safetensors", "official", "hf", "timm", "onnx", "torch-export"],
-        Option(
-            "safetensors: our weights; official: a flat .pth as released; hf: a folder for transformers; timm: a "
-            ".safetensors for timm; onnx; torch-export: a .pt2."
-        ),
-    ]
-    output: Annotated[Path, Option("The file to write (hf: the folder).", metavar="PATH")]
-    linear_head: Annotated[
-        Path | None, Option("A linear classifier (weight and bias) to go along.", metavar="FILE")
-    ] = None
-    layers: Annotated[int, Option("Released head of a _lc name: on 1 or 4 layers.")] = 4
-    image_size: Annotated[
-        str | None,
-        Option(
-            "onnx, torch-export: one image size only. By default any size that is a multiple of the patch size, two "
-            "patches or more.",
-            metavar="H[xW]",
-        ),
-    ] = None
-    opset: Annotated[int, Field(ge=18, le=23), Option("onnx: operator set.")] = 18
-    config_file: ConfigBeside = None
-    overwrite: Annotated[bool, Option("Replace an existing output.")] = False
-    as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
+    checkpoint: str = argument(
+        "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name; a name ending "
+        "in _lc brings its linear head.",
+        metavar="CKPT",
+    )
+    format: Literal["safetensors", "official", "hf", "timm", "onnx", "torch-export"] = option(
+        ...,
+        "safetensors: our weights; official: a flat .pth as released; hf: a folder for transformers; timm: a "
+        ".safetensors for timm; onnx; torch-export: a .pt2.",
+    )
+    output: Path = option(..., "The file to write (hf: the folder).", metavar="PATH")
+    linear_head: Path | None = option(None, "A linear classifier (weight and bias) to go along.", metavar="FILE")
+    layers: int = option(4, "Released head of a _lc name: on 1 or 4 layers.")
+    image_size: str | None = option(
+        None,
+        "onnx, torch-export: one image size only. By default any size that is a multiple of the patch size, two "
+        "patches or more.",
+        metavar="H[xW]",
+    )
+    opset: int = option(18, "onnx: operator set.", ge=18, le=23)
+    config_file: Path | None = option(None, "The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")
+    overwrite: bool = option(False, "Replace an existing output.")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
     def size(self) -> tuple[int, int] | None:
         """(height, width) in pixels that `image_size` says."""

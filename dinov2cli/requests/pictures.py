@@ -1,46 +1,30 @@
 """Requests for pictures of what a model sees."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
+from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 
 DEFAULT_MODEL = "dinov2_vits14_reg"
+INPUTS = "INPUT... OUTPUT"
 Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
 Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
 
 
-Foreground = Annotated[
-    str,
-    Option(
-        "Which patches get colour: split by the first component (auto), all (none), or those above a threshold from 0 "
-        "to 1.",
-        metavar="auto|none|THRESHOLD",
-    ),
-]
-Upsampling = Annotated[Literal["nearest", "bicubic"], Option("From patches to pixels.")]
-SaveBasis = Annotated[Path | None, Option("Keep the colours for other pictures.", metavar="FILE.npz")]
-Basis = Annotated[Path | None, Option("Use colours kept by --save-basis.", metavar="FILE.npz")]
-BatchSize = Annotated[AtLeastOne | None, Option("Pictures at a time. Default: what the memory holds.")]
-
-
-class Pictures(Request):
+class PicturesRequest(Request):
     """What the commands that draw share: inputs, then the output."""
 
-    paths: Annotated[Paths, Argument("Inputs, then the output.")]
-    model: Annotated[
-        str | None,
-        Option(
-            "Run folder, weights file, Hugging Face folder, URL or released name. "
-            f"Default: {DEFAULT_MODEL}, downloaded once.",
-            metavar="CKPT",
-        ),
-    ] = None
-    resolution: Annotated[int, Field(ge=1, le=512), Option("Patches along the short side of the picture.")] = 32
-    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", last=True)] = "auto"
+    paths: Paths = argument("Images or folders of images, then the output.", metavar=INPUTS)
+    model: str | None = option(
+        None,
+        "Run folder, weights file, Hugging Face folder, URL or released name. "
+        f"Default: {DEFAULT_MODEL}, downloaded once.",
+        metavar="CKPT",
+    )
+    resolution: int = option(32, "Patches along the short side of the picture.", ge=1, le=512)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -51,7 +35,7 @@ class Pictures(Request):
         return self.paths[-1]
 
     @model_validator(mode="after")
-    def _output_is_another(self) -> "Pictures":
+    def _output_is_another(self) -> Self:
         if len(self.paths) < 2:
             raise ValueError(f"{self.output}: this is the input; name the output after it")
         if self.output.resolve() in {path.resolve() for path in self.inputs}:
@@ -59,7 +43,22 @@ class Pictures(Request):
         return self
 
 
-class PcaImage(Pictures, command="pca-image", run_by="dinov2cli.visualize.pca_image:run"):
+class PcaRequest(PicturesRequest):
+    """What `pca-image` and `pca-video` share."""
+
+    foreground: str = option(
+        "auto",
+        "Which patches get colour: split by the first component (auto), all (none), or those above a threshold from 0 "
+        "to 1.",
+        metavar="auto|none|THRESHOLD",
+    )
+    layout: Layout | None = option(None, "What a picture shows. Default: pca, and side-by-side on a sheet.")
+    upsampling: Literal["nearest", "bicubic"] = option("bicubic", "From patches to pixels.")
+    batch_size: AtLeastOne | None = option(None, "Pictures at a time. Default: what the memory holds.", last=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", last=True)
+
+
+class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visualize.pca_image:run"):
     """Show photos as the model sees them: principal components of their patch features as colours.
 
     All photos share one set of colours: what the model takes for the same thing has the same colour in each. OUTPUT
@@ -71,19 +70,12 @@ class PcaImage(Pictures, command="pca-image", run_by="dinov2cli.visualize.pca_im
         dino2 pca-image dog.jpg other-dog.jpg dogs.png --model RUN
     """
 
-    paths: Annotated[
-        Paths,
-        Argument("Images, folders of images or SamplePhotos (built in), then the output.", metavar="INPUT... OUTPUT"),
-    ]
-    foreground: Foreground = "auto"
-    layout: Annotated[Layout | None, Option("What a picture shows. Default: pca, and side-by-side on a sheet.")] = None
-    upsampling: Upsampling = "bicubic"
-    save_basis: SaveBasis = None
-    basis: Basis = None
-    batch_size: BatchSize = None
+    paths: Paths = argument("Images, folders of images or SamplePhotos (built in), then the output.", metavar=INPUTS)
+    save_basis: Path | None = option(None, "Keep the colours for other pictures.", metavar="FILE.npz")
+    basis: Path | None = option(None, "Use colours kept by --save-basis.", metavar="FILE.npz")
 
 
-class PcaVideo(Pictures, command="pca-video", run_by="dinov2cli.visualize.pca_video:run"):
+class PcaVideoRequest(PcaRequest, command="pca-video", run_by="dinov2cli.visualize.pca_video:run"):
     """Show a video as the model sees it: principal components of its patch features as colours.
 
     INPUT is anything FFmpeg reads, or a folder of images. OUTPUT is a video (`.mp4`, `.mov`, `.mkv`; H.264), a
@@ -99,23 +91,20 @@ class PcaVideo(Pictures, command="pca-video", run_by="dinov2cli.visualize.pca_vi
         dino2 pca-video walk.mp4 walk-pca.mp4 --layout side-by-side
     """
 
-    paths: Annotated[Paths, Argument("Videos or folders of images, then the output.", metavar="INPUT... OUTPUT")]
-    foreground: Foreground = "auto"
-    layout: Annotated[Layout, Option("What a frame shows.")] = "pca"
-    upsampling: Upsampling = "bicubic"
-    format: Annotated[
-        Literal["mp4", "gif", "png"], Option("With several inputs: what to write for each into the folder OUTPUT.")
-    ] = "mp4"
-    save_basis: SaveBasis = None
-    basis: Basis = None
-    fit_frames: Annotated[AtLeastOne, Option("Frames, evenly over all inputs, that the colours are fitted to.")] = 64
-    fps: Annotated[float | None, Field(ge=0.01), Option("Frames a second of a folder of images (default 10).")] = None
-    audio: Annotated[bool, Option("Keep the sound (mp4, mov, mkv).")] = True
-    steady: Annotated[bool, Option("Average out sensor noise where the picture stands still.")] = True
-    batch_size: BatchSize = None
+    paths: Paths = argument("Videos or folders of images, then the output.", metavar=INPUTS)
+    layout: Layout = option("pca", "What a frame shows.")
+    format: Literal["mp4", "gif", "png"] = option(
+        "mp4", "With several inputs: what to write for each into the folder OUTPUT."
+    )
+    save_basis: Path | None = option(None, "Keep the colours for other pictures.", metavar="FILE.npz")
+    basis: Path | None = option(None, "Use colours kept by --save-basis.", metavar="FILE.npz")
+    fit_frames: AtLeastOne = option(64, "Frames, evenly over all inputs, that the colours are fitted to.")
+    fps: float | None = option(None, "Frames a second of a folder of images (default 10).", ge=0.01)
+    audio: bool = option(True, "Keep the sound (mp4, mov, mkv).")
+    steady: bool = option(True, "Average out sensor noise where the picture stands still.")
 
 
-class Attention(Pictures, command="attention", run_by="dinov2cli.visualize.attention_maps:run"):
+class AttentionRequest(PicturesRequest, command="attention", run_by="dinov2cli.visualize.attention_maps:run"):
     """Show where the class token and each register look, as the mean over the heads and head by head.
 
     OUTPUT is a `.png` file, a sheet with one row for the class token and one for each register of each image:
@@ -127,6 +116,6 @@ class Attention(Pictures, command="attention", run_by="dinov2cli.visualize.atten
         dino2 attention dog.jpg dog-attention.png --model RUN
     """
 
-    paths: Annotated[Paths, Argument("Images or folders of images, then the output.", metavar="INPUT... OUTPUT")]
-    block: Annotated[int, Option("Index of the block; -1 is the last.")] = -1
-    overlay: Annotated[bool, Option("Draw the maps over the photo.")] = False
+    block: int = option(-1, "Index of the block; -1 is the last.")
+    overlay: bool = option(False, "Draw the maps over the photo.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")

@@ -1,15 +1,14 @@
 """Requests about what is there: data, weights, runs, presets."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dinov2cli.requests.base import Argument, AsJson, AtLeastOne, ConfigBeside, Option, Request
-from dinov2cli.requests.train import ConfigFile
+from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 
 
-class PrepareImagenet(Request, command="prepare-imagenet", run_by="dinov2cli.data.prepare.run:run"):
+class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2cli.data.prepare.run:run"):
     """Prepare ImageNet-1k, a subset of it, or ImageNet-22k for training.
 
     Writes `entries-<SPLIT>.npy`, `class-ids-<SPLIT>.npy` and `class-names-<SPLIT>.npy` (22k: `entries.npy` and
@@ -23,24 +22,22 @@ class PrepareImagenet(Request, command="prepare-imagenet", run_by="dinov2cli.dat
         dino2 prepare-imagenet --root /data/imagenet --check
     """
 
-    root: Annotated[Path, Option("Folder with train/, val/, test/ (22k: with the <wnid>.tar files).")]
-    extra: Annotated[Path | None, Option("Folder to write the metadata files to.", default_text="the root")] = None
-    split: Annotated[
-        tuple[Literal["TRAIN", "VAL", "TEST"], ...],
-        Option("Split to prepare; repeatable.", default_text="all that are there"),
-    ] = ()
-    variant: Annotated[Literal["1k", "22k"], Option("ImageNet-1k, or ImageNet-22k as tars.")] = "1k"
-    check: Annotated[bool, Option("Write nothing; verify layout, labels.txt, counts, and open a sample.")] = False
-    force: Annotated[bool, Option("Write files anew that are there already.")] = False
-    write_labels: Annotated[bool, Option("Make labels.txt from the class folders' names first.")] = False
-    val_labels: Annotated[
-        Path | None,
-        Option("Sort a flat val/ into class folders first, by the devkit's ground truth or 'image class-id' lines."),
-    ] = None
-    link: Annotated[bool, Option("With --val-labels: link from the class folders instead of moving.")] = False
+    root: Path = option(..., "Folder with train/, val/, test/ (22k: with the <wnid>.tar files).")
+    extra: Path | None = option(None, "Folder to write the metadata files to.", default_text="the root")
+    split: tuple[Literal["TRAIN", "VAL", "TEST"], ...] = option(
+        (), "Split to prepare; repeatable.", default_text="all that are there"
+    )
+    variant: Literal["1k", "22k"] = option("1k", "ImageNet-1k, or ImageNet-22k as tars.")
+    check: bool = option(False, "Write nothing; verify layout, labels.txt, counts, and open a sample.")
+    force: bool = option(False, "Write files anew that are there already.")
+    write_labels: bool = option(False, "Make labels.txt from the class folders' names first.")
+    val_labels: Path | None = option(
+        None, "Sort a flat val/ into class folders first, by the devkit's ground truth or 'image class-id' lines."
+    )
+    link: bool = option(False, "With --val-labels: link from the class folders instead of moving.")
 
     @model_validator(mode="after")
-    def _goes_together(self) -> "PrepareImagenet":
+    def _goes_together(self) -> Self:
         if self.link and not self.val_labels:
             raise ValueError("--link goes with --val-labels")
         if self.variant == "22k" and (self.split or self.check or self.write_labels or self.val_labels):
@@ -48,7 +45,7 @@ class PrepareImagenet(Request, command="prepare-imagenet", run_by="dinov2cli.dat
         return self
 
 
-class Info(Request, command="info", run_by="dinov2cli.export.description:run"):
+class InfoRequest(Request, command="info", run_by="dinov2cli.export.description:run"):
     """Say what a checkpoint is: architecture, parameters, layout, training state, provenance.
 
     The weights are read and checked as for loading them; what is no DINOv2 backbone is refused, and named.
@@ -58,18 +55,15 @@ class Info(Request, command="info", run_by="dinov2cli.export.description:run"):
         dino2 info runs/demo
     """
 
-    checkpoint: Annotated[
-        str,
-        Argument(
-            "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name.", metavar="CKPT"
-        ),
-    ]
-    config_file: ConfigBeside = None
-    digest: Annotated[bool, Option("Also compute the files' SHA-256.", flags="--sha256")] = False
-    as_json: Annotated[bool, Option("Print one JSON object.", flags="--json")] = False
+    checkpoint: str = argument(
+        "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name.", metavar="CKPT"
+    )
+    config_file: Path | None = option(None, "The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")
+    digest: bool = option(False, "Also compute the files' SHA-256.", flags="--sha256")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
 
 
-class Plot(Request, command="plot", run_by="dinov2cli.visualize.run_plot:run"):
+class PlotRequest(Request, command="plot", run_by="dinov2cli.visualize.run_plot:run"):
     """Plot losses, schedules, monitors and evaluation scores of one or several runs.
 
     Reads what training and evaluation wrote into the run folders; a run may still be going on. Needs matplotlib:
@@ -80,17 +74,16 @@ class Plot(Request, command="plot", run_by="dinov2cli.visualize.run_plot:run"):
         dino2 plot runs/baseline runs/larger-lr --output compare.html --smooth 20
     """
 
-    runs: Annotated[
-        tuple[Path, ...], Field(min_length=1), Argument("Run folders; their curves are overlaid.", metavar="RUN...")
-    ]
-    output: Annotated[
-        Path | None,
-        Option("A .png or a self-contained .html. Default: plot.png in the first run.", flags="--output -o"),
-    ] = None
-    smooth: Annotated[AtLeastOne, Option("Logged points in the moving mean drawn over the raw curve.")] = 1
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)] = argument(
+        "Run folders; their curves are overlaid.", metavar="RUN..."
+    )
+    output: Path | None = option(
+        None, "A .png or a self-contained .html. Default: plot.png in the first run.", flags="--output -o"
+    )
+    smooth: AtLeastOne = option(1, "Logged points in the moving mean drawn over the raw curve.")
 
 
-class Results(Request, command="results", run_by="dinov2cli.eval.reports:run"):
+class ResultsRequest(Request, command="results", run_by="dinov2cli.eval.reports:run"):
     """Show all evaluations of a run's checkpoints, with 95 % confidence intervals.
 
     The intervals say how sure the accuracy is for the number of images it was measured on.
@@ -100,12 +93,12 @@ class Results(Request, command="results", run_by="dinov2cli.eval.reports:run"):
         dino2 results runs/demo
     """
 
-    run: Annotated[Path, Argument("A run folder, or a results.json.", metavar="RUN", default_text=False)]
-    task: Annotated[str | None, Option("Only knn, logreg or linear.")] = None
-    as_json: AsJson = False
+    run: Path = argument("A run folder, or a results.json.", metavar="RUN", default_text=False)
+    task: str | None = option(None, "Only knn, logreg or linear.")
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
 
 
-class Status(Request, command="status", run_by="dinov2cli.launch.status:run"):
+class StatusRequest(Request, command="status", run_by="dinov2cli.launch.status:run"):
     """Show how far a run is, how fast, and whether all its processes are well.
 
     It reads the run folder, from any machine that sees it, and asks Slurm where the run was submitted. "Slowest" is the
@@ -116,11 +109,11 @@ class Status(Request, command="status", run_by="dinov2cli.launch.status:run"):
         dino2 status runs/demo
     """
 
-    run: Annotated[Path, Argument("A run folder.", metavar="RUN", default_text=False)]
-    as_json: Annotated[bool, Option("Print one JSON object instead.", flags="--json")] = False
+    run: Path = argument("A run folder.", metavar="RUN", default_text=False)
+    as_json: bool = option(False, "Print one JSON object instead.", flags="--json")
 
 
-class ListPresets(Request, command="presets list", run_by="dinov2cli.config.show:list_them"):
+class ListPresetsRequest(Request, command="presets list", run_by="dinov2cli.config.show:list_them"):
     """List the presets, with what each is for.
 
     Example:
@@ -128,10 +121,10 @@ class ListPresets(Request, command="presets list", run_by="dinov2cli.config.show
         dino2 presets list
     """
 
-    as_json: AsJson = False
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
 
 
-class ShowPreset(Request, command="presets show", run_by="dinov2cli.config.show:show"):
+class ShowPresetRequest(Request, command="presets show", run_by="dinov2cli.config.show:show"):
     """Print a preset as YAML: its difference from the defaults, or everything.
 
     Example:
@@ -141,13 +134,11 @@ class ShowPreset(Request, command="presets show", run_by="dinov2cli.config.show:
         dino2 train --config-file mine.yaml --output-dir RUN
     """
 
-    name: Annotated[str, Argument("Name of a preset, as `dino2 presets list` prints it.", completes="presets")]
-    full: Annotated[bool, Option("Print every key, with its meaning and what it takes, not only the differences.")] = (
-        False
-    )
+    name: str = argument("Name of a preset, as `dino2 presets list` prints it.", completes="presets")
+    full: bool = option(False, "Print every key, with its meaning and what it takes, not only the differences.")
 
 
-class Doctor(Request, command="doctor", run_by="dinov2cli.doctor.report:run", logs=True):
+class DoctorRequest(Request, command="doctor", run_by="dinov2cli.doctor.report:run", logs=True):
     """Check machine, data and run folder before a training, and say what to do about what is wrong.
 
     Takes the options of dino2 train. Without any, it examines the machine alone; with --data also whether the images
@@ -161,20 +152,17 @@ class Doctor(Request, command="doctor", run_by="dinov2cli.doctor.report:run", lo
         torchrun --nproc-per-node 8 -m dinov2cli doctor runs/photos
     """
 
-    arguments: Annotated[
-        tuple[str, ...],
-        Argument(
-            "A run folder whose configuration, data and folder are examined; then changes of single keys.",
-            metavar="[RUN] [a.b=value ...]",
-            default_text=False,
-        ),
-    ] = ()
-    preset: Annotated[
-        str | None,
-        Option("The configuration of a run to come; see dino2 presets list.", metavar="NAME", completes="presets"),
-    ] = None
-    config_file: ConfigFile = None
-    data: Annotated[str | None, Option("The training images: a folder or a dataset string.", metavar="DATASET")] = None
-    output_dir: Annotated[Path | None, Option("Where the run folder is going to be.", metavar="DIR")] = None
-    cpu: Annotated[bool, Option("As if training on the CPU even if there is a GPU.")] = False
-    as_json: AsJson = False
+    arguments: tuple[str, ...] = argument(
+        "A run folder whose configuration, data and folder are examined; then changes of single keys.",
+        default=(),
+        metavar="[RUN] [a.b=value ...]",
+        default_text=False,
+    )
+    preset: str | None = option(
+        None, "The configuration of a run to come; see dino2 presets list.", metavar="NAME", completes="presets"
+    )
+    config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
+    data: str | None = option(None, "The training images: a folder or a dataset string.", metavar="DATASET")
+    output_dir: Path | None = option(None, "Where the run folder is going to be.", metavar="DIR")
+    cpu: bool = option(False, "As if training on the CPU even if there is a GPU.")
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")

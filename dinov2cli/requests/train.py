@@ -1,17 +1,37 @@
 """The request to train."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Self
 
 from pydantic import model_validator
 
-from dinov2cli.requests.base import Argument, AtLeastOne, Option, Request
+from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
 from dinov2cli.requests.launch import Slurm
 
-ConfigFile = Annotated[Path | None, Option("A configuration file instead of a preset.", metavar="YAML")]
+
+class ConfiguredRequest(Request):
+    """What commands share that make a configuration: of a preset or of a file, and changes of single keys."""
+
+    overrides: tuple[str, ...] = argument(
+        "Changes of single keys, such as optim.epochs=10.", default=(), metavar=OVERRIDES, completes="overrides"
+    )
+    preset: str | None = option(
+        None, "A ready configuration; see dino2 presets list.", metavar="NAME", completes="presets"
+    )
+    config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
+
+    @model_validator(mode="after")
+    def _one_configuration(self) -> Self:
+        if self.config_file and self.preset and "preset" in self.model_fields_set:
+            raise ValueError(
+                "--preset and --config-file are both given; choose one and change single keys with a.b=value"
+            )
+        return self
 
 
-class Train(Request, command="train", run_by="dinov2cli.start:run", launched_by="dinov2cli.start:launch", logs=True):
+class TrainRequest(
+    ConfiguredRequest, command="train", run_by="dinov2cli.start:run", launched_by="dinov2cli.start:launch", logs=True
+):
     """Pretrain a vision transformer with DINOv2 on a set of images.
 
     Ctrl-C saves; the same command resumes, with the same losses as if it had never stopped. The run folder gets
@@ -31,51 +51,27 @@ class Train(Request, command="train", run_by="dinov2cli.start:run", launched_by=
         dino2 train --preset vitl14 --output-dir runs/vitl14 --nodes 12 --gpus 8 --partition gpu --timeout-min 1440
     """
 
-    overrides: Annotated[
-        tuple[str, ...],
-        Argument("Changes of single keys, such as optim.epochs=10.", metavar="[a.b=value ...]", completes="overrides"),
-    ] = ()
-    preset: Annotated[
-        str | None, Option("A ready configuration; see dino2 presets list.", metavar="NAME", completes="presets")
-    ] = None
-    config_file: ConfigFile = None
-    data: Annotated[
-        str | None,
-        Option(
-            "A folder of images, or a string such as ImageNet:split=TRAIN:root=/data:extra=/data. "
-            "Short for train.dataset_path.",
-            metavar="DATASET",
-        ),
-    ] = None
-    output_dir: Annotated[
-        Path | None, Option("The run folder. If it holds a run, that run is resumed.", metavar="DIR")
-    ] = None
-    gpus: Annotated[
-        AtLeastOne | None,
-        Option(
-            "GPUs to use on each machine, a process for each [all; with Slurm 8]; with --cpu, processes [1].",
-            metavar="N",
-        ),
-    ] = None
-    cpu: Annotated[bool, Option("Train on the CPU even if there is a GPU.")] = False
-    init_from: Annotated[
-        str | None,
-        Option(
-            "Start student and teacher from these backbone weights: a run, a file, a URL or a released name. "
-            "Short for student.pretrained_weights.",
-            metavar="WEIGHTS",
-        ),
-    ] = None
-    no_resume: Annotated[bool, Option("Start over; an earlier run's files move to previous_1/ and so on.")] = False
-    dry_run: Annotated[
-        bool, Option("Check everything, estimate time and memory; do not train. With Slurm options: print the script.")
-    ] = False
+    data: str | None = option(
+        None,
+        "A folder of images, or a string such as ImageNet:split=TRAIN:root=/data:extra=/data. "
+        "Short for train.dataset_path.",
+        metavar="DATASET",
+    )
+    output_dir: Path | None = option(None, "The run folder. If it holds a run, that run is resumed.", metavar="DIR")
+    gpus: AtLeastOne | None = option(
+        None,
+        "GPUs to use on each machine, a process for each [all; with Slurm 8]; with --cpu, processes [1].",
+        metavar="N",
+    )
+    cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
+    init_from: str | None = option(
+        None,
+        "Start student and teacher from these backbone weights: a run, a file, a URL or a released name. "
+        "Short for student.pretrained_weights.",
+        metavar="WEIGHTS",
+    )
+    no_resume: bool = option(False, "Start over; an earlier run's files move to previous_1/ and so on.")
+    dry_run: bool = option(
+        False, "Check everything, estimate time and memory; do not train. With Slurm options: print the script."
+    )
     slurm: Slurm = Slurm()
-
-    @model_validator(mode="after")
-    def _one_configuration(self) -> "Train":
-        if self.preset and self.config_file:
-            raise ValueError(
-                "--preset and --config-file are both given; choose one and change single keys with a.b=value"
-            )
-        return self

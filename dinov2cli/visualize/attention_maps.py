@@ -15,13 +15,13 @@ from dinov2cli.data.augmentations import normalize
 from dinov2cli.data.decoding import read_image
 from dinov2cli.errors import DataError
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import Attention
+from dinov2cli.requests.pictures import AttentionRequest
 from dinov2cli.visualize.features import PatchFeatures, Picture, resize
 from dinov2cli.visualize.pictures import Written, check_picture_output, expand_inputs, load_picture_model, save_picture
 from dinov2cli.visualize.rendering import sheet
 
 
-def run(request: Attention) -> Written:
+def run(request: AttentionRequest) -> Written:
     """Draw what `dino2 attention` asks for; the errors are those of `dino2 pca-image`."""
     output = request.output
     pictures = expand_inputs(request.inputs)

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from dinov2cli.data.decoding import read_image
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import PcaImage
+from dinov2cli.requests.pictures import PcaImageRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, Picture
 from dinov2cli.visualize.pictures import Written, check_picture_output, expand_inputs, load_picture_model, save_picture
 from dinov2cli.visualize.rendering import render, sheet
 
 
-def run(request: PcaImage) -> Written:
+def run(request: PcaImageRequest) -> Written:
     """Draw what `dino2 pca-image` asks for.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dinov2cli.console import interruption, logger, progress
 from dinov2cli.errors import DataError
-from dinov2cli.requests.pictures import PcaVideo
+from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, resize
 from dinov2cli.visualize.pictures import Written, load_picture_model
@@ -24,7 +24,7 @@ Advance = Callable[[int], object]
 """Called with the number of frames that were just finished."""
 
 
-def run(request: PcaVideo) -> Written:
+def run(request: PcaVideoRequest) -> Written:
     """Render what `dino2 pca-video` asks for.
 
     Raises:
@@ -60,7 +60,7 @@ def run(request: PcaVideo) -> Written:
     return Written(tuple(written))
 
 
-def _outputs(request: PcaVideo) -> list[Path]:
+def _outputs(request: PcaVideoRequest) -> list[Path]:
     inputs, output = request.inputs, request.output
     if len(inputs) == 1:
         return [output]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import write_bytes, writing
-from dinov2cli.requests.tools import Plot
+from dinov2cli.requests.tools import PlotRequest
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Iterations and values, both float64 [n]; values that were not finite are nan."""
@@ -36,7 +36,7 @@ class Run:
     curves: dict[tuple[str, str], Curve]
 
 
-def run(request: Plot) -> Path:
+def run(request: PlotRequest) -> Path:
     """Plot as the request asks, and return the file; the errors are those of `read_run` and `plot_runs`."""
     first = request.runs[0]
     target = request.output or (first if first.is_dir() else first.parent) / "plot.png"

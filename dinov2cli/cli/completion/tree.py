@@ -1,12 +1,13 @@
 """The command line as plain data: commands, options, and what may follow each. For completion scripts and tests."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from dinov2cli.cli import command
-from dinov2cli.requests.base import Argument, Request
+from dinov2cli.requests.base import Request
 
 # What may stand in place of a value when it is not one of a few words.
 FILES, FOLDERS, ANYTHING = "files", "folders", "anything"
@@ -89,17 +90,15 @@ def command_tree(
         *group, leaf = words.split()
         above = below[group[0]] if group else root
         found = tuple(_parameter(each) for each in command.parameters(request))
-        above.commands[leaf] = Command((*above.path, leaf), command.help_of(request), (*found, HELP))
+        above.commands[leaf] = Command((*above.path, leaf), inspect.getdoc(request) or "", (*found, HELP))
     root.commands.update(below)
     return root
 
 
 def _parameter(each: command.Parameter) -> Parameter:
-    option = each.option
-    is_option = not isinstance(option, Argument)
     return Parameter(
-        flags=tuple(spelling for flag in each.flags for spelling in flag.split("/")) if is_option else (),
-        help=" ".join(option.help.split()),
+        flags=() if each.is_argument else tuple(spelling for flag in each.flags for spelling in flag.split("/")),
+        help=" ".join((each.field.description or "").split()),
         takes_value=each.plain is not bool,
         words=_words(each),
         kind=FOLDERS if each.name.endswith(("_dir", "folder")) else FILES if each.plain in (str, Path) else ANYTHING,
@@ -108,6 +107,6 @@ def _parameter(each: command.Parameter) -> Parameter:
 
 
 def _words(each: command.Parameter) -> tuple[tuple[str, str], ...]:
-    if each.option.completes:
-        return tuple(command.COMPLETERS[each.option.completes](""))
+    if "completes" in each.typed:
+        return tuple(command.COMPLETERS[each.typed["completes"]](""))
     return tuple((str(word), "") for word in get_args(each.plain)) if get_origin(each.plain) is Literal else ()

@@ -10,10 +10,10 @@ from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
 from dinov2cli.data.prepare.labels import Labels, read_labels, write_labels
 from dinov2cli.data.prepare.val_folders import sort_val
 from dinov2cli.errors import DataError
-from dinov2cli.requests.tools import PrepareImagenet
+from dinov2cli.requests.tools import PrepareImagenetRequest
 
 
-def run(request: PrepareImagenet) -> None:
+def run(request: PrepareImagenetRequest) -> None:
     """Do what a request asks, saying what is written and found.
 
     Raises:
@@ -26,7 +26,7 @@ def run(request: PrepareImagenet) -> None:
     (_prepare_22k if request.variant == "22k" else _prepare_1k)(root, extra, request)
 
 
-def _prepare_1k(root: Path, extra: Path, request: PrepareImagenet) -> None:
+def _prepare_1k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:
     if request.val_labels is not None:
         count = sort_val(root, request.val_labels, "link" if request.link else "move")
         _say(f"val: {count} images {'linked from' if request.link else 'moved to'} their class folders")
@@ -73,7 +73,7 @@ def _check(root: Path, splits: list[Split], labels: Labels) -> None:
     _say("no problems found")
 
 
-def _prepare_22k(root: Path, extra: Path, request: PrepareImagenet) -> None:
+def _prepare_22k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:
     if not request.force and (extra / "entries.npy").is_file() and (extra / "class-ids.npy").is_file():
         _say(f"already prepared in {extra}; --force writes the files anew")
         return
