@@ -41,14 +41,12 @@ def process_group(*, alone: bool = False) -> Iterator[None]:
     try:
         if together:
             store, rank, world_size = next(dist.rendezvous("env://"))
-            # The agent keeps one store over all restarts, with the addresses of the processes that are gone in it.
-            store = dist.PrefixStore(f"start {os.environ.get('DINO2_START', 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     except (RuntimeError, ValueError) as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise  # an agent started this process and will start it again
+        if {"TORCHELASTIC_RUN_ID", "DINO2_NOTES"} & os.environ.keys():
+            raise  # whoever started this process will start it again
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise EnvironmentProblem(
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at {where}: "

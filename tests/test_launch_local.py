@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -297,6 +298,46 @@ def test_the_first_error_counts_not_those_that_follow_from_it(tmp_path: Path) ->
     assert result.returncode == 2
     assert result.stdout == "Dino2Error no such folder\nlook again\n"
     assert not read_restarts(tmp_path / "run")
+
+
+TWO_MACHINES = """
+import sys
+from pathlib import Path
+from torch.distributed import TCPStore
+from dinov2cli.console import set_up_logging
+from dinov2cli.launch.supervisor import Group, supervise
+set_up_logging()
+node, port = int(sys.argv[4]), int(sys.argv[5])
+store = TCPStore("localhost", port, is_master=node == 0, wait_for_workers=False)
+supervise(Group(["-c", sys.argv[1]], 2, Path(sys.argv[2]), Path(sys.argv[3]), session="s", nodes=2, node=node), store)
+"""
+
+
+def test_a_death_on_one_machine_starts_the_processes_of_both_again(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, signal, time
+        import torch.distributed as dist
+        from pathlib import Path
+        rank, start = os.environ["RANK"], Path(os.environ["DINO2_NOTES"]).name
+        dist.init_process_group("gloo")
+        dist.barrier()
+        (Path({str(tmp_path)!r}) / f"{{start}} rank {{rank}} local {{os.environ['LOCAL_RANK']}}").touch()
+        dist.barrier()
+        if start == "start_0":
+            if rank == "3":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", TWO_MACHINES, code, str(tmp_path / "notes"), str(tmp_path / "run")]
+    machines = [subprocess.Popen([*words, str(node), str(port)], env=ENVIRONMENT) for node in (0, 1)]
+    assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    (restart,) = read_restarts(tmp_path / "run")
+    assert (restart.kind, restart.rank, restart.reason) == ("death", 3, "was killed (SIGKILL)")
+    seen = sorted(path.name for path in tmp_path.glob("start_*"))
+    assert seen == [f"start_{start} rank {rank} local {rank % 2}" for start in (0, 1) for rank in range(4)]
 
 
 def test_kills_are_forgiven_longer_than_crashes() -> None:

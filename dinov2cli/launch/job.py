@@ -13,6 +13,7 @@ from dinov2cli.requests.launch import Slurm
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+    from torch.distributed import Store
 
     from dinov2cli.launch.restarts import Restart
     from dinov2cli.launch.supervisor import Group
@@ -101,16 +102,17 @@ class NodeTask:
             return Restart("death", "a machine's task was killed", -1, iteration, job)
         return Restart("requeue", f"job {job} was requeued", -1, iteration, job)
 
-    def meet(self, group: "Group", job: str, start: int, address: str) -> Any:
-        """The rendezvous of the job's machines: at the first one, which says its port in a file."""
+    def meet(self, group: "Group", job: str, start: int, address: str) -> "Store":
+        """The store of the job's machines: at the first one, which says its port in a file."""
+        from torch.distributed import TCPStore
+
         from dinov2cli.errors import EnvironmentProblem
-        from dinov2cli.launch.supervisor import make_rendezvous
 
         place = Path(self.folder) / f"rendezvous_{job}_{start}"
         if group.node == 0:
-            rendezvous, port = make_rendezvous(f"{address}:0", group, address, is_host=True)
-            write_text(place, f"{address}:{port}")
-            return rendezvous
+            store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            write_text(place, f"{address}:{store.port}")
+            return store
         until = time.monotonic() + MEETING_S
         while not place.exists():
             if time.monotonic() > until:
@@ -119,7 +121,8 @@ class NodeTask:
                     "Is the run folder on a file system that all machines share? The first machine's log tells more.",
                 )
             time.sleep(0.5)
-        return make_rendezvous(place.read_text(), group, address, is_host=False)[0]
+        host, _, port = place.read_text().rpartition(":")
+        return TCPStore(host, int(port), is_master=False, wait_for_workers=False)
 
 
 def job_start() -> int:

@@ -1,7 +1,6 @@
 """How each worker ended, in a folder that the supervisor reads.
 
-torch's elastic agent knows of a worker only whether its exit code is 0, and restarts all if one is not. A worker that
-ends on purpose (the user's error, an interruption) therefore exits with 0 and leaves a note; one that fails
+A worker that ends on purpose (the user's error, an interruption) exits with 0 and leaves a note; one that fails
 unexpectedly leaves its traceback and exits with 1. A worker without a note was killed.
 """
 

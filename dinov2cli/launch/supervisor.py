@@ -1,36 +1,31 @@
-"""Several processes of one command, under torchrun's elastic agent: started, told of signals, restarted, ended.
+"""Several processes of one command: started, told of signals, restarted, ended.
 
-The agent does the work: rendezvous, ranks, starting and watching. Added to it is what a run of days needs. A signal is
+Each machine has one supervisor; its workers are its children, with torchrun's variables. Supervisors of several
+machines meet in a store that the first one keeps, before every start: it decides for all whether to go on. A signal is
 handed on to the workers once, and they get all the time they want to save. A worker that dies takes the others with
 it at once, and all start again from the last checkpoint, as often as that brings the run forward. What ended the run
 is known and said once.
 """
 
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-from torch.distributed import TCPStore
-from torch.distributed.elastic.agent.server import WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed import DistError, HashStore, Store
 
 from dinov2cli.console import Interrupted, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
-from dinov2cli.launch.environment import NOTES_FOLDER, START, SUPERVISOR_PID
+from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
 from dinov2cli.launch.notes import Note, cause, read_notes, time_of_mark, write_note
 from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_restarts, record_restart
 
@@ -39,10 +34,11 @@ LAST_WORDS = 3.0
 PATIENCE = 30.0
 """Seconds that the other workers get to end after one has reported an error."""
 JOINING = 120.0
-"""Seconds from when all workers of a machine are ready to join the others until they have joined, times the machines.
-
-Joining takes a second, but a lost connection is waited for for hours.
-"""
+"""Seconds from when all workers of a machine are ready until they have joined the others, times the machines."""
+MEETING = 900.0
+"""Seconds that the supervisors of several machines wait for each other."""
+PARTING = 30.0
+"""Seconds that the first machine keeps the store for the others at the end, and that a killed process is waited for."""
 
 
 @dataclass(frozen=True)
@@ -70,39 +66,27 @@ class Group:
     first_start: Restart | None = None
 
 
-def supervise(group: Group, rendezvous: "RendezvousHandler | None" = None, address: str = "localhost") -> None:
+def supervise(group: Group, store: Store | None = None, address: str = "localhost") -> None:
     """Run the group to its end. Returns when all processes have finished what they had to do.
 
     Args:
         group: the processes.
-        rendezvous: where the supervisors of several machines meet; alone, this one meets itself.
+        store: where the supervisors of several machines meet.
         address: this machine's name, as others know it.
 
     Raises:
         Dino2Error: the workers ended with this error of the user's, or failed too often (TrainingFailure).
         Interrupted: a signal ended them, after they had saved.
     """
-    quieten()
     os.environ[SUPERVISOR_PID] = str(os.getpid())
-    # Otherwise torch keeps one store for all starts, without a prefix for each: a process that is quick to start again
-    # finds the addresses of the dead there, and waits for them or gives up.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    spec = WorkerSpec(
-        role="dino2",
-        local_world_size=group.workers,
-        entrypoint=sys.executable,
-        # The agent fills in `${local_rank}` and the like; a dollar sign of the user's is doubled for it.
-        args=tuple(word.replace("$", "$$") for word in group.command),
-        rdzv_handler=rendezvous or make_rendezvous("localhost:0", group, address, is_host=True)[0],
-        max_restarts=1_000_000,  # the supervisor decides
-        monitor_interval=0.1 if group.nodes == 1 else 0.5,
-        local_addr=address,
-    )
-    supervisor = Supervisor(spec, group)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what matters is said here, once
+    supervisor = Supervisor(group, store or HashStore(), address)
     try:
         with supervisor.signals_handed_on():
-            supervisor.run()
-    except RendezvousError as error:
+            while where := supervisor.meet():
+                supervisor.start(where)
+                supervisor.watch()
+    except (DistError, TimeoutError) as error:
         if supervisor.signals:
             raise Interrupted(supervisor.signals[0]) from error
         raise EnvironmentProblem(
@@ -110,38 +94,19 @@ def supervise(group: Group, rendezvous: "RendezvousHandler | None" = None, addre
             "See whether the machines reach each other by name and port, and whether one of them has failed.",
         ) from error
     finally:
-        spec.rdzv_handler.shutdown()
+        supervisor.end_workers()
     supervisor.raise_ending()
 
 
-def make_rendezvous(endpoint: str, group: Group, address: str, *, is_host: bool) -> tuple[RendezvousHandler, int]:
-    """A c10d rendezvous at `host:port` (port 0: a free one, if this is its host); also returns the port."""
-    parameters = RendezvousParameters(
-        "c10d", endpoint, group.session, group.nodes, group.nodes, local_addr=address, is_host=is_host, join_timeout=900
-    )
-    backend, store = create_backend(parameters)
-    port = store.port if isinstance(store, TCPStore) else 0
-    return create_handler(store, backend, parameters), port
+class Supervisor:
+    """Starts and watches the workers of one machine, and remembers how they ended."""
 
-
-def quieten() -> None:
-    """Keep the agent's and C++ layer's remarks to themselves: what matters is said here, once."""
-    agent = logging.getLogger("torch.distributed.elastic")
-    if "LOGLEVEL" not in os.environ:  # torch's own switch for seeing them
-        agent.addHandler(logging.NullHandler())
-        agent.propagate = False
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-class Supervisor(LocalElasticAgent):
-    """torch's agent of one machine, which also decides when to go on and remembers how it ended."""
-
-    def __init__(self, spec: WorkerSpec, group: Group) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
-        self.group = group
+    def __init__(self, group: Group, store: Store, address: str) -> None:
+        self.group, self.store, self.address = group, store, address
+        self.workers: list[subprocess.Popen[bytes]] = []
         self.signals: list[int] = []
         self.round = -1
-        self.ended = False  # whatever the workers' exit codes say
+        self.stopped = False  # the run ended otherwise than by finishing
         self.given_up = False
         self.looked = 0.0  # when the notes were last read
 
@@ -159,109 +124,136 @@ class Supervisor(LocalElasticAgent):
     def signals_handed_on(self) -> Iterator[None]:
         """Hand each signal on to the workers, once. A second Ctrl-C kills them."""
 
-        def hand_on(number: int, frame: FrameType | None) -> None:
+        def received(number: int, frame: FrameType | None) -> None:
             if number in self.signals:
                 if number == signal.SIGINT:
-                    self.kill_workers()
+                    self.kill()
                 return
             self.signals.append(number)
             self.stopping.touch()
-            for pid in self.worker_pids():
-                send(pid, as_worker_sees(number))
+            self.hand_on(number)
 
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
-        before = {number: signal.signal(number, hand_on) for number in numbers}
-        # The agent would install handlers of its own, which give workers 30 s; it is told to take none.
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+        before = {number: signal.signal(number, received) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # What the agent asks of its subclasses ---------------------------------------------------------------------------
+    def hand_on(self, number: int) -> None:
+        """Ctrl-C arrives as SIGTERM, since a second SIGINT, which a scheduler may send, stops a worker at once."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                send(worker.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
-    def _assign_worker_ranks(
-        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
-    ) -> list[Worker]:
-        # The machines' own order, not that of the rendezvous: so the first machine's log is that of rank 0.
-        workers: list[Worker] = super()._assign_worker_ranks(store, self.group.node, group_world_size, spec)
-        return workers
+    def keys(self, stage: str) -> list[str]:
+        """What the machines write into the store when they have come to a stage of this start."""
+        return [f"{stage} {self.round} {node}" for node in range(self.group.nodes)]
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        # All machines have just met, so all notes are written: the first decides for all whether to go on.
-        store: Any = worker_group.store
+    def meet(self) -> str:
+        """Wait for the other machines, at first and when their workers have ended.
+
+        Returns:
+            host:port at which the workers of the next start find each other; nothing if there is none.
+        """
+        here, decision = self.keys("here"), f"decision {self.round}"
+        self.store.set(here[self.group.node], "yes")
         if self.group.node == 0:
-            store.set("dino2/goes-on", "yes" if self.goes_on() else "no")
-        if store.get("dino2/goes-on") == b"no":
-            self.ended = True
-            return {}
-        self.round += 1
-        os.environ[NOTES_FOLDER], os.environ[START] = str(self.notes), str(self.round)
-        pids: dict[int, Any] = super()._start_workers(worker_group)
-        for number in self.signals:  # that came while they were being started
-            for pid in pids.values():
-                send(pid, as_worker_sees(number))
-        return pids
+            self.wait_for(here, MEETING)
+            self.store.set(decision, self.decide())
+        self.wait_for([decision], MEETING)
+        what = self.store.get(decision).decode()
+        if ":" in what:
+            return what
+        self.stopped, self.given_up = what != "done", what == "give up"
+        with suppress(DistError, TimeoutError):  # all has been said
+            self.store.set(self.keys("left")[self.group.node], "yes")
+            if self.group.node == 0:
+                self.wait_for(self.keys("left"), PARTING)
+        return ""
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        finished = RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
-        if self.ended:
-            return finished
-        codes = self.exit_codes()
-        failed = any(codes.values())  # neither running (None) nor done (0)
-        if failed or self.waits_in_vain(worker_group):
-            self.bury(worker_group)
-            super()._monitor_workers(worker_group)
-            why = cause(read_notes(self.notes))
-            on_purpose = why is not None and why.kind in ("error", "interrupted")
-            if on_purpose or self.group.run is None or self.stopping.exists():
-                self.ended = True
-                return finished
-            return RunResult(WorkerState.FAILED)
-        watched: RunResult = super()._monitor_workers(worker_group)
-        return watched
+    def wait_for(self, keys: list[str], seconds: float) -> None:
+        """Wait, in small steps, in which signals are heard, for what others write; TimeoutError if they do not."""
+        began = time.monotonic()
+        while not self.store.check(keys):
+            if time.monotonic() - began > seconds:
+                raise TimeoutError(f"no answer within {seconds:g} s")
+            time.sleep(0.05)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        # Whoever still runs here waits for a worker that is gone.
-        self.kill_workers()
-        super()._shutdown(signal.SIGKILL, timeout)
+    def decide(self) -> str:
+        """Whether the workers are started (again): host:port, `done`, `stop` or `give up`; a restart is announced.
 
-    # What is added ---------------------------------------------------------------------------------------------------
-
-    def goes_on(self) -> bool:
-        """Whether the workers are started (again); a new start is recorded and announced."""
-        run, session = self.group.run, self.group.session
+        All machines have just met, so that all notes are written.
+        """
+        run, session, restart = self.group.run, self.group.session, self.group.first_start
+        if self.round >= 0 and not self.store.check([f"failed {self.round}"]):
+            return "done"
         if self.stopping.exists():
-            return False
-        if self.round < 0:
-            restart = self.group.first_start
-        else:
+            return "stop"
+        if self.round >= 0:
             why = cause(read_notes(self.notes)) or Note(-1, "death", "a machine left", signal=signal.SIGKILL)
-            assert run is not None, "without a run there is no restart"
+            if run is None or why.kind in ("error", "interrupted"):
+                return "stop"
             kind: Literal["crash", "death"] = "death" if why.kind == "death" and why.signal else "crash"
             restart = Restart(kind, why.message, why.rank, newest_checkpoint(run), session)
-        if restart is None or run is None:
-            return True
-        if restart.kind != "requeue" and enough(read_restarts(run), session, restart.iteration):
-            self.given_up = True
-            return False
-        record_restart(run, restart)
-        who = f"process {restart.rank}: " if restart.rank >= 0 else ""
-        logger.warning("%s%s; all processes start again from iteration %d", who, restart.reason, restart.iteration)
-        return True
+        if restart is not None and run is not None:
+            if restart.kind != "requeue" and enough(read_restarts(run), session, restart.iteration):
+                return "give up"
+            record_restart(run, restart)
+            who = f"process {restart.rank}: " if restart.rank >= 0 else ""
+            logger.warning("%s%s; all processes start again from iteration %d", who, restart.reason, restart.iteration)
+        # A port of its own for each start: no process can find the addresses of the dead there.
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{self.address}:{free.getsockname()[1]}"
 
-    def waits_in_vain(self, worker_group: WorkerGroup) -> bool:
+    def start(self, where: str) -> None:
+        """Start this machine's workers."""
+        self.round += 1
+        (host, _, port), count = where.rpartition(":"), self.group.workers
+        common = {
+            "MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": str(count * self.group.nodes),
+            "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": str(self.group.node), NOTES_FOLDER: str(self.notes),
+        }  # fmt: skip
+        self.workers = []
+        for local, rank in enumerate(self.ranks):
+            own = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local)}
+            self.workers.append(
+                subprocess.Popen([sys.executable, *self.group.command], env=own, start_new_session=True)
+            )
+        for number in self.signals:  # that came while they were being started
+            self.hand_on(number)
+
+    @property
+    def ranks(self) -> range:
+        """Of this machine's workers, in the machines' own order: so the first machine's log is that of rank 0."""
+        return range(self.group.node * self.group.workers, (self.group.node + 1) * self.group.workers)
+
+    def watch(self) -> None:
+        """Wait until the workers of all machines are done, or those of one have failed: then those here are ended."""
+        ended, failed, interval = self.keys("ended"), f"failed {self.round}", 0.1 if self.group.nodes == 1 else 0.5
+        while not self.store.check(ended):
+            codes = [worker.poll() for worker in self.workers]
+            if any(codes) or self.waits_in_vain():  # neither running (None) nor done (0)
+                self.store.set(failed, "yes")
+            elif None not in codes:
+                self.store.set(ended[self.group.node], "yes")
+            if self.store.check([failed]):
+                self.bury()
+                return
+            time.sleep(interval)
+
+    def waits_in_vain(self) -> bool:
         """Whether workers wait for ever: for one that has reported an error, or to join the others."""
         now = time.time()
         if now - self.looked < 5:
             return False
         self.looked = now
-        ranks = [worker.global_rank for worker in worker_group.workers]
-        ready = [time_of_mark(self.notes, rank, "joining") for rank in ranks]
+        ready = [time_of_mark(self.notes, rank, "joining") for rank in self.ranks]
         times = [moment for moment in ready if moment is not None]
-        if len(times) == len(ranks) and now - max(times) > JOINING * min(self.group.nodes, 5):
-            late = [rank for rank in ranks if time_of_mark(self.notes, rank, "joined") is None]
+        if len(times) == len(ready) and now - max(times) > JOINING * min(self.group.nodes, 5):
+            late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") is None]
             for rank in late:
                 write_note(self.notes, Note(rank, "death", "did not get a connection to the others", time=now))
             if late:
@@ -269,21 +261,20 @@ class Supervisor(LocalElasticAgent):
         errors = [note for note in read_notes(self.notes) if note.kind == "error"]
         return any(now - note.time > PATIENCE for note in errors)
 
-    def bury(self, worker_group: WorkerGroup) -> None:
+    def bury(self) -> None:
         """End all workers of this machine after one has failed, and write notes for those who could not."""
         until = time.monotonic() + LAST_WORDS
-        while None in (codes := self.exit_codes()).values() and time.monotonic() < until:
+        while None in (codes := [worker.poll() for worker in self.workers]) and time.monotonic() < until:
             time.sleep(0.05)
-        self.kill_workers()
-        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        self.end_workers()
         known = {note.rank for note in read_notes(self.notes)}
-        for local, code in codes.items():
-            if code and ranks[local] not in known:
+        for rank, code in zip(self.ranks, codes, strict=True):
+            if code and rank not in known:
                 number = -code if code < 0 else 0
                 how = f"was killed ({signal.Signals(number).name})" if number else f"ended with exit code {code}"
-                if code == 1 and (stacks := self.fresh_stacks(ranks[local])):
+                if code == 1 and (stacks := self.fresh_stacks(rank)):
                     how = f"hung; what it was doing is in {stacks}"
-                write_note(self.notes, Note(ranks[local], "death", how, signal=number, time=time.time()))
+                write_note(self.notes, Note(rank, "death", how, signal=number, time=time.time()))
 
     def fresh_stacks(self, rank: int) -> Path | None:
         """The stacks that a worker has written in the last minute, as it does when it hangs (`train.hang_timeout`)."""
@@ -296,52 +287,37 @@ class Supervisor(LocalElasticAgent):
         Raises:
             Dino2Error, Interrupted: as `supervise`.
         """
-        notes = read_notes(self.notes)
-        why = cause(notes)
+        why = cause(notes := read_notes(self.notes))
         if why is not None and why.kind == "error":
             error = Dino2Error(why.message, why.hint)
             error.exit_code = why.exit_code
             raise error
         interrupted = [note.signal for note in notes if note.kind == "interrupted"]
-        if interrupted or (self.signals and (self.ended or why is not None)):
+        if interrupted or (self.signals and (self.stopped or why is not None)):
             if why is not None and why.kind != "interrupted":
                 logger.warning("process %d %s while stopping; the last checkpoint stands", why.rank, why.message)
             asked = [*interrupted, *self.signals]
             raise Interrupted(signal.SIGUSR2 if signal.SIGUSR2 in asked else asked[0])
-        if why is not None and self.ended:
-            raise_failure(why, self.given_up)
+        if why is not None and self.stopped:
+            often = ", again and again without a new checkpoint in between" if self.given_up else ""
+            memory = (
+                "If the system ended it for want of memory (see dmesg), lower train.batch_size_per_gpu or num_workers."
+            )
+            raise TrainingFailure(
+                f"process {why.rank} failed{often}: {why.message}", memory if why.signal else why.hint
+            )
 
-    def exit_codes(self) -> dict[int, int | None]:
-        """Exit code of each worker by local rank, None while it runs."""
-        context = self._pcontext
-        if not isinstance(context, SubprocessContext):
-            return {}
-        return {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
-
-    def worker_pids(self) -> list[int]:
-        """Process numbers of the workers that run."""
-        context, codes = self._pcontext, self.exit_codes()
-        return [pid for local, pid in context.pids().items() if codes.get(local) is None] if context else []
-
-    def kill_workers(self) -> None:
+    def kill(self) -> None:
         """Kill the workers with their loader processes, which are in the same process group."""
-        if self._pcontext is not None:
-            for pid in self._pcontext.pids().values():
-                send(-pid, signal.SIGKILL)
+        for worker in self.workers:
+            send(-worker.pid, signal.SIGKILL)
 
-
-def raise_failure(why: Note, given_up: bool) -> NoReturn:
-    """Raise what made the processes fail, as the failing process's own error."""
-    often = ", again and again without a new checkpoint in between" if given_up else ""
-    hint = why.hint
-    if why.signal:
-        hint = "If the system ended it for want of memory (see dmesg), lower train.batch_size_per_gpu or num_workers."
-    raise TrainingFailure(f"process {why.rank} failed{often}: {why.message}", hint)
-
-
-def as_worker_sees(number: int) -> int:
-    """The signal to hand on: Ctrl-C as SIGTERM, since a second SIGINT, which a scheduler may send, stops at once."""
-    return signal.SIGTERM if number == signal.SIGINT else number
+    def end_workers(self) -> None:
+        """Kill the workers and wait until they are gone; one that a dead disk holds is left behind."""
+        self.kill()
+        for worker in self.workers:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(PARTING)
 
 
 def send(pid: int, number: int) -> None:
