@@ -9,7 +9,6 @@ is known and said once.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from torch.distributed import DistError, HashStore, Store
+from torch.distributed import DistError, HashStore, Store, TCPStore
 
 from dinov2cli.console import Interrupted, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
@@ -105,6 +104,7 @@ class Supervisor:
         self.group, self.store, self.address = group, store, address
         self.workers: list[subprocess.Popen[bytes]] = []
         self.signals: list[int] = []
+        self.joining: Store | None = None  # where the workers find each other; the first machine keeps it
         self.round = -1
         self.stopped = False  # the run ended otherwise than by finishing
         self.given_up = False
@@ -114,11 +114,6 @@ class Supervisor:
     def notes(self) -> Path:
         """Folder of the notes since the last start."""
         return self.group.notes / f"start_{self.round}"
-
-    @property
-    def stopping(self) -> Path:
-        """A file that is there once a signal has been seen on any machine: what fails after that is not restarted."""
-        return self.group.notes / "stopping"
 
     @contextmanager
     def signals_handed_on(self) -> Iterator[None]:
@@ -130,8 +125,8 @@ class Supervisor:
                     self.kill()
                 return
             self.signals.append(number)
-            self.stopping.touch()
             self.hand_on(number)
+            self.store.set("stopping", "yes")
 
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
         before = {number: signal.signal(number, received) for number in numbers}
@@ -144,8 +139,7 @@ class Supervisor:
     def hand_on(self, number: int) -> None:
         """Ctrl-C arrives as SIGTERM, since a second SIGINT, which a scheduler may send, stops a worker at once."""
         for worker in self.workers:
-            if worker.poll() is None:
-                send(worker.pid, signal.SIGTERM if number == signal.SIGINT else number)
+            worker.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     def keys(self, stage: str) -> list[str]:
         """What the machines write into the store when they have come to a stage of this start."""
@@ -189,7 +183,7 @@ class Supervisor:
         run, session, restart = self.group.run, self.group.session, self.group.first_start
         if self.round >= 0 and not self.store.check([f"failed {self.round}"]):
             return "done"
-        if self.stopping.exists():
+        if self.store.check(["stopping"]):  # a signal has come on any machine: what fails after that stays so
             return "stop"
         if self.round >= 0:
             why = cause(read_notes(self.notes)) or Note(-1, "death", "a machine left", signal=signal.SIGKILL)
@@ -203,10 +197,9 @@ class Supervisor:
             record_restart(run, restart)
             who = f"process {restart.rank}: " if restart.rank >= 0 else ""
             logger.warning("%s%s; all processes start again from iteration %d", who, restart.reason, restart.iteration)
-        # A port of its own for each start: no process can find the addresses of the dead there.
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{self.address}:{free.getsockname()[1]}"
+        # A store of its own for each start: no process can find the addresses of the dead there.
+        self.joining = TCPStore(self.address, 0, is_master=True, wait_for_workers=False)
+        return f"{self.address}:{self.joining.port}"
 
     def start(self, where: str) -> None:
         """Start this machine's workers."""
@@ -215,6 +208,7 @@ class Supervisor:
         common = {
             "MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": str(count * self.group.nodes),
             "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": str(self.group.node), NOTES_FOLDER: str(self.notes),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: the workers open none
         }  # fmt: skip
         self.workers = []
         for local, rank in enumerate(self.ranks):
@@ -310,7 +304,8 @@ class Supervisor:
     def kill(self) -> None:
         """Kill the workers with their loader processes, which are in the same process group."""
         for worker in self.workers:
-            send(-worker.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
 
     def end_workers(self) -> None:
         """Kill the workers and wait until they are gone; one that a dead disk holds is left behind."""
@@ -318,11 +313,3 @@ class Supervisor:
         for worker in self.workers:
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(PARTING)
-
-
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process, or to a process group where `pid` is negative, if it is still there."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return

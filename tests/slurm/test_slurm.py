@@ -150,10 +150,11 @@ def test_a_killed_process(rank: int, submit: Callable[..., Job], whole: list[dic
     assert (restart.kind, restart.rank) == ("death", rank)
 
 
-def test_a_killed_task(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_task(rank: int, submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
     job = submit()
     job.wait_for_line(12)
-    os.kill(parent(worker(job.run, 1)), signal.SIGKILL)
+    os.kill(parent(worker(job.run, rank)), signal.SIGKILL)
     job.finish()
     assert metrics_of(job.run) == whole
     (restart,) = read_restarts(job.run)
