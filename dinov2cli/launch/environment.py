@@ -2,14 +2,11 @@
 
 import os
 
-NOTES_FOLDER = "DINO2_NOTES"
-"""Names the folder in which a supervised worker leaves a note of how it ended (`launch.notes`)."""
-SUPERVISOR_PID = "DINO2_SUPERVISOR"
-"""Process number of the supervisor, with which its workers end."""
+NOTES_FOLDER = "DINO2_NOTES"  # the folder in which a supervised worker leaves a note of how it ended (`launch.notes`)
+SUPERVISOR_PID = "DINO2_SUPERVISOR"  # process number of the supervisor, with which its workers end
+# One word for each command typed, so that its workers set an earlier run aside once, not at every restart.
 RUN_TOKEN = "DINO2_RUN_TOKEN"
-"""One word for each command typed, so that its workers set an earlier run aside once, not at every restart."""
-SLURM_OPTIONS = "DINO2_SLURM_OPTIONS"
-"""The Slurm options of the job that this process belongs to, for jobs that it submits itself."""
+SLURM_OPTIONS = "DINO2_SLURM_OPTIONS"  # of the job that this process belongs to, for jobs that it submits itself
 
 
 def is_worker() -> bool:

@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import RUN_TOKEN, SLURM_OPTIONS
+from dinov2cli.launch.local import share_cores
+from dinov2cli.launch.restarts import Restart, newest_checkpoint
 from dinov2cli.requests.launch import Slurm
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
     from torch.distributed import Store
 
-    from dinov2cli.launch.restarts import Restart
-    from dinov2cli.launch.supervisor import Group
-
-MEETING_S = 900
-"""Seconds to wait for the first machine of the job."""
-END_S = 900
-"""Seconds to wait for Slurm to end the job, after all is saved."""
+MEETING_S = 900  # to wait for the first machine of the job
+END_S = 900  # to wait for Slurm to end the job, after all is saved
 
 
 @dataclass
@@ -39,13 +37,12 @@ class NodeTask:
     words: list[str]
     workers: int
     slurm: Slurm
-    folder: str
-    run: str | None
+    folder: Path
+    run: Path | None
 
     def __call__(self) -> None:
         """Run the machine's processes to their end, then leave the job to its fate: done, failed or in the queue."""
         from dinov2cli.console import Interrupted, err, set_up_logging
-        from dinov2cli.errors import Dino2Error
 
         set_up_logging()
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
@@ -70,46 +67,34 @@ class NodeTask:
         return DelayedSubmission(self)
 
     def supervise(self) -> None:
-        from dinov2cli.launch.local import share_cores
         from dinov2cli.launch.supervisor import Group, supervise
 
-        job, start, node = os.environ["SLURM_JOB_ID"], job_start(), int(os.environ["SLURM_NODEID"])
-        group = Group(
-            command=["-m", "dinov2cli", *self.words],
-            workers=self.workers,
-            notes=Path(self.folder) / f"notes_{job}_{start}",
-            run=Path(self.run) if self.run else None,
-            session=job,
-            nodes=int(os.environ["SLURM_JOB_NUM_NODES"]),
-            node=node,
-            first_start=self.requeued(job, start),
-        )
-        group.notes.mkdir(parents=True, exist_ok=True)
-        os.environ[RUN_TOKEN] = Path(self.folder).name + job
+        job, node = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
+        start = int(os.environ.get("SLURM_RESTART_COUNT", 0))  # how often Slurm has started this job before
+        notes = self.folder / f"notes_{job}_{start}"
+        notes.mkdir(parents=True, exist_ok=True)
+        os.environ[RUN_TOKEN] = self.folder.name + job
         os.environ[SLURM_OPTIONS] = self.slurm.model_dump_json()
         share_cores(self.workers)
+        command, nodes = ["-m", "dinov2cli", *self.words], int(os.environ["SLURM_JOB_NUM_NODES"])
+        group = Group(command, self.workers, notes, self.run, job, nodes, node, self.requeued(job, start))
         address = os.environ.get("SLURMD_NODENAME", "localhost")
-        supervise(group, self.meet(group, job, start, address), address)
+        supervise(group, self.meet(self.folder / f"rendezvous_{job}_{start}", node, address), address)
 
-    def requeued(self, job: str, start: int) -> "Restart | None":
+    def requeued(self, job: str, start: int) -> Restart | None:
         """Why this is not the job's first start, if so."""
-        from dinov2cli.launch.restarts import Restart, newest_checkpoint
-
         if start == 0:
             return None
-        iteration = newest_checkpoint(Path(self.run)) if self.run else 0
-        if (Path(self.folder) / f"killed_{job}_{start - 1}").exists():
+        iteration = newest_checkpoint(self.run) if self.run else 0
+        if (self.folder / f"killed_{job}_{start - 1}").exists():
             return Restart("death", "a machine's task was killed", -1, iteration, job)
         return Restart("requeue", f"job {job} was requeued", -1, iteration, job)
 
-    def meet(self, group: "Group", job: str, start: int, address: str) -> "Store":
+    def meet(self, place: Path, node: int, address: str) -> "Store":
         """The store of the job's machines: at the first one, which says its port in a file."""
         from torch.distributed import TCPStore
 
-        from dinov2cli.errors import EnvironmentProblem
-
-        place = Path(self.folder) / f"rendezvous_{job}_{start}"
-        if group.node == 0:
+        if node == 0:
             store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
             write_text(place, f"{address}:{store.port}")
             return store
@@ -123,8 +108,3 @@ class NodeTask:
             time.sleep(0.5)
         host, _, port = place.read_text().rpartition(":")
         return TCPStore(host, int(port), is_master=False, wait_for_workers=False)
-
-
-def job_start() -> int:
-    """How often Slurm has started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))

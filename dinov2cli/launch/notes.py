@@ -5,6 +5,7 @@ unexpectedly leaves its traceback and exits with 1. A worker without a note was 
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -20,8 +21,6 @@ from typing import Literal
 from dinov2cli.errors import Dino2Error
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID, is_supervised, worker_rank
-
-Kind = Literal["error", "interrupted", "crash", "death"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Note:
     """
 
     rank: int
-    kind: Kind
+    kind: Literal["error", "interrupted", "crash", "death"]
     message: str
     exit_code: int = 1
     hint: str | None = None
@@ -78,17 +77,13 @@ def note_of(error: BaseException, rank: int) -> Note:
 def mark(stage: Literal["joining", "joined"]) -> None:
     """In a supervised worker, tell the supervisor that this process is about to join the others, or has joined them."""
     if is_supervised():
-        folder = Path(os.environ[NOTES_FOLDER])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{worker_rank():05d}.{stage}").touch()
+        write_text(Path(os.environ[NOTES_FOLDER]) / f"{worker_rank():05d}.{stage}", "")
 
 
-def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> float | None:
-    """When a worker made the mark, in seconds since 1970; None if it has not."""
-    try:
-        return (folder / f"{rank:05d}.{stage}").stat().st_mtime
-    except FileNotFoundError:
-        return None
+def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> float:
+    """When a worker made the mark, in seconds since 1970; infinity if it has not."""
+    mark = folder / f"{rank:05d}.{stage}"
+    return mark.stat().st_mtime if mark.exists() else math.inf
 
 
 def write_note(folder: Path, note: Note) -> None:
@@ -114,7 +109,7 @@ def cause(notes: list[Note]) -> Note | None:
     return min(deaths or failed or notes, key=lambda note: note.time, default=None)
 
 
-def end_with_supervisor(interval: float = 1.0) -> None:
+def end_with_supervisor() -> None:
     """In a supervised worker, watch the supervisor from a thread, and end with it however it ends.
 
     The whole process group is killed, which holds the loader processes, too.
@@ -125,10 +120,8 @@ def end_with_supervisor(interval: float = 1.0) -> None:
 
     def watch() -> None:
         while os.getppid() == supervisor:
-            time.sleep(interval)
+            time.sleep(1)
         print(f"process {worker_rank()}: its launcher is gone; stopping", file=sys.stderr, flush=True)
-        if os.getpgrp() == os.getpid():
-            os.killpg(os.getpid(), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="supervisor watch", daemon=True).start()

@@ -3,14 +3,14 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-MAX_CRASHES = 3
-"""Restarts in a row without a newer checkpoint, after errors of the program: the next would only repeat them."""
-MAX_DEATHS = 10
-"""The same where processes were killed from outside (by a person, or for want of memory), which may pass."""
+# Restarts in a row without a newer checkpoint
+MAX_CRASHES = 3  # after errors of the program: the next would only repeat them
+MAX_DEATHS = 10  # where processes were killed from outside (by a person, or for want of memory), which may pass
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ def read_restarts(run: Path) -> list[Restart]:
     path = restarts_file(run)
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, TypeError):
             found.append(Restart(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
     return found
 
 

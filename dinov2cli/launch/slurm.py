@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
 CPUS_PER_GPU = 8
-SAVING_S = 120
-"""Seconds before the time limit at which Slurm tells the job to save; `--slurm signal_delay_s=...` changes it."""
+SAVING_S = 120  # before the time limit, when Slurm tells the job to save; `--slurm signal_delay_s=...` changes it
 WITHOUT_LIMIT = 1_000_000  # requeues that submitit allows: a run of weeks needs many, and each goes on where it was
 
 
@@ -52,7 +51,6 @@ class Submitted:
 
     job_id: str
     folder: Path
-
     run: Path | None
 
     @property
@@ -83,31 +81,28 @@ def submit(request: Request, wanted: Wanted, *, folder: Path, name: str, run: Pa
         ConfigError: a parameter is none that sbatch takes.
     """
     need_slurm()
-    own = new_folder(folder)
-    executor = make_executor(wanted, own, name)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.slurm.slurm import SlurmExecutor
 
-    task = NodeTask(words_of(request), wanted.gpus, wanted.slurm, str(own), str(run.absolute()) if run else None)
+    own = new_folder(folder)
+    executor = make_executor(wanted, own, name, SlurmExecutor)
+    task = NodeTask(words_of(request), wanted.gpus, wanted.slurm, own, run.absolute() if run else None)
     try:
         with outside_of_any_job():
             job = executor.submit(task)
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(own, ignore_errors=True)
-        raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", REFUSED) from error
+        hint = "sinfo shows the partitions and their limits; --dry-run shows the script."
+        raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", hint) from error
     write_record(own, job.job_id, request, wanted)
     return Submitted(job.job_id, own, run)
 
 
 def write_record(folder: Path, job_id: str, request: Request, wanted: Wanted) -> None:
     """Say in a job's folder what it is, for `dino2 status` (`launch.status.read_jobs`)."""
-    facts = {
-        "job_id": job_id,
-        "command": request.command.split(),
-        "request": request.model_dump(mode="json", exclude_unset=True),
-        "time": time.time(),
-        "nodes": wanted.slurm.nodes or 1,
-    }
-    write_text(folder / "job.json", json.dumps(facts))
+    content = request.model_dump(mode="json", exclude_unset=True)
+    facts = {"job_id": job_id, "command": request.command.split(), "request": content, "time": time.time()}
+    write_text(folder / "job.json", json.dumps({**facts, "nodes": wanted.slurm.nodes or 1}))
 
 
 def slurm_of_this_job(*parameters: str) -> Slurm:
@@ -117,8 +112,8 @@ def slurm_of_this_job(*parameters: str) -> Slurm:
         parameters: further `KEY=VALUE`, which win over earlier ones and over the options of that name.
     """
     own = Slurm.model_validate_json(os.environ.get(SLURM_OPTIONS, "{}"))
-    size = {"nodes": None, "cpus_per_task": None, "mem": None}
-    return own.model_copy(update={**size, "parameters": (*own.parameters, *parameters)})
+    changed = {"nodes": None, "cpus_per_task": None, "mem": None, "parameters": (*own.parameters, *parameters)}
+    return own.model_copy(update=changed)
 
 
 def script(wanted: Wanted, *, folder: Path, name: str) -> str:
@@ -132,23 +127,18 @@ def script(wanted: Wanted, *, folder: Path, name: str) -> str:
         def affinity(cls) -> int:
             return 1
 
-    executor = make_executor(wanted, folder / "<time>", name, kind=Renderer)
+    executor = make_executor(wanted, folder / "<time>", name, Renderer)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
-def make_executor(
-    wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExecutor] | None" = None
-) -> "SlurmExecutor":
+def make_executor(wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExecutor]") -> "SlurmExecutor":
     """submitit's executor for what is wanted."""
-    from submitit.slurm.slurm import SlurmExecutor
-
-    executor = (kind or SlurmExecutor)(folder, max_num_timeout=WITHOUT_LIMIT)
-    known = set(executor._valid_parameters())
+    executor = kind(folder, max_num_timeout=WITHOUT_LIMIT)
     parameters, further = sbatch_parameters(wanted, name), {"requeue": True}
     for key, value in map(split_parameter, wanted.slurm.parameters):
-        if key.replace("-", "_") in known:
-            parameters[key.replace("-", "_")] = value
+        if (ours := key.replace("-", "_")) in executor._valid_parameters():
+            parameters[ours] = value
         else:
             further[key.replace("_", "-")] = value
     tasks = ["--kill-on-bad-exit=1"]  # one machine's failure would leave the others waiting
@@ -242,8 +232,6 @@ def last_line(text: str) -> str:
     errors = [line for line in lines if "error" in line.lower()]
     return [*lines, *errors][-1] if lines else "no reason given"
 
-
-REFUSED = "sinfo shows the partitions and their limits; --dry-run shows the script."
 
 # `scancel --batch` and `--full` signal the script itself, which would end it, and the job with it, unsaved.
 IGNORE_IN_SCRIPT = "trap : USR2"

@@ -1,26 +1,22 @@
 """How a run is doing, from the files in its folder, and from Slurm where it was submitted. Imports no torch."""
 
 import json
-import shutil
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
 from dinov2cli.requests import tools
 
-STALE_S = 90.0
-"""A process that trains gives a sign of life every few seconds; after this long without one it counts as gone."""
-RECENT = 10
-"""Lines of the metrics that the speed and the loss are taken from."""
+STALE_S = 90.0  # a process that trains gives a sign of life every few seconds; after this long it counts as gone
+RECENT = 10  # lines of the metrics that the speed and the loss are taken from
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """A run at one moment.
 
     Attributes:
@@ -62,9 +58,6 @@ class Status:
     jobs: list[dict[str, Any]]
     logs: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         return "\n".join(f"{name:<12} {text}" for name, text in rows(self))
 
@@ -86,7 +79,7 @@ def read_status(run: Path) -> Status:
     total = processes[0]["total"] if processes else total_of(run)
     logged = int(metrics[-1]["iteration"]) + 1 if metrics else 0
     iteration = max([logged, newest_checkpoint(run), *(int(process["iteration"]) for process in processes)])
-    state = state_of(processes, jobs, iteration)
+    state = state_of(processes, jobs)
     silent = [process["rank"] for process in processes if process["age"] > STALE_S]
     iter_time, data_time = median_of(metrics, "iter_time"), median_of(metrics, "data_time")
     batch = metrics[-1].get("current_batch_size") if metrics else None
@@ -119,7 +112,7 @@ def read_status(run: Path) -> Status:
     )
 
 
-def state_of(processes: list[dict[str, Any]], jobs: list[dict[str, Any]], iteration: int) -> str:
+def state_of(processes: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> str:
     """One word for the run."""
     waiting = any(job["slurm_state"] in ("PENDING", "CONFIGURING", "REQUEUED") for job in jobs)
     if not processes:
@@ -127,29 +120,22 @@ def state_of(processes: list[dict[str, Any]], jobs: list[dict[str, Any]], iterat
     said: set[str] = {process["state"] for process in processes}
     if said == {"finished"}:
         return "finished"
-    if all(process["age"] > STALE_S or process["state"] in ENDED for process in processes):
+    ended = {"finished", "interrupted", "failed"}
+    if all(process["age"] > STALE_S or process["state"] in ended for process in processes):
         if waiting:
             return "waiting"
         return next((word for word in ("hanging", "failed", "interrupted") if word in said), "dead")
     return next(word for word in ("hanging", "failed", "saving", "training", *sorted(said)) if word in said)
 
 
-ENDED = {"finished", "interrupted", "failed"}
-
-
 def read_heartbeats(run: Path) -> list[dict[str, Any]]:
     """The signs of life of the run's present processes, by rank; those of an earlier, larger group are left out."""
     found: list[dict[str, Any]] = []
     for path in sorted((run / "logs" / "heartbeat").glob("rank_*.json")):
-        try:
+        with suppress(OSError, ValueError):  # replaced or cut short at this very moment
             found.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue  # replaced or cut short at this very moment
-    if not found:
-        return []
-    size = max(found, key=lambda beat: float(beat["time"]))["world_size"]
-    now = time.time()
-    return [{**beat, "age": max(0.0, now - beat["time"])} for beat in found if beat["rank"] < size]
+    now, newest = time.time(), max(found, key=lambda beat: float(beat["time"]), default={})
+    return [{**beat, "age": max(0.0, now - beat["time"])} for beat in found if beat["rank"] < newest["world_size"]]
 
 
 def last_metrics(run: Path, count: int = RECENT) -> list[dict[str, Any]]:
@@ -162,10 +148,8 @@ def last_metrics(run: Path, count: int = RECENT) -> list[dict[str, Any]]:
         lines = file.read().decode(errors="replace").splitlines()[-count:]
     found = []
     for line in lines:
-        try:
+        with suppress(ValueError):  # the first may be cut, and the last is being written
             found.append(json.loads(line))
-        except ValueError:
-            continue  # the first may be cut, and the last is being written
     return found
 
 
@@ -200,14 +184,10 @@ def slurm_state(job_id: str) -> str | None:
     """What Slurm says of a job, None if it (or its commands) cannot be asked."""
     asking = {"squeue": ["-h", "-j", job_id, "-o", "%T"], "sacct": ["-X", "-n", "-P", "-j", job_id, "-o", "State"]}
     for program, arguments in asking.items():
-        if shutil.which(program) is None:
-            continue
-        try:
+        with suppress(FileNotFoundError, subprocess.TimeoutExpired):
             answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20)
-        except subprocess.TimeoutExpired:
-            continue
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.split()[0]
+            if answer.returncode == 0 and answer.stdout.strip():
+                return answer.stdout.split()[0]
     return None
 
 

@@ -7,6 +7,7 @@ it at once, and all start again from the last checkpoint, as often as that bring
 is known and said once.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -28,16 +29,15 @@ from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
 from dinov2cli.launch.notes import Note, cause, read_notes, time_of_mark, write_note
 from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_restarts, record_restart
 
-LAST_WORDS = 3.0
-"""Seconds that the other workers get to leave their notes after one has failed, before they are killed."""
-PATIENCE = 30.0
-"""Seconds that the other workers get to end after one has reported an error."""
-JOINING = 120.0
-"""Seconds from when all workers of a machine are ready until they have joined the others, times the machines."""
-MEETING = 900.0
-"""Seconds that the supervisors of several machines wait for each other."""
-PARTING = 30.0
-"""Seconds that the first machine keeps the store for the others at the end, and that a killed process is waited for."""
+# Seconds to wait
+LAST_WORDS = 3.0  # for the notes of the other workers after one has failed, before they are killed
+PATIENCE = 30.0  # for the other workers to end after one has reported an error
+JOINING = 120.0  # for a machine's workers, once all are ready, to join the others, times the machines: it takes a
+# second, but torch waits for a lost connection for hours
+MEETING = 900.0  # for the supervisors of the other machines
+PARTING = 30.0  # for the other machines to leave the store at the end, and for a killed process
+
+NO_MEMORY = "If the system ended it for want of memory (see dmesg), lower train.batch_size_per_gpu or num_workers."
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def supervise(group: Group, store: Store | None = None, address: str = "localhos
         Dino2Error: the workers ended with this error of the user's, or failed too often (TrainingFailure).
         Interrupted: a signal ended them, after they had saved.
     """
-    os.environ[SUPERVISOR_PID] = str(os.getpid())
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what matters is said here, once
     supervisor = Supervisor(group, store or HashStore(), address)
     try:
         with supervisor.signals_handed_on():
@@ -102,31 +100,26 @@ class Supervisor:
 
     def __init__(self, group: Group, store: Store, address: str) -> None:
         self.group, self.store, self.address = group, store, address
+        # In the machines' own order: so the first machine's log is that of rank 0.
+        self.ranks = range(group.node * group.workers, (group.node + 1) * group.workers)
         self.workers: list[subprocess.Popen[bytes]] = []
-        self.signals: list[int] = []
         self.joining: Store | None = None  # where the workers find each other; the first machine keeps it
-        self.round = -1
-        self.stopped = False  # the run ended otherwise than by finishing
-        self.given_up = False
+        self.signals: list[int] = []
+        self.round, self.notes = -1, group.notes  # the notes since the last start are in a folder of their own
+        self.stopped = self.given_up = False  # the run ended otherwise than by finishing; as it came no further
         self.looked = 0.0  # when the notes were last read
-
-    @property
-    def notes(self) -> Path:
-        """Folder of the notes since the last start."""
-        return self.group.notes / f"start_{self.round}"
 
     @contextmanager
     def signals_handed_on(self) -> Iterator[None]:
         """Hand each signal on to the workers, once. A second Ctrl-C kills them."""
 
         def received(number: int, frame: FrameType | None) -> None:
-            if number in self.signals:
-                if number == signal.SIGINT:
-                    self.kill()
-                return
-            self.signals.append(number)
-            self.hand_on(number)
-            self.store.set("stopping", "yes")
+            if number not in self.signals:
+                self.signals.append(number)
+                self.hand_on(number)
+                self.store.set("stopping", "yes")
+            elif number == signal.SIGINT:
+                self.kill()
 
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
         before = {number: signal.signal(number, received) for number in numbers}
@@ -151,7 +144,7 @@ class Supervisor:
         Returns:
             host:port at which the workers of the next start find each other; nothing if there is none.
         """
-        here, decision = self.keys("here"), f"decision {self.round}"
+        here, left, decision = self.keys("here"), self.keys("left"), f"decision {self.round}"
         self.store.set(here[self.group.node], "yes")
         if self.group.node == 0:
             self.wait_for(here, MEETING)
@@ -162,9 +155,9 @@ class Supervisor:
             return what
         self.stopped, self.given_up = what != "done", what == "give up"
         with suppress(DistError, TimeoutError):  # all has been said
-            self.store.set(self.keys("left")[self.group.node], "yes")
+            self.store.set(left[self.group.node], "yes")
             if self.group.node == 0:
-                self.wait_for(self.keys("left"), PARTING)
+                self.wait_for(left, PARTING)
         return ""
 
     def wait_for(self, keys: list[str], seconds: float) -> None:
@@ -183,7 +176,7 @@ class Supervisor:
         run, session, restart = self.group.run, self.group.session, self.group.first_start
         if self.round >= 0 and not self.store.check([f"failed {self.round}"]):
             return "done"
-        if self.store.check(["stopping"]):  # a signal has come on any machine: what fails after that stays so
+        if self.store.check(["stopping"]):  # a signal has come to any machine: what fails after that stays so
             return "stop"
         if self.round >= 0:
             why = cause(read_notes(self.notes)) or Note(-1, "death", "a machine left", signal=signal.SIGKILL)
@@ -204,29 +197,26 @@ class Supervisor:
     def start(self, where: str) -> None:
         """Start this machine's workers."""
         self.round += 1
+        self.notes = self.group.notes / f"start_{self.round}"
         (host, _, port), count = where.rpartition(":"), self.group.workers
         common = {
             "MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": str(count * self.group.nodes),
-            "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": str(self.group.node), NOTES_FOLDER: str(self.notes),
+            "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": str(self.group.node),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: the workers open none
+            NOTES_FOLDER: str(self.notes), SUPERVISOR_PID: str(os.getpid()),
         }  # fmt: skip
-        self.workers = []
+        words, self.workers = [sys.executable, *self.group.command], []
         for local, rank in enumerate(self.ranks):
-            own = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local)}
-            self.workers.append(
-                subprocess.Popen([sys.executable, *self.group.command], env=own, start_new_session=True)
-            )
-        for number in self.signals:  # that came while they were being started
+            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(local)}
+            # Of what torch's C++ layer remarks, that which matters is said here, once.
+            environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **own}
+            self.workers.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        for number in self.signals:  # that came while they were being started; SIGTERM twice does no harm
             self.hand_on(number)
-
-    @property
-    def ranks(self) -> range:
-        """Of this machine's workers, in the machines' own order: so the first machine's log is that of rank 0."""
-        return range(self.group.node * self.group.workers, (self.group.node + 1) * self.group.workers)
 
     def watch(self) -> None:
         """Wait until the workers of all machines are done, or those of one have failed: then those here are ended."""
-        ended, failed, interval = self.keys("ended"), f"failed {self.round}", 0.1 if self.group.nodes == 1 else 0.5
+        ended, failed = self.keys("ended"), f"failed {self.round}"
         while not self.store.check(ended):
             codes = [worker.poll() for worker in self.workers]
             if any(codes) or self.waits_in_vain():  # neither running (None) nor done (0)
@@ -236,7 +226,7 @@ class Supervisor:
             if self.store.check([failed]):
                 self.bury()
                 return
-            time.sleep(interval)
+            time.sleep(0.1 if self.group.nodes == 1 else 0.5)
 
     def waits_in_vain(self) -> bool:
         """Whether workers wait for ever: for one that has reported an error, or to join the others."""
@@ -244,16 +234,14 @@ class Supervisor:
         if now - self.looked < 5:
             return False
         self.looked = now
-        ready = [time_of_mark(self.notes, rank, "joining") for rank in self.ranks]
-        times = [moment for moment in ready if moment is not None]
-        if len(times) == len(ready) and now - max(times) > JOINING * min(self.group.nodes, 5):
-            late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") is None]
+        ready = max(time_of_mark(self.notes, rank, "joining") for rank in self.ranks)
+        if now - ready > JOINING * min(self.group.nodes, 5):
+            late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") == math.inf]
             for rank in late:
                 write_note(self.notes, Note(rank, "death", "did not get a connection to the others", time=now))
             if late:
                 return True
-        errors = [note for note in read_notes(self.notes) if note.kind == "error"]
-        return any(now - note.time > PATIENCE for note in errors)
+        return any(note.kind == "error" and now - note.time > PATIENCE for note in read_notes(self.notes))
 
     def bury(self) -> None:
         """End all workers of this machine after one has failed, and write notes for those who could not."""
@@ -276,11 +264,7 @@ class Supervisor:
         return path if path and path.exists() and time.time() - path.stat().st_mtime < 60 else None
 
     def raise_ending(self) -> None:
-        """Say how the workers ended, if not by finishing.
-
-        Raises:
-            Dino2Error, Interrupted: as `supervise`.
-        """
+        """Raise, as `supervise` does, how the workers ended, if not by finishing."""
         why = cause(notes := read_notes(self.notes))
         if why is not None and why.kind == "error":
             error = Dino2Error(why.message, why.hint)
@@ -294,12 +278,8 @@ class Supervisor:
             raise Interrupted(signal.SIGUSR2 if signal.SIGUSR2 in asked else asked[0])
         if why is not None and self.stopped:
             often = ", again and again without a new checkpoint in between" if self.given_up else ""
-            memory = (
-                "If the system ended it for want of memory (see dmesg), lower train.batch_size_per_gpu or num_workers."
-            )
-            raise TrainingFailure(
-                f"process {why.rank} failed{often}: {why.message}", memory if why.signal else why.hint
-            )
+            hint = NO_MEMORY if why.signal else why.hint
+            raise TrainingFailure(f"process {why.rank} failed{often}: {why.message}", hint)
 
     def kill(self) -> None:
         """Kill the workers with their loader processes, which are in the same process group."""
