@@ -136,13 +136,15 @@ def test_every_job_gets_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_job_does_not_hand_its_own_variables_to_those_it_submits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "MASTER_PORT", "DINO2_NOTES", "SLURM_CONF", "HOME"):
+    own = {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "DINO2_NOTES"}
+    of_the_user = {"SLURM_CONF", "DINO2_CACHE", "DINO2_WEIGHTS_URL", "HOME"}
+    for name in own | of_the_user:
         monkeypatch.setenv(name, "1")
     before = dict(os.environ)
     with outside_of_any_job():
-        assert os.environ.keys() & before.keys() >= {"SLURM_CONF", "HOME"}
+        assert os.environ.keys() >= of_the_user
         assert {name for name in os.environ if name.startswith("SLURM_")} == {"SLURM_CONF"}
-        assert not {"RANK", "MASTER_PORT", "DINO2_NOTES"} & os.environ.keys()
+        assert not own & os.environ.keys()
     assert dict(os.environ) == before
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.files import write_text
-from dinov2cli.launch.environment import SLURM_OPTIONS
+from dinov2cli.launch.environment import NOTES_FOLDER, RUN_TOKEN, SLURM_OPTIONS, SUPERVISOR_PID
 from dinov2cli.launch.job import NodeTask
 from dinov2cli.requests.base import Request, words_of
 from dinov2cli.requests.launch import Slurm
@@ -212,10 +212,11 @@ def new_folder(parent: Path) -> Path:
 @contextmanager
 def outside_of_any_job() -> Iterator[None]:
     """Take away what this process's own job or launcher has put into the environment: sbatch would pass it on."""
-    ours = ("SLURM_", "SUBMITIT_", "TORCHELASTIC_", "DINO2_")
-    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-                "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}  # fmt: skip
-    taken = {k: v for k, v in os.environ.items() if (k.startswith(ours) or k in launched) and k != "SLURM_CONF"}
+    launched = {NOTES_FOLDER, SUPERVISOR_PID, RUN_TOKEN, SLURM_OPTIONS, "RANK", "WORLD_SIZE", "LOCAL_RANK",
+                "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
+                "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}  # fmt: skip
+    named = {key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_"))} - {"SLURM_CONF"}
+    taken = {key: os.environ[key] for key in os.environ.keys() & (named | launched)}
     if not any(key.startswith(("SLURM_", "RANK")) for key in taken):
         taken.pop("OMP_NUM_THREADS", None)  # the user's own
     for key in taken:
