@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,7 @@ class Note:
     exit_code: int = 1
     hint: str | None = None
     signal: int = 0
-    time: float = 0.0
+    time: float = field(default_factory=time.time)
 
 
 @contextmanager
@@ -64,14 +64,13 @@ def note_of(error: BaseException, rank: int) -> Note:
     """The note of a worker that ends with `error`."""
     from dinov2cli.console import Interrupted
 
-    now = time.time()
     if isinstance(error, Dino2Error):
-        return Note(rank, "error", error.message, error.exit_code, error.hint, time=now)
+        return Note(rank, "error", error.message, error.exit_code, error.hint)
     if isinstance(error, KeyboardInterrupt):
         number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
-        return Note(rank, "interrupted", f"stopped by {signal.Signals(number).name}", 130, signal=int(number), time=now)
+        return Note(rank, "interrupted", f"stopped by {signal.Signals(number).name}", 130, signal=int(number))
     trace = "".join(traceback.format_exception(error)).rstrip()
-    return Note(rank, "crash", trace.splitlines()[-1], 1, trace, time=now)
+    return Note(rank, "crash", trace.splitlines()[-1], 1, trace)
 
 
 def mark(stage: Literal["joining", "joined"]) -> None:
@@ -82,8 +81,8 @@ def mark(stage: Literal["joining", "joined"]) -> None:
 
 def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> float:
     """When a worker made the mark, in seconds since 1970; infinity if it has not."""
-    mark = folder / f"{rank:05d}.{stage}"
-    return mark.stat().st_mtime if mark.exists() else math.inf
+    path = folder / f"{rank:05d}.{stage}"
+    return path.stat().st_mtime if path.exists() else math.inf
 
 
 def write_note(folder: Path, note: Note) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+FILE = Path("logs", "restarts.jsonl")  # in the run folder
 # Restarts in a row without a newer checkpoint
 MAX_CRASHES = 3  # after errors of the program: the next would only repeat them
 MAX_DEATHS = 10  # where processes were killed from outside (by a person, or for want of memory), which may pass
@@ -34,13 +35,9 @@ class Restart:
     time: float = field(default_factory=time.time)
 
 
-def restarts_file(run: Path) -> Path:
-    return run / "logs" / "restarts.jsonl"
-
-
 def record_restart(run: Path, restart: Restart) -> None:
     """Append a restart to the run's list."""
-    path = restarts_file(run)
+    path = run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(asdict(restart)) + "\n")
@@ -48,7 +45,7 @@ def record_restart(run: Path, restart: Restart) -> None:
 
 def read_restarts(run: Path) -> list[Restart]:
     """The run's restarts so far, the newest last; a line cut short by a failure is left out."""
-    path = restarts_file(run)
+    path = run / FILE
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError, TypeError):

@@ -128,8 +128,7 @@ def script(wanted: Wanted, *, folder: Path, name: str) -> str:
             return 1
 
     executor = make_executor(wanted, folder / "<time>", name, Renderer)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
-    return text
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
 def make_executor(wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExecutor]") -> "SlurmExecutor":

@@ -193,11 +193,10 @@ def slurm_state(job_id: str) -> str | None:
 
 def rows(now: Status) -> list[tuple[str, str]]:
     """Lines to print, as (name, text); what is not known is left out."""
-    of = f" of {now.total}" if now.total else ""
-    done = f" ({now.iteration / now.total:.0%})" if now.total else ""
+    of = f" of {now.total} ({now.iteration / now.total:.0%})" if now.total else ""
     found = [
         ("run", f"{now.run}: {now.state}"),
-        ("iteration", f"{now.iteration}{of}{done}, newest checkpoint at {now.checkpoint or 'none yet'}"),
+        ("iteration", f"{now.iteration}{of}, newest checkpoint at {now.checkpoint or 'none yet'}"),
     ]
     if now.seconds_left is not None:
         found.append(("left", _duration(now.seconds_left)))

@@ -238,7 +238,7 @@ class Supervisor:
         if now - ready > JOINING * min(self.group.nodes, 5):
             late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") == math.inf]
             for rank in late:
-                write_note(self.notes, Note(rank, "death", "did not get a connection to the others", time=now))
+                write_note(self.notes, Note(rank, "death", "did not get a connection to the others"))
             if late:
                 return True
         return any(note.kind == "error" and now - note.time > PATIENCE for note in read_notes(self.notes))
@@ -256,7 +256,7 @@ class Supervisor:
                 how = f"was killed ({signal.Signals(number).name})" if number else f"ended with exit code {code}"
                 if code == 1 and (stacks := self.fresh_stacks(rank)):
                     how = f"hung; what it was doing is in {stacks}"
-                write_note(self.notes, Note(rank, "death", how, signal=number, time=time.time()))
+                write_note(self.notes, Note(rank, "death", how, signal=number))
 
     def fresh_stacks(self, rank: int) -> Path | None:
         """The stacks that a worker has written in the last minute, as it does when it hangs (`train.hang_timeout`)."""
