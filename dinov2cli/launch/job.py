@@ -67,6 +67,7 @@ class NodeTask:
         return DelayedSubmission(self)
 
     def supervise(self) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read at import; what matters is said here, once
         from dinov2cli.launch.supervisor import Group, supervise
 
         job, node = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
