@@ -205,6 +205,19 @@ def test_packed_kernels_agree_with_sdpa(name: str) -> None:
     torch.testing.assert_close(of_found, of_expected, atol=5e-2, rtol=5e-2)
 
 
+def test_what_a_new_layerscale_leaves_of_the_blocks_is_not_rounded_away() -> None:
+    """Under autocast with stochastic depth, as in training: in a bfloat16 stream nothing of it would be left."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=64, depth=4, num_heads=2, layerscale=1e-5, drop_path_rate=0.3
+    ).train()
+    stream, layout = model.prepare_tokens([torch.randn(8, 3, 28, 28)], [None])
+    plain = model.forward_blocks(stream, layout, torch.Generator().manual_seed(1)) - stream
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.forward_blocks(stream, layout, torch.Generator().manual_seed(1)) - stream
+    assert (found - plain).norm() < 0.02 * plain.norm()
+
+
 def test_every_parameter_has_a_layer() -> None:
     model = VisionTransformer(embed_dim=24, depth=12, num_heads=2, num_register_tokens=1)
     layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}

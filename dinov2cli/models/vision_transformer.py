@@ -165,8 +165,7 @@ class VisionTransformer(nn.Module):
         """
         alone = TokenLayout(((stream.shape[0], stream.shape[1]),))
         kept_by_block = self.draw_stochastic_depth(stream, layout or alone, drop_generator)
-        if not any(kept_by_block):
-            stream = exact_under_autocast(stream)
+        stream = exact_under_autocast(stream)
         for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
             known: tuple[Any, ...] = (layout, kept) if i < self.depth - 1 or used is None else (layout, kept, used)
@@ -289,7 +288,7 @@ def exact_under_autocast(stream: Tensor) -> Tensor:
     """The residual stream in float32, though patches are embedded in half precision.
 
     So it is in the reference wherever nothing is dropped, as LayerScale's float32 factors promote it; with stochastic
-    depth it stays in half precision there, too.
+    depth it is in half precision there, where a residual of LayerScale's first 1e-5 is rounded away (docs/speed.md).
     """
     return stream.float() if autocast_dtype(stream.device.type) else stream
 
