@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dinov2cli.config import ViTConfig
 from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.export.graph import ExportGraph
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -41,10 +40,6 @@ class Bundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     opset: int = 18
-
-    def reference(self) -> Runner:
-        """Our own model's outputs, which an export is compared with."""
-        return ExportGraph(self.model, self.head).eval().named
 
 
 def need(package: str, extra: str = "export") -> ModuleType:

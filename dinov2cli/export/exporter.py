@@ -15,6 +15,7 @@ from dinov2cli.config import ViTConfig
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
 from dinov2cli.export import huggingface
 from dinov2cli.export.bundle import Bundle, Runner, random_images
+from dinov2cli.export.graph import ExportGraph
 from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
 from dinov2cli.export.weight_files import open_ours, open_timm, write_official, write_safetensors, write_timm
 from dinov2cli.files import sha256
@@ -84,7 +85,6 @@ class ExportResult:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ def compare(bundle: Bundle, run: Runner, shape: tuple[int, int, int], *, binding
     """The largest difference between `run` and our model on random images of `shape` (batch, height, width)."""
     images = random_images(bundle.architecture, *shape)
     with torch.no_grad():
-        ours, theirs = bundle.reference()(images), run(images)
+        ours, theirs = ExportGraph(bundle.model, bundle.head).eval().named(images), run(images)
     shapes = [{name: tensor.shape for name, tensor in outputs.items()} for outputs in (ours, theirs)]
     assert shapes[0] == shapes[1], shapes
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

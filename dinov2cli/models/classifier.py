@@ -126,8 +126,7 @@ def load_classifier(
     backbone = load_model(str(name_or_path).removesuffix("_lc") if released else name_or_path, pretrained, **arguments)
     if head is not None:
         linear = read_linear_head(head)
-    elif pretrained:
-        assert released is not None
+    elif released is not None and pretrained:
         linear = read_linear_head(released.name, layers)
     else:
         linear = nn.Linear((layers + 1) * backbone.embed_dim, IMAGENET_CLASSES)

@@ -211,16 +211,11 @@ class VisionTransformer(nn.Module):
         if not self.training or not any(self.drop_path_rates):
             return [None] * self.depth
         generator = torch.default_generator if generator is None else generator
-        rates = self.drop_path_rates
+        rates, where = self.drop_path_rates, (generator, stream.device, self.attention_backend)
         if len(set(rates)) == 1:
-            drawn = draw_for_branches(
-                2 * self.depth, layout, rates[0], generator, stream.device, self.attention_backend
-            )
+            drawn = draw_for_branches(2 * self.depth, layout, rates[0], *where)
             return list(zip(drawn[::2], drawn[1::2], strict=True))
-        pairs = [
-            draw_for_branches(2, layout, rate, generator, stream.device, self.attention_backend) if rate else None
-            for rate in rates
-        ]
+        pairs = [draw_for_branches(2, layout, rate, *where) if rate else None for rate in rates]
         return [(pair[0], pair[1]) if pair else None for pair in pairs]
 
     def get_intermediate_layers(
