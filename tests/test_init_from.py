@@ -9,9 +9,10 @@ from weight_samples import assert_same_state, export_model, sample_model, sample
 
 from dinov2cli.config import Config, ViTConfig
 from dinov2cli.errors import WeightsError
+from dinov2cli.launch.training import resolve_config
 from dinov2cli.models.load import load_backbone_into, load_model
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.start import resolve_config, train
+from dinov2cli.start import train
 from dinov2cli.train.trainer import Trainer
 
 SOURCE = ViTConfig(

@@ -71,6 +71,17 @@ def test_followers_follow_by_their_rules() -> None:
     assert all(not p.requires_grad for network in networks.followers.values() for p in network.parameters())
 
 
+def test_an_average_without_heads_follows_the_students_backbone() -> None:
+    slow = Follower("slow", "ema")
+    networks = Networks(config_of(), "sdpa", frozenset({"cls_scores"}), {slow: frozenset({"cls"})})
+    before = state(networks.followers["slow"])
+    for parameter in networks.student.parameters():
+        parameter.data.add_(0.1)
+    networks.follow({"iteration": 0, "momentum": 0.75})
+    for name, value in networks.followers["slow"].named_parameters():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * networks.student.get_parameter(name))
+
+
 def state(network: SSLNetwork) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
 

@@ -30,7 +30,11 @@ class ConfiguredRequest(Request):
 
 
 class TrainRequest(
-    ConfiguredRequest, command="train", run_by="dinov2cli.start:run", launched_by="dinov2cli.start:launch", logs=True
+    ConfiguredRequest,
+    command="train",
+    run_by="dinov2cli.start:run",
+    launched_by="dinov2cli.launch.training:launch",
+    logs=True,
 ):
     """Pretrain a vision transformer with DINOv2 on a set of images.
 

@@ -49,23 +49,13 @@ def next_batches(
         fetched = list(islice(batches, count))
     except Dino2Error as error:
         problem = error
-    told = torch.tensor(
-        [
-            problem is not None,
-            sum(len(batch.bad) for batch in fetched),
-            checkpoint_failed,
-            *(number in signals for number in SIGNALS),
-        ],
-        dtype=torch.int64,
-    )
-    problems, bad_images, failed, *received = distributed.all_reduce_sum(told).tolist()
+    bad = sum(len(batch.bad) for batch in fetched)
+    got = [number in signals for number in SIGNALS]
+    told = torch.tensor([problem is not None, bad, checkpoint_failed, *got], dtype=torch.int64)
+    problems, bad, failed, *got = distributed.all_reduce_sum(told).tolist()
     if problems:
         with distributed.same_error_everywhere():
             if problem is not None:
                 raise problem
-    number = max((int(number) * (count > 0) for number, count in zip(SIGNALS, received, strict=True)), key=_weight)
-    return fetched, Standing(number, bad_images, bool(failed))
-
-
-def _weight(number: int) -> int:
-    return SIGNALS.index(number) if number in SIGNALS else -1
+    received = [int(number) for number, count in zip(SIGNALS, got, strict=True) if count]
+    return fetched, Standing(received[-1] if received else 0, bad, bool(failed))

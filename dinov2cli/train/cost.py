@@ -6,8 +6,6 @@ matrix products have the precision of the run.
 """
 
 import weakref
-from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.config import Config
-from dinov2cli.data.augmentations import GLOBAL_CROPS, normalize
+from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
 from dinov2cli.train.networks import build_backbone
@@ -74,13 +72,12 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         sharding: `none`, `ddp` or `fsdp` (parameters, gradients and moments split over the processes).
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
     """
-    first, second = (_measure(_of_depth(config, depth), precision) for depth in (1, 2))
-    of_block = [two - one for one, two in zip(first.bytes, second.bytes, strict=True)]
-    block = of_block[0]
+    first, second = (_measure(config, depth, precision) for depth in (1, 2))
+    block = _Measured(*(two - one for one, two in zip(first, second, strict=True)))
     if config.train.activation_checkpointing:
-        of_block[2] = first.stream  # all that is kept of a block, until it is computed again
-    student, followers, peak = (
-        one + (config.arch().depth - 1) * more for one, more in zip(first.bytes, of_block, strict=True)
+        block = block._replace(peak=first.stream)  # all that is kept of it, until it is computed again
+    student, followers, activations = (
+        one + (config.arch().depth - 1) * more for one, more in zip(first[:3], block[:3], strict=True)
     )
     shards, kept, gathered = 1, 0.0, 0.0
     if sharding == "fsdp":
@@ -88,65 +85,72 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         # The student's stay whole from forward to backward; in half precision the measured copies are these.
         kept = student if precision == "fp32" else 0.0
         # Two blocks and a head: the one at work and the next, of the followers' weights and the student's gradients.
-        gathered = DTYPES[precision].itemsize / FLOAT32 * (2 * block + first.head)
-    expected = MemoryEstimate(
-        parameters=(student / shards + kept) / GB,
-        gradients=(student / shards + gathered) / GB,
-        optimizer=2 * student / shards / GB,
-        teacher=(followers / shards + gathered) / GB,
-        activations=peak / GB,
-        workspace=0.0,
-    )
-    return expected._replace(workspace=0.05 * expected.total)
+        gathered = DTYPES[precision].itemsize / FLOAT32 * (2 * block.student + first.head)
+    weights = student / shards
+    parts = (weights + kept, weights + gathered, 2 * weights, followers / shards + gathered, activations)
+    return MemoryEstimate(*(part / GB for part in (*parts, 0.05 * sum(parts))))
 
 
 def step_flops(config: Config) -> StepFlops:
     """FLOPs of an average step."""
-    first, second = (_measure(_of_depth(config, depth), "fp32") for depth in (1, 2))
+    first, second = (_measure(config, depth, "fp32") for depth in (1, 2))
     step = first.flops + (config.arch().depth - 1) * (second.flops - first.flops)
     return StepFlops(step, step + second.left_out)
 
 
 def class_token_flops(config: Config, image_size: int) -> int:
     """FLOPs of the class token of one square image of `image_size` pixels."""
-    with META, torch.no_grad(), _Meter() as meter:
+    with META, torch.no_grad(), FlopCounterMode(display=False) as counted, _Precision(torch.float32) as precision:
         build_backbone(config).eval()(torch.empty(1, 3, image_size, image_size))
-    return meter.flops
+    return int(counted.get_total_flops() + precision.attention_flops)
 
 
 class _Measured(NamedTuple):
-    bytes: tuple[float, float, float]
-    """Parameters of the student and of all followers, float32; the most that a step holds beside them and gradients."""
-    head: float
-    """Parameters of the largest head, float32."""
+    student: float
+    """Bytes of its parameters, float32, as of all followers' and of the largest head's."""
+    followers: float
+    peak: float
+    """The most bytes that a step holds beside parameters, gradients and crops."""
     stream: float
-    """The tokens of all crops, float32."""
+    """Bytes of the tokens of all crops, float32."""
+    head: float
     flops: float
     left_out: float
-    """FLOPs that the last block saves."""
+    """FLOPs that the last block saves, attention apart."""
 
 
-def _measure(config: Config, precision: str) -> _Measured:
-    with META, torch.enable_grad():  # a step has gradients, even if the caller has switched them off
+@torch.enable_grad()  # a step has gradients, even if the caller has switched them off
+def _measure(config: Config, depth: int, precision: str) -> _Measured:
+    """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice."""
+    rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
+    options = config.student.model_copy(update={"depth": depth, "drop_path_rate": rate, "drop_path_uniform": True})
+    once = config.train.model_copy(update={"activation_checkpointing": False})
+    config = config.model_copy(update={"student": options, "train": once})
+    counter = FlopCounterMode(display=False)
+    with META, counter, _Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), _meta_batch(config)
-        networks = objective.networks
-        for parameter in networks.student.parameters():
+        student = objective.student
+        for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        known = [*objective.parameters(), *objective.buffers(), batch.global_crops, batch.local_crops]
-        known += [parameter.grad for parameter in networks.student.parameters() if parameter.grad is not None]
-        with _Meter(known, DTYPES[precision]) as meter:
-            total = objective(batch, {"iteration": 0, "teacher_temp": 1.0}, torch.Generator().manual_seed(0)).total
-            total.backward()
-        crops = [views for views in (batch.global_crops, batch.local_crops) if len(views)]
-        stream, _ = networks.student.backbone.prepare_tokens([normalize(views) for views in crops], [None] * len(crops))
-    blocks = [meter.flops_within(f"{name}.backbone.blocks") for name, _ in networks.named()]
-    followers = sum(_size(network) for network in networks.followers.values())
+        stream: list[int] = []
+        student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
+        before = arrays.peak = arrays.held
+        values = {"iteration": 0, "teacher_temp": 1.0}
+        objective(batch, values, torch.Generator().manual_seed(0)).total.backward()
+    counts = counter.get_flop_counts()
+    left_out = 0
+    for name, network in objective.networks.named():
+        blocks = f"SSLMetaArch.{name}.backbone.blocks"
+        whole, last = (counts.get(f"{blocks}.{block}", {}) for block in (0, network.backbone.depth - 1))
+        left_out += sum(whole.values()) - sum(last.values())
     return _Measured(
-        bytes=(_size(networks.student), followers, meter.peak),
-        head=max(_size(head) for head in networks.student.heads()),
-        stream=float(FLOAT32 * stream.numel()),
-        flops=meter.flops,
-        left_out=sum(flops[0] - flops[-1] for flops in blocks if flops),
+        _size(student),
+        sum(_size(network) for network in objective.networks.followers.values()),
+        arrays.peak - before,
+        FLOAT32 * stream[0],
+        max(_size(head) for head in student.heads()),
+        counter.get_total_flops() + casts.attention_flops,
+        left_out,
     )
 
 
@@ -154,26 +158,15 @@ def _size(module: nn.Module) -> float:
     return float(FLOAT32 * sum(parameter.numel() for parameter in module.parameters()))
 
 
-def _of_depth(config: Config, depth: int) -> Config:
-    """The same with fewer blocks, of which each drops what is dropped on average; nothing is computed again."""
-    student = config.student
-    rate = student.drop_path_rate if student.drop_path_uniform else student.drop_path_rate / 2
-    changes = {"depth": depth, "drop_path_rate": rate, "drop_path_uniform": True}
-    train = config.train.model_copy(update={"activation_checkpointing": False})
-    return config.model_copy(update={"student": student.model_copy(update=changes), "train": train})
-
-
 def _meta_batch(config: Config) -> MultiCropBatch:
     """Shapes of a batch in which as much is masked as on average."""
-    crops, batch = config.crops, config.train.batch_size_per_gpu
+    crops, batch, masked = config.crops, config.train.batch_size_per_gpu, masked_patches(config)
     patches = (crops.global_crops_size // config.student.patch_size) ** 2
-    masked = masked_patches(config)
     sizes = ((GLOBAL_CROPS, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size))
-    views = [torch.empty(number * batch, size, size, 3, dtype=torch.uint8) for number, size in sizes]
+    of_global, of_local = (torch.empty(n * batch, size, size, 3, dtype=torch.uint8) for n, size in sizes)
     masks = torch.empty(GLOBAL_CROPS * batch, patches, dtype=torch.bool)
-    indices, weights = torch.empty(masked, dtype=torch.int64), torch.empty(masked)
-    samples = torch.empty(batch, dtype=torch.int64)
-    return MultiCropBatch(views[0], views[1], masks, indices, weights, iteration=0, samples=samples)
+    indices, samples = (torch.empty(number, dtype=torch.int64) for number in (masked, batch))
+    return MultiCropBatch(of_global, of_local, masks, indices, torch.empty(masked), iteration=0, samples=samples)
 
 
 def masked_patches(config: Config) -> int:
@@ -186,44 +179,12 @@ def masked_patches(config: Config) -> int:
     return round(images * patches * (low + high) / 2)
 
 
-class _Meter(ExitStack):
-    """Counts FLOPs, and the most bytes that arrays made within it take at once.
-
-    Args:
-        known: arrays that do not count.
-        dtype: of matrix products.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = (), dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.counter, self.arrays = FlopCounterMode(display=False), _Arrays(known)
-        self.precision = _Precision(dtype)
-
-    def __enter__(self) -> "_Meter":
-        for mode in (self.counter, self.arrays, self.precision):
-            self.enter_context(mode)
-        return self
-
-    @property
-    def flops(self) -> int:
-        return self.counter.get_total_flops() + self.precision.attention_flops
-
-    @property
-    def peak(self) -> float:
-        return float(self.arrays.peak)
-
-    def flops_within(self, modules: str) -> list[int]:
-        """Of each of the modules with such a name and a number, in order, without attention."""
-        counts = self.counter.get_flop_counts()
-        found = {name: sum(of.values()) for name, of in counts.items() if name.rpartition(".")[0].endswith(modules)}
-        return [found[name] for name in sorted(found)]
-
-
 class _Arrays(TorchDispatchMode):
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    """Bytes of arrays made within it: those that are `held`, and the most that were at once."""
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known = [tensor.untyped_storage() for tensor in known]  # held, so that no other gets their numbers
-        self.there = {id(storage) for storage in self.known}
+        self.there: set[int] = set()
         self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,14 +1,55 @@
 """What a person sees of a training run: the plan before it, and its progress."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
+from dinov2cli import distributed
+from dinov2cli.config import Config
 from dinov2cli.console import err, logger
+from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.loaders import Loader
+from dinov2cli.train.networks import SSLNetwork
+
+
+def plan_rows(
+    config: Config, loader: Loader[MultiCropBatch], student: SSLNetwork, iteration: int, choices: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """(what, value) of the data, the model, the schedule, and `choices` that were made for the machine."""
+    crops, arch, total, world = config.crops, config.arch(), config.iterations(), distributed.world_size()
+    batch = config.effective_batch(world)
+    factors = f"{config.train.batch_size_per_gpu} per process x {world} process{'es' if world > 1 else ''}"
+    if config.train.gradient_accumulation > 1:
+        factors += f" x {config.train.gradient_accumulation} accumulated"
+    epochs = total * batch / max(len(loader.dataset), 1)
+    workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
+    resumed = f", resumed after {iteration} iterations" if iteration else ""
+    shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
+    head_sizes = " + ".join(count_parameters(head) for head in student.heads())
+    sizes = f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels"
+    peak = config.scaled_lr(world)
+    return [
+        ("run", f"{Path(config.train.output_dir)}{resumed}"),
+        ("data", f"{loader.dataset.describe()}; {workers}"),
+        ("crops", f"{sizes}, patches of {config.student.patch_size}"),
+        ("student", f"{shape}: {count_parameters(student.backbone)} parameters; heads {head_sizes}"),
+        ("length", f"{total:,} iterations, {epochs:,.1f} passes over the data"),
+        ("batch", f"{batch} images ({factors})"),
+        ("learning rate", f"{peak:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)"),
+        *choices.items(),
+    ]
+
+
+def count_parameters(module: nn.Module) -> str:
+    """Number of parameters, such as `21.6 M` or `24 k`."""
+    number = sum(parameter.numel() for parameter in module.parameters())
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
 def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> None:
@@ -18,8 +59,7 @@ def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> No
     for name, value in rows:
         table.add_row(Text(name, "bold"), Text(value))
     err.print(table)
-    listed = list(deviations)
-    if listed:
+    if listed := list(deviations):
         err.print("Departures from the reference's published code:")
         for line in listed:
             err.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
@@ -43,11 +83,8 @@ class TrainingDisplay:
     """
 
     def __init__(self, total: int, done: int, images_per_iteration: int, *, quiet: bool = False) -> None:
-        self.images_per_iteration = images_per_iteration
-        self.total, self.first = total, done
-        self.started = time.perf_counter()
-        self.quiet = quiet
-        self.waited = 0.0
+        self.total, self.first, self.images_per_iteration, self.quiet = total, done, images_per_iteration, quiet
+        self.started, self.waited = time.perf_counter(), 0.0
         self.live = err.is_terminal and not quiet
         self.progress = Progress(
             TextColumn("[bold]training"),
@@ -74,8 +111,7 @@ class TrainingDisplay:
         """Show the state after `iteration` iterations; `log` writes a line where there is no terminal."""
         self.waited += data_time
         elapsed = time.perf_counter() - self.started
-        done_here = iteration - self.first
-        rate = done_here / max(elapsed, 1e-9)
+        rate = (iteration - self.first) / max(elapsed, 1e-9)
         of_terms: dict[str, float] = {}
         for name, value in losses.items():
             term = name.partition("_")[0]  # what is logged of a term begins with its name

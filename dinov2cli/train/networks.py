@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dinov2cli.config import Config
+from dinov2cli.config.schema import Dino, Ibot
 from dinov2cli.models.dino_head import DINOHead
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -31,16 +32,11 @@ class SSLNetwork(nn.Module):
     ) -> None:
         super().__init__()
         assert reads <= TOKEN_SETS, f"unknown token sets {sorted(reads - TOKEN_SETS)}; known: {sorted(TOKEN_SETS)}"
-        self.backbone = backbone
-        for name, head in (("dino_head", dino_head), ("ibot_head", ibot_head)):
-            if head is not None:
-                self.add_module(name, head)
-        self.separate_head = ibot_head is not None
-        self.reads = reads
+        self.backbone, self.dino_head, self.ibot_head, self.reads = backbone, dino_head, ibot_head, reads
 
-    def heads(self) -> list[nn.Module]:
-        """All but the backbone."""
-        return [module for name, module in self.named_children() if name != "backbone"]
+    def heads(self) -> list[DINOHead]:
+        """Those that it has."""
+        return [head for head in (self.dino_head, self.ibot_head) if head is not None]
 
     def forward(
         self,
@@ -62,18 +58,20 @@ class SSLNetwork(nn.Module):
         found = {"cls": cls, "masked": rows}
         if "patches" in self.reads:
             found |= {"masked": rows.index_select(0, mask_indices), "patches": rows.unflatten(0, (images, -1))}
-        found |= self._scores(found)
-        return {name: tokens for name, tokens in found.items() if name in self.reads}
+        return {name: tokens for name, tokens in (found | self._scores(found)).items() if name in self.reads}
 
     def _scores(self, found: NetworkOutputs) -> NetworkOutputs:
         wanted = [name for name in ("cls", "masked") if f"{name}_scores" in self.reads]
-        if len(wanted) == 2 and not self.separate_head:  # a shared head sees one concatenation
-            both = self.get_submodule("dino_head")(torch.cat([found[name] for name in wanted]))
-            return dict(
-                zip(("cls_scores", "masked_scores"), both.split([len(found[name]) for name in wanted]), strict=True)
-            )
-        heads = {"cls": "dino_head", "masked": "ibot_head" if self.separate_head else "dino_head"}
-        return {f"{name}_scores": self.get_submodule(heads[name])(found[name]) for name in wanted}
+        if not wanted:
+            return {}
+        assert self.dino_head is not None, "a network whose scores are read has heads"
+        if len(wanted) == 2 and self.ibot_head is None:  # a shared head sees one concatenation
+            both = self.dino_head(torch.cat([found[name] for name in wanted]))
+            scores = both.split([len(found[name]) for name in wanted])
+        else:
+            heads = {"cls": self.dino_head, "masked": self.ibot_head or self.dino_head}
+            scores = [heads[name](found[name]) for name in wanted]
+        return {f"{name}_scores": rows for name, rows in zip(wanted, scores, strict=True)}
 
     def compile_parts(self) -> None:
         """Every block and head through torch.compile, in place and each by itself; names of parameters stay."""
@@ -113,23 +111,20 @@ class Networks:
     """
 
     def __init__(
-        self,
-        config: Config,
-        attention_backend: str,
-        reads: frozenset[str],
-        reads_of: Mapping[Follower, frozenset[str]],
+        self, config: Config, attention_backend: str, reads: frozenset[str], reads_of: Mapping[Follower, frozenset[str]]
     ) -> None:
         self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
         self.rules = {follower.name: follower for follower in (TEACHER, *reads_of)}
         self.followers: dict[str, SSLNetwork] = {}
-        for follower in self.rules.values():
+        for name, follower in self.rules.items():
             read = reads_of.get(follower, frozenset())
-            # What is saved has its heads, read or not.
-            heads = follower == TEACHER or bool(read & {"cls_scores", "masked_scores"})
-            network = follower.make(config, attention_backend) if follower.make else None
-            network = network or build_network(config, attention_backend, 0.0, read, heads=heads)
+            if follower.make:
+                network = follower.make(config, attention_backend)
+            else:  # what is saved has its heads, read or not
+                heads = follower == TEACHER or bool(read & {"cls_scores", "masked_scores"})
+                network = build_network(config, attention_backend, heads=heads)
             network.reads = read
-            self.followers[follower.name] = network.requires_grad_(False).eval()
+            self.followers[name] = network.requires_grad_(False).eval()
         self.begin()
 
     @property
@@ -158,7 +153,7 @@ class Networks:
 
 def ema(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
     """Towards the student: f = momentum * f + (1 - momentum) * s, backbone and heads."""
-    torch._foreach_lerp_(local_parts(network), local_parts(networks.student), 1 - values["momentum"])
+    torch._foreach_lerp_(*common_parameters(network, networks.student), 1 - values["momentum"])
 
 
 def frozen(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
@@ -171,27 +166,22 @@ def snapshot(networks: Networks, network: SSLNetwork, follower: Follower, values
         copy(networks.teacher, network)
 
 
-RULES: dict[str, Callable[[Networks, SSLNetwork, Follower, Mapping[str, float]], None]] = {
-    "ema": ema,
-    "frozen": frozen,
-    "snapshot": snapshot,
-}
+RULES: dict[str, Callable[[Networks, SSLNetwork, Follower, Mapping[str, float]], None]]
+RULES = {"ema": ema, "frozen": frozen, "snapshot": snapshot}
 
 
 def copy(source: SSLNetwork, target: SSLNetwork) -> None:
     """The source's parameters into those of a network that is spread over processes in the same way."""
-    parameters = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        _local(parameter).copy_(_local(parameters[name]))
+    for own, theirs in zip(*common_parameters(target, source), strict=True):
+        own.copy_(theirs)
 
 
-def local_parts(module: nn.Module) -> list[Tensor]:
-    """What this process holds of every parameter: all of it, or its shard."""
-    return [_local(parameter) for parameter in module.parameters()]
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def common_parameters(network: SSLNetwork, source: SSLNetwork) -> tuple[list[Tensor], list[Tensor]]:
+    """What this process holds of a network's parameters, and of the source's with the same names."""
+    theirs = dict(source.named_parameters())
+    pairs = [(parameter, theirs[name]) for name, parameter in network.named_parameters()]
+    own, others = ([p.to_local() if isinstance(p, DTensor) else p for p in side] for side in zip(*pairs, strict=True))
+    return own, others
 
 
 def build_network(
@@ -204,9 +194,8 @@ def build_network(
 ) -> SSLNetwork:
     """Backbone and, unless asked for without, heads of the configured sizes with fresh weights."""
     backbone = build_backbone(config, attention_backend, drop_path_rate)
-    dino_head = build_head(config, backbone.embed_dim, separate_ibot=False) if heads else None
-    separate = heads and config.ibot.separate_head
-    ibot_head = build_head(config, backbone.embed_dim, separate_ibot=True) if separate else None
+    dino_head = build_head(config.dino, backbone.embed_dim) if heads else None
+    ibot_head = build_head(config.ibot, backbone.embed_dim) if heads and config.ibot.separate_head else None
     return SSLNetwork(backbone, dino_head, ibot_head, reads)
 
 
@@ -222,9 +211,8 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
     return backbone
 
 
-def build_head(config: Config, embed_dim: int, *, separate_ibot: bool) -> DINOHead:
-    """The projection head of the class tokens or, with `separate_ibot`, that of the patches."""
-    sizes = config.ibot if separate_ibot else config.dino
+def build_head(sizes: Dino | Ibot, in_dim: int) -> DINOHead:
+    """A projection head of class tokens or patches, with fresh weights."""
     return DINOHead(
-        embed_dim, sizes.head_n_prototypes, sizes.head_nlayers, sizes.head_hidden_dim, sizes.head_bottleneck_dim
+        in_dim, sizes.head_n_prototypes, sizes.head_nlayers, sizes.head_hidden_dim, sizes.head_bottleneck_dim
     )

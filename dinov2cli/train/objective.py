@@ -36,10 +36,6 @@ class Term(NamedTuple):
     follower: Follower | None = TEACHER
     logs_weighted: bool = False
 
-    def weight_at(self, iteration: float) -> float:
-        """The weight in an iteration."""
-        return self.weight(int(iteration)) if callable(self.weight) else self.weight
-
 
 CENTERINGS: dict[str, Callable[[int], nn.Module]] = {
     "centering": SoftmaxCentering,
@@ -87,8 +83,7 @@ class SSLMetaArch(nn.Module):
 
     def __init__(self, config: Config, attention_backend: str = "sdpa") -> None:
         super().__init__()
-        self.config = config
-        self.attention_backend = attention_backend
+        self.config, self.attention_backend = config, attention_backend
         made = {name: make(config) for name, make in TERMS.items()}
         self.terms = {name: term for name, term in made.items() if term is not None}
         reads: frozenset[str] = frozenset().union(*(term.loss.reads for term in self.terms.values()))
@@ -128,17 +123,16 @@ class SSLMetaArch(nn.Module):
         """
         batch = batch.normalized()
         targets = self.targets(batch, values)
-        crops: list[Tensor] = [batch.global_crops]
-        masks: list[Tensor | None] = [batch.masks]
-        if len(batch.local_crops):
-            crops, masks = [batch.global_crops, batch.local_crops], [batch.masks, None]
+        crops, masks = [batch.global_crops, batch.local_crops], [batch.masks, None]
+        if not len(batch.local_crops):
+            crops, masks = crops[:1], masks[:1]
         tokens = self.forward_student(crops, masks, batch.mask_indices, drop_generator)
 
         weighted: list[Tensor] = []
         logged: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             value, parts = term.loss(tokens, targets[name], batch)
-            weight = term.weight_at(values["iteration"])
+            weight = term.weight(int(values["iteration"])) if callable(term.weight) else term.weight
             weighted.append(weight * value)
             logged |= {key: weight * part if term.logs_weighted else part for key, part in parts.items()}
         return Losses(sum(weighted[1:], start=weighted[0]), logged)
@@ -149,10 +143,11 @@ class SSLMetaArch(nn.Module):
 
         Only that of the class tokens is kept: the patches' would stay in memory through the next step.
         """
-        seen: dict[str, NetworkOutputs] = {}
-        for name, network in self.networks.followers.items():
-            if network.reads:
-                seen[name] = network([batch.global_crops], [None], batch.mask_indices)
+        seen: dict[str, NetworkOutputs] = {
+            name: network([batch.global_crops], [None], batch.mask_indices)
+            for name, network in self.networks.followers.items()
+            if network.reads
+        }
         targets = {}
         for name, term in self.terms.items():
             tokens = seen.get(term.follower.name, {}) if term.follower else {}

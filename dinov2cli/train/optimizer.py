@@ -1,18 +1,14 @@
 """AdamW over the student's parameter groups, and gradient clipping for each submodule by itself."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dinov2cli.config import Config
 from dinov2cli.train.parameter_groups import parameter_groups
 
-if TYPE_CHECKING:
-    from dinov2cli.config import Config
 
-
-def build_optimizer(student: nn.Module, config: "Config") -> torch.optim.AdamW:
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW with its moments allocated at once, so that a checkpoint of step 0 has the same keys as a later one."""
     optimizer = torch.optim.AdamW(
         parameter_groups(student, config), betas=(config.optim.adamw_beta1, config.optim.adamw_beta2), fused=True

@@ -1,15 +1,14 @@
 """Which parameters share a learning-rate factor and a weight decay (layerwise decay; BEiT and DINOv2 papers)."""
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from dinov2cli.config import Config
+from dinov2cli.config import Config
 
 
-def parameter_groups(student: nn.Module, config: "Config") -> list[dict[str, Any]]:
+def parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
     """AdamW parameter groups of a network with a child `backbone` and heads beside it.
 
     Each group holds the parameters that are treated alike, and says how: `lr_schedule` names the schedule of its

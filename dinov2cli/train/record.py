@@ -3,7 +3,6 @@
 import math
 from collections import deque
 from contextlib import ExitStack
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -45,29 +44,24 @@ class Reading(NamedTuple):
     Args:
         iteration: counted from 0.
         values: the scheduled values it used.
-        losses: names of the losses, the reference's.
-        grad_norms: names of the submodules.
-        tensors: `numbers`, of these in order, and what the monitors need where they are asked.
+        names: of the `losses`, the reference's, and of the `grad_norms`, submodules.
+        tensors: `losses` and `grad_norms`, in this order, and what the monitors need where they are asked.
     """
 
     iteration: int
     values: dict[str, float]
-    losses: list[str]
-    grad_norms: list[str]
+    names: dict[str, list[str]]
     tensors: Arriving
 
     def numbers(self) -> tuple[dict[str, float], dict[str, float]]:
         """Losses and gradient norms by name; waits until they are there."""
-        numbers = self.tensors.read()["numbers"].tolist()
-        count = len(self.losses)
-        return (
-            dict(zip(self.losses, numbers[:count], strict=True)),
-            dict(zip(self.grad_norms, numbers[count:], strict=True)),
-        )
+        there = self.tensors.read()
+        losses, norms = (dict(zip(names, there[of].tolist(), strict=True)) for of, names in self.names.items())
+        return losses, norms
 
 
 class Record:
-    """Counts, metrics files and display of a run; a context manager around its loop.
+    """Counts, metrics files and display of a run.
 
     Every process has one. Only the first writes files and shows anything.
 
@@ -88,41 +82,25 @@ class Record:
         self.nonfinite = 0  # consecutive iterations that were left out
         self.collapsed = False  # what the monitors said last, so that they warn once
         self.loggers: list[Tracker] = []
-        self._stack = ExitStack()
 
-    def open(self, iteration: int) -> "Record":
-        """Go on with the files and the display after `iteration` iterations."""
-        quiet = not distributed.is_main()
-        if not quiet:
+    def open(self, iteration: int, stack: ExitStack) -> None:
+        """Go on with the files and the display after `iteration` iterations; the files close with `stack`."""
+        if distributed.is_main():
             trackers = make_trackers(self.config, self.folder.path, resume_at=iteration)
             self.loggers = [MetricLogger(self.folder.metrics, resume_at=iteration), *trackers]
         for each in self.loggers:
-            self._stack.callback(each.close)
+            stack.callback(each.close)
+        quiet = not distributed.is_main()
         self.display = TrainingDisplay(self.total, iteration, self.images_per_iteration, quiet=quiet)
-        return self
-
-    def __enter__(self) -> "Record":
-        self._stack.enter_context(self.display)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def take(self, result: StepResult) -> Reading:
         """Begin to copy an iteration's numbers to main memory."""
-        named = {"total_loss": result.losses.total, **result.losses.logged}
-        numbers = torch.stack([value.float() for value in (*named.values(), *result.grad_norms.values())])
-        view = result.view if self.loggers and self.is_logged(result.iteration) else None
-        health = {} if view is None else teacher_numbers(view)
-        return Reading(
-            result.iteration,
-            result.values,
-            list(named),
-            list(result.grad_norms),
-            Arriving({"numbers": numbers, **health}),
-        )
+        named = {"losses": {"total_loss": result.losses.total, **result.losses.logged}, "grad_norms": result.grad_norms}
+        tensors = {of: torch.stack([value.float() for value in numbers.values()]) for of, numbers in named.items()}
+        if result.view is not None and self.loggers and self.is_logged(result.iteration):
+            tensors |= teacher_numbers(result.view)
+        names = {of: list(numbers) for of, numbers in named.items()}
+        return Reading(result.iteration, result.values, names, Arriving(tensors))
 
     def is_logged(self, iteration: int) -> bool:
         """Whether an iteration gets a line in the metrics."""
@@ -131,9 +109,23 @@ class Record:
     def read(self, reading: Reading, iter_time: float, data_time: float) -> None:
         """Check, log and show an iteration's numbers. Waits until the device has them."""
         losses, grad_norms = self.check(reading)
-        due = self.is_logged(reading.iteration)
+        due, values = self.is_logged(reading.iteration), reading.values
         if due and self.loggers:
-            line = self.metrics_line(reading, losses, grad_norms, iter_time, data_time)
+            line = {  # the reference's keys, then ours
+                "iteration": reading.iteration,
+                "iter_time": iter_time,
+                "data_time": data_time,
+                "lr": values["lr"],
+                "wd": values["weight_decay"],
+                "mom": values["momentum"],
+                "last_layer_lr": values["last_layer_lr"],
+                "current_batch_size": self.images_per_iteration,
+                **losses,
+                "teacher_temp": values["teacher_temp"],
+                **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
+                **self.health(reading),
+                "bad_images": self.bad_images,
+            }
             for each in self.loggers:
                 each.write(line)
         self.display.update(reading.iteration + 1, losses, data_time, log=due)
@@ -146,16 +138,15 @@ class Record:
         """
         losses, grad_norms = reading.numbers()
         terms = {**losses, **{f"gradient of {name}": norm for name, norm in grad_norms.items()}}
-        wrong = [name for name, value in terms.items() if not math.isfinite(value) and name != "total_loss"]
+        wrong = ", ".join(name for name, value in terms.items() if not math.isfinite(value) and name != "total_loss")
         if math.isfinite(losses["total_loss"]) and (not self.watched_gradients or not wrong):
             self.nonfinite = 0
             return losses, grad_norms
         self.nonfinite += 1
-        logger.warning("iteration %d: %s not finite; the step was left out", reading.iteration, ", ".join(wrong))
+        logger.warning("iteration %d: %s not finite; the step was left out", reading.iteration, wrong)
         if self.nonfinite >= self.config.train.max_nonfinite:
-            times = f"for {self.nonfinite} iterations in a row"
             raise TrainingFailure(
-                f"iteration {reading.iteration}: {', '.join(wrong)} not finite {times}",
+                f"iteration {reading.iteration}: {wrong} not finite for {self.nonfinite} iterations in a row",
                 f"The last good checkpoint is in {self.folder.checkpoints}. Lower optim.base_lr, lengthen "
                 "optim.warmup_epochs, or use compute_precision.precision=fp32, and run again to resume from it.",
             )
@@ -171,9 +162,10 @@ class Record:
         Raises:
             DataError: too many; every process raises it.
         """
-        for path in (path for batch in batches for path in batch.bad):
-            logger.warning("unreadable image replaced: %s", path)
-            self.last_bad.append(path)
+        for batch in batches:
+            for path in batch.bad:
+                logger.warning("unreadable image replaced: %s", path)
+                self.last_bad.append(path)
         self.bad_images += bad_images
         self.samples_seen += self.images_per_iteration
         allowed = self.config.train.max_bad_fraction
@@ -185,32 +177,6 @@ class Record:
                 f"train.max_bad_fraction={allowed} allows; the last: " + "; ".join(last[:20]),
                 "Repair or remove them, or raise train.max_bad_fraction; the same command then resumes.",
             )
-
-    def metrics_line(
-        self,
-        reading: Reading,
-        losses: dict[str, float],
-        grad_norms: dict[str, float],
-        iter_time: float,
-        data_time: float,
-    ) -> dict[str, float | int]:
-        """One line of `training_metrics.json`: the reference's keys, then ours."""
-        values = reading.values
-        return {
-            "iteration": reading.iteration,
-            "iter_time": iter_time,
-            "data_time": data_time,
-            "lr": values["lr"],
-            "wd": values["weight_decay"],
-            "mom": values["momentum"],
-            "last_layer_lr": values["last_layer_lr"],
-            "current_batch_size": self.images_per_iteration,
-            **losses,
-            "teacher_temp": values["teacher_temp"],
-            **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
-            **self.health(reading),
-            "bad_images": self.bad_images,
-        }
 
     def health(self, reading: Reading) -> dict[str, float]:
         """What the monitors say of the teacher; warns once of a collapse."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2cli.config import Config, load_config
-from dinov2cli.config.schema import Student
+from dinov2cli.config.schema import Dino, Ibot, Student
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError
@@ -13,15 +13,13 @@ from dinov2cli.errors import ConfigError
 SHAPING_KEYS = {
     "student.arch",
     *(f"student.{key}" for key in Student.model_fields if key in ViTConfig.model_fields and key not in RESIZING),
-    *(f"{head}.head_{key}" for head in ("dino", "ibot") for key in ("n_prototypes", "bottleneck_dim", "nlayers",
-                                                                   "hidden_dim")),
+    *(f"dino.{key}" for key in Dino.model_fields if key.startswith("head_")),
+    *(f"ibot.{key}" for key in Ibot.model_fields if key.startswith("head_")),
     "ibot.separate_head", "crops.global_crops_size", "train.centering",
 }  # fmt: skip
 # What may change between two sessions of a run without a word.
-FREE_KEYS = {
-    *(f"train.{key}" for key in ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding",
-                                 "hang_timeout")),
-}  # fmt: skip
+FREE = ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding", "hang_timeout")
+FREE_KEYS = {f"train.{key}" for key in FREE}
 # What `keep_effective_batch` changes; it says so itself.
 BATCH_KEYS = {"train.batch_size_per_gpu", "train.gradient_accumulation"}
 

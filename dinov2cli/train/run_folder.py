@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dinov2cli.errors import ConfigError
+
 
 class RunFolder:
     """Paths below the run's `--output-dir`."""
@@ -29,6 +31,20 @@ class RunFolder:
     def stacks(self, rank: int) -> Path:
         """Where a process that hangs says what it is doing."""
         return self.path / "logs" / "stacks" / f"rank_{rank:05d}.txt"
+
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to resume from."""
+        return any(self.checkpoints.glob("iteration_*"))
+
+    def make(self) -> None:
+        """Create the folder, or say why that is not possible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".dino2-write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"--output-dir {self.path}: cannot be written to ({error.strerror})") from error
 
     def set_aside(self) -> Path | None:
         """Move an earlier run's files into `previous_<n>/`, so that a new one starts in a clean folder.

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dinov2cli.config import Config
+from dinov2cli.config import Config
 
 Schedule = Callable[[int], float]
 """A value for the iteration, counted from 0."""
@@ -19,7 +17,7 @@ class Schedules:
         world_size: processes, which enter the learning rate through the effective batch.
     """
 
-    def __init__(self, config: "Config", world_size: int = 1) -> None:
+    def __init__(self, config: Config, world_size: int = 1) -> None:
         self.peak_lr = config.scaled_lr(world_size)
         optim, teacher, total = config.optim, config.teacher, config.iterations()
         warmup = config.iterations(optim.warmup_epochs)

@@ -20,6 +20,7 @@ from dinov2cli.config import Config
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.cost import estimate
 from dinov2cli.train.networks import SSLNetwork, build_backbone
 from dinov2cli.train.objective import SSLMetaArch
 
@@ -51,13 +52,12 @@ def choose_sharding(config: Config, precision: Precision, world_size: int) -> tu
     if world_size == 1:
         return "none", "one process"
     if precision.device.type == "cuda" and not scaled:
-        from dinov2cli.train.cost import estimate
-
         needed_gb = estimate(config, world_size=world_size, sharding="ddp", precision=precision.name).total
         there = torch.cuda.get_device_properties(precision.device).total_memory / 1e9
+        needs = f"about {needed_gb:.0f} GB of the device's {there:.0f} GB"
         if needed_gb > 0.85 * there:
-            return "fsdp", f"a replica would need about {needed_gb:.0f} GB of the device's {there:.0f} GB"
-        return "ddp", f"a replica needs about {needed_gb:.0f} GB of the device's {there:.0f} GB"
+            return "fsdp", f"a replica would need {needs}"
+        return "ddp", f"a replica needs {needs}"
     return "ddp", "a replica in every process"
 
 

@@ -17,11 +17,9 @@ class Tracker(Protocol):
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Log the numbers of one line; its `iteration` is the step."""
-        ...
 
     def close(self) -> None:
         """Send what is buffered."""
-        ...
 
 
 def make_trackers(config: Config, run_folder: Path, *, resume_at: int = 0) -> list[Tracker]:

@@ -22,9 +22,8 @@ from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.allocator import keep_freed_memory
-from dinov2cli.train.cost import estimate, room_for_gaps
-from dinov2cli.train.display import print_plan
-from dinov2cli.train.dry_run import plan_rows
+from dinov2cli.train.cost import describe, estimate, room_for_gaps
+from dinov2cli.train.display import plan_rows, print_plan
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
@@ -82,20 +81,29 @@ class Trainer:
             self.dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
             arithmetic = config.compute_precision
             self.precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
-            self.attention_backend, self.attention_reason = choose_attention(config, device, self.precision)
-            self.compiled, self.compile_reason = choose_compile(config, device)
-            mode, self.sharding_reason = choose_sharding(config, self.precision, self.world_size)
+            attention, why_attention = choose_attention(config, device, self.precision)
+            self.compiled, why_compiled = choose_compile(config, device)
+            mode, why_sharded = choose_sharding(config, self.precision, self.world_size)
             torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
-            self.objective = SSLMetaArch(config, self.attention_backend)
+            self.objective = SSLMetaArch(config, attention)
             if init_backbone is not None and not resume:
                 init_backbone(self.objective.student.backbone)
                 self.objective.networks.begin()
         self.given_config, self.config = given, config
         self.total = config.iterations()
         self.accumulation = config.train.gradient_accumulation
-        self.expected_memory = estimate(
-            config, world_size=self.world_size, sharding=mode, precision=self.precision.name
-        )
+        expected = estimate(config, world_size=self.world_size, sharding=mode, precision=self.precision.name)
+        tight = device.type == "cpu" and not room_for_gaps(expected)
+        hint = "; little room, a smaller train.batch_size_per_gpu would be faster an image" if tight else ""
+        if device.type == "cpu":
+            keep_freed_memory(room=not tight)
+        self.choices = {
+            "device": f"{device}, {self.precision.name} ({self.precision.reason})",
+            "processes": f"{self.world_size}; sharding {mode} ({why_sharded})",
+            "attention": f"{attention} ({why_attention})",
+            "compiled": f"{'yes' if self.compiled else 'no'} ({why_compiled})",
+            "expected memory": describe(expected) + hint,
+        }
         self.objective.to(device).train()
         if self.compiled:
             self.objective.compile_parts()
@@ -118,26 +126,28 @@ class Trainer:
         if self.iteration >= self.total:
             logger.info("finished already: %d of %d iterations", self.iteration, self.total)
             return
-        if self.device.type == "cpu":
-            keep_freed_memory(room=room_for_gaps(self.expected_memory))
         loader = self.make_loader()
-        with distributed.same_error_everywhere():
-            if distributed.is_main():
-                print_plan(plan_rows(self, loader), self.config.deviations())
-                self.config.save(self.folder.config)
-            self.record.open(self.iteration)
-        self.watch = Watch(
-            self.folder, total=self.total, iteration=self.iteration, hang_timeout=self.config.train.hang_timeout
-        )
         with ExitStack() as stack:
-            stack.enter_context(self.watch)
+            with distributed.same_error_everywhere():
+                self.print_plan(loader)
+                if distributed.is_main():
+                    self.config.save(self.folder.config)
+                self.record.open(self.iteration, stack)
+            timeout = self.config.train.hang_timeout
+            watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=timeout)
+            self.watch = stack.enter_context(watch)
             stack.callback(self.checkpointer.finish)
             if self.iteration == 0:
                 self.score_teacher()
-            stack.enter_context(self.record)
+            stack.enter_context(self.record.display)
             message = "stopping after this iteration (again to stop at once, without saving)"
-            signals = stack.enter_context(interruption(message, requeue=True))
-            self.loop(loader, signals)
+            self.loop(loader, stack.enter_context(interruption(message, requeue=True)))
+
+    def print_plan(self, loader: Loader[MultiCropBatch]) -> None:
+        """Say what will be run."""
+        if distributed.is_main():
+            rows = plan_rows(self.config, loader, self.objective.student, self.iteration, self.choices)
+            print_plan(rows, self.config.deviations())
 
     def loop(self, loader: Loader[MultiCropBatch], signals: list[int]) -> None:
         """All iterations that are left; `signals` holds those that this process has got."""
@@ -163,7 +173,8 @@ class Trainer:
             self.watch.beat(self.iteration, iter_time, data_time)
             while len(unread) > (0 if due else lag):
                 self.record.read(unread.popleft(), iter_time, data_time)
-            self.save(due)
+            for save in due:
+                save()
 
     def on_device(self, batch: MultiCropBatch) -> MultiCropBatch:
         """The batch where the networks are; from page-locked memory, nobody waits for the copy."""
@@ -186,41 +197,35 @@ class Trainer:
         """The method's step; see `TrainingStep`."""
         return self.step(self.iteration, batches)
 
-    def what_is_due(self) -> set[str]:
-        """What belongs after the iterations done so far: `teacher`, `knn`, `checkpoint`."""
-        evaluation = self.config.evaluation
-        periods = {
-            "teacher": evaluation.eval_period_iterations,
-            "knn": evaluation.knn_period,
-            "checkpoint": self.config.checkpoint_period(),
-        }
-        finished = self.iteration == self.total
-        due = {name for name, period in periods.items() if period and self.iteration % period == 0}
-        return due | ({"teacher", "checkpoint", *(["knn"] if evaluation.knn_period else [])} if finished else set())
+    def what_is_due(self) -> list[Callable[[], None]]:
+        """What belongs after the iterations done so far.
 
-    def save(self, due: set[str]) -> None:
-        """Write the checkpoints and scores that are due."""
-        if "teacher" in due:
-            self.save_teacher()
-        if "knn" in due:
-            self.score_teacher()
-        # The training checkpoint comes last: a run killed before it does the above again on resuming. While losses are
-        # non-finite, the last good one stays the newest.
-        if "checkpoint" in due and self.record.nonfinite == 0:
-            self.save_checkpoint(wait=self.iteration == self.total)
+        The training checkpoint comes last: a run killed before it does the rest again on resuming.
+        """
+        evaluation, finished = self.config.evaluation, self.iteration == self.total
+        periods: dict[Callable[[], None], int] = {
+            self.save_teacher: evaluation.eval_period_iterations,
+            self.score_teacher: evaluation.knn_period,
+            self.save_checkpoint: self.config.checkpoint_period(),
+        }
+        return [do for do, period in periods.items() if finished or (period and self.iteration % period == 0)]
 
     def save_and_stop(self, signal: int, unread: deque[Reading]) -> None:
         """Save, then raise `Interrupted` in every process."""
         for result in unread:
             self.record.read(result, 0.0, 0.0)
-        if self.record.nonfinite == 0:
-            self.save_checkpoint(wait=True)
+        self.save_checkpoint(wait=True)
         logger.info("interrupted: saved at iteration %d; the same command resumes", self.iteration)
         raise Interrupted(signal)
 
-    def save_checkpoint(self, *, wait: bool) -> None:
-        """Write what resuming needs, in the background unless `wait`."""
-        facts = batch_facts(self.given_config, self.config, self.world_size)
+    def save_checkpoint(self, *, wait: bool = False) -> None:
+        """Write what resuming needs, in the background unless `wait` or at the end.
+
+        While losses are non-finite, the last good one stays the newest.
+        """
+        if self.record.nonfinite:
+            return
+        facts, wait = batch_facts(self.given_config, self.config, self.world_size), wait or self.iteration == self.total
         with self.watch.doing("saving"):
             self.checkpointer.save(self.iteration, self.state(), facts=facts, wait=wait)
 
