@@ -33,7 +33,7 @@ def run(request: BenchExtractRequest) -> Measured:
     model = build_backbone(config).eval()
     extractor = Extractor(model, image_size=image_size, batch_size=batch_size, device=device)
     dtype, dim = extractor.precision.dtype, model.embed_dim
-    tokens = batch_size * ((image_size // model.patch_size) ** 2 + 1)
+    tokens = batch_size * ((image_size // model.patch_size) ** 2 + model.prefix_tokens)
     images = torch.randn(batch_size, 3, image_size, image_size)
 
     if device.type == "cpu":

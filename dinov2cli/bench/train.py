@@ -277,8 +277,7 @@ def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repea
     dim = config.arch().embed_dim
     batch, crops, patch = config.train.batch_size_per_gpu, config.crops, config.student.patch_size
     sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
-    special = 1 + config.student.num_register_tokens
-    tokens = batch * sum((size // patch) ** 2 + special for size in sizes)
+    tokens = batch * sum((size // patch) ** 2 + config.vit().prefix_tokens for size in sizes)
     blocks = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
     rows = batch * len(sizes) + masked_patches(config)
     prototypes = rows, config.dino.head_bottleneck_dim, config.dino.head_n_prototypes

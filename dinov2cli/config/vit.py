@@ -107,6 +107,16 @@ class ViTConfig(ViTOptions):
         return self.img_size // self.patch_size
 
     @property
+    def prefix_names(self) -> tuple[str, ...]:
+        """The tokens of an image before its patches, in their order."""
+        return "cls", *(f"register {i + 1}" for i in range(self.num_register_tokens))
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many these are."""
+        return len(self.prefix_names)
+
+    @property
     def name(self) -> str:
         """The known name of the width, depth and heads (`vit_small`), or `vit` for others."""
         size = (self.embed_dim, self.depth, self.num_heads)

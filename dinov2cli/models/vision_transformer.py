@@ -54,8 +54,8 @@ class VisionTransformer(nn.Module):
         self.patch_size = config.patch_size
         self.native_size = config.img_size
         self.num_register_tokens = config.num_register_tokens
-        self.prefix_tokens = 1 + config.num_register_tokens
-        """Tokens of a sequence before its patches: the class token, then the registers."""
+        self.prefix_tokens = config.prefix_tokens
+        """Tokens of a sequence before its patches, `config.prefix_names`."""
         self.activation_checkpointing = False
         self.drop_path_rates = [
             drop_path_rate if drop_path_uniform else drop_path_rate * i / max(self.depth - 1, 1)
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
     def _features(self, normed: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         return {
             "x_norm_clstoken": normed[:, 0],
-            "x_norm_regtokens": normed[:, 1 : self.prefix_tokens],
+            "x_norm_regtokens": normed[:, 1 : 1 + self.num_register_tokens],
             "x_norm_patchtokens": normed[:, self.prefix_tokens :],
             "x_prenorm": prenorm,
             "masks": masks,

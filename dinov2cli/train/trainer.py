@@ -281,11 +281,10 @@ def choose_attention(config: Config, device: torch.device, precision: Precision)
     Raises:
         ConfigError: the configured one does not run here.
     """
-    asked, arch, crops = config.student.attention_backend, config.arch(), config.crops
+    asked, vit, crops = config.student.attention_backend, config.vit(), config.crops
     sizes = [crops.global_crops_size, *([crops.local_crops_size] if crops.local_crops_number else [])]
-    special = 1 + config.student.num_register_tokens
-    lengths = tuple(special + (size // config.student.patch_size) ** 2 for size in sizes)
-    use = AttentionUse(device, precision.dtype, arch.num_heads, arch.embed_dim // arch.num_heads, lengths)
+    lengths = tuple(vit.prefix_tokens + (size // vit.patch_size) ** 2 for size in sizes)
+    use = AttentionUse(device, precision.dtype, vit.num_heads, vit.embed_dim // vit.num_heads, lengths)
     try:
         return choose_attention_backend(asked, use)
     except ValueError as error:

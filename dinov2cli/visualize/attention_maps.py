@@ -76,8 +76,8 @@ def attention_maps(
     images = normalize(torch.from_numpy(fitted)[None].to(next(model.parameters()).device))
     with torch.inference_mode():
         weights = special_token_attention(model, images, block)[0, :, :, model.prefix_tokens :]
-    names = ("cls", *(f"register {i + 1}" for i in range(model.num_register_tokens)))
-    return AttentionMaps(weights.transpose(0, 1).unflatten(2, grid).float().cpu().numpy(), names)
+    heats = weights.transpose(0, 1).unflatten(2, grid).float().cpu().numpy()
+    return AttentionMaps(heats, model.config.prefix_names)
 
 
 def special_token_attention(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:

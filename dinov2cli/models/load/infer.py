@@ -23,6 +23,8 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         WeightsError: a part is missing, shapes contradict each other or the hints, or the heads cannot be known.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if "pos_embed" not in shapes and shapes.keys() & {"storage_tokens", "rope_embed.periods"}:
+        raise WeightsError(f"{source}: a DINOv3 model; dino2 loads DINOv2 models")
     for key, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if key not in shapes:
             raise WeightsError(f"{source}: incomplete weights, '{key}' is missing")

@@ -142,7 +142,6 @@ NOT_DINOV2: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
         "one rank's shard of an FSDP training checkpoint: flattened pieces of the weights, without their shapes. "
         "Use the run's eval/training_<iteration>/teacher_checkpoint.pth, which holds the whole teacher",
     ),
-    (_any(r"storage_tokens$|rope_embed\.periods$"), "a DINOv3 model; dino2 loads DINOv2 models"),
     (
         lambda names: _any(r"^layer\.\d+\.attention\.q_proj|^model\.layer\.\d+\.")(names)
         or (_any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names)),
