@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dinov2cli.cli import command
 from dinov2cli.cli.command import add_command, request_from
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Group, Request, argument, option, run, words_of
+from dinov2cli.requests.base import AtLeastOne, Group, Request, argument, option, run, words_of
 
 
 class Where(Group):
@@ -34,7 +34,7 @@ class Probe(Request):
     run_by = "test_requests:answer"
 
     checkpoint: str = argument("What.", metavar="CKPT")
-    overrides: tuple[str, ...] = argument("Keys.", default=(), metavar=OVERRIDES, completes="overrides")
+    overrides: tuple[str, ...] = argument("Keys.", default=(), completes="overrides")
     output_dir: Path | None = option(None, "Folder.", metavar="DIR")
     nb_knn: tuple[AtLeastOne, ...] = option((), "Neighbours.", flags="--nb-knn --nb_knn")
     tests: tuple[str, ...] = option((), "Datasets.")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dinov2cli.cli.completion.words import complete_override, complete_preset
 from dinov2cli.cli.output import show
@@ -20,6 +21,7 @@ from dinov2cli.launch.environment import is_worker, worker_rank
 from dinov2cli.requests.base import Group, Request, Typed, function_named, run
 
 COMPLETERS = {"presets": complete_preset, "overrides": complete_override}
+METAVARS = {"presets": "NAME", "overrides": "[a.b=value ...]"}
 
 
 class Parameter(NamedTuple):
@@ -54,9 +56,13 @@ class Parameter(NamedTuple):
         return tuple(spelled)
 
     @property
+    def metavar(self) -> str | None:
+        return self.typed.get("metavar") or METAVARS.get(self.typed.get("completes", ""))
+
+    @property
     def as_typed(self) -> str:
         """What messages call it."""
-        return self.typed.get("metavar", self.name.upper()) if self.is_argument else self.flags[0].split("/")[0]
+        return (self.metavar or self.name.upper()) if self.is_argument else self.flags[0].split("/")[0]
 
     @property
     def is_argument(self) -> bool:
@@ -96,10 +102,8 @@ def add_command(app: typer.Typer, name: str, request: type[Request]) -> None:
         instead = frozenset(flag for each in found if each.typed.get("names_argument") for flag in each.flags)
 
     def command(context: typer.Context, **values: Any) -> None:
-        typed = {
-            name: value for name, value in values.items()
-            if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-        }  # fmt: skip
+        source = context.get_parameter_source
+        typed = {name: value for name, value in values.items() if getattr(source(name), "name", "") == "COMMANDLINE"}
         perform(request_of(request, typed))
 
     signature = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
@@ -129,28 +133,28 @@ def request_of(request: type[Request], typed: Mapping[str, Any]) -> Request:
 
 
 def checked(request: type[Request], values: Any) -> Request:
-    """The request of these values; ConfigError if they make none."""
+    """The request of these values.
+
+    Raises:
+        ConfigError: what is wrong with them, one line for each option, by the option's name as it is typed.
+    """
     try:
         return request.model_validate(values)
     except ValidationError as error:
-        raise explain(request, error) from error
+        names = {each.path: each.as_typed for each in parameters(request)}
+        lines = [_explain(problem, names) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
-def explain(request: type[Request], error: ValidationError) -> ConfigError:
-    """What is wrong with a request, one line for each option, by the option's name as it is typed."""
-    names = {each.path: each.as_typed for each in parameters(request)}
-    lines = []
-    for problem in error.errors(include_url=False):
-        path = tuple(part for part in problem["loc"] if isinstance(part, str))
-        name = next((names[path[:end]] for end in range(len(path), 0, -1) if path[:end] in names), ".".join(path))
-        if problem["type"] == "value_error":  # a validator's own words
-            lines.append(str(problem["ctx"]["error"]))
-        elif problem["type"] == "missing":
-            lines.append(f"{name} is missing")
-        else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
-            lines.append(f"{name} {problem['input']}: {message.replace('input should be', 'must be')}")
-    return ConfigError("\n".join(dict.fromkeys(lines)))
+def _explain(problem: ErrorDetails, names: Mapping[tuple[str, ...], str]) -> str:
+    if problem["type"] == "value_error":  # a validator's own words
+        return str(problem["ctx"]["error"])
+    path = tuple(part for part in problem["loc"] if isinstance(part, str))
+    name = next((names[path[:end]] for end in range(len(path), 0, -1) if path[:end] in names), ".".join(path))
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{name} {problem['input']}: {message.replace('input should be', 'must be')}"
 
 
 def perform(request: Request) -> None:
@@ -185,7 +189,7 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
         annotation = annotation | None
     info = (typer.Argument if each.is_argument else partial(typer.Option, *each.flags))(
         help=each.field.description,
-        metavar=typed.get("metavar"),
+        metavar=each.metavar,
         min=each.bounds[0],
         max=each.bounds[1],
         rich_help_panel=each.panel,

@@ -31,7 +31,13 @@ REQUESTS: tuple[type[Request], ...] = (
     *eval.EVALUATIONS.values(),
     tools.ListPresetsRequest,
     tools.ShowPresetRequest,
-    *bench.BENCHES,
+    bench.BenchTrainRequest,
+    bench.BenchExtractRequest,
+    bench.BenchKnnRequest,
+    bench.BenchLogregRequest,
+    bench.BenchLinearRequest,
+    bench.BenchAugmentRequest,
+    bench.BenchGpuRequest,
 )
 # The words of each command; those of evaluations also without `eval`.
 COMMANDS: dict[str, type[Request]] = {request.command: request for request in REQUESTS} | eval.EVALUATIONS

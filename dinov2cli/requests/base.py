@@ -28,13 +28,13 @@ a field `as_json`, as one JSON object if that is true.
 import json
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 AtLeastOne = Annotated[int, Field(ge=1)]
-OVERRIDES = "[a.b=value ...]"
-"""What `--help` calls changes of the configuration."""
+Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
 
 
 class Typed(TypedDict, total=False):
@@ -43,7 +43,7 @@ class Typed(TypedDict, total=False):
     flags: str  # spellings, separated by spaces; by default the field's name. The first is the name in messages
     metavar: str  # what stands for the value in `--help`
     default_text: str | bool  # what `--help` says of the default instead of the value; False: nothing
-    completes: Literal["presets", "overrides"]  # what the shell offers: presets, or keys of the configuration
+    completes: Literal["presets", "overrides"]  # what the shell offers: presets, or changes of the configuration
     positional: bool  # given by its position
     one_each: bool  # of several values, each needs the name before it, as anything may follow
     names_argument: bool  # stands for the command's first argument
@@ -51,14 +51,7 @@ class Typed(TypedDict, total=False):
 
 
 def option(default: Any, help: str, *, ge: float | None = None, le: float | None = None, **typed: Unpack[Typed]) -> Any:
-    """A field of a request that is typed as an option.
-
-    Args:
-        default: `...` for none: it must be given.
-        help: its text in `--help`.
-        ge: smallest number.
-        le: largest number.
-    """
+    """A field of a request that is typed as an option, from `ge` to `le`; with `...` for a default it must be given."""
     return Field(default, description=help, ge=ge, le=le, json_schema_extra=cast(Any, typed))
 
 

@@ -5,17 +5,15 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.train import ConfiguredRequest
 
 
 class BenchConfiguredRequest(ConfiguredRequest):
     """What measurements of a configuration share."""
 
-    overrides: tuple[str, ...] = argument(
-        "Changes of single configuration keys.", default=(), metavar=OVERRIDES, completes="overrides"
-    )
-    preset: str | None = option(None, "What to run.", metavar="NAME", completes="presets")
+    overrides: tuple[str, ...] = argument("Changes of single configuration keys.", default=(), completes="overrides")
+    preset: str | None = option(None, "What to run.", completes="presets")
     as_json: bool = option(False, "Print one JSON object instead of tables.", flags="--json", last=True)
 
 
@@ -61,7 +59,7 @@ class BenchExtractRequest(BenchConfiguredRequest, command="bench extract", run_b
         dino2 bench extract --preset vits14 --batch-size 64
     """
 
-    preset: str | None = option("vits14", "What to run.", metavar="NAME", completes="presets")
+    preset: str | None = option("vits14", "What to run.", completes="presets")
     data: str | None = option(None, "Extract from these files, too.", metavar="DATASET")
     batch_size: AtLeastOne = option(32, "Images of a batch.")
     batches: AtLeastOne = option(10, "Batches to time.")
@@ -81,7 +79,7 @@ class BenchAugmentRequest(BenchConfiguredRequest, command="bench augment", run_b
         dino2 bench augment --preset vitl14 --json > rates.json
     """
 
-    preset: str | None = option(None, "Whose crops to make.", metavar="NAME", completes="presets")
+    preset: str | None = option(None, "Whose crops to make.", completes="presets")
     data: str = option("SamplePhotos:split=TRAIN", "A folder of images or a dataset string.", metavar="DATASET")
     workers: tuple[Annotated[int, Field(ge=0)], ...] = option(
         (), "Loader processes; repeatable. 0: the main process.", default_text="0, 1, 2, 4, ... cores"
@@ -154,23 +152,10 @@ class BenchGpuRequest(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:
     """
 
     output: Path = option(Path("gpu.json"), "The JSON file, written anew after each part.", metavar="FILE")
-    preset: str = option("vitl16_short", "What is trained in every way.", metavar="NAME", completes="presets")
-    others: tuple[str, ...] = option(
-        ("vits14", "vitl14"), "What is trained as configured.", metavar="NAME", completes="presets"
-    )
-    extract_preset: str = option("vitl14", "Whose features are extracted.", metavar="NAME", completes="presets")
+    preset: str = option("vitl16_short", "What is trained in every way.", completes="presets")
+    others: tuple[str, ...] = option(("vits14", "vitl14"), "What is trained as configured.", completes="presets")
+    extract_preset: str = option("vitl14", "Whose features are extracted.", completes="presets")
     steps: AtLeastOne = option(20, "Steps to time of each.")
     minutes: Annotated[float, Field(gt=0)] = option(8, "After which no part begins, and the one that runs is ended.")
     device: str = option("cuda", "cuda, cuda:N, or cpu to try the command itself.")
     as_json: bool = option(False, "Print one JSON object.", flags="--json")
-
-
-BENCHES = (
-    BenchTrainRequest,
-    BenchExtractRequest,
-    BenchKnnRequest,
-    BenchLogregRequest,
-    BenchLinearRequest,
-    BenchAugmentRequest,
-    BenchGpuRequest,
-)

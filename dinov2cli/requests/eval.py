@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.launch import Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
@@ -37,9 +37,7 @@ class EvalRequest(
         metavar="CKPT",
         default_text=False,
     )
-    overrides: tuple[str, ...] = argument(
-        "Changes of its config.", default=(), metavar=OVERRIDES, completes="overrides"
-    )
+    overrides: tuple[str, ...] = argument("Changes of its config.", default=(), completes="overrides")
     train_dataset: str | None = option(
         None,
         "Labelled images to learn from: a folder with a subfolder per class, or a string such as "

@@ -1,17 +1,16 @@
 """Requests for pictures of what a model sees."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Paths, Request, argument, option
 
 DEFAULT_MODEL = "dinov2_vits14_reg"
 INPUTS = "INPUT... OUTPUT"
 Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
-Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
 
 
 class PicturesRequest(Request):

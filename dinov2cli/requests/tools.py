@@ -1,11 +1,11 @@
 """Requests about what is there: data, weights, runs, presets."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Paths, Request, argument, option
 
 
 class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2cli.data.prepare.run:run"):
@@ -74,9 +74,7 @@ class PlotRequest(Request, command="plot", run_by="dinov2cli.visualize.run_plot:
         dino2 plot runs/baseline runs/larger-lr --output compare.html --smooth 20
     """
 
-    runs: Annotated[tuple[Path, ...], Field(min_length=1)] = argument(
-        "Run folders; their curves are overlaid.", metavar="RUN..."
-    )
+    runs: Paths = argument("Run folders; their curves are overlaid.", metavar="RUN...")
     output: Path | None = option(
         None, "A .png or a self-contained .html. Default: plot.png in the first run.", flags="--output -o"
     )
@@ -159,7 +157,7 @@ class DoctorRequest(Request, command="doctor", run_by="dinov2cli.doctor.report:r
         default_text=False,
     )
     preset: str | None = option(
-        None, "The configuration of a run to come; see dino2 presets list.", metavar="NAME", completes="presets"
+        None, "The configuration of a run to come; see dino2 presets list.", completes="presets"
     )
     config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
     data: str | None = option(None, "The training images: a folder or a dataset string.", metavar="DATASET")

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from dinov2cli.requests.base import OVERRIDES, AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.launch import Slurm
 
 
@@ -13,11 +13,9 @@ class ConfiguredRequest(Request):
     """What commands share that make a configuration: of a preset or of a file, and changes of single keys."""
 
     overrides: tuple[str, ...] = argument(
-        "Changes of single keys, such as optim.epochs=10.", default=(), metavar=OVERRIDES, completes="overrides"
+        "Changes of single keys, such as optim.epochs=10.", default=(), completes="overrides"
     )
-    preset: str | None = option(
-        None, "A ready configuration; see dino2 presets list.", metavar="NAME", completes="presets"
-    )
+    preset: str | None = option(None, "A ready configuration; see dino2 presets list.", completes="presets")
     config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
 
     @model_validator(mode="after")
