@@ -26,9 +26,9 @@ err = Console(stderr=True)
 logger = logging.getLogger("dino2")
 
 
-def set_up_logging(log_file: Path | None = None, *, verbose: bool = False, quiet: bool = False) -> None:
+def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
     """Send the `dino2` logger to standard error (`quiet`: warnings only) and, where given, append it to `log_file`."""
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -53,18 +53,10 @@ class _LateFileHandler(logging.FileHandler):
         """A log that cannot be written (a full disk) must not cover what is on the terminal with tracebacks."""
 
 
-def progress(**kwargs: Any) -> Progress:
+def progress() -> Progress:
     """A progress display on standard error with count, elapsed and remaining time; silent when not a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        **kwargs,
-    )
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn("{task.description}"), *columns, console=err, disable=not err.is_terminal)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -21,9 +21,9 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
-from dinov2cli.visualize.pca_image import pca_images, pca_sheet
+from dinov2cli.visualize.pca_image import pca_images
 from dinov2cli.visualize.pca_video import VideoStyle, fit_video_basis, render_video
-from dinov2cli.visualize.rendering import paint, render
+from dinov2cli.visualize.rendering import paint, render, sheet
 from dinov2cli.visualize.video.reader import ImageFolder, VideoFile, open_source, sampling_step
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer
@@ -517,8 +517,9 @@ def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, w
         written = cv2.imread(str(tmp_path / "each" / f"{index}.png"))[..., ::-1]
         np.testing.assert_allclose(written.astype(int), expected[index].astype(int), atol=1)
     assert run_command("pca-image", *inputs, tmp_path / "sheet.png", *common) == 0
-    sheet = cv2.imread(str(tmp_path / "sheet.png"))
-    assert sheet.shape == pca_sheet(model, photos, resolution=4).shape or sheet.shape[1] == 1280
+    rows = pca_images(model, photos, resolution=4, layout="side-by-side").pictures
+    written = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]
+    np.testing.assert_allclose(written.astype(int), sheet([[row] for row in rows]).astype(int), atol=1)
     assert run_command("pca-image", inputs[1], tmp_path / "one.png", *common) == 0
     assert cv2.imread(str(tmp_path / "one.png")).shape == (90, 50, 3)
 

@@ -25,15 +25,14 @@ class EvalTransform:
 class RandomResizedCrop:
     """Augmentation of linear probing: a random box of 8 to 100 % of the area resized to `size`, flip, normalise."""
 
-    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.08, 1.0)) -> None:
+    def __init__(self, size: int = 224) -> None:
         self.size = size
-        self.scale = scale
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """uint8 [H, W, 3] -> float32 [3, size, size]."""
         *tries, down, right, mirror = rng.random(2 * CROP_TRIES + 3).tolist()
         height, width = image.shape[:2]
-        box = random_box(self.scale, height, width, tries, down, right)
+        box = random_box((0.08, 1.0), height, width, tries, down, right)
         crop = pixels.resized_crop(image, *box, self.size)
         return pixels.normalize_image(pixels.flip(crop) if mirror < 0.5 else crop)
 

@@ -159,32 +159,23 @@ def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, 
 
 
 def online_knn(
-    model: nn.Module,
-    train_dataset: "ImageDataset",
-    val_dataset: "ImageDataset",
-    *,
-    k: int = 20,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
-    precision: str = "auto",
+    model: nn.Module, train_dataset: "ImageDataset", val_dataset: "ImageDataset", *, precision: str = "auto"
 ) -> float:
-    """Top-1 accuracy in percent of the k nearest neighbours: one number to follow during a training.
+    """Top-1 accuracy in percent of the 20 nearest neighbours: one number to follow during a training.
 
-    `model` is left in the mode (training or not) in which it came. A `k` above half the train set is lowered to that.
+    `model` is left in the mode (training or not) in which it came. 20 is lowered to half of a smaller train set.
     """
     mapping = align_classes(train_dataset, val_dataset)
     was_training = model.training
     model.eval()
     try:
-        device = device or next(model.parameters()).device
-        extract = Extractor(model, batch_size=batch_size, num_workers=num_workers, device=device, precision=precision)
+        extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, precision=precision)
         train = extract(train_dataset)
         same = train_dataset.describe() == val_dataset.describe()
         val = train if same else extract(val_dataset).with_classes(mapping)
     finally:
         model.train(was_training)
-    k = max(1, min(k, train.size // 2))
+    k = max(1, min(20, train.size // 2))
     results = evaluate_knn(train, val, KnnSettings(ks=(k,)), leave_one_out=same, device=extract.device)
     return results["full", k].top1
 

@@ -93,14 +93,14 @@ def rank_of(scores: Tensor, targets: Tensor) -> Tensor:
     return ((scores > own) | ((scores == own) & earlier)).sum(-1)
 
 
-def wilson_interval(percent: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval (95 % by default) of an accuracy of `percent` on `count` images, in percent.
+def wilson_interval(percent: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of an accuracy of `percent` on `count` images, in percent.
 
     Wilson's score interval: unlike the normal approximation it stays inside 0 to 100.
     """
     if count <= 0:
         return (0.0, 100.0)
-    p = percent / 100
+    p, z = percent / 100, 1.96
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return (max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half)))

@@ -38,15 +38,9 @@ class Subject:
 
     def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
-        return Extractor(
-            self.model,
-            image_size=request.image_size,
-            num_workers=request.num_workers,
-            device=request.device,
-            cache=None if request.no_cache else FeatureCache(),
-            precision=self.config.compute_precision.precision if self.config else "auto",
-            **options,
-        )
+        precision = self.config.compute_precision.precision if self.config else "auto"
+        options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
+        return Extractor(self.model, cache=None if request.no_cache else FeatureCache(), precision=precision, **options)
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:

@@ -84,13 +84,6 @@ def pca_images(
     return PCAPictures(list(render_images(extractor, basis, photos, layout=layout, upsampling=upsampling)), basis)
 
 
-def pca_sheet(model: VisionTransformer, photos: Iterable[Picture], *, resolution: int = 32) -> Picture:
-    """Each photo beside its PCA picture, one row a photo: uint8 [H, 1280, 3]. See `pca_images`."""
-    photos = list(photos)
-    drawn = pca_images(model, photos, resolution=resolution).pictures
-    return sheet([[photo, picture] for photo, picture in zip(photos, drawn, strict=True)])
-
-
 def fit_image_basis(
     extractor: PatchFeatures, photos: Callable[[], Iterable[Picture]], *, foreground: str | float = "auto"
 ) -> ColorBasis:

@@ -92,7 +92,6 @@ def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer
             f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
             "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
         ) from error
-    run = source.run
-    if run is None or not (run / "config.yaml").is_file():
-        return model, "auto"
-    return model, load_config(config_file=run / "config.yaml").compute_precision.precision
+    config = source.run / "config.yaml" if source.run else None
+    known = config is not None and config.is_file()
+    return model, load_config(config_file=config).compute_precision.precision if known else "auto"

@@ -49,10 +49,8 @@ class ImageNet(ImageDataset):
         self.extra = Path(extra).expanduser() if extra else self.root
         entries = self.extra / f"entries-{split}.npy"
         if not entries.is_file():
-            raise DataError(
-                f"{entries} does not exist: this ImageNet has not been prepared",
-                f"dino2 prepare-imagenet --root {self.root} --extra {self.extra} --split {split}",
-            )
+            remedy = f"dino2 prepare-imagenet --root {self.root} --extra {self.extra} --split {split}"
+            raise DataError(f"{entries} does not exist: this ImageNet has not been prepared", remedy)
         self._entries = RecordFile(entries)
 
     @cached_property

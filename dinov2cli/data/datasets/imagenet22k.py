@@ -28,12 +28,10 @@ class ImageNet22k(ImageDataset):
     def __init__(self, root: str, extra: str | None = None) -> None:
         self.root = Path(root).expanduser()
         self.extra = Path(extra).expanduser() if extra else self.root
-        for name in ("entries.npy", "class-ids.npy"):
-            if not (self.extra / name).is_file():
-                raise DataError(
-                    f"{self.extra / name} does not exist: this ImageNet-22k has not been prepared",
-                    f"dino2 prepare-imagenet --variant 22k --root {self.root} --extra {self.extra}",
-                )
+        for file in (self.extra / "entries.npy", self.extra / "class-ids.npy"):
+            if not file.is_file():
+                remedy = f"dino2 prepare-imagenet --variant 22k --root {self.root} --extra {self.extra}"
+                raise DataError(f"{file} does not exist: this ImageNet-22k has not been prepared", remedy)
         self._entries = RecordFile(self.extra / "entries.npy")
         self._files = OpenFiles()
 

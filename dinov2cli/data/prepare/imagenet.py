@@ -131,23 +131,16 @@ def metadata_files(extra: Path, split: Split) -> list[Path]:
 
 
 def write_metadata(extra: Path, split: Split, entries: np.ndarray) -> None:
-    """Write a split's files; the entries last, so that whoever finds them finds all."""
-    if split is not Split.TEST:
-        class_ids, class_names = class_tables(entries)
-        write_array(extra / f"class-ids-{split.name}.npy", class_ids)
-        write_array(extra / f"class-names-{split.name}.npy", class_names)
-    write_array(extra / f"entries-{split.name}.npy", entries)
+    """Write a split's files; the entries last, so that whoever finds them finds all.
 
-
-def class_tables(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids and class names by class index, unicode; empty strings for classes without an image."""
+    Ids and names are by class index, unicode, and empty for classes without an image.
+    """
     indices, first = np.unique(entries["class_index"], return_index=True)
-    count = int(indices.max()) + 1 if len(indices) else 0
-    class_ids = np.zeros(count, dtype=entries["class_id"].dtype)
-    class_names = np.zeros(count, dtype=entries["class_name"].dtype)
-    class_ids[indices] = entries["class_id"][first]
-    class_names[indices] = entries["class_name"][first]
-    return class_ids, class_names
+    for kind, column in (("class-ids", "class_id"), ("class-names", "class_name")) if split is not Split.TEST else ():
+        table = np.zeros(int(indices.max()) + 1, dtype=entries[column].dtype)
+        table[indices] = entries[column][first]
+        write_array(extra / f"{kind}-{split.name}.npy", table)
+    write_array(extra / f"entries-{split.name}.npy", entries)
 
 
 def changed_since(root: Path, extra: Path, split: Split) -> bool:
