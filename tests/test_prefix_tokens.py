@@ -77,8 +77,8 @@ def look(images: Path, folder: Path) -> dict[str, Any]:
     from dinov2cli.models.load import load_model
     from dinov2cli.models.load.layouts import huggingface, timm
     from dinov2cli.models.vision_transformer import VisionTransformer
-    from dinov2cli.requests.export import Export
-    from dinov2cli.requests.train import Train
+    from dinov2cli.requests.export import ExportRequest
+    from dinov2cli.requests.train import TrainRequest
     from dinov2cli.start import run as train
     from dinov2cli.train.networks import build_network
     from dinov2cli.train.parameter_groups import parameter_groups
@@ -88,7 +88,7 @@ def look(images: Path, folder: Path) -> dict[str, Any]:
 
     tokens = ("student.num_register_tokens=1", "student.n_storage_tokens=2")
     options = (*TINY, *tokens, "optim.epochs=1", "student.layerscale=0.1", "optim.base_lr=0.1")
-    train(Train(overrides=options, data=str(images), output_dir=folder / "run", cpu=True))
+    train(TrainRequest(overrides=options, data=str(images), output_dir=folder / "run", cpu=True))
     config = load_config(config_file=folder / "run" / "config.yaml")
     torch.manual_seed(config.train.seed)
     model = load_model(folder / "run")
@@ -143,7 +143,7 @@ def look(images: Path, folder: Path) -> dict[str, Any]:
     facts["extracted"] = [list(tensor.shape) for tensor in (extracted.cls, extracted.tensors["mean_patch"])]
 
     facts["refusals"] = [layout.why_not(model.config) for layout in (huggingface, timm)]
-    export(Export(checkpoint=str(folder / "run"), format="safetensors", output=folder / "model.safetensors"))
+    export(ExportRequest(checkpoint=str(folder / "run"), format="safetensors", output=folder / "model.safetensors"))
     with torch.no_grad():
         again = load_model(folder / "model.safetensors").forward_features(pictures)
     facts["exported"] = torch.equal(again["x_prenorm"], features["x_prenorm"])
@@ -154,7 +154,7 @@ def look(images: Path, folder: Path) -> dict[str, Any]:
         facts["resuming"] = error.message
     try:
         train(
-            Train(
+            TrainRequest(
                 overrides=(*options, "student.n_storage_tokens=3"),
                 data=str(images),
                 cpu=True,
