@@ -155,9 +155,9 @@ def make_executor(wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExec
 
 
 def sbatch_parameters(wanted: Wanted, name: str) -> dict[str, Any]:
-    """What is wanted, under submitit's names."""
+    """What is wanted, under submitit's names; None for what Slurm decides."""
     slurm, minutes = wanted.slurm, wanted.slurm.timeout_min or 1440
-    parameters = {
+    return {
         "job_name": name,
         "nodes": slurm.nodes or 1,
         "ntasks_per_node": 1,  # a supervisor, which starts a process for each GPU
@@ -169,7 +169,6 @@ def sbatch_parameters(wanted: Wanted, name: str) -> dict[str, Any]:
         **{key: getattr(slurm, key) for key in ("partition", "account", "qos", "constraint", "exclude", "comment")},
         "wckey": None,
     }
-    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 
 def split_parameter(word: str) -> tuple[str, Any]:
