@@ -55,7 +55,7 @@ def test_a_variant_whose_process_is_killed_is_named_and_the_next_is_measured() -
     killer.start()
     killed, measured = outcomes
     killer.join()
-    assert isinstance(killed, ConfigError) and "train.batch_size_per_gpu=8 (auto, not compiled)" in killed.message
+    assert isinstance(killed, ConfigError) and "train.batch_size_per_gpu=8 (auto, train.compile=auto)" in killed.message
     assert isinstance(measured, TrainBenchmark) and measured.images_per_s > 0
 
 
