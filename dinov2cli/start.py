@@ -86,6 +86,11 @@ def _train_in_group(config: Config, request: TrainRequest) -> None:
     )
     if request.dry_run:
         rehearse(trainer)
+        if not request.cpu and distributed.is_main():
+            from dinov2cli.bench.rehearse import short_form
+            from dinov2cli.train.display import print_plan
+
+            print_plan([("on a GPU", short_form(config))], [])
     else:
         trainer.train()
 

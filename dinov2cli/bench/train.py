@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dinov2cli.bench import rehearse
 from dinov2cli.bench.clock import Clock, Measured, matrix_rate, name_of, table
 from dinov2cli.config import Config, load_config
 from dinov2cli.console import err, progress
@@ -92,12 +93,15 @@ def run(request: BenchTrainRequest) -> Measured:
     Raises:
         ConfigError: none of them can be measured.
     """
-    device, variants = choose_device(request.device), variants_of(request)
+    variants = variants_of(request)
+    if request.rehearse:
+        return rehearse.run([configured(request, changes) for changes in variants], request.card)
+    device = choose_device(request.device)
     if device.type == "cpu" and set(request.precision) - {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")
     asked = None if request.synthetic else request.data
     data = make_dataset(asked).describe() if asked else "random crops"
-    configs = [load_config(request.preset, request.config_file, [*request.overrides, *changes]) for changes in variants]
+    configs = [configured(request, changes) for changes in variants]
     outcomes = list(benchmark_variants(configs, device, data=asked, steps=request.steps, kernels=request.kernels))
     results = [outcome for outcome in outcomes if isinstance(outcome, TrainBenchmark)]
     failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
@@ -110,6 +114,11 @@ def run(request: BenchTrainRequest) -> Measured:
     figures = {"data": data, "variants": [result._asdict() for result in results], "not_measured": failures}
     names = [f"{each.precision} {each.attention}{' compiled' if each.compiled else ''}" for each in results]
     return Measured(figures, [head, table("", *names, rows=[*rows_of(results)], numbers_right=True)])
+
+
+def configured(request: BenchTrainRequest, changes: list[str]) -> Config:
+    """One variant."""
+    return load_config(request.preset, request.config_file, [*request.overrides, *changes])
 
 
 def variants_of(request: BenchTrainRequest) -> list[list[str]]:

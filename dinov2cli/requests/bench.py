@@ -1,7 +1,7 @@
 """Requests for measurements: how fast the parts of dino2 run on this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -31,6 +31,8 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
         dino2 bench train --preset vitl16_short --synthetic --attention xformers --attention varlen
 
         dino2 bench train --preset vitl16_short --compile off --compile on --json
+
+        dino2 bench train --preset vitl16_short --rehearse --card h100
     """
 
     data: str = option("SamplePhotos:split=TRAIN", "A folder of images or a dataset string.", metavar="DATASET")
@@ -41,6 +43,10 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
     compiled: tuple[str, ...] = option((), "on or off; repeatable: --compile off --compile on.", flags="--compile")
     kernels: int = option(0, "On a GPU, also list this many kernels of a step, the longest.", ge=0)
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
+    rehearse: bool = option(
+        False, "Run nothing: count what a step would take on --card, on fake tensors. No GPU is needed."
+    )
+    card: Literal["h100", "h200", "a100", "l4", "rtx4090"] = option("h100", "The GPU that is rehearsed for.")
 
     @field_validator("compiled")
     @classmethod

@@ -6,6 +6,7 @@ matrix products have the precision of the run.
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -127,8 +128,8 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
     once = config.train.model_copy(update={"activation_checkpointing": False})
     config = config.model_copy(update={"student": options, "train": once})
     counter = FlopCounterMode(display=False)
-    with META, counter, _Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
-        objective, batch = SSLMetaArch(config).train(), _meta_batch(config)
+    with META, counter, Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
+        objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
         student = objective.student
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -158,7 +159,7 @@ def _size(module: nn.Module) -> float:
     return float(FLOAT32 * sum(parameter.numel() for parameter in module.parameters()))
 
 
-def _meta_batch(config: Config) -> MultiCropBatch:
+def shapes_of_batch(config: Config) -> MultiCropBatch:
     """Shapes of a batch in which as much is masked as on average."""
     crops, batch, masked = config.crops, config.train.batch_size_per_gpu, masked_patches(config)
     patches = (crops.global_crops_size // config.student.patch_size) ** 2
@@ -179,7 +180,7 @@ def masked_patches(config: Config) -> int:
     return round(images * patches * (low + high) / 2)
 
 
-class _Arrays(TorchDispatchMode):
+class Arrays(TorchDispatchMode):
     """Bytes of arrays made within it: those that are `held`, and the most that were at once."""
 
     def __init__(self) -> None:
@@ -189,13 +190,17 @@ class _Arrays(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
+        self.hold(result if isinstance(result, tuple | list) else (result,))
+        return result
+
+    def hold(self, results: Iterable[Any]) -> None:
+        """Count those of an operator's results that are new arrays, until they are freed."""
+        for tensor in results:
             if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.there:
                 self.there.add(id(storage))
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.held)
-        return result
 
     def _freed(self, number: int, size: int) -> None:
         self.there.discard(number)

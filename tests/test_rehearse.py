@@ -1,0 +1,142 @@
+"""`dino2 bench train --rehearse`: a step on fake CUDA tensors never waits, and what makes it wait is found."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from tiny_run import TINY
+from torch import Tensor
+
+from dinov2cli.bench.rehearse import CARDS, Rehearsal, graph_breaks, in_own_process, rehearse, short_form
+from dinov2cli.config import Config, load_config
+from dinov2cli.losses.koleo import KoLeoTerm
+from dinov2cli.models.layers import Block
+from dinov2cli.requests.bench import BenchTrainRequest
+from dinov2cli.train.cost import estimate, step_flops
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++")),
+    reason="without a GPU, a compiler makes up for what PyTorch lacks",
+)
+VARIANTS = {
+    "stochastic depth": [],
+    "whole": ["student.drop_path_rate=0"],
+    "two heads, Sinkhorn, SwiGLU": [
+        "ibot.separate_head=true", "train.centering=sinkhorn_knopp", "student.ffn_layer=swiglufused"
+    ],
+    "colours on the device": ["data.device_augment=true"],
+    "accumulated, recomputed": ["train.gradient_accumulation=2", "train.activation_checkpointing=true"],
+}  # fmt: skip
+
+
+def tiny(*overrides: str) -> Config:
+    return load_config(overrides=[*TINY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    """Another process: what a rehearsal changes stays changed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_in_a_step_waits_for_the_gpu(process: ProcessPoolExecutor, variant: str) -> None:
+    """From the batch in page-locked memory to the losses on their way back."""
+    config = tiny(*VARIANTS[variant])
+    found: Rehearsal = process.submit(rehearse, config, "h100").result()
+    assert found.precision == "bf16"
+    assert found.waits == {} and found.blocking_copies == {}
+    assert 300 < found.operators < 3000 and found.other_gb > 0
+    images = config.train.batch_size_per_gpu * config.train.gradient_accumulation
+    assert found.images_per_s == pytest.approx(images / (found.matrix_ms + found.other_ms) * 1e3)
+
+
+def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPoolExecutor) -> None:
+    config = tiny("train.batch_size_per_gpu=32", "student.drop_path_uniform=true")
+    found: Rehearsal = process.submit(rehearse, config, "l4").result()
+    expected = estimate(config, world_size=1, sharding="none", precision="bf16")
+    assert found.memory_gb == pytest.approx(expected.total - expected.workspace, rel=0.1)
+    assert found.tflop == pytest.approx(step_flops(config).step / 1e12, rel=0.03)
+    assert found.fits and found.card == "l4"
+
+
+def test_each_place_that_waits_is_named() -> None:
+    found = in_own_process(rehearse, tiny(), "h100", _let_the_step_wait)
+    assert any(place.startswith("_local_scalar_dense in ") for place in found.waits)
+    assert any(place.startswith("nonzero in ") for place in found.waits)
+    assert any(place.startswith("index in ") for place in found.waits)
+    assert sum(found.waits.values()) == 3
+    assert sum(found.blocking_copies.values()) == 3  # `.cpu()`, from pageable memory, an index in main memory
+    assert all("train/objective.py:" in place for place in (*found.waits, *found.blocking_copies))
+
+
+def _let_the_step_wait() -> None:
+    def forward(self: KoLeoTerm, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, parts = plain(self, *inputs)
+        value.item()
+        many = value.detach().expand(4)
+        many.nonzero()
+        many[many > 0]
+        many.cpu()
+        torch.zeros(3).to(many.device, non_blocking=True)
+        many[torch.zeros(2, dtype=torch.int64)]
+        return value, parts
+
+    plain = KoLeoTerm.forward
+    KoLeoTerm.forward = forward  # type: ignore[method-assign]
+
+
+def test_compiled_graphs_are_whole_and_made_once() -> None:
+    breaks, later = in_own_process(graph_breaks, tiny("train.centering=sinkhorn_knopp"))
+    assert breaks == {} and later == 0
+
+
+def test_a_break_of_a_compiled_graph_is_named() -> None:
+    breaks, _ = in_own_process(_graph_breaks_of_a_block_that_prints)
+    assert sum(breaks.values()) > 0
+
+
+def _graph_breaks_of_a_block_that_prints() -> tuple[dict[str, int], int]:
+    def mlp_branch(self: Block, *inputs: Any) -> Tensor:
+        torch._dynamo.graph_break()
+        return plain(self, *inputs)
+
+    plain = Block.mlp_branch
+    Block.mlp_branch = mlp_branch  # type: ignore[method-assign]
+    return graph_breaks(tiny())
+
+
+def test_the_command_reports_and_needs_a_compiler_or_says_so(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dinov2cli", "bench", "train", *TINY, "--rehearse", "--card", "a100", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    (variant,) = json.loads(done.stdout)["variants"]
+    assert variant["card"] == "a100" and variant["waits"] == {} and variant["graph_breaks"] is None
+
+    if torch.cuda.is_available():
+        return
+    nowhere = os.environ | {"PATH": str(tmp_path), "DINO2_CACHE": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=nowhere)
+    assert done.returncode == 2
+    assert "C++ compiler" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_plan_has_it_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert short_form(tiny()).startswith("0 waits, 0 blocking copies, ")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("DINO2_CACHE", str(tmp_path))
+        assert short_form(tiny()).startswith("not rehearsed: ")
+
+
+def test_cards_are_those_of_the_option() -> None:
+    assert set(CARDS) == set(get_args(get_type_hints(BenchTrainRequest)["card"]))
