@@ -558,6 +558,7 @@ _dino2() {
                 --compile) :; return ;;
                 --kernels) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
+                --card) COMPREPLY=($(compgen -W "h100 h200 a100 l4 rtx4090" -- "$cur")); return ;;
                 compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
                 compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
@@ -581,7 +582,7 @@ _dino2() {
                 data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --kernels --device --json --help -h"
+            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --kernels --device --rehearse --card --json --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench extract")
             case "$prev" in

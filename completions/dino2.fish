@@ -1179,6 +1179,8 @@ complete -c dino2 -n '__dino2_at dino2 bench train' -l precision -r -F -d 'fp32,
 complete -c dino2 -n '__dino2_at dino2 bench train' -l compile -r -F -d 'on or off; repeatable: --compile off --compile on.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l kernels -x -d 'On a GPU, also list this many kernels of a step, the longest.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l device -r -F -d 'cpu, cuda, or auto: a GPU if there is one.'
+complete -c dino2 -n '__dino2_at dino2 bench train' -l rehearse -d 'Run nothing: count what a step would take on --card, on fake tensors. No GPU is needed.'
+complete -c dino2 -n '__dino2_at dino2 bench train' -l card -x -a 'h100 h200 a100 l4 rtx4090' -d 'The GPU that is rehearsed for.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l json -d 'Print one JSON object instead of tables.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l help -s h -d 'Show this message and exit.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -f -a 'compute_precision.precision=' -d '(dino2) Autocast type; auto: bf16 on CUDA, fp32 on CPU. CPU runs are always fp32.'

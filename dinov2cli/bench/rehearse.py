@@ -119,7 +119,7 @@ def run(configs: Sequence[Config], card: str) -> Measured:
 def rehearse_whole(config: Config, card: str) -> Rehearsal:
     """The step and, if it is compiled, its compilation, each alone in a process."""
     result = in_own_process(rehearse, config, card)
-    if not config.train.compile:
+    if config.train.compile is False:  # on a GPU, auto means yes
         return result
     breaks, later = in_own_process(graph_breaks, config)
     return result._replace(graph_breaks=breaks, recompilations=later)
