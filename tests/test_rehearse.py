@@ -117,7 +117,19 @@ def _graph_breaks_of_a_block_that_prints() -> tuple[dict[str, int], int]:
 
 
 def test_the_command_reports_and_needs_a_compiler_or_says_so(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "dinov2cli", "bench", "train", *TINY, "train.compile=false", "--rehearse", "--card", "a100", "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "dinov2cli",
+        "bench",
+        "train",
+        *TINY,
+        "train.compile=false",
+        "--rehearse",
+        "--card",
+        "a100",
+        "--json",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     (variant,) = json.loads(done.stdout)["variants"]
     assert variant["card"] == "a100" and variant["waits"] == {} and variant["graph_breaks"] is None
