@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import dinov2cli
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.files import cache_folder, digest, replacing
 from dinov2cli.train.cost import Arrays
@@ -263,7 +262,7 @@ def size_of(tensor: Tensor) -> int:
 
 def place() -> str:
     """The line of dino2 that is at work; for a gradient that PyTorch computes, the one that asked for it."""
-    package, frame = str(Path(dinov2cli.__file__).parent), sys._getframe(1)
+    package, frame = str(Path(__file__).parents[1]), sys._getframe(1)
     while frame.f_back is not None:
         file = frame.f_code.co_filename
         if file.startswith(package) and not file.startswith(f"{package}/bench"):
