@@ -13,29 +13,17 @@ from pydantic import model_validator
 
 from dinov2cli.config import schema
 from dinov2cli.config.checks import contradictions
-from dinov2cli.config.group import Group
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import write_text
 
 
-class Config(Group):
+class Config(schema.Groups):
     """Everything that defines a run. Build it with `load_config`, or `Config()` for the defaults.
 
     Raises `pydantic.ValidationError` when built directly from wrong values; `load_config` turns that into a
     `ConfigError` with one line per problem.
     """
-
-    compute_precision: schema.ComputePrecision = schema.ComputePrecision()
-    dino: schema.Dino = schema.Dino()
-    ibot: schema.Ibot = schema.Ibot()
-    train: schema.Train = schema.Train()
-    student: schema.Student = schema.Student()
-    teacher: schema.Teacher = schema.Teacher()
-    optim: schema.Optim = schema.Optim()
-    crops: schema.Crops = schema.Crops()
-    data: schema.Data = schema.Data()
-    evaluation: schema.Evaluation = schema.Evaluation()
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":

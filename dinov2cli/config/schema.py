@@ -232,3 +232,18 @@ class Evaluation(Group):
         False, "(dino2) Submit these to Slurm, each as a job of its own, and go on training meanwhile."
     )
     slurm: Texts = key((), "(dino2) KEY=VALUE: sbatch parameters of these jobs, on top of those of the training job.")
+
+
+class Groups(Group):
+    """All of them, in the order of files and tables."""
+
+    compute_precision: ComputePrecision = ComputePrecision()
+    dino: Dino = Dino()
+    ibot: Ibot = Ibot()
+    train: Train = Train()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    crops: Crops = Crops()
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
