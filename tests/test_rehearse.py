@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinov2cli.bench.rehearse import CARDS, Rehearsal, graph_breaks, in_own_process, rehearse, short_form
 from dinov2cli.config import Config, load_config
+from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.losses.koleo import KoLeoTerm
 from dinov2cli.models.layers import Block
 from dinov2cli.requests.bench import BenchTrainRequest
@@ -152,3 +153,8 @@ def test_a_plan_has_it_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_cards_are_those_of_the_option() -> None:
     assert set(CARDS) == set(get_args(get_type_hints(BenchTrainRequest)["card"]))
+
+
+def test_a_process_that_dies_is_one_clear_error() -> None:
+    with pytest.raises(EnvironmentProblem, match="cannot be rehearsed"):
+        in_own_process(os.abort)

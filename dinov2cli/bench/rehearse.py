@@ -9,7 +9,6 @@ import signal
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from dinov2cli.data.crop_parameters import draw_crops
 from dinov2cli.data.device_augment import ColorDecisions
 from dinov2cli.data.randomness import sample_rng
 from dinov2cli.device import Precision
-from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.train.cost import shapes_of_batch
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.record import Record
@@ -129,16 +128,17 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """What a function gives in a new process.
 
     Raises:
-        EnvironmentProblem: the process died.
+        EnvironmentProblem: it failed, or the process died.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_start) as process:
         try:
             return process.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise EnvironmentProblem(
-                "the rehearsal's process was ended: PyTorch or the machine cannot do it"
-            ) from error
+        except Dino2Error:
+            raise
+        except Exception as error:
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
 
 
 def _start() -> None:
@@ -148,12 +148,12 @@ def _start() -> None:
 
 def rows_of(result: Rehearsal) -> list[tuple[str, str]]:
     """(what, value) for people."""
-    compiled = result.graph_breaks is not None
-    rows = [
+    breaks = "-" if result.graph_breaks is None else f"{sum(result.graph_breaks.values())}"
+    return [
         ("waits for the GPU", f"{sum(result.waits.values())}"),
         ("blocking copies", f"{sum(result.blocking_copies.values())}"),
-        ("graph breaks, compiled", f"{sum(result.graph_breaks.values())}" if result.graph_breaks is not None else "-"),
-        ("recompilations after two steps", f"{result.recompilations}" if compiled else "-"),
+        ("graph breaks, compiled", breaks),
+        ("recompilations after two steps", "-" if result.recompilations is None else f"{result.recompilations}"),
         ("operators", f"{result.operators:,}"),
         ("matrix products, TFLOP", f"{result.tflop:,.3g}"),
         ("  ms at the card's rate", f"{result.matrix_ms:,.3g}"),
@@ -162,7 +162,6 @@ def rows_of(result: Rehearsal) -> list[tuple[str, str]]:
         ("images/s at most, not fused", f"{result.images_per_s:,.4g}"),
         ("memory, GB", f"{result.memory_gb:.3g}" + ("" if result.fits else ": too much")),
     ]
-    return rows
 
 
 def complaints(result: Rehearsal) -> list[str]:
