@@ -1,8 +1,7 @@
 """What only a GPU can show: nobody waits within a step, and its numbers are those of the CPU, compiled or not."""
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,17 +57,17 @@ def nobody_waits() -> Iterator[None]:
 )
 def test_nobody_waits_for_the_gpu_within_a_step(images: Path, tmp_path: Path, overrides: list[str]) -> None:
     trainer = Trainer(configure(images, tmp_path, *overrides), cuda())
-    trainer.record.open(0)
     batches = iter(trainer.make_loader())
     readings = []
-    for number in range(6):
-        micro_batches = [next(batches) for _ in range(trainer.accumulation)]
-        # The first steps make what is kept: compiled code, masks, workspaces.
-        with nobody_waits() if number >= 4 else warnings.catch_warnings():
-            readings.append(
-                trainer.record.take(trainer.train_step([trainer.on_device(batch) for batch in micro_batches]))
-            )
-        trainer.iteration += 1
+    with ExitStack() as stack:
+        trainer.record.open(0, stack)
+        for number in range(6):
+            micro_batches = [next(batches) for _ in range(trainer.accumulation)]
+            # The first steps make what is kept: compiled code, masks, workspaces.
+            with nobody_waits() if number >= 4 else nullcontext():
+                result = trainer.train_step([trainer.on_device(batch) for batch in micro_batches])
+                readings.append(trainer.record.take(result))
+            trainer.iteration += 1
     assert all(value == value for reading in readings for value in reading.numbers()[0].values())
 
 
