@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dinov2cli.cli.completion.tree import Command
 from dinov2cli.cli.main import tree
+from dinov2cli.cli.tree import Command
 
 TREE = tree()
 COMMANDS = [command for command in TREE.walk() if len(command.path) > 1]

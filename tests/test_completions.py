@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 
 from dinov2cli.cli.completion.scripts import generate, write
-from dinov2cli.cli.completion.tree import Command, command_tree
 from dinov2cli.cli.main import tree
+from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.config import list_presets
 from dinov2cli.config.tree import FIELDS
 from dinov2cli.requests.base import Request, argument, option

@@ -312,7 +312,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_preset_and_file_exclude_each_other() -> None:
-    assert "exclude each other" in refused(preset="demo", config_file="x.yaml")[0]
+    assert "--preset and --config-file are both given" in refused(preset="demo", config_file="x.yaml")[0]
 
 
 # --- deviations from the reference

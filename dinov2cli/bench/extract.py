@@ -26,7 +26,7 @@ def run(request: BenchExtractRequest) -> Measured:
     Raises:
         ConfigError: the image size does not fit the model's patches.
     """
-    preset = None if request.config_file else request.preset
+    preset = request.preset if "preset" in request.model_fields_set or not request.config_file else None
     config = load_config(preset=preset, config_file=request.config_file, overrides=request.overrides)
     device, image_size, batch_size = choose_device(request.device), request.image_size, request.batch_size
     dataset = None if request.data is None else make_dataset(request.data)

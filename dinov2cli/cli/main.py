@@ -7,7 +7,7 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.command import add_command, perform, request_from
-from dinov2cli.cli.completion.tree import Command, command_tree
+from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
@@ -65,7 +65,6 @@ def make_app() -> typer.Typer:
 
 
 def new_group(name: str, text: str) -> typer.Typer:
-    """An empty group of commands."""
     return typer.Typer(
         name=name,
         help=text,
@@ -115,13 +114,12 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 app(words)
     except Dino2Error as error:
-        if worker_rank() > 0:
-            sys.exit(error.exit_code)
-        from dinov2cli.console import err
+        if worker_rank() == 0:
+            from dinov2cli.console import err
 
-        err.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        if error.hint:
-            err.print(error.hint, markup=False, highlight=False, soft_wrap=True)
+            err.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            if error.hint:
+                err.print(error.hint, markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

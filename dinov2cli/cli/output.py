@@ -1,6 +1,5 @@
 """What a command prints: its result for people, or with `--json` one JSON object for programs."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from dinov2cli.errors import Dino2Error
@@ -23,7 +22,8 @@ def show(result: Any, *, as_json: bool = False) -> None:
     from dinov2cli.console import out, print_json
 
     if as_json:
-        print_json(plain(result))
+        mapping = getattr(result, "_asdict", getattr(result, "as_dict", lambda: result))
+        print_json(mapping())
     else:
         is_text = isinstance(result, str) or not hasattr(result, "__rich__")
         end = "" if is_text and str(result).endswith("\n") else "\n"
@@ -33,11 +33,3 @@ def show(result: Any, *, as_json: bool = False) -> None:
     problem = getattr(result, "problem", None)
     if isinstance(problem, Dino2Error):
         raise problem
-
-
-def plain(result: Any) -> Mapping[str, Any]:
-    """A result as a mapping of names to values."""
-    if isinstance(result, Mapping):
-        return result
-    values: Mapping[str, Any] = result._asdict() if hasattr(result, "_asdict") else result.as_dict()
-    return values

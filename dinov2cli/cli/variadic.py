@@ -1,36 +1,30 @@
 """Options that take several values after one name (`--nb-knn 10 20`), as the reference implementation's do."""
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from typer.core import TyperCommand
+
+from dinov2cli.cli.tree import Parameter
 
 # `a.b=value`: a change of the configuration, never an option's value. A dataset string has a ':' before its '='.
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
 class VariadicCommand(TyperCommand):
-    """A command whose list options also take all their values at once: `--nb-knn 10 20` is `--nb-knn 10 --nb-knn 20`.
+    """A command whose list options also take all values at once: `--nb-knn 10 20` is `--nb-knn 10 --nb-knn 20`."""
 
-    Attributes:
-        one_each: names of the parameters whose values each need the option's name before them.
-        waits: whether there is an argument (CKPT) that words after an option may be meant for.
-        instead: flags of options that give this argument.
-    """
-
-    one_each: frozenset[str] = frozenset()
-    waits = False
-    instead: frozenset[str] = frozenset()
+    parameters: ClassVar[list[Parameter]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option's name before each value, then parse as usual."""
-        options = [param for param in self.params if param.param_type_name == "option"]
-        valued = {flag for param in options if not getattr(param, "is_flag", False) for flag in param.opts}
-        lists = {
-            flag for param in options if getattr(param, "multiple", False) and param.name not in self.one_each
-            for flag in param.opts
-        }  # fmt: skip
-        waits = self.waits and not any(word.split("=")[0] in self.instead for word in args)
+        options = [each for each in self.parameters if each.takes_value and not each.is_argument]
+        valued = {flag for each in options for flag in each.flags}
+        lists = {flag for each in options if each.many and not each.typed.get("one_each") for flag in each.flags}
+        instead = {flag for each in options if each.typed.get("names_argument") for flag in each.flags}
+        # Words after an option may be meant for an argument (CKPT), unless it is given by an option.
+        waits = any(each.is_argument and "completes" not in each.typed for each in self.parameters)
+        waits = waits and not any(word.split("=")[0] in instead for word in args)
         return super().parse_args(ctx, repeat_names(args, lists, valued, waits=waits))
 
 

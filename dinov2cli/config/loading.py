@@ -35,7 +35,7 @@ def load_config(
         ConfigError: with one line for each problem, naming the key, the value, its source and what would be right.
     """
     if preset is not None and config_file is not None:
-        raise ConfigError(f"preset '{preset}' and config file '{config_file}' exclude each other: give one of them")
+        raise ConfigError("--preset and --config-file are both given; choose one and change single keys with a.b=value")
     source, base = "", {}
     if preset is not None:
         found = find_preset(preset)

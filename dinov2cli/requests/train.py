@@ -1,9 +1,6 @@
 """The request to train."""
 
 from pathlib import Path
-from typing import Self
-
-from pydantic import model_validator
 
 from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.launch import Slurm
@@ -17,14 +14,6 @@ class ConfiguredRequest(Request):
     )
     preset: str | None = option(None, "A ready configuration; see dino2 presets list.", completes="presets")
     config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
-
-    @model_validator(mode="after")
-    def _one_configuration(self) -> Self:
-        if self.config_file and self.preset and "preset" in self.model_fields_set:
-            raise ValueError(
-                "--preset and --config-file are both given; choose one and change single keys with a.b=value"
-            )
-        return self
 
 
 class TrainRequest(
