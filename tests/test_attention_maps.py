@@ -56,7 +56,7 @@ def test_what_attention_does_to_queries_and_keys_is_seen(
     plain, doubled = attention.queries_keys_values, torch.tensor([2.0, 1.0, 1.0])[:, None, None]
     with torch.no_grad():
         squared = special_token_attention(model, images) ** 2
-        monkeypatch.setattr(attention, "queries_keys_values", lambda x: plain(x) * doubled)
+        monkeypatch.setattr(attention, "queries_keys_values", lambda x, layout: plain(x, layout) * doubled)
         sharper = special_token_attention(model, images)
     torch.testing.assert_close(sharper, squared / squared.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
 

@@ -59,15 +59,15 @@ class Attention(nn.Module):
         A packed stream [T, D] comes with its layout; images alone [B, N, D] need none.
         """
         layout = layout or TokenLayout(((x.shape[0], x.shape[1]),)).prepared(self.backend, x.device)
-        attended = ATTENTION_BACKENDS[self.backend](self.queries_keys_values(x), layout)
+        attended = ATTENTION_BACKENDS[self.backend](self.queries_keys_values(x, layout), layout)
         return linear_and_scale(attended.reshape(x.shape), self.proj, scale)
 
-    def queries_keys_values(self, x: Tensor) -> Tensor:
-        """[T, D] or [B, N, D] -> [T, 3, H, C]."""
+    def queries_keys_values(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+        """[T, D] or [B, N, D] -> [T, 3, H, C]. What turns them by their places in the image overrides this."""
         qkv: Tensor = self.qkv(x)
         return qkv.view(-1, 3, self.num_heads, x.shape[-1] // self.num_heads)
 
-    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
+    def weights(self, x: Tensor, queries: int | None = None, layout: TokenLayout | None = None) -> Tensor:
         """What the softmax gives, which fused attention never forms: for pictures of it.
 
         Args:
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         Returns:
             float32 [B, H, queries, N].
         """
-        q, k, _ = self.queries_keys_values(x).float().unflatten(0, x.shape[:2]).unbind(2)
+        q, k, _ = self.queries_keys_values(x, layout).float().unflatten(0, x.shape[:2]).unbind(2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :queries], k) / q.shape[-1] ** 0.5
         weights: Tensor = scores.softmax(-1)
         return weights

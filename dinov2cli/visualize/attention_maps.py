@@ -86,13 +86,14 @@ def special_token_attention(model: VisionTransformer, images: Tensor, block: int
     They are computed by the block's attention itself from what enters it.
     """
     attention: Any = model.blocks[block].get_submodule("attn")
-    entered: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    entered: list[Any] = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: entered.extend(inputs))
     try:
         model.forward_features(images)
     finally:
         hook.remove()
-    weights: Tensor = attention.weights(entered[0], model.prefix_tokens)
+    tokens, layout = entered
+    weights: Tensor = attention.weights(tokens, model.prefix_tokens, layout)
     return weights
 
 
