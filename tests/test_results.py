@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.embed import check_output, embed
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
-from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results
+from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results, results_table
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
@@ -102,3 +103,16 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(EnvironmentProblem, match="Parquet files need pyarrow") as raised:
         check_output(tmp_path / "f.parquet")
     assert "dinov2cli[parquet]" in str(raised.value.hint)
+
+
+def test_an_evaluation_may_measure_something_other_than_accuracy(tmp_path: Path) -> None:
+    accuracy = evaluation(9, 40.0)
+    dense = replace(accuracy, task="segmentation", rows=(Row("linear", images=20, scores={"mIoU %": 44.3}),))
+    for each in (accuracy, dense):
+        add_result(tmp_path, each)
+    assert read_results(tmp_path) == sorted([accuracy, dense], key=lambda each: each.task)
+    assert "scores" not in json.loads((tmp_path / "results.json").read_text())["evaluations"][0]["rows"][0]
+    assert dense.rows[0].in_words() == "linear: mIoU 44.30 %"
+    columns = [column.header for column in results_table([accuracy, dense]).columns]
+    assert columns[3:] == ["top-1 %", "95 % interval", "top-5 %", "mIoU %", "images"]
+    assert [column.header for column in results_table([accuracy]).columns][3:] == [*columns[3:6], "images"]

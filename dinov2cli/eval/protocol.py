@@ -137,5 +137,5 @@ def evaluate_teacher(
             logger.error("evaluation.tasks: %s of %s failed: %s", task, checkpoint, error)
             continue
         for row in done[-1].rows:
-            logger.info("%s after %s iterations, %s: top-1 %.2f %%", task, subject.iteration, row.name, row.top1)
+            logger.info("%s after %s iterations, %s", task, subject.iteration, row.in_words())
     return done

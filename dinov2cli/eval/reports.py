@@ -28,14 +28,38 @@ RESULTS_FILE = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One accuracy of an evaluation, in percent; the interval holds the true top-1 with 95 % confidence."""
+    """One accuracy of an evaluation, in percent; the interval holds the true top-1 with 95 % confidence.
+
+    What measures something else gives `scores` by name instead, the unit last: `{"mIoU %": 44.3}`.
+    """
 
     name: str
-    top1: float
-    top5: float
-    images: int
-    interval: tuple[float, float]
+    top1: float | None = None
+    top5: float | None = None
+    images: int = 0
+    interval: tuple[float, float] | None = None
     per_class: dict[str, float] | None = None
+    scores: dict[str, float] | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """By name, the top-1 accuracy or the scores."""
+        return self.scores or ({} if self.top1 is None else {"top-1 %": self.top1})
+
+    def in_words(self) -> str:
+        """Its name and the measure that comes first, such as `full, k=10: top-1 71.50 %`."""
+        measure, value = next(iter(self.measured.items()))
+        name, _, unit = measure.partition(" ")
+        return f"{self.name}: {name} {value:.2f} {unit}".rstrip()
+
+    def cells(self) -> dict[str, str]:
+        """What a table shows of it, by column."""
+        shown = {measure: f"{value:.2f}" for measure, value in self.measured.items()}
+        if self.interval is not None:
+            shown["95 % interval"] = "{:.2f} to {:.2f}".format(*self.interval)
+        if self.top5 is not None:
+            shown["top-5 %"] = f"{self.top5:.2f}"
+        return shown | {"images": str(self.images)}
 
     @staticmethod
     def of(name: str, accuracy: Accuracy, class_names: tuple[str, ...] = ()) -> "Row":
@@ -78,6 +102,9 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in `results.json`."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for row in values["rows"]:
+            if row["scores"] is None:
+                del row["scores"]
         return values
 
     def __rich__(self) -> Table:
@@ -86,7 +113,7 @@ class Evaluation:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Evaluation":
         """The inverse of `as_dict`."""
-        rows = tuple(Row(**{**row, "interval": tuple(row["interval"])}) for row in values["rows"])
+        rows = tuple(Row(**{**row, "interval": row["interval"] and tuple(row["interval"])}) for row in values["rows"])
         return Evaluation(**{**values, "rows": rows, "notes": tuple(values["notes"])})
 
     def replaces(self, other: "Evaluation") -> bool:
@@ -168,16 +195,23 @@ def _read_or_set_aside(path: Path) -> list[Evaluation]:
 
 def results_table(evaluations: Iterable[Evaluation], title: str | None = None) -> Table:
     """A table of accuracies with their confidence intervals."""
+    evaluations = list(evaluations)
     table = Table("checkpoint", "task", "classifier", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("top-1 %", "95 % interval", "top-5 %", "images"):
+    used = {name for evaluation in evaluations for row in evaluation.rows for name in row.cells()}
+    accuracy = ("top-1 %", "95 % interval", "top-5 %")
+    columns = [
+        *(name for name in accuracy if name in used or not used),
+        *sorted(used - {*accuracy, "images"}),
+        "images",
+    ]
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     notes = []
     for evaluation in evaluations:
         where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
         for row in evaluation.rows:
-            low, high = row.interval
-            cells = (f"{row.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{row.top5:.2f}", str(row.images))
-            table.add_row(where, evaluation.task, row.name, *cells)
+            cells = row.cells()
+            table.add_row(where, evaluation.task, row.name, *(cells.get(name, "") for name in columns))
         notes += [f"{evaluation.task}: {note}" for note in evaluation.notes]
     table.caption = "\n".join(dict.fromkeys(notes)) or None
     return table

@@ -215,17 +215,18 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(path: Path) -> list[tuple[str, float, float]]:
-    """(curve name, iteration, top-1 in percent) of an evaluation's `results.json`.
+    """(curve name, iteration, value) of an evaluation's `results.json`.
 
     Raises:
         DataError: a damaged file.
     """
     try:
         return [
-            (f"{evaluation['task']} {row['name']} top-1 %", float(evaluation["iteration"]), float(row["top1"]))
+            (f"{evaluation['task']} {row['name']} {measure}", float(evaluation["iteration"]), float(value))
             for evaluation in json.loads(path.read_text())["evaluations"]
             if evaluation["iteration"] is not None
             for row in evaluation["rows"]
+            for measure, value in (row.get("scores") or {"top-1 %": row["top1"]}).items()
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as evaluation results ({error})") from error
