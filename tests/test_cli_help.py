@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from dinov2cli.cli.main import tree
+from dinov2cli.cli.main import TREE
 from dinov2cli.cli.tree import Command
 
-TREE = tree()
 COMMANDS = [command for command in TREE.walk() if len(command.path) > 1]
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.path[1:]))
 

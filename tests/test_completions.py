@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from dinov2cli.cli.completion.scripts import generate, write
-from dinov2cli.cli.main import tree
+from dinov2cli.cli.main import TREE
 from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.config import list_presets
 from dinov2cli.config.tree import FIELDS
@@ -58,13 +58,13 @@ def probe_scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_scripts_in_the_repository_are_up_to_date() -> None:
-    for name, text in generate(tree()).items():
+    for name, text in generate(TREE).items():
         stored = (COMPLETIONS / name).read_text() if (COMPLETIONS / name).exists() else ""
         assert stored == text, f"completions/{name} is old: run python -m dinov2cli.cli.completion.scripts"
 
 
 def test_every_command_and_option_is_in_every_script() -> None:
-    root = tree()
+    root = TREE
     for name, text in generate(root).items():
         for command in root.walk():
             assert command.path[-1] in text, (name, command.path)
@@ -92,8 +92,8 @@ def test_generating_imports_no_torch() -> None:
     code = (
         "import sys\n"
         "from dinov2cli.cli.completion.scripts import generate\n"
-        "from dinov2cli.cli.main import tree\n"
-        "generate(tree())\n"
+        "from dinov2cli.cli.main import TREE\n"
+        "generate(TREE)\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -214,7 +214,7 @@ def test_zsh_offers(words: list[str], offered: set[str], probe_scripts: dict[str
     ],
 )
 def test_shells_accept_the_scripts(name: str, check: list[str], tmp_path: Path) -> None:
-    write(tree(), tmp_path)
+    write(TREE, tmp_path)
     result = subprocess.run([*check, str(tmp_path / name)], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 

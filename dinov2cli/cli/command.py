@@ -73,9 +73,7 @@ def perform(request: Request) -> None:
     from dinov2cli.console import set_up_logging
 
     set_up_logging(quiet=not request.logs or worker_rank() > 0)
-    elsewhere = None
-    if request.launched_by and not is_worker():
-        elsewhere = function_named(request.launched_by)(request)
+    elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
     show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
 
 
@@ -98,14 +96,13 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
         default = list(default) or None
     if default is None:
         annotation = annotation | None
-    # Typer wants a switch that can be turned off as "--on/--off".
-    on = [flag for flag in each.flags if f"--no-{flag.removeprefix('--')}" in each.flags]
-    flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in on] or each.flags
+    # What switches something off, the last flag, Typer wants after a slash.
+    flags = (*each.flags[:-2], "/".join(each.flags[-2:])) if default is True else each.flags
     info = (typer.Argument if each.is_argument else partial(typer.Option, *flags))(
         help=each.help,
         metavar=each.metavar,
-        min=each.bounds[0],
-        max=each.bounds[1],
+        min=each.bounds.get("ge"),
+        max=each.bounds.get("le"),
         rich_help_panel=each.panel,
         show_default=each.typed.get("default_text", True),
         autocompletion=COMPLETERS.get(each.typed.get("completes", "")),

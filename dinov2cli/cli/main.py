@@ -51,33 +51,22 @@ GROUPS = {
 HELP = "DINOv2 self-supervised visual features on your own images: pretrain, evaluate, export, see."
 
 
-def make_app() -> typer.Typer:
-    """The command line of the tables above."""
-    app = new_group("dino2", HELP)
-    groups = {name: new_group(name, text) for name, text in GROUPS.items()}
-    for words, request in COMMANDS.items():
-        *group, name = words.split()
-        add_command(groups[group[0]] if group else app, name, request)
-    for name, made in groups.items():
-        app.add_typer(made, name=name)
-    app.callback()(_root)
-    return app
-
-
-def new_group(name: str, text: str) -> typer.Typer:
-    return typer.Typer(
-        name=name,
-        help=text,
+def make_app(group: Command) -> typer.Typer:
+    """A group of commands, those of the groups in it included."""
+    app = typer.Typer(
+        name=group.path[-1],
+        help=group.help,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-
-
-def tree() -> Command:
-    """The command line as plain data."""
-    return command_tree(COMMANDS, GROUPS, HELP)
+    for name, command in group.commands.items():
+        if command.request:
+            add_command(app, name, command.request)
+        else:
+            app.add_typer(make_app(command))
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,7 +83,9 @@ def _root(
     pass
 
 
-app = make_app()
+TREE = command_tree(COMMANDS, GROUPS, HELP)
+app = make_app(TREE)
+app.callback()(_root)
 
 
 def main(argv: list[str] | None = None) -> None:

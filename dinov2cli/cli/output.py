@@ -25,10 +25,9 @@ def show(result: Any, *, as_json: bool = False) -> None:
         mapping = getattr(result, "_asdict", getattr(result, "as_dict", lambda: result))
         print_json(mapping())
     else:
-        is_text = isinstance(result, str) or not hasattr(result, "__rich__")
-        end = "" if is_text and str(result).endswith("\n") else "\n"
-        # Lines are not broken, so that paths and commands can be copied.
         shown = result if hasattr(result, "__rich__") else str(result)
+        is_text = isinstance(shown, str)  # whose lines are not broken, so that paths and commands can be copied
+        end = "" if is_text and shown.endswith("\n") else "\n"
         out.print(shown, markup=False, highlight=False, soft_wrap=is_text, end=end)
     problem = getattr(result, "problem", None)
     if isinstance(problem, Dino2Error):

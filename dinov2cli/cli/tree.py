@@ -23,7 +23,7 @@ class Parameter(NamedTuple):
         path: where the value goes: the field's name, after that of its group if it is in one.
         plain: the type of one value, without None.
         many: whether there may be several.
-        bounds: smallest and largest value, None where there is none.
+        bounds: smallest (`ge`) and largest (`le`) value, where there is one.
         panel: heading under which `--help` lists it.
     """
 
@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
     field: FieldInfo
     plain: Any
     many: bool
-    bounds: tuple[float | None, float | None]
+    bounds: dict[str, float]
     panel: str | None
 
     @property
@@ -59,10 +59,8 @@ class Parameter(NamedTuple):
         """Spellings of an option; a switch that is on by default also has `--no-`. Empty for an argument."""
         if self.is_argument:
             return ()
-        spelled = self.typed.get("flags", "").split() or [f"--{self.name.replace('_', '-')}"]
-        if self.field.default is True:
-            spelled += [f"--no-{flag.removeprefix('--')}" for flag in spelled]
-        return tuple(spelled)
+        spelled = self.typed.get("flags", f"--{self.name.replace('_', '-')}").split()
+        return (*spelled, f"--no-{spelled[0].removeprefix('--')}") if self.field.default is True else tuple(spelled)
 
     @property
     def metavar(self) -> str | None:
@@ -106,9 +104,8 @@ def _fields(request: type[Group], above: tuple[str, ...] = ()) -> Iterator[Param
         if many:
             plain, limits = _bare(get_args(plain)[0])
         limits += field_.metadata
-        least = next((extra.ge for extra in limits if hasattr(extra, "ge")), None)
-        most = next((extra.le for extra in limits if hasattr(extra, "le")), None)
-        yield Parameter((*above, name), field_, plain, many, (least, most), request.panel)
+        bounds = {side: getattr(limit, side) for limit in limits for side in ("ge", "le") if hasattr(limit, side)}
+        yield Parameter((*above, name), field_, plain, many, bounds, request.panel)
 
 
 def _bare(annotation: Any) -> tuple[Any, list[Any]]:
@@ -137,12 +134,13 @@ class _AtTheTop(_Everywhere):
 
 @dataclass(frozen=True)
 class Command:
-    """A command or a group of commands, `path` being its words: `("dino2", "presets", "show")`."""
+    """A command with its `request`, or a group of `commands`; `path` is its words: `("dino2", "presets", "show")`."""
 
     path: tuple[str, ...]
     help: str
     parameters: list[Parameter] = field(default_factory=lambda: parameters(_Everywhere))
     commands: dict[str, "Command"] = field(default_factory=dict)
+    request: type[Request] | None = None
 
     @property
     def words(self) -> str:
@@ -183,6 +181,6 @@ def command_tree(
         *group, leaf = words.split()
         above = below[group[0]] if group else root
         found = [*parameters(request), *parameters(_Everywhere)]
-        above.commands[leaf] = Command((*above.path, leaf), inspect.getdoc(request) or "", found)
+        above.commands[leaf] = Command((*above.path, leaf), inspect.getdoc(request) or "", found, request=request)
     root.commands.update(below)
     return root

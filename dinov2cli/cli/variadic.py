@@ -53,7 +53,7 @@ def repeat_names(words: list[str], lists: set[str], valued: set[str], *, waits: 
             return spread + words[index:]
         else:
             option, before = "", word if word in valued else ""
-            waits = waits and (word.startswith("-") or bool(_OVERRIDE.match(word)))
+            waits = waits and not _is_word(word)
         spread.append(word)
     return spread
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dinov2cli.cli.completion.words import override_words
+from dinov2cli.cli.completion.words import complete_override, override_words
 from dinov2cli.cli.tree import Command, Parameter
 from dinov2cli.files import write_text
 
@@ -108,17 +108,15 @@ def _zsh(root: Command) -> Iterator[str]:
             yield "    esac"
         else:
             specs += [_zsh_argument(name, number, argument) for number, argument in enumerate(command.arguments, 1)]
-            yield "    _arguments -s \\"
-            yield from (f"        {spec} \\" for spec in specs[:-1])
-            yield f"        {specs[-1]}"
+            yield " \\\n        ".join(["    _arguments -s", *specs])
         yield "}"
         yield ""
-    arguments = [argument for command in root.walk() for argument in command.arguments]
-    yield from next((_zsh_overrides(name, each) for each in arguments if each.kind == "overrides"), ())
+    if any(argument.kind == "overrides" for command in root.walk() for argument in command.arguments):
+        yield from _zsh_overrides(name)
     yield f'_{name} "$@"'
 
 
-def _zsh_overrides(name: str, argument: Parameter) -> Iterator[str]:
+def _zsh_overrides(name: str) -> Iterator[str]:
     yield f"_{name}_overrides() {{"
     yield "    if compset -P 1 '*='; then"
     yield "        case $IPREFIX in"
@@ -128,7 +126,7 @@ def _zsh_overrides(name: str, argument: Parameter) -> Iterator[str]:
     yield "        esac"
     yield "    else"
     yield "        local -a keys=("
-    for word, description in argument.words:
+    for word, description in complete_override(""):
         yield f"            {_zsh_described(word.removesuffix('='), description)}"
     yield "        )"
     yield "        _describe key keys -S ="
@@ -219,7 +217,7 @@ def _escaped(text: str, special: str) -> str:
 
 
 if __name__ == "__main__":
-    from dinov2cli.cli.main import tree
+    from dinov2cli.cli.main import TREE
 
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[3] / "completions"
-    print("\n".join(str(path) for path in write(tree(), target)))
+    print("\n".join(str(path) for path in write(TREE, target)))
