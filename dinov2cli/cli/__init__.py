@@ -1,1 +1,1 @@
-"""Command line: one file per command, thin; heavy imports happen inside the commands."""
+"""Command line: words become requests, and results are printed; heavy imports happen where a request is run."""
