@@ -151,9 +151,10 @@ _AIDS: dict[str, Callable[[TokenLayout, torch.device], object]] = {
 
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     "xformers": xformers_attention,
-    "varlen": varlen_attention,
     "sdpa": sdpa_attention,
+    "varlen": varlen_attention,
 }
+"""In the order in which `auto` tries them; on an H100, sdpa was faster than varlen (docs/speed.md)."""
 
 
 class AttentionUse(NamedTuple):
