@@ -64,7 +64,7 @@ def argument(help: str, *, default: Any = ..., **typed: Unpack[Typed]) -> Any:
 class Group(BaseModel):
     """Options that several requests share through one field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # --help validates nothing
     panel: ClassVar[str | None] = None
     """The heading under which `--help` lists them, "Options" by default."""
 
