@@ -57,7 +57,7 @@ BOUNDS = {
 }
 
 # Parts that take longer; what `--help` prints is left out, as it depends on the versions of typer and rich.
-LONG = {"processes", "linear", "exports", "video"}
+LONG = {"texts", "processes", "linear", "exports", "video"}
 PARTS_OF_THE_TEST = [
     pytest.param(part, marks=[pytest.mark.long] if part in LONG else []) for part in PARTS if part != "help"
 ]
