@@ -39,6 +39,7 @@ def fill(folder: Path, leave: int) -> None:
         file.write(b"\0" * (shutil.disk_usage(folder).free - leave))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("leave", [100_000, 0], ids=["no space for a checkpoint", "no space at all"])

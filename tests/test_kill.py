@@ -32,6 +32,7 @@ def progress(run: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_ten_kills_change_nothing(workers: int, tmp_path: Path) -> None:

@@ -251,6 +251,7 @@ def supervise(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
 
 
+@pytest.mark.long
 def test_failures_without_progress_end_with_the_failing_process_own_error(tmp_path: Path) -> None:
     code = """if True:
         import os, time

@@ -524,6 +524,7 @@ def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, w
     assert cv2.imread(str(tmp_path / "one.png")).shape == (90, 50, 3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, weights: Path) -> None:
     code = (
