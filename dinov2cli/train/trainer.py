@@ -215,7 +215,8 @@ class Trainer:
         for result in unread:
             self.record.read(result, 0.0, 0.0)
         self.save_checkpoint(wait=True)
-        logger.info("interrupted: saved at iteration %d; the same command resumes", self.iteration)
+        saved = "not saved, as losses are not finite," if self.record.nonfinite else "saved"
+        logger.info("interrupted: %s at iteration %d; the same command resumes", saved, self.iteration)
         raise Interrupted(signal)
 
     def save_checkpoint(self, *, wait: bool = False) -> None:
