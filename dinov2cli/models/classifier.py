@@ -39,13 +39,9 @@ class LinearClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, K]."""
-        logits: Tensor = self.linear_head(self.features(x))
-        return logits
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head sees: [B, C, H, W] -> [B, F]."""
         outputs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
-        return pool_features(outputs, self.avgpool)
+        logits: Tensor = self.linear_head(pool_features(outputs, self.avgpool))
+        return logits
 
 
 def pool_features(outputs: Any, avgpool: bool) -> Tensor:

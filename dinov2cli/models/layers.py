@@ -129,15 +129,11 @@ def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Te
     The factors go into the layer's weight, which is small beside the stream: neither a scaled stream is made, forward
     or backward, nor the unscaled one kept. A new network's factors of 1e-5 would leave float16's range there.
     """
-    if not isinstance(scale, LayerScale) or _products_in_float16(x):
+    if not isinstance(scale, LayerScale) or (autocast_dtype(x.device.type) or x.dtype) == torch.float16:
         y: Tensor = scale(layer(x)) if isinstance(scale, LayerScale) else layer(x)
         return y
     bias = None if layer.bias is None else scale.gamma * layer.bias
     return F.linear(x, scale.gamma[:, None] * layer.weight, bias)
-
-
-def _products_in_float16(x: Tensor) -> bool:
-    return (autocast_dtype(x.device.type) or x.dtype) == torch.float16
 
 
 class Block(nn.Module):
@@ -177,6 +173,6 @@ class Block(nn.Module):
         return residual
 
     def mlp_branch(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """The second residual, in the shape of `x`; tokens are independent, so the layout does not matter."""
+        """The second residual, likewise; tokens are independent, so the layout does not matter."""
         residual: Tensor = self.mlp(self.norm2(x), self.ls2)
         return residual

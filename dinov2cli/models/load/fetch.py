@@ -93,10 +93,9 @@ def _name(url: str) -> Path:
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
     if not name:
         raise WeightsError(f"{url}: names no file")
-    if url.startswith(RELEASED_URL + "/"):
-        return Path(name)  # as torch.hub names it, so that its downloads are found
-    # Many sites have a `model.safetensors`: the address tells them apart.
-    return Path(digest(url)[:12], name)
+    # As torch.hub names it, so that its downloads are found. Elsewhere, the address tells one `model.safetensors` from
+    # another.
+    return Path(name) if url.startswith(RELEASED_URL + "/") else Path(digest(url)[:12], name)
 
 
 def _other_folders(url: str) -> list[Path]:
@@ -126,18 +125,14 @@ def _download(url: str, part: Path, target: Path) -> None:
             if error.code == 416:  # the partial file is longer than the file on the server
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
-                raise WeightsError(_by_hand(url, target, reason)) from None
+                break
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, socket.gaierror) as e:
             reason = str(getattr(e, "reason", e)) or type(e).__name__
         if attempt < ATTEMPTS:
             logger.warning("download of %s interrupted (%s); trying again in %.1f s", url, reason, wait)
             time.sleep(wait)
             wait *= 2
-    raise WeightsError(_by_hand(url, target, reason))
-
-
-def _by_hand(url: str, target: Path, reason: str) -> str:
-    return f"cannot download {url} ({reason}): fetch it elsewhere and put it at {target}"
+    raise WeightsError(f"cannot download {url} ({reason}): fetch it elsewhere and put it at {target}")
 
 
 def _transfer(url: str, part: Path) -> None:
@@ -160,7 +155,9 @@ def _transfer(url: str, part: Path) -> None:
             stamp_file.write_text(stamp)
         else:
             stamp_file.unlink(missing_ok=True)
-        with part.open("ab" if start else "wb") as file, _progress() as bar:
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        progress = Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal)
+        with part.open("ab" if start else "wb") as file, progress as bar:
             task = bar.add_task(Path(urllib.parse.urlparse(url).path).name, total=total, completed=start)
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
@@ -171,8 +168,3 @@ def _transfer(url: str, part: Path) -> None:
     if total is not None and size != total:
         raise ConnectionError(f"{size:,} of {total:,} bytes came")
     stamp_file.unlink(missing_ok=True)
-
-
-def _progress() -> Progress:
-    text, *numbers = TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    return Progress(text, BarColumn(), *numbers, console=err, disable=not err.is_terminal)

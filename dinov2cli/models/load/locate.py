@@ -85,10 +85,8 @@ def locate_together(source: str | Path | Source) -> Source:
     Raises:
         WeightsError: as `locate`, in every process.
     """
-    found: Source | None = None
     with distributed.same_error_everywhere():
-        if distributed.is_main():
-            found = locate(source)
+        found = locate(source) if distributed.is_main() else None
     found = distributed.broadcast_object(found)
     with distributed.same_error_everywhere():
         if found is None or not all(file.exists() for file in found.files):
@@ -122,23 +120,22 @@ def _in_folder(folder: Path) -> Source:
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return _in_file(folder / name)
+    teachers = "eval/training_*/teacher_checkpoint.pth"
     if (folder / "checkpoints").is_dir():
         raise WeightsError(
-            f"{folder}: a run that has not written a teacher yet (no eval/training_*/teacher_checkpoint.pth); its "
-            "training checkpoints are for resuming"
+            f"{folder}: a run that has not written a teacher yet (no {teachers}); its training checkpoints are for "
+            "resuming"
         )
     raise WeightsError(
-        f"{folder}: no weights in this folder; looked for eval/training_*/teacher_checkpoint.pth (a run) and "
-        + ", ".join(_WEIGHT_FILES)
+        f"{folder}: no weights in this folder; looked for {teachers} (a run) and {', '.join(_WEIGHT_FILES)}"
     )
 
 
 def _sharded(folder: Path, index: Path) -> Source:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    files = tuple(folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    if missing := [file.name for file in files if not file.is_file()]:
         raise WeightsError(f"{folder}: {index.name} names {missing[0]}, which is not there")
-    return Source(tuple(folder / name for name in names), _config_json_hints(folder / "config.json"))
+    return Source(files, _config_json_hints(folder / "config.json"))
 
 
 def _in_file(path: Path) -> Source:
@@ -167,12 +164,10 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
         student = (yaml.safe_load(path.read_text()) or {}).get("student") or {}
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
-    hints: dict[str, Any] = {"from": str(path)}
     arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
-    hints |= arch._asdict() if arch else {}
-    return hints | {
-        key: student[key] for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None
-    }
+    named = arch._asdict() if arch else {}
+    keys = [key for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None]
+    return {"from": str(path), **named, **{key: student[key] for key in keys}}
 
 
 def _config_json_hints(path: Path) -> dict[str, Any]:

@@ -123,12 +123,12 @@ def _strip_prefixes(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor
 
 
 def _as_float32(state: State, source: str, report: LoadReport) -> State:
-    dtypes = {tensor.dtype for tensor in state.values()}
-    for dtype in dtypes:
+    others = {tensor.dtype for tensor in state.values()} - {torch.float32}
+    for dtype in others:
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise WeightsError(f"{source}: weights of type {dtype}; float32, bfloat16 and float16 can be read")
-    if dtypes - {torch.float32}:
-        report.notes.append("converted to float32 from " + ", ".join(sorted(str(t) for t in dtypes - {torch.float32})))
+    if others:
+        report.notes.append("converted to float32 from " + ", ".join(sorted(map(str, others))))
     return {name: tensor.to(torch.float32) for name, tensor in state.items()}
 
 

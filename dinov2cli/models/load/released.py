@@ -49,28 +49,21 @@ class Released:
         return "_reg4" if self.architecture.num_register_tokens else ""
 
 
-def _architecture(arch: str, registers: int) -> ViTConfig:
-    return ViTConfig(
-        **ARCHITECTURES[arch]._asdict(),
+def _released(head: bool, registers: int, letter: str) -> Released:
+    stem = f"dinov2_vit{letter}14"
+    architecture = ViTConfig(
+        **ARCHITECTURES[_SIZES[letter]]._asdict(),
         patch_size=14,
         img_size=518,
         layerscale=1.0,
-        ffn_layer="swiglu" if arch == "vit_giant2" else "mlp",
+        ffn_layer="swiglu" if letter == "g" else "mlp",
         num_register_tokens=registers,
         interpolate_antialias=bool(registers),
         interpolate_offset=0.0 if registers else 0.1,
     )
+    return Released(stem + "_reg" * bool(registers) + "_lc" * head, stem, architecture, head)
 
 
-def _released() -> dict[str, Released]:
-    models = {}
-    for head, registers, (letter, arch) in product((False, True), (0, 4), _SIZES.items()):
-        stem = f"dinov2_vit{letter}14"
-        name = stem + ("_reg" if registers else "") + ("_lc" if head else "")
-        models[name] = Released(name, stem, _architecture(arch, registers), head)
-    return models
-
-
-RELEASED = _released()
+RELEASED = {model.name: model for model in (_released(*kind) for kind in product((False, True), (0, 4), _SIZES))}
 """Every released name: 8 backbones and the same with a linear classifier."""
 BACKBONES = tuple(name for name, model in RELEASED.items() if not model.classifier)
