@@ -161,7 +161,9 @@ def test_a_worker_that_dies_is_explained() -> None:
 def test_number_of_workers_comes_from_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "available_cores", lambda: 8)
     assert workers.choose_workers(None) == 7
-    assert workers.choose_workers(None, processes_on_machine=4) == 1
+    with monkeypatch.context() as four:
+        four.setenv("LOCAL_WORLD_SIZE", "4")
+        assert workers.choose_workers(None) == 1
     assert workers.choose_workers(0) == 0 and workers.choose_workers(5) == 5
     monkeypatch.setattr(workers, "available_cores", lambda: 1)
     assert workers.choose_workers(None) == 1

@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2cli.data import workers
 from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_crops, shrink_for, shrunk
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
 from dinov2cli.data.randomness import mask_rng, sample_rng
-from dinov2cli.data.workers import (
-    WorkerError,
-    choose_workers,
-    loader_errors,
-    opencv_on_one_thread,
-    set_up_worker,
-    start_method,
-)  # fmt: skip
 from dinov2cli.errors import DataError, Dino2Error
 
 Batch = TypeVar("Batch")
@@ -67,27 +60,27 @@ class Loader(Generic[Batch]):
     """Iterable over `batch(number)` for all `numbers`, made by worker processes; see `make_train_loader`."""
 
     def __init__(
-        self, dataset: ImageDataset, batch: Callable[[int], Batch], numbers: range, workers: int | None, pinned: bool
+        self, dataset: ImageDataset, batch: Callable[[int], Batch], numbers: range, num_workers: int | None, pinned: bool
     ) -> None:
         self.dataset = dataset
-        self.num_workers = choose_workers(workers)
+        self.num_workers = workers.choose_workers(num_workers)
         self._loader = DataLoader(
             _Batches(batch),
             batch_size=None,  # an item is a whole batch, so nothing depends on which worker makes it
             sampler=numbers,
             num_workers=self.num_workers,
             pin_memory=pinned,
-            worker_init_fn=set_up_worker,
-            multiprocessing_context=start_method(self.num_workers),
+            worker_init_fn=workers.set_up_worker,
+            multiprocessing_context=workers.start_method(self.num_workers),
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        with opencv_on_one_thread(self.num_workers == 0), loader_errors():
+        with workers.opencv_on_one_thread(self.num_workers == 0), workers.loader_errors():
             for batch in self._loader:
-                if isinstance(batch, WorkerError):
+                if isinstance(batch, workers.WorkerError):
                     raise batch.error
                 yield batch
 
@@ -102,12 +95,10 @@ class _Batches(Dataset[Any]):
         try:
             return self.batch(number)
         except Dino2Error as error:
-            return WorkerError(error)
+            return workers.WorkerError(error)
 
 
 class _TrainBatches:
-    """Makes the batch of a micro step."""
-
     def __init__(self, dataset: ImageDataset, config: Any, *, rank: int, world_size: int) -> None:
         self.dataset = dataset
         self.rank, self.world_size = rank, world_size
@@ -171,8 +162,6 @@ class _TrainBatches:
 
 
 class _Sample(NamedTuple):
-    """Crops of one image, and the decisions that made them."""
-
     dataset_index: int
     crops: Crops
     parameters: list[CropParameters]

@@ -15,13 +15,13 @@ class MaskingGenerator:
 
     Args:
         height, width: of the image, in patches.
-        max_patches: largest area of a block; by default about half of the patches, as `max_block_patches` gives.
+        max_patches: largest area of a block, as `max_block_patches` gives.
     """
 
-    def __init__(self, height: int, width: int, max_patches: int | None = None) -> None:
+    def __init__(self, height: int, width: int, max_patches: int) -> None:
         self.height = height
         self.width = width
-        self.max_patches = height * width // 2 if max_patches is None else max_patches
+        self.max_patches = max_patches
 
     def __call__(self, wanted: int, rng: np.random.Generator) -> np.ndarray:
         """A mask, bool [height, width], of at most `wanted` patches.

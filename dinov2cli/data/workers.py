@@ -20,15 +20,14 @@ class WorkerError(NamedTuple):
     error: Dino2Error
 
 
-def choose_workers(wanted: int | None, *, processes_on_machine: int | None = None) -> int:
+def choose_workers(wanted: int | None) -> int:
     """Number of loader processes: `wanted`, or from the cores that this process may use.
 
     Cores are shared between the training processes of a machine, and each keeps one core for itself.
     """
     if wanted is not None:
         return wanted
-    processes = processes_on_machine or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MAX_WORKERS, available_cores() // processes - 1))
+    return max(1, min(MAX_WORKERS, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def start_method(num_workers: int) -> str | None:
@@ -93,18 +92,14 @@ def loader_errors() -> Iterator[None]:
         text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
         if "DataLoader worker" not in text:
             raise
-        raise EnvironmentProblem(_explain(text), _REMEDY) from error
-
-
-def _explain(text: str) -> str:
-    if "Bus error" in text or "shared memory" in text or "shm" in text:
-        return "a data loader process died because shared memory (/dev/shm) is full"
-    if "Killed" in text:
-        return "a data loader process was killed by the system, most likely because memory ran out"
-    return f"a data loader process died: {text.splitlines()[0]}"
-
-
-_REMEDY = (
-    "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
-    "(--shm-size=8g or --ipc=host)."
-)
+        if "Bus error" in text or "shared memory" in text or "shm" in text:
+            problem = "a data loader process died because shared memory (/dev/shm) is full"
+        elif "Killed" in text:
+            problem = "a data loader process was killed by the system, most likely because memory ran out"
+        else:
+            problem = f"a data loader process died: {text.splitlines()[0]}"
+        raise EnvironmentProblem(
+            problem,
+            "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
+            "(--shm-size=8g or --ipc=host).",
+        ) from error
