@@ -60,7 +60,12 @@ class Loader(Generic[Batch]):
     """Iterable over `batch(number)` for all `numbers`, made by worker processes; see `make_train_loader`."""
 
     def __init__(
-        self, dataset: ImageDataset, batch: Callable[[int], Batch], numbers: range, num_workers: int | None, pinned: bool
+        self,
+        dataset: ImageDataset,
+        batch: Callable[[int], Batch],
+        numbers: range,
+        num_workers: int | None,
+        pinned: bool,
     ) -> None:
         self.dataset = dataset
         self.num_workers = workers.choose_workers(num_workers)
