@@ -11,10 +11,9 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dinov2cli.cli.output import show
 from dinov2cli.cli.tree import COMPLETERS, Parameter, parameters
 from dinov2cli.cli.variadic import VariadicCommand
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, Dino2Error
 from dinov2cli.launch.environment import is_worker, worker_rank
 from dinov2cli.requests.base import Request, function_named, run
 
@@ -75,6 +74,34 @@ def perform(request: Request) -> None:
     set_up_logging(quiet=not request.logs or worker_rank() > 0)
     elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
     show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
+
+
+def show(result: Any, *, as_json: bool = False) -> None:
+    """Print the result of a command on standard output.
+
+    Args:
+        result: None for nothing to print. Else something that rich renders (it has `__rich__`) or that `str` makes
+            text, and for `as_json` a mapping, a named tuple, or something with `as_dict()`.
+        as_json: print one JSON object.
+
+    Raises:
+        Dino2Error: the result's `problem`, where it has one: what was found is printed first.
+    """
+    if result is None or worker_rank() > 0:  # the processes have parted by now, so that each would be the main one
+        return
+    from dinov2cli.console import out, print_json
+
+    if as_json:
+        mapping = getattr(result, "_asdict", getattr(result, "as_dict", lambda: result))
+        print_json(mapping())
+    else:
+        shown = result if hasattr(result, "__rich__") else str(result)
+        is_text = isinstance(shown, str)  # whose lines are not broken, so that paths and commands can be copied
+        end = "" if is_text and shown.endswith("\n") else "\n"
+        out.print(shown, markup=False, highlight=False, soft_wrap=is_text, end=end)
+    problem = getattr(result, "problem", None)
+    if isinstance(problem, Dino2Error):
+        raise problem
 
 
 def request_from(text: str, known: Iterable[type[Request]]) -> Request:

@@ -5,14 +5,13 @@ is stored.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from pydantic import model_validator
 
 from dinov2cli.config import schema
-from dinov2cli.config.checks import contradictions
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import write_text
@@ -27,7 +26,7 @@ class Config(schema.Groups):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
-        if problems := list(contradictions(self.crops, self.student, self.ibot, self.optim, self.evaluation)):
+        if problems := list(_contradictions(self)):
             raise ValueError("\n".join(problems))
         return self
 
@@ -81,7 +80,53 @@ class Config(schema.Groups):
             ) from error
 
 
-def _deviations(config: Config) -> Iterable[str]:
+def _contradictions(config: Config) -> Iterator[str]:
+    """Values that are fine one by one and do not fit each other: `key=value: what is wrong and what would be right`."""
+    crops, student, optim = config.crops, config.student, config.optim
+    yield from _unfit_crops(crops, student.patch_size)
+    for key, (low, high) in (
+        ("crops.global_crops_scale", crops.global_crops_scale),
+        ("crops.local_crops_scale", crops.local_crops_scale),
+        ("ibot.mask_ratio_min_max", config.ibot.mask_ratio_min_max),
+    ):
+        if low > high:
+            yield f"{key}=[{low}, {high}]: the first number must not exceed the second; write [{high}, {low}]"
+    if optim.min_lr > optim.base_lr:
+        yield f"optim.min_lr={optim.min_lr:g}: must not exceed optim.base_lr={optim.base_lr:g}"
+    dim, _, heads = student.size()
+    if dim % heads:
+        nearest = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads))
+        yield f"student.num_heads={heads}: must divide student.embed_dim={dim}; student.num_heads={nearest} would"
+    if optim.warmup_epochs > optim.epochs:
+        yield (
+            f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
+            f"at most optim.epochs={optim.epochs}"
+        )
+    for key in ("knn_train_dataset", "knn_val_dataset"):
+        if config.evaluation.knn_period > 0 and not getattr(config.evaluation, key):
+            yield (
+                f"evaluation.{key}='': evaluation.knn_period={config.evaluation.knn_period} needs a dataset here; "
+                "set it, or evaluation.knn_period=0"
+            )
+
+
+def _unfit_crops(crops: schema.Crops, patch: int) -> Iterator[str]:
+    sizes = {"global_crops_size": crops.global_crops_size}
+    if crops.local_crops_number > 0:
+        sizes["local_crops_size"] = crops.local_crops_size
+    for key, size in sizes.items():
+        if size % patch:
+            below, above = size // patch * patch, -(-size // patch) * patch
+            nearest = f"{below} or {above}" if below else f"{above}"
+            yield f"crops.{key}={size}: must be a multiple of student.patch_size={patch}, such as {nearest}"
+    if crops.local_crops_number > 0 and crops.global_crops_size < crops.local_crops_size:
+        yield (
+            f"crops.global_crops_size={crops.global_crops_size}: must be at least "
+            f"crops.local_crops_size={crops.local_crops_size}; swap them, or make the global crops larger"
+        )
+
+
+def _deviations(config: Config) -> Iterator[str]:
     precision, train = config.compute_precision, config.train
     if precision.precision != "fp16":
         used = {"auto": "bf16 on CUDA, fp32 on CPU"}.get(precision.precision, precision.precision)

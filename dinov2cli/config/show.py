@@ -1,16 +1,12 @@
 """What `dino2 presets list` and `dino2 presets show` print."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
 from dinov2cli.config.tree import annotated_yaml
 from dinov2cli.console import out
 from dinov2cli.requests.tools import ListPresetsRequest, ShowPresetRequest
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
 
 
 class PresetList(list[Preset]):
@@ -20,7 +16,7 @@ class PresetList(list[Preset]):
         keys = ("name", "kind", "summary", "path")
         return {"presets": [{key: getattr(preset, key) for key in keys} for preset in self]}
 
-    def __rich__(self) -> "Table":
+    def __rich__(self) -> Any:
         from rich import box
         from rich.table import Table
 
@@ -33,7 +29,7 @@ class PresetList(list[Preset]):
 class Yaml(str):
     """YAML text, coloured on a terminal."""
 
-    def __rich__(self) -> "Text | str":
+    def __rich__(self) -> Any:
         if not out.is_terminal:
             return self
         from rich.syntax import Syntax

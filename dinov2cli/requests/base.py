@@ -21,7 +21,7 @@ A command is a request, a function that runs it, and a line in `cli/main.py`:
 
 Inherited fields come first, but for those that are `last`. Types are str, int, float, bool, Path, a Literal of words,
 each of them or None, and tuples of them for options of several values. What fields contradict, a validator says with a
-ValueError, whose text is the message that is printed. What `run` returns, `cli/output.py` shows; where the request has
+ValueError, whose text is the message that is printed. What `run` returns, `cli/command.py` shows; where the request has
 a field `as_json`, as one JSON object if that is true.
 """
 
