@@ -19,6 +19,7 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.device import Precision
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 
 ANSWER_SECONDS = 60
@@ -26,7 +27,7 @@ ANSWER_SECONDS = 60
 
 
 class Status(StrEnum):
-    """Of a check, from the best to the worst; a run that has a failure cannot succeed."""
+    """From the best to the worst; a run that has a failure cannot succeed."""
 
     OK = "ok"
     WARNING = "warning"
@@ -34,10 +35,7 @@ class Status(StrEnum):
 
 
 class Finding(NamedTuple):
-    """What one check found, in one line, and what to do about it.
-
-    `facts` are the figures behind it, for `--json`.
-    """
+    """What one check found, in one line, and what to do about it; `facts` are the figures behind it, for `--json`."""
 
     status: Status
     text: str
@@ -80,9 +78,15 @@ class Situation:
         """The run folder."""
         return Path(self.config.train.output_dir)
 
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic of the run on this device."""
+        asked = self.config.compute_precision
+        return Precision.resolve(asked.precision, self.device, grad_scaler=asked.grad_scaler)
+
 
 class Check(NamedTuple):
-    """A function of the situation, and what must be fine before it makes sense."""
+    """What to look at, and the checks that must be fine before it makes sense."""
 
     examine: Callable[[Situation], Finding]
     after: tuple[str, ...] = ()

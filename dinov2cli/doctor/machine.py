@@ -14,7 +14,7 @@ import torch
 from dinov2cli import __version__, distributed
 from dinov2cli.config import Config
 from dinov2cli.data.workers import available_cores, choose_workers
-from dinov2cli.device import Precision, main_memory
+from dinov2cli.device import main_memory
 from dinov2cli.doctor.finding import Check, Finding, Situation, failure, ok, warning
 from dinov2cli.errors import ConfigError
 from dinov2cli.train.trainer import choose_attention
@@ -75,7 +75,7 @@ def device(situation: Situation) -> Finding:
 
 def _cpu() -> Finding:
     text = f"CPU, {available_cores()} cores, {main_memory() / 1e9:.0f} GB of main memory"
-    if not torch.cuda.is_available() and (driver := driver_version()):
+    if (driver := driver_version()) and not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
         return warning(
             f"{text}; there is an NVIDIA driver {driver}, but this PyTorch {why}",
@@ -86,16 +86,14 @@ def _cpu() -> Finding:
 
 def precision(situation: Situation) -> Finding:
     """The arithmetic of the run on this device."""
-    found = Precision.resolve(situation.config.compute_precision.precision, situation.device)
+    found = situation.precision
     return ok(f"{found.name} ({found.reason})", precision=found.name)
 
 
 def attention(situation: Situation) -> Finding:
     """The attention kernels that the run would use, really run forward and backward, beside plain float32."""
-    config = situation.config
-    precision = Precision.resolve(config.compute_precision.precision, situation.device)
     try:
-        backend, reason = choose_attention(config, situation.device, precision)
+        backend, reason = choose_attention(situation.config, situation.device, situation.precision)
     except ConfigError as error:
         return failure(error.message, "Set student.attention_backend=auto.")
     return ok(f"{backend} ({reason}); run forward and backward", backend=backend)
@@ -153,8 +151,7 @@ def clocks(situation: Situation) -> Finding:
         distributed.barrier()
         now = distributed.all_gather_objects(time.time())
         spreads.append(max(now) - min(now))
-    skew = min(spreads)  # the rest is waiting
-    if skew > MAX_SKEW_SECONDS:
+    if (skew := min(spreads)) > MAX_SKEW_SECONDS:  # the rest is waiting
         return warning(
             f"the nodes' clocks are {skew:.1f} s apart",
             "Let NTP or chrony set them; heartbeats and log times are misleading until then.",
@@ -179,12 +176,10 @@ def open_files(situation: Situation) -> Finding:
 
 def shared_memory(situation: Situation) -> Finding:
     """Room in /dev/shm for the batches on their way from loader processes."""
-    config = situation.config
-    workers = choose_workers(config.train.num_workers)
-    place = Path("/dev/shm")
+    workers, place = choose_workers(situation.config.train.num_workers), Path("/dev/shm")
     if workers == 0 or not place.is_dir():
         return ok("not needed here")
-    batch = batch_bytes(config)
+    batch = batch_bytes(situation.config)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = batch * workers * PREFETCHED * processes
     free = shutil.disk_usage(place).free
@@ -205,7 +200,7 @@ def batch_bytes(config: Config) -> int:
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, or None where there is none (or no way to tell)."""
+    """Version of the NVIDIA driver, or None where there is no way to tell."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:

@@ -65,20 +65,19 @@ class Report:
         return problem_of(self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        worst = max(self.findings.values(), key=severity)
-        return {"status": worst.status, "checks": [_as_dict(*each) for each in self.findings.items()]}
+        checks = [
+            {"check": name, "status": found.status, "finding": found.text, "remedy": found.remedy}
+            | ({"facts": dict(found.facts)} if found.facts else {})
+            for name, found in self.findings.items()
+        ]
+        return {"status": max(self.findings.values(), key=severity).status, "checks": checks}
 
     def __rich__(self) -> Group:
         rows = Table("check", "", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, finding in self.findings.items():
-            text = finding.text if not finding.remedy else f"{finding.text}\n{finding.remedy}"
-            rows.add_row(Text(name), Text(finding.status, style=COLOURS[finding.status]), Text(text))
+        for name, found in self.findings.items():
+            text = f"{found.text}\n{found.remedy}".strip()
+            rows.add_row(Text(name), Text(found.status, style=COLOURS[found.status]), Text(text))
         return Group(rows, *([Text(f"Not checked: {'; '.join(self.left_out)}.")] if self.left_out else []))
-
-
-def _as_dict(name: str, finding: Finding) -> dict[str, Any]:
-    plain = {"check": name, "status": finding.status, "finding": finding.text, "remedy": finding.remedy}
-    return {**plain, "facts": dict(finding.facts)} if finding.facts else plain
 
 
 def run(request: DoctorRequest) -> Report:
@@ -130,7 +129,5 @@ def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check]
         (with_model or with_output, MODEL, "memory (--preset NAME)"),
         (with_output, OUTPUT, "run folder, disk space and checkpoints (--output-dir DIR)"),
     )
-    checks = dict(MACHINE)
-    for _, group, _ in filter(lambda each: each[0], groups):
-        checks |= group
+    checks = MACHINE | {name: check for wanted, group, _ in groups if wanted for name, check in group.items()}
     return checks, [option for wanted, _, option in groups if not wanted]

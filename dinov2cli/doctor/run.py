@@ -20,7 +20,7 @@ from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
-from dinov2cli.device import Precision, main_memory_of_a_process
+from dinov2cli.device import main_memory_of_a_process
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
 from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
@@ -156,10 +156,9 @@ def _appears(path: Path, text: str) -> bool:
 def disk_space(situation: Situation) -> Finding:
     """Room for the checkpoints that the run keeps and the one being written."""
     size, keep = checkpoint_bytes(situation.config), situation.config.train.keep
-    folder = situation.folder
-    held = sum(file.stat().st_size for file in RunFolder(folder).checkpoints.rglob("*") if file.is_file())
+    held = sum(file.stat().st_size for file in RunFolder(situation.folder).checkpoints.rglob("*") if file.is_file())
     needed = max(0, (keep + 1) * size - held)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (situation.folder, *situation.folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:,.3g} GB free; {keep} checkpoints and one being written take {(keep + 1) * size / 1e9:,.3g} GB"
     facts = {"free_bytes": free, "checkpoint_bytes": size}
@@ -183,15 +182,11 @@ def checkpoint_bytes(config: Config) -> int:
 
 def memory(situation: Situation) -> Finding:
     """What a process is expected to need at its peak, against what its device has."""
-    config, where = situation.config, situation.device
-    arithmetic = config.compute_precision
-    precision = Precision.resolve(arithmetic.precision, where, grad_scaler=arithmetic.grad_scaler)
-    sharding, _ = choose_sharding(config, precision, distributed.world_size())
-    expected = estimate(config, world_size=distributed.world_size(), sharding=sharding, precision=precision.name)
-    if where.type == "cuda":
-        there = torch.cuda.get_device_properties(where).total_memory / 1e9
-    else:
-        there = main_memory_of_a_process() / 1e9
+    config, where, precision, world = situation.config, situation.device, situation.precision, distributed.world_size()
+    sharding, _ = choose_sharding(config, precision, world)
+    expected = estimate(config, world_size=world, sharding=sharding, precision=precision.name)
+    on_gpu = where.type == "cuda"
+    there = (torch.cuda.get_device_properties(where).total_memory if on_gpu else main_memory_of_a_process()) / 1e9
     text = f"{describe(expected)}; {there:,.1f} GB are there"
     facts = {"needed_gb": expected.total, "memory_gb": there, "sharding": sharding}
     if expected.parameters + expected.gradients + expected.optimizer + expected.teacher > there:
@@ -200,7 +195,7 @@ def memory(situation: Situation) -> Finding:
             "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp.",
             **facts,
         )
-    beside = 1 if where.type == "cpu" else 0  # interpreter and loader; a GPU's own part is not in its total
+    beside = 0 if on_gpu else 1  # interpreter and loader; a GPU's own part is not in its total
     if expected.total + beside > there:
         remedy = "Lower train.batch_size_per_gpu (and raise train.gradient_accumulation), or set "
         return warning(text, f"{remedy}train.activation_checkpointing=true.", **facts)
@@ -259,12 +254,9 @@ def within(seconds: float, what: str, work: Callable[[], T]) -> T:
 
 
 DATA = {"dataset": Check(dataset), "shared memory": Check(shared_memory)}
-"""Checks that need a dataset."""
 MODEL = {"memory": Check(memory, after=("precision",))}
-"""Checks that need a configuration."""
 OUTPUT = {
     "output folder": Check(output_folder),
     "disk space": Check(disk_space, after=("output folder",)),
     "checkpoint": Check(checkpoint, after=("output folder", "disk space")),
 }
-"""Checks that need a run folder."""

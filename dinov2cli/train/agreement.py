@@ -34,12 +34,8 @@ def next_batches(
 ) -> tuple[list[MultiCropBatch], Standing]:
     """This process's next `count` batches, and how all processes stand.
 
-    One small sum over the processes, of numbers in main memory: the device is not waited for.
-
-    Args:
-        batches: of the loader.
-        signals: numbers of the signals that this process has got.
-        checkpoint_failed: in this process.
+    One small sum over the processes, of numbers in main memory: the device is not waited for. `signals` and
+    `checkpoint_failed` are this process's own.
 
     Raises:
         Dino2Error: the data of some process cannot be read; every process raises it.

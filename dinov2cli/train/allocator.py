@@ -4,10 +4,7 @@ import ctypes
 import platform
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
-
-
-_decided: bool | None = None
-"""Whether this process keeps freed memory; None while nobody has asked."""
+_decided: bool | None = None  # by the first who asked
 
 
 def keep_freed_memory(*, room: bool = True) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.config import Config
@@ -45,7 +46,6 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Sum of the parts, GB."""
         return sum(self)
 
 
@@ -56,9 +56,9 @@ class StepFlops(NamedTuple):
     """
 
     step: float
-    """What the step computes, forward and backward; in the last block, most of it for the tokens in use alone."""
+    """Forward and backward; in the last block, most of it for the tokens in use alone."""
     whole: float
-    """The same with every token of the last block."""
+    """With every token of the last block."""
 
 
 def estimate(config: Config, *, world_size: int, sharding: str, precision: str) -> MemoryEstimate:
@@ -68,7 +68,6 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     batches.
 
     Args:
-        config: the run.
         world_size: processes.
         sharding: `none`, `ddp` or `fsdp` (parameters, gradients and moments split over the processes).
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
@@ -218,8 +217,7 @@ class _Precision(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (dtype := self.dtypes.get(func)) is not None:
-            args = [each.to(dtype) if isinstance(each, Tensor) else each for each in args]
-            kwargs = {key: each.to(dtype) if isinstance(each, Tensor) else each for key, each in (kwargs or {}).items()}
+            args, kwargs = tree_map_only(Tensor, lambda each: each.to(dtype), (args, kwargs))
         if func is F.scaled_dot_product_attention:
             q, k, _ = args
             self.attention_flops += (3 if q.requires_grad else 1) * 4 * q.numel() * k.shape[-2]
@@ -250,7 +248,6 @@ def room_for_gaps(expected: MemoryEstimate) -> bool:
 
 
 def describe(expected: MemoryEstimate) -> str:
-    """One line for a plan."""
     unit, size, digits = ("GB", 1.0, 1) if expected.total >= 1 else ("MB", 1e-3, 0)
     parts = (f"{name} {value / size:.{digits}f}" for name, value in zip(expected._fields, expected, strict=True))
     return f"about {expected.total / size:.{digits}f} {unit} a process ({', '.join(parts)})"

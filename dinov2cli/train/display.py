@@ -1,12 +1,12 @@
 """What a person sees of a training run: the plan before it, and its progress."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
@@ -47,15 +47,14 @@ def plan_rows(
 
 
 def count_parameters(module: nn.Module) -> str:
-    """Number of parameters, such as `21.6 M` or `24 k`."""
+    """Such as `21.6 M` or `24 k`."""
     number = sum(parameter.numel() for parameter in module.parameters())
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
 def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> None:
     """Print what will be run, and every switch that departs from the reference."""
-    table = Table.grid("what", "value", padding=(0, 2, 0, 0))
-    table.columns[1].overflow = "fold"
+    table = Table.grid("what", Column("value", overflow="fold"), padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(Text(name, "bold"), Text(value))
     err.print(table)
@@ -102,9 +101,7 @@ class TrainingDisplay:
         self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
     def update(self, iteration: int, losses: dict[str, float], data_time: float, *, log: bool) -> None:
@@ -112,10 +109,9 @@ class TrainingDisplay:
         self.waited += data_time
         elapsed = time.perf_counter() - self.started
         rate = (iteration - self.first) / max(elapsed, 1e-9)
-        of_terms: dict[str, float] = {}
+        of_terms: dict[str, float] = defaultdict(float)
         for name, value in losses.items():
-            term = name.partition("_")[0]  # what is logged of a term begins with its name
-            of_terms[term] = of_terms.get(term, 0.0) + value
+            of_terms[name.partition("_")[0]] += value  # what is logged of a term begins with its name
         total = of_terms.pop("total")
         status = (
             f"loss {total:.4f}  ({'  '.join(f'{term} {value:.3f}' for term, value in of_terms.items())})  "

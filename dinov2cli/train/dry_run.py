@@ -18,8 +18,8 @@ from dinov2cli.train.trainer import Trainer
 def memory_used(device: torch.device) -> str:
     """Most memory that this process has held: on the GPU if it trains there, else resident in main memory."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the device's {total / 1e9:.1f} GB"
+        there = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the device's {there / 1e9:.1f} GB"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of main memory"
 

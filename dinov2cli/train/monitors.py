@@ -65,13 +65,8 @@ def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
 
 
 def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:
-    """A plain sentence if the numbers say collapse, else None.
-
-    Args:
-        health: of a batch.
-        samples: S, the crops in it; with few, low numbers mean little.
-    """
-    if samples < 8:
+    """A plain sentence if the numbers of a batch of S `samples` say collapse, else None."""
+    if samples < 8:  # low numbers mean little then
         return None
     if health.feature_std < 0.02:
         return (
@@ -97,5 +92,5 @@ def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, in nats; zeros count as 0."""
+    """-sum p log p over the last dimension, in nats."""
     return -torch.xlogy(probabilities, probabilities).sum(-1)

@@ -35,7 +35,6 @@ class SSLNetwork(nn.Module):
         self.backbone, self.dino_head, self.ibot_head, self.reads = backbone, dino_head, ibot_head, reads
 
     def heads(self) -> list[DINOHead]:
-        """Those that it has."""
         return [head for head in (self.dino_head, self.ibot_head) if head is not None]
 
     def forward(
@@ -133,7 +132,7 @@ class Networks:
         return self.followers[TEACHER.name]
 
     def named(self) -> Iterator[tuple[str, SSLNetwork]]:
-        """All of them by the names under which they are saved."""
+        """All by the names under which they are saved."""
         yield "student", self.student
         yield from self.followers.items()
 
@@ -212,7 +211,6 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
 
 
 def build_head(sizes: Dino | Ibot, in_dim: int) -> DINOHead:
-    """A projection head of class tokens or patches, with fresh weights."""
     return DINOHead(
         in_dim, sizes.head_n_prototypes, sizes.head_nlayers, sizes.head_hidden_dim, sizes.head_bottleneck_dim
     )

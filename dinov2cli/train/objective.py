@@ -71,11 +71,7 @@ class SSLMetaArch(nn.Module):
     """Student, followers and terms.
 
     Every network, and every child module of a term as `<term>_<child>`, is a child of this module: what is saved of a
-    run are their states.
-
-    Args:
-        config: of the run.
-        attention_backend: a key of `models.attention.ATTENTION_BACKENDS`.
+    run are their states. `attention_backend` is a key of `models.attention.ATTENTION_BACKENDS`.
     """
 
     student: SSLNetwork

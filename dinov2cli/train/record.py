@@ -21,10 +21,9 @@ from dinov2cli.train.trackers import Tracker, make_trackers
 
 
 class StepResult(NamedTuple):
-    """What one iteration gives, on the device.
+    """What one iteration, counted from 0, gives, on the device.
 
     Args:
-        iteration: counted from 0.
         values: the scheduled values it used.
         losses: means over the accumulated batches and all processes.
         grad_norms: of each submodule, before clipping.
@@ -42,8 +41,6 @@ class Reading(NamedTuple):
     """An iteration's numbers on their way to main memory: the copy is queued before the next iteration is.
 
     Args:
-        iteration: counted from 0.
-        values: the scheduled values it used.
         names: of the `losses`, the reference's, and of the `grad_norms`, submodules.
         tensors: `losses` and `grad_norms`, in this order, and what the monitors need where they are asked.
     """
@@ -66,8 +63,6 @@ class Record:
     Every process has one. Only the first writes files and shows anything.
 
     Args:
-        config: of the run.
-        folder: of the run.
         watched_gradients: gradients that are not finite are an error, too; not so with a gradient scaler, which
             provokes them.
     """

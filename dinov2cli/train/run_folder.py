@@ -33,7 +33,6 @@ class RunFolder:
         return self.path / "logs" / "stacks" / f"rank_{rank:05d}.txt"
 
     def has_checkpoints(self) -> bool:
-        """Whether there is something to resume from."""
         return any(self.checkpoints.glob("iteration_*"))
 
     def make(self) -> None:

@@ -10,12 +10,7 @@ Schedule = Callable[[int], float]
 
 
 class Schedules:
-    """All schedules of a run by name: `functions` is the table of them.
-
-    Args:
-        config: gives lengths and end points.
-        world_size: processes, which enter the learning rate through the effective batch.
-    """
+    """All schedules of a run by name, in `functions`. `world_size` enters the learning rate by the effective batch."""
 
     def __init__(self, config: Config, world_size: int = 1) -> None:
         self.peak_lr = config.scaled_lr(world_size)

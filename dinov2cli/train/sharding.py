@@ -28,13 +28,8 @@ from dinov2cli.train.objective import SSLMetaArch
 def choose_sharding(config: Config, precision: Precision, world_size: int) -> tuple[str, str]:
     """`none`, `ddp` or `fsdp`, and the reason in words.
 
-    Args:
-        config: `train.sharding` is a wish or `auto`.
-        precision: of the run.
-        world_size: number of processes.
-
     Raises:
-        ConfigError: the wish cannot be had.
+        ConfigError: the wish, `train.sharding`, cannot be had.
     """
     asked, scaled = config.train.sharding, precision.scale_gradients
     if asked == "none" and world_size > 1:

@@ -19,14 +19,7 @@ from dinov2cli.train.sharding import Sharding
 
 
 class TrainingStep:
-    """The step and what it needs beside the networks: schedules, AdamW and, in float16, the gradient scaler.
-
-    Args:
-        config: of the run.
-        objective: networks and terms, on their device.
-        sharding: how the networks are spread over processes.
-        precision: of the matrix products.
-    """
+    """The step and what it needs beside the networks, which are on their device: schedules, AdamW, gradient scaler."""
 
     def __init__(self, config: Config, objective: SSLMetaArch, sharding: Sharding, precision: Precision) -> None:
         self.config, self.objective, self.sharding, self.precision = config, objective, sharding, precision

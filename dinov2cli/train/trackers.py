@@ -13,13 +13,11 @@ from dinov2cli.files import write_text
 
 
 class Tracker(Protocol):
-    """Takes the same lines as `training_metrics.json`."""
+    """Takes the same lines as `training_metrics.json`; a line's `iteration` is the step."""
 
-    def write(self, metrics: Mapping[str, Any]) -> None:
-        """Log the numbers of one line; its `iteration` is the step."""
+    def write(self, metrics: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None:
-        """Send what is buffered."""
+    def close(self) -> None: ...
 
 
 def make_trackers(config: Config, run_folder: Path, *, resume_at: int = 0) -> list[Tracker]:

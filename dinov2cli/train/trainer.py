@@ -71,7 +71,7 @@ class Trainer:
         self.world_size = distributed.world_size()
         self.folder = RunFolder(Path(config.train.output_dir))
         self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
-        given = config
+        self.given_config = config
         resume = distributed.broadcast_object(resume and bool(self.checkpointer.list()))
         with distributed.same_error_everywhere():
             if resume:
@@ -89,9 +89,7 @@ class Trainer:
             if init_backbone is not None and not resume:
                 init_backbone(self.objective.student.backbone)
                 self.objective.networks.begin()
-        self.given_config, self.config = given, config
-        self.total = config.iterations()
-        self.accumulation = config.train.gradient_accumulation
+        self.config, self.total, self.accumulation = config, config.iterations(), config.train.gradient_accumulation
         expected = estimate(config, world_size=self.world_size, sharding=mode, precision=self.precision.name)
         tight = device.type == "cpu" and not room_for_gaps(expected)
         hint = "; little room, a smaller train.batch_size_per_gpu would be faster an image" if tight else ""
@@ -144,7 +142,6 @@ class Trainer:
             self.loop(loader, stack.enter_context(interruption(message, requeue=True)))
 
     def print_plan(self, loader: Loader[MultiCropBatch]) -> None:
-        """Say what will be run."""
         if distributed.is_main():
             rows = plan_rows(self.config, loader, self.objective.student, self.iteration, self.choices)
             print_plan(rows, self.config.deviations())
@@ -194,7 +191,6 @@ class Trainer:
         )
 
     def train_step(self, batches: list[MultiCropBatch]) -> StepResult:
-        """The method's step; see `TrainingStep`."""
         return self.step(self.iteration, batches)
 
     def what_is_due(self) -> list[Callable[[], None]]:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 
 from dinov2cli import distributed
 from dinov2cli.console import logger
@@ -29,9 +28,7 @@ class Watch:
     of a run wait for each other in every iteration, so that all of them do this when one hangs.
 
     Args:
-        folder: the run's.
-        total: iterations of the run.
-        iteration: done so far.
+        iteration: done so far, of `total`.
         hang_timeout: seconds; 0: never.
     """
 
@@ -61,9 +58,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._ended.set()
         self._thread.join()
         if kind is None:
