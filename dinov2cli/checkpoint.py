@@ -103,13 +103,13 @@ class Checkpointer:
 
     def _write(self, final: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.incomplete"
-        needed = _tensor_bytes(state)
-        problem = self._from_main(_problem_of(_make_room, aside, needed) if distributed.is_main() else None)
+        problem = _problem_of(_make_room, aside, _tensor_bytes(state)) if distributed.is_main() else None
+        problem = distributed.broadcast_object(problem, self._group)
         if problem is None:
             problem = _problem_of(self._on_disk, dcp.save, state, aside)  # an error in a process is raised by all
             if problem is None and distributed.is_main():
                 problem = _problem_of(self._complete, aside, final, manifest)
-            problem = self._from_main(problem)
+            problem = distributed.broadcast_object(problem, self._group)
         if problem is not None:
             if distributed.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
@@ -133,13 +133,6 @@ class Checkpointer:
         aside.rename(final)
         flush_to_disk(self.folder)
         self._delete_old()
-
-    def _from_main(self, value: str | None) -> str | None:
-        if self._group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
 
     def load_latest(self, state: dict[str, Any]) -> int | None:
         """Load the newest checkpoint that is whole into the tensors of `state`, in place.

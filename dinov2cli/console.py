@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -100,6 +100,28 @@ def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stoppable(message: str = "stopping") -> Iterator[Callable[[], None]]:
+    """A function that a loop calls between its steps; it raises `Interrupted` after Ctrl-C or SIGTERM.
+
+    What is inside runs undisturbed between these calls, and to its end if there are none: a file is written whole or
+    not begun. A second Ctrl-C raises at once. Inside of other work that handles signals, a training above all, they
+    are left to that.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler) and handler is not signal.default_int_handler:
+        yield lambda: None
+        return
+    with interruption(message) as signals:
+
+        def stop_if_asked() -> None:
+            if signals:
+                raise Interrupted(signals[0])
+
+        yield stop_if_asked
+        stop_if_asked()
 
 
 def print_json(value: Any) -> None:

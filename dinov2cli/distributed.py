@@ -129,12 +129,12 @@ def all_gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's `value` on every process."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's `value` on every process, told over `group` where given."""
     if not is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

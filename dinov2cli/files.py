@@ -109,6 +109,5 @@ def sha256(*files: Path) -> str:
     found = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                found.update(block)
+            hashlib.file_digest(file, lambda: found)
     return found.hexdigest()

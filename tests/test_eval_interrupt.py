@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from dinov2cli.cli.main import main
-from dinov2cli.console import Interrupted, interruption
+from dinov2cli.console import Interrupted, interruption, stoppable
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.linear import CHECKPOINT
 from dinov2cli.eval.linear_heads import HeadTrainer
 from dinov2cli.eval.nearest import KeyBank
 from dinov2cli.eval.softmax_regression import _Problem
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 DATA = ["--train-dataset", "SamplePhotos:split=TRAIN", "--val-dataset", "SamplePhotos:split=VAL"]

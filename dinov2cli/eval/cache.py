@@ -11,21 +11,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2cli import __version__, distributed
-from dinov2cli.console import logger
+from dinov2cli.console import logger, stoppable
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.files import cache_folder, digest, sha256, write_text
 from dinov2cli.models.load.tensor_files import write_tensors
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 FEATURES = {False: ("cls",), True: ("cls", "mean_patch", "last_cls")}
 """Names of the tensors of an entry, by whether they are detailed."""
@@ -46,7 +43,7 @@ class FeatureCache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or cache_folder("features")
 
-    def load(self, recipe: Recipe, dataset: "ImageDataset") -> Features | None:
+    def load(self, recipe: Recipe, dataset: ImageDataset) -> Features | None:
         """This process's part of an entry, or None where there is none that still holds; then the log says why.
 
         Class tokens alone are also taken from an entry that holds more.
@@ -63,7 +60,7 @@ class FeatureCache:
         return None
 
     @stoppable("stopping once the features are in the cache")
-    def save(self, recipe: Recipe, dataset: "ImageDataset", features: Features) -> None:
+    def save(self, recipe: Recipe, dataset: ImageDataset, features: Features) -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
         entry = self._entry(recipe, dataset)
         part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
@@ -84,12 +81,12 @@ class FeatureCache:
         elif distributed.is_main():
             write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
 
-    def _entry(self, recipe: Recipe, dataset: "ImageDataset") -> Path:
+    def _entry(self, recipe: Recipe, dataset: ImageDataset) -> Path:
         name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
         return self.folder / digest(name)[:24]
 
 
-def dataset_fingerprint(dataset: "ImageDataset") -> str:
+def dataset_fingerprint(dataset: ImageDataset) -> str:
     """SHA-256 over labels, paths and, where the paths are files, their sizes and times of change."""
     found = hashlib.sha256(f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}".encode())
     found.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
@@ -104,7 +101,7 @@ def dataset_fingerprint(dataset: "ImageDataset") -> str:
     return found.hexdigest()
 
 
-def _identity(recipe: Recipe, dataset: "ImageDataset") -> dict[str, Any]:
+def _identity(recipe: Recipe, dataset: ImageDataset) -> dict[str, Any]:
     return {
         "version": __version__,
         "weights": recipe.weights,

@@ -1,15 +1,11 @@
 """Classes of two datasets, brought to one numbering."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dinov2cli.console import logger
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 
 def check_labels(targets: Tensor, dataset: str, protocol: str) -> None:
@@ -21,7 +17,7 @@ def check_labels(targets: Tensor, dataset: str, protocol: str) -> None:
         )
 
 
-def align_classes(train: "ImageDataset", other: "ImageDataset", other_name: str = "val") -> Tensor | None:
+def align_classes(train: ImageDataset, other: ImageDataset, other_name: str = "val") -> Tensor | None:
     """The train set's class index of each class of `other`: int64 [C_other], or None where the numbering is the same.
 
     Folder datasets number the classes that they hold; a val folder that lacks one would shift all that follow.

@@ -4,27 +4,22 @@ A table: a row is an image, in the order of the dataset, or, in safetensors, an 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2cli import __version__, distributed
-from dinov2cli.data.datasets import make_dataset
+from dinov2cli.console import stoppable
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
 from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.requests.eval import EmbedRequest
-
-if TYPE_CHECKING:
-    import pyarrow
-
-    from dinov2cli.data.datasets import ImageDataset
 
 
 class FeatureTable(NamedTuple):
@@ -83,7 +78,7 @@ def check_output(path: Path) -> None:
             ) from None
 
 
-def embed(extract: Extractor, dataset: "ImageDataset", output: Path) -> Features:
+def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
     """Write the features of all images of `dataset`, in its order; returns those of this process.
 
     Both formats hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks, earliest
@@ -131,7 +126,7 @@ def _write_parquet(table: FeatureTable, file: Path) -> None:
     pq.write_table(rows, file, use_dictionary=["path"], row_group_size=1 << 14)
 
 
-def _lists(rows: np.ndarray) -> "pyarrow.Array":
+def _lists(rows: np.ndarray) -> Any:
     """float32 [N, ...] as a column of lists of fixed sizes, nested as the dimensions are."""
     import pyarrow as pa
 

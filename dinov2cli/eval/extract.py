@@ -7,24 +7,21 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import progress
+from dinov2cli.console import progress, stoppable
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.train.allocator import keep_freed_memory
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 STANDARD_SIZE = 224
 LAST_BLOCKS = 4  # the class tokens kept for linear probes
@@ -74,7 +71,7 @@ class Extractor:
         self.detailed = detailed
         self.cache = cache
 
-    def __call__(self, dataset: "ImageDataset", description: str = "features") -> Features:
+    def __call__(self, dataset: ImageDataset, description: str = "features") -> Features:
         """Features of all images of `dataset`, or of this process's part of them.
 
         Raises:
@@ -142,7 +139,7 @@ class Extractor:
         return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
     def _batches(
-        self, dataset: "ImageDataset", indices: Tensor, description: str
+        self, dataset: ImageDataset, indices: Tensor, description: str
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         how = self.transform, self.batch_size, self.num_workers
         on_gpu = self.device.type == "cuda"

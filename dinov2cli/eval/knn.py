@@ -6,14 +6,14 @@ the `cls` features. Shapes: Q queries, N train images, D features, C classes, k 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import logger
+from dinov2cli.console import logger, stoppable
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
@@ -22,12 +22,8 @@ from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.eval.subject import Subject
 from dinov2cli.requests.eval import KnnRequest
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 KnnResults = dict[tuple[str, int], Accuracy]
 """(`full` or `<n> per class`, k) -> accuracy."""
@@ -58,7 +54,7 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "k-NN")
     val_images = labelled(trial.val_dataset, "val", "k-NN")
     mapping = align_classes(train_images, val_images)
-    extract = trial.extractor(request.batch_size)
+    extract = trial.subject.extractor(request, batch_size=request.batch_size)
     val = train = extract(train_images, "train features")
     leave_one_out = same_images(train_images, val_images)
     if leave_one_out:
@@ -159,7 +155,7 @@ def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, 
 
 
 def online_knn(
-    model: nn.Module, train_dataset: "ImageDataset", val_dataset: "ImageDataset", *, precision: str = "auto"
+    model: nn.Module, train_dataset: ImageDataset, val_dataset: ImageDataset, *, precision: str = "auto"
 ) -> float:
     """Top-1 accuracy in percent of the 20 nearest neighbours: one number to follow during a training.
 
@@ -180,7 +176,7 @@ def online_knn(
     return results["full", k].top1
 
 
-def same_images(first: "ImageDataset", second: "ImageDataset") -> bool:
+def same_images(first: ImageDataset, second: ImageDataset) -> bool:
     """Whether two datasets are the same images in the same order."""
     n = len(first)
     return n == len(second) and first.describe() == second.describe() and first.path(n - 1) == second.path(n - 1)

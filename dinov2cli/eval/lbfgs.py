@@ -38,7 +38,6 @@ class Solution(NamedTuple):
     points: Tensor  # [P, n]
     values: Tensor  # [P]
     iterations: Tensor  # int64 [P], accepted steps
-    evaluations: int  # calls of the objective
     memory: Memory
 
 
@@ -94,13 +93,11 @@ def minimise(
     memory = Memory.of(start, memory)
     run = _begin(objective, start, inverse_hessian, memory)
     remembered = Memory(*(tensor.clone() for tensor in memory))
-    answer = Solution(start.clone(), start.new_zeros(P), torch.zeros_like(run.which), 0, remembered)
-    evaluations = 1
+    answer = Solution(start.clone(), start.new_zeros(P), torch.zeros_like(run.which), remembered)
     budget = torch.as_tensor(max_iter, device=start.device).expand(P)
     while len(run.which):
         trial = run.point + run.step[:, None] * run.direction
         value, gradient = objective(trial, run.which)
-        evaluations += 1
         slope = (gradient * run.direction).sum(1)
         noise = rounding * run.value.abs()
         too_long = ~(value <= run.value + ARMIJO * run.step * run.slope + noise)  # also when the value is not finite
@@ -122,7 +119,7 @@ def minimise(
             for kept, tensor in zip(found, latest, strict=True):
                 kept[run.which[done]] = tensor[done]
             run, inverse_hessian = run.keep(~done), inverse_hessian[~done]
-    return answer._replace(evaluations=evaluations)
+    return answer
 
 
 def _begin(objective: Objective, start: Tensor, inverse_hessian: Tensor, memory: Memory) -> _Run:

@@ -7,14 +7,14 @@ what further test sets are measured with.
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
 from dinov2cli.console import Interrupted, interruption, logger, progress
-from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
@@ -32,9 +32,6 @@ from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_set
 from dinov2cli.files import replacing
 from dinov2cli.models.classifier import read_linear_head
 from dinov2cli.requests.eval import LinearRequest
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 CHECKPOINT = "running_checkpoint_linear_eval.pth"
 BEST_HEAD = "best_head.pth"
@@ -104,7 +101,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
     for test in test_sets:  # before anything expensive
         if test.labels is not None:
             read_labels(test.labels, make_dataset(test.dataset))
-    extract = trial.extractor(256, detailed=True)
+    extract = trial.subject.extractor(request, batch_size=256, detailed=True)
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     extra: dict[str, Any] = {}
@@ -134,7 +131,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
 
 def evaluate_linear(
     extract: Extractor,
-    train_images: "ImageDataset",
+    train_images: ImageDataset,
     n_classes: int,
     val: Features,
     settings: LinearSettings | None = None,
@@ -186,16 +183,14 @@ def evaluate_linear(
     return LinearResult(best, accuracy, dict(zip(heads.names, accuracies, strict=True)), heads.head(best))
 
 
-def cropped_batches(
-    extract: Extractor, images: "ImageDataset", settings: LinearSettings, start: int
-) -> Iterator[Batch]:
+def cropped_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
     """Features of random crops (8 to 100 % of the area, flipped half the time) of this process's part of each batch."""
     parts = _Parts(images, extract.image_size, settings)
     for pixels, targets in Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False):
         yield extract.features_of(pixels), targets.to(extract.device)
 
 
-def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearSettings, start: int) -> Iterator[Batch]:
+def frozen_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
     """Features of centre crops, extracted once, in the same order of images as with random crops."""
     part = extract(images, "train features")
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
@@ -213,7 +208,7 @@ def frozen_batches(extract: Extractor, images: "ImageDataset", settings: LinearS
 class _Parts:
     """The part of each iteration's batch that falls to this process."""
 
-    def __init__(self, images: "ImageDataset", size: int, settings: LinearSettings) -> None:
+    def __init__(self, images: ImageDataset, size: int, settings: LinearSettings) -> None:
         self.images = images
         self.crop = RandomResizedCrop(size)
         self.order = SampleOrder(len(images), settings.seed)

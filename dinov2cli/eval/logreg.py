@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2cli import distributed
-from dinov2cli.console import logger
+from dinov2cli.console import logger, stoppable
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
@@ -22,7 +22,6 @@ from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.softmax_regression import Classifiers, fit
-from dinov2cli.eval.stopping import stoppable
 from dinov2cli.eval.subject import Subject
 from dinov2cli.requests.eval import LogregRequest
 
@@ -68,7 +67,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "logistic regression")
     val_images = labelled(trial.val_dataset, "val", "logistic regression")
     mapping = align_classes(train_images, val_images)
-    extract = trial.extractor(request.batch_size, resize_ratio=1.0)
+    extract = trial.subject.extractor(request, batch_size=request.batch_size, resize_ratio=1.0)
     finetune = None
     if request.finetune_dataset is not None:
         images = labelled(request.finetune_dataset, "fine-tune", "logistic regression")

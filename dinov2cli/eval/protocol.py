@@ -9,23 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dinov2cli import distributed
+from dinov2cli.config import Config
 from dinov2cli.console import logger
-from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.errors import Dino2Error
 from dinov2cli.eval.classes import check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, datasets_for, load_subject
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
-
-if TYPE_CHECKING:
-    from dinov2cli.config import Config
-    from dinov2cli.data.datasets import ImageDataset
 
 
 def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:
@@ -55,10 +52,6 @@ class Trial:
         subject = subject or load_subject(request.checkpoint, request.config_file, request.overrides)
         train = request.train_dataset or (None if trains else "none")
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
-
-    def extractor(self, batch_size: int, **options: Any) -> Extractor:
-        """An extractor of the model's features as the request wants them."""
-        return self.subject.extractor(self.request, batch_size=batch_size, **options)
 
     @property
     def folder(self) -> Path | None:
@@ -107,7 +100,7 @@ class Trial:
         return evaluation
 
 
-def labelled(dataset: str, name: str, protocol: str) -> "ImageDataset":
+def labelled(dataset: str, name: str, protocol: str) -> ImageDataset:
     """The images of a dataset, each of which has a class.
 
     Args:
@@ -122,7 +115,7 @@ def labelled(dataset: str, name: str, protocol: str) -> "ImageDataset":
 
 
 def evaluate_teacher(
-    checkpoint: Path, config: "Config", tasks: Sequence[str], *, device: str | None = None
+    checkpoint: Path, config: Config, tasks: Sequence[str], *, device: str | None = None
 ) -> list[Evaluation]:
     """What `evaluation.tasks` asks for, on a teacher that a training has just written.
 

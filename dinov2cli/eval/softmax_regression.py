@@ -118,7 +118,7 @@ def _minimise(
 ) -> Solution:
     """L-BFGS in stretches that double in length, each with the curvature where it begins."""
     which = torch.arange(len(start), device=start.device)
-    found = Solution(start, start.new_zeros(len(start)), torch.zeros_like(which), 0, Memory.of(start, memory))
+    found = Solution(start, start.new_zeros(len(start)), torch.zeros_like(which), Memory.of(start, memory))
     length = FIRST_STRETCH
     while len(which):
         points, remembered = found.points[which], Memory(*(tensor[which] for tensor in found.memory))

@@ -4,22 +4,18 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.errors import DataError
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.linear_heads import measure_heads
 from dinov2cli.eval.metrics import Accuracy, MetricType
 from dinov2cli.eval.protocol import labelled
 from dinov2cli.requests.eval import LinearRequest
-
-if TYPE_CHECKING:
-    from dinov2cli.data.datasets import ImageDataset
 
 _IMAGENET_VAL = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
 
@@ -93,7 +89,7 @@ def read_class_mapping(path: Path, n_classes: int) -> Tensor:
     return mapping.long()
 
 
-def read_labels(path: Path, dataset: "ImageDataset") -> Tensor:
+def read_labels(path: Path, dataset: ImageDataset) -> Tensor:
     """Labels for the images of `dataset`, in its order: int64 [N] or [N, L] padded with -1.
 
     A file for all 50,000 ImageNet validation images is in the order of their numbers, as ReaL's is.
