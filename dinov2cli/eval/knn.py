@@ -54,7 +54,7 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "k-NN")
     val_images = labelled(trial.val_dataset, "val", "k-NN")
     mapping = align_classes(train_images, val_images)
-    extract = trial.subject.extractor(request, batch_size=request.batch_size)
+    extract = trial.extractor(request.batch_size)
     val = train = extract(train_images, "train features")
     leave_one_out = same_images(train_images, val_images)
     if leave_one_out:

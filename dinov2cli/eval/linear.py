@@ -101,7 +101,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
     for test in test_sets:  # before anything expensive
         if test.labels is not None:
             read_labels(test.labels, make_dataset(test.dataset))
-    extract = trial.subject.extractor(request, batch_size=256, detailed=True)
+    extract = trial.extractor(256, detailed=True)
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     extra: dict[str, Any] = {}

@@ -67,7 +67,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "logistic regression")
     val_images = labelled(trial.val_dataset, "val", "logistic regression")
     mapping = align_classes(train_images, val_images)
-    extract = trial.subject.extractor(request, batch_size=request.batch_size, resize_ratio=1.0)
+    extract = trial.extractor(request.batch_size, resize_ratio=1.0)
     finetune = None
     if request.finetune_dataset is not None:
         images = labelled(request.finetune_dataset, "fine-tune", "logistic regression")

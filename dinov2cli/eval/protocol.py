@@ -53,6 +53,10 @@ class Trial:
         train = request.train_dataset or (None if trains else "none")
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
 
+    def extractor(self, batch_size: int, **options: Any) -> Extractor:
+        """An extractor of the model's features as the request wants them."""
+        return self.subject.extractor(self.request, batch_size=batch_size, **options)
+
     @property
     def folder(self) -> Path | None:
         """Where the files of this evaluation go: where asked for, else beside a run's teacher, else nowhere."""
