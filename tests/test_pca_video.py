@@ -21,8 +21,8 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
-from dinov2cli.visualize.pca_image import pca_images
-from dinov2cli.visualize.pca_video import VideoStyle, fit_video_basis, render_video
+from dinov2cli.visualize.pca_image import fit_image_basis, render_images
+from dinov2cli.visualize.pca_video import fit_video_basis, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
 from dinov2cli.visualize.video.reader import ImageFolder, VideoFile, open_source, sampling_step
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
@@ -393,7 +393,7 @@ def test_colours_follow_the_scene_when_the_camera_pans(tmp_path: Path, model: Vi
             writer.write(photo[:, step * index : step * index + width], Fraction(index, 10), Fraction(1, 10))
     source, extractor = open_source(tmp_path / "pan.mp4"), PatchFeatures(model, 12)
     basis = fit_video_basis(extractor, [source], foreground="none")
-    render_video(extractor, basis, source, tmp_path / "pan", VideoStyle())
+    render_video(extractor, basis, source, tmp_path / "pan")
     drawn = [frame.image.astype(np.float64) for frame in open_source(tmp_path / "pan").frames()]
     assert len(drawn) == 16
 
@@ -512,12 +512,14 @@ def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, w
     inputs = (tmp_path / "0.png", tmp_path / "1.png")
     common = ("--model", weights, "--resolution", 4)
     assert run_command("pca-image", *inputs, tmp_path / "each", *common) == 0
-    expected = pca_images(model, photos, resolution=4).pictures
+    extractor = PatchFeatures(model, 4)
+    basis = fit_image_basis(extractor, photos)
+    expected = list(render_images(extractor, basis, photos, layout="pca", upsampling="bicubic"))
     for index in range(2):
         written = cv2.imread(str(tmp_path / "each" / f"{index}.png"))[..., ::-1]
         np.testing.assert_allclose(written.astype(int), expected[index].astype(int), atol=1)
     assert run_command("pca-image", *inputs, tmp_path / "sheet.png", *common) == 0
-    rows = pca_images(model, photos, resolution=4, layout="side-by-side").pictures
+    rows = render_images(extractor, basis, photos, layout="side-by-side", upsampling="bicubic")
     written = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]
     np.testing.assert_allclose(written.astype(int), sheet([[row] for row in rows]).astype(int), atol=1)
     assert run_command("pca-image", inputs[1], tmp_path / "one.png", *common) == 0
@@ -553,5 +555,5 @@ def test_render_counts_frames_and_reports_progress(tmp_path: Path, model: Vision
     fitted: list[int] = []
     basis = fit_video_basis(extractor, [source], fit_frames=3, advance=fitted.append)
     rendered: list[int] = []
-    count = render_video(extractor, basis, source, tmp_path / "o.gif", VideoStyle(), advance=rendered.append)
+    count = render_video(extractor, basis, source, tmp_path / "o.gif", advance=rendered.append)
     assert (sum(fitted), sum(rendered), count) == (3, 7, 7)

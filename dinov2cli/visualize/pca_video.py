@@ -5,7 +5,6 @@ First pass: features of frames sampled evenly over all inputs fit the basis. Sec
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, resize
-from dinov2cli.visualize.pictures import Written, load_picture_model
+from dinov2cli.visualize.pictures import Written, extractor_and_basis
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video.reader import FrameSource, open_source, sampling_step
@@ -37,11 +36,7 @@ def run(request: PcaVideoRequest) -> Written:
     sources = [open_source(path, request.fps if path.is_dir() or one else None) for path in request.inputs]
     for path in outputs:
         check_output(path)
-    basis = ColorBasis.load(request.basis) if request.basis else None
-    model, precision = load_picture_model(request.model, request.device)
-    extractor = PatchFeatures(model, request.resolution, request.batch_size, precision)
-    if basis:
-        check_basis(basis, extractor.model.embed_dim)
+    extractor, basis = extractor_and_basis(request)
     counts = [source.count() for source in sources]
     with progress() as display:
         if basis is None:
@@ -51,11 +46,11 @@ def run(request: PcaVideoRequest) -> Written:
             basis = fit_video_basis(extractor, sources, foreground, request.fit_frames, advance=advance)
         if request.save_basis:
             basis.save(request.save_basis)
-        style = VideoStyle(request.layout, request.upsampling, request.audio, request.steady)
+        style = request.model_dump(include={"layout", "upsampling", "audio", "steady"})
         written = []
         for source, path, count in zip(sources, outputs, counts, strict=True):
             task = display.add_task(f"rendering {path.name}", total=count)
-            frames = render_video(extractor, basis, source, path, style, advance=partial(display.advance, task))
+            frames = render_video(extractor, basis, source, path, **style, advance=partial(display.advance, task))
             written.append((path, f"{frames} frames"))
     return Written(tuple(written))
 
@@ -72,17 +67,6 @@ def _outputs(request: PcaVideoRequest) -> list[Path]:
         if outputs.count(path) > 1:
             raise DataError(f"{path}: two inputs would write it; rename one of them")
     return outputs
-
-
-@dataclass(frozen=True)
-class VideoStyle:
-    """How frames are drawn: see `rendering.render`; `audio` keeps the sound of video inputs, `steady`
-    averages sensor noise where the picture stands still (see `TemporalFilter`)."""
-
-    layout: str = "pca"
-    upsampling: str = "bicubic"
-    audio: bool = True
-    steady: bool = True
 
 
 def fit_video_basis(
@@ -113,11 +97,19 @@ def render_video(
     basis: ColorBasis,
     source: FrameSource,
     output: Path,
-    style: VideoStyle,
     *,
+    layout: str = "pca",
+    upsampling: str = "bicubic",
+    audio: bool = True,
+    steady: bool = True,
     advance: Advance = lambda _: None,
 ) -> int:
     """Render every frame of a source and return how many there were. The output appears complete or not at all.
+
+    Args:
+        layout, upsampling: as in `rendering.render`.
+        audio: keep the sound of a video.
+        steady: average sensor noise where the picture stands still, see `TemporalFilter`.
 
     Raises:
         DataError: a basis for features of another dimension; an unknown output type.
@@ -129,19 +121,19 @@ def render_video(
         writer = stack.enter_context(
             open_writer(output, time_base=source.time_base, rate=source.rate, pixel_aspect=source.pixel_aspect)
         )
-        if style.audio and isinstance(writer, VideoWriter) and source.path.is_file():
+        if audio and isinstance(writer, VideoWriter) and source.path.is_file():
             writer.add_audio(source.path, source.start)
         height, width = source.size
         if writer.square_pixels:
             width = round(width * source.pixel_aspect)
-        steady = TemporalFilter() if style.steady else None
+        still = TemporalFilter() if steady else None
         pictures = ((frame, frame.image) for frame in source.frames())
         for frame, features in extractor.maps(pictures, source.pixel_aspect):
             if interrupted:
                 raise KeyboardInterrupt
-            smoothing = partial(steady, frame.image) if steady else None
-            drawing = {"layout": style.layout, "upsampling": style.upsampling}
-            image = render(resize(frame.image, (height, width)), features, basis, smoothing=smoothing, **drawing)
+            smoothing = partial(still, frame.image) if still else None
+            drawn_on = resize(frame.image, (height, width))
+            image = render(drawn_on, features, basis, layout=layout, upsampling=upsampling, smoothing=smoothing)
             writer.write(image, frame.time, frame.duration)
             advance(1)
     logger.info("%s: %d frames", output, writer.frames_written)

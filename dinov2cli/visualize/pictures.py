@@ -11,8 +11,9 @@ from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
 from dinov2cli.models.load import load_model, locate
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import DEFAULT_MODEL
-from dinov2cli.visualize.features import Picture
+from dinov2cli.requests.pictures import DEFAULT_MODEL, PcaRequest
+from dinov2cli.visualize.basis import ColorBasis, check_basis
+from dinov2cli.visualize.features import PatchFeatures, Picture
 from dinov2cli.visualize.video.reader import list_images
 from dinov2cli.visualize.video.writer import write_png
 
@@ -72,6 +73,15 @@ def save_picture(path: Path, picture: Picture) -> None:
     """Write a PNG file; EnvironmentProblem where that fails."""
     with writing(path):
         write_png(path, picture)
+
+
+def extractor_and_basis(request: PcaRequest) -> tuple[PatchFeatures, ColorBasis | None]:
+    """What computes the features, and the colours of --basis; errors as in `load_picture_model`, `ColorBasis.load`."""
+    basis = ColorBasis.load(request.basis) if request.basis else None
+    model, precision = load_picture_model(request.model, request.device)
+    if basis:
+        check_basis(basis, model.embed_dim)
+    return PatchFeatures(model, request.resolution, request.batch_size, precision), basis
 
 
 def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer, str]:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import av
 import cv2
@@ -37,31 +37,7 @@ class Frame(NamedTuple):
     """Seconds."""
 
 
-class FrameSource(Protocol):
-    """What is rendered: a video file or a folder of images."""
-
-    path: Path
-    time_base: Fraction
-    """All times are multiples of it, in seconds."""
-    rate: Fraction
-    """Average frames per second."""
-    pixel_aspect: Fraction
-    """Width over height of a pixel."""
-    size: tuple[int, int]
-    """Height and width in pixels, upright."""
-    start: Fraction
-    """The file's own time of the first frame, in seconds; the sound is cut there."""
-
-    def count(self) -> int:
-        """Number of frames, without decoding them; an upper bound where the file is damaged."""
-        ...
-
-    def frames(self, every: int = 1) -> Iterator[Frame]:
-        """Frames 0, `every`, 2 * `every`, ... from the start; may be called again."""
-        ...
-
-
-def open_source(path: Path, fps: float | None = None) -> FrameSource:
+def open_source(path: Path, fps: float | None = None) -> "FrameSource":
     """Open a video file (anything FFmpeg reads) or a folder of images (in natural order of names).
 
     Args:
@@ -80,7 +56,12 @@ def open_source(path: Path, fps: float | None = None) -> FrameSource:
 
 
 class VideoFile:
-    """A video file. Rotation metadata is applied; alpha is laid over black; HDR is mapped to the standard range."""
+    """A video file. Rotation metadata is applied; alpha is laid over black; HDR is mapped to the standard range.
+
+    As of every source, `path`, `size` (height and width in pixels, upright), `pixel_aspect` (width over height of a
+    pixel), `rate` (average frames a second), `time_base` (seconds; all times are its multiples) and `start` (the file's
+    own time of the first frame in seconds, where the sound is cut).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,6 +77,7 @@ class VideoFile:
         self.pixel_aspect = 1 / aspect if self._turns % 2 == 1 else aspect  # turned by a quarter
 
     def count(self) -> int:
+        """Number of frames, without decoding them; an upper bound where the file is damaged."""
         with self._open() as container:
             stream = _video_stream(container, self.path)
             try:
@@ -104,6 +86,7 @@ class VideoFile:
                 return max(int(stream.frames), 1)
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
+        """Frames 0, `every`, 2 * `every`, ... from the start; may be called again."""
         with self._open() as container:
             stream = _video_stream(container, self.path)
             stream.thread_type = "AUTO"
@@ -169,6 +152,9 @@ class ImageFolder:
         for index in range(0, len(self.paths), every):
             image = _of_size(read_image(self.paths[index]), self.size)
             yield Frame(image, index * self.time_base, self.time_base)
+
+
+FrameSource = VideoFile | ImageFolder
 
 
 def list_images(folder: Path) -> list[Path]:
