@@ -11,7 +11,7 @@ from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
 from dinov2cli.models.load import load_model, locate
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import DEFAULT_MODEL, PcaRequest
+from dinov2cli.requests.pictures import DEFAULT_MODEL, PcaImageRequest, PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis
 from dinov2cli.visualize.features import PatchFeatures, Picture
 from dinov2cli.visualize.video.reader import list_images
@@ -75,7 +75,7 @@ def save_picture(path: Path, picture: Picture) -> None:
         write_png(path, picture)
 
 
-def extractor_and_basis(request: PcaRequest) -> tuple[PatchFeatures, ColorBasis | None]:
+def extractor_and_basis(request: PcaImageRequest | PcaVideoRequest) -> tuple[PatchFeatures, ColorBasis | None]:
     """What computes the features, and the colours of --basis; errors as in `load_picture_model`, `ColorBasis.load`."""
     basis = ColorBasis.load(request.basis) if request.basis else None
     model, precision = load_picture_model(request.model, request.device)
