@@ -16,7 +16,7 @@ import torch
 from tiny_run import TINY
 from torch import Tensor
 
-from dinov2cli.bench.rehearse import CARDS, Rehearsal, graph_breaks, in_own_process, rehearse, short_form
+from dinov2cli.bench.rehearse import CARDS, Rehearsal, counted, graph_breaks, rehearse, short_form
 from dinov2cli.config import Config, load_config
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.losses.koleo import KoLeoTerm
@@ -72,7 +72,7 @@ def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPo
 
 
 def test_each_place_that_waits_is_named() -> None:
-    found = in_own_process(rehearse, tiny(), "h100", _let_the_step_wait)
+    found = counted(rehearse, tiny(), "h100", _let_the_step_wait)
     assert any(place.startswith("_local_scalar_dense in ") for place in found.waits)
     assert any(place.startswith("nonzero in ") for place in found.waits)
     assert any(place.startswith("index in ") for place in found.waits)
@@ -98,12 +98,12 @@ def _let_the_step_wait() -> None:
 
 
 def test_compiled_graphs_are_whole_and_made_once() -> None:
-    breaks, later = in_own_process(graph_breaks, tiny("train.centering=sinkhorn_knopp"))
+    breaks, later = counted(graph_breaks, tiny("train.centering=sinkhorn_knopp"))
     assert breaks == {} and later == 0
 
 
 def test_a_break_of_a_compiled_graph_is_named() -> None:
-    breaks, _ = in_own_process(_graph_breaks_of_a_block_that_prints)
+    breaks, _ = counted(_graph_breaks_of_a_block_that_prints)
     assert sum(breaks.values()) > 0
 
 
@@ -157,4 +157,4 @@ def test_cards_are_those_of_the_option() -> None:
 
 def test_a_process_that_dies_is_one_clear_error() -> None:
     with pytest.raises(EnvironmentProblem, match="cannot be rehearsed"):
-        in_own_process(os.abort)
+        counted(os.abort)

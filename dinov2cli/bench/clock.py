@@ -1,12 +1,15 @@
 """What the measurements share: a clock that knows GPUs, the hardware's own rate, and how results are shown."""
 
+import multiprocessing
+import signal
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,14 @@ def matrix_rate(rows: int, inputs: int, outputs: int, device: torch.device, dtyp
     clock = Clock(device)
     seconds = [clock.seconds(lambda: F.linear(x, weight)) for _ in range(repeats + 1)]
     return 2 * rows * inputs * outputs / 1e9 / statistics.median(seconds[1:])
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives in a new process; raises what it raises, and BrokenProcessPool if the process died."""
+    # Ctrl-C reaches the process that waits for this one, too.
+    ending = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), *ending) as process:
+        return process.submit(function, *arguments).result()
 
 
 def name_of(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CR
 from dinov2cli.data.collate import CropBuffers, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
+from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.data.workers import available_cores, opencv_on_one_thread
 from dinov2cli.requests.bench import BenchAugmentRequest
@@ -27,7 +27,7 @@ def run(request: BenchAugmentRequest) -> Measured:
     The stages are timed one by one in this process (`stages_ms`, milliseconds an image); the rates are of whole epochs
     of the training's own loader: the median of the repeats and each of them, by number of processes.
     """
-    config = load_config(preset=request.preset, config_file=request.config_file, overrides=request.overrides)
+    config = load_config(request.preset, request.config_file, request.overrides)
     cores, dataset = available_cores(), make_dataset(request.data)
     workers = request.workers or (0, *(2**i for i in range(cores.bit_length()) if 2**i <= cores))
     with _one_thread():
@@ -37,8 +37,8 @@ def run(request: BenchAugmentRequest) -> Measured:
                "rates": rates}  # fmt: skip
     total = sum(stages.values())
     parts = [(stage, f"{ms:.3f}", f"{ms / total:.0%}") for stage, ms in stages.items()]
-    counted = "{workers} {images_per_s:.1f} {images_per_s_per_core:.1f}"
-    by_workers = [counted.format(**rate).split() for rate in rates]
+    counted = ("{workers}", "{images_per_s:.1f}", "{images_per_s_per_core:.1f}")
+    by_workers = [[each.format(**rate) for each in counted] for rate in rates]
     return Measured(figures, [
         f"{dataset.describe()}; {cores} cores",
         table("stage", "ms an image", "share", rows=[*parts, ("all", f"{total:.3f}", "")]),
@@ -69,9 +69,7 @@ def measure_rate(config: Config, dataset: ImageDataset, workers: int, images: in
 def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str, float]:
     """Milliseconds an image that each stage takes, in the order of the stages."""
     augmentation = MultiCropAugmentation.from_config(config)
-    size, patch = config.crops.global_crops_size, config.student.patch_size
-    masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
-    order = dataset.order(config.train.seed)
+    make_masks, order = masks_of_batches(config), dataset.order(config.train.seed)
     batch_size = config.train.batch_size_per_gpu
     total: dict[str, float] = defaultdict(float)
 
@@ -101,7 +99,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
             buffers.put(place, Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]))
         if place == batch_size - 1 or k == images - 1:
             with timed("masks"):
-                masks = make_masks(2 * batch_size, masking, mask_rng(0, abs(k), 0))
+                masks = make_masks(mask_rng(0, abs(k), 0))
             with timed("collate"):
                 collate(buffers, masks, iteration=0, samples=[0] * batch_size, bad=[])
                 buffers = CropBuffers(augmentation.recipes, batch_size)

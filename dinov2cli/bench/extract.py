@@ -44,8 +44,7 @@ def run(request: BenchExtractRequest) -> Measured:
         extractor.features_of(images)["cls"].cpu()
         seconds.append(time.perf_counter() - began)
     rates.append(matrix_rate(tokens, dim, 4 * dim, device, dtype, 5))
-    per_s = batch_size / statistics.median(seconds[1:])
-    from_files = None
+    per_s, from_files = batch_size / statistics.median(seconds[1:]), None
     if dataset is not None:
         began = time.perf_counter()
         extractor(dataset)
@@ -63,13 +62,10 @@ def run(request: BenchExtractRequest) -> Measured:
         "matrix_gflops_per_s": best,
         "utilisation": gflops_per_s / best,
     }
-    files = "" if from_files is None else f"; {from_files:.1f} from files"
-    speed = (
-        f"{figures['device']}, {figures['threads']} threads, {figures['precision']}: {per_s:.1f} images/s of "
-        f"{image_size} pixels in batches of {batch_size}{files}"
-    )
-    share = (
-        f"{gflops_per_s:.0f} GFLOP/s of the model, {gflops_per_s / best:.0%} of the measured matrix rate "
-        f"({best:.0f} GFLOP/s)"
-    )
-    return Measured(figures, [speed, share])
+    shown = [
+        "{device}, {threads} threads, {precision}: {model_images_per_s:.1f} images/s of {image_size} pixels in batches "
+        "of {batch_size}" + ("; {files_images_per_s:.1f} from files" if from_files else ""),
+        "{model_gflops_per_s:.0f} GFLOP/s of the model, {utilisation:.0%} of the measured matrix rate "
+        "({matrix_gflops_per_s:.0f} GFLOP/s)",
+    ]
+    return Measured(figures, [line.format(**figures) for line in shown])

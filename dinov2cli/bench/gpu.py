@@ -20,17 +20,11 @@ TESTS = Path(__file__).parents[2] / "tests"
 
 
 class Part(NamedTuple):
-    """A command that is measured.
-
-    Args:
-        name: in the file and in the table.
-        words: after the interpreter.
-        limit: seconds.
-    """
+    """A command that is measured."""
 
     name: str
-    words: list[str]
-    limit: float
+    words: list[str]  # after the interpreter
+    limit: float  # in seconds
 
 
 def run(request: BenchGpuRequest) -> Measured:
@@ -41,24 +35,22 @@ def run(request: BenchGpuRequest) -> Measured:
     Raises:
         EnvironmentProblem: there is no such device.
     """
-    device = choose_device(request.device)
-    end = time.monotonic() + 60 * request.minutes
+    device, end = name_of(choose_device(request.device)), time.monotonic() + 60 * request.minutes
     results: dict[str, Any] = {}
     for part in parts(request):
         left = end - time.monotonic()
         results[part.name] = measure(part, left) if left > 0 else {"error": "not run: no time was left"}
         said = results[part.name].get("error", "done").splitlines()[-1]
         err.print(f"{part.name}: {said}", markup=False, highlight=False)
-        write_text(request.output, json.dumps(facts(name_of(device)) | {"parts": results}, indent=1))
+        figures = facts(device) | {"parts": results}
+        write_text(request.output, json.dumps(figures, indent=1))
     rows = [(name, *_row(result)) for name, result in results.items()]
-    return Measured(facts(name_of(device)) | {"parts": results}, [table("part", "seconds", "found", rows=rows)])
+    return Measured(figures, [table("part", "seconds", "found", rows=rows)])
 
 
 def parts(request: BenchGpuRequest) -> Iterator[Part]:
     """What is measured, what matters most first."""
-    dino2 = ["-m", "dinov2cli"]
-    on = ["--device", request.device]
-    preset = request.preset
+    dino2, on, preset = ["-m", "dinov2cli"], ["--device", request.device], request.preset
     yield Part("doctor", [*dino2, "doctor", "--json", *(["--cpu"] if request.device == "cpu" else [])], 60)
     if TESTS.is_dir():
         # The golden trainings, the attention backends' equality, and what else needs a GPU.
@@ -83,13 +75,11 @@ def parts(request: BenchGpuRequest) -> Iterator[Part]:
 
 def measure(part: Part, left: float) -> dict[str, Any]:
     """Run a part in a process of its own, for no longer than it may and than there is time."""
-    began = time.monotonic()
+    began, limit = time.monotonic(), min(part.limit, left)
     try:
-        done = subprocess.run(
-            [sys.executable, *part.words], capture_output=True, text=True, timeout=min(part.limit, left)
-        )
+        done = subprocess.run([sys.executable, *part.words], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"seconds": time.monotonic() - began, "error": f"ended after {min(part.limit, left):.0f} s"}
+        return {"seconds": time.monotonic() - began, "error": f"ended after {limit:.0f} s"}
     result: dict[str, Any] = {"seconds": time.monotonic() - began}
     if done.returncode:
         return result | {"error": "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])}

@@ -4,21 +4,18 @@ What it says of time is a bound: matrix products at the card's rate and all else
 the other, none of them fused.
 """
 
-import multiprocessing
-import signal
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2cli.bench.clock import Measured, table
+from dinov2cli.bench.clock import Measured, Result, in_own_process, table
 from dinov2cli.bench.fake_gpu import Ledger, pretend
 from dinov2cli.config import Config
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
@@ -56,7 +53,6 @@ CARDS = {
 REACHED = 0.81
 """The share of a data sheet's matrix rate that large products reach: 800 TFLOP/s on an H100."""
 
-Result = TypeVar("Result")
 GPU = torch.device("cuda", 0)
 SMALL = {
     "student": {"arch": "vit_tiny", "embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8},
@@ -108,60 +104,57 @@ def run(configs: Sequence[Config], card: str) -> Measured:
     figures = {"card": card, "variants": [result._asdict() for result in results]}
     head = f"rehearsal without a GPU for {card}; batches of {results[0].batch_size} images, attention as PyTorch's own"
     names = [f"{result.precision}{' compiled' * (result.recompilations is not None)}" for result in results]
-    rows = zip(*([value for _, value in rows_of(result)] for result in results), strict=True)
-    labels = [label for label, _ in rows_of(results[0])]
-    body = [[label, *values] for label, values in zip(labels, rows, strict=True)]
+    columns = [rows_of(result) for result in results]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
     found = [line for result in results for line in complaints(result)]
-    return Measured(figures, [head, table("", *names, rows=body, numbers_right=True), *found])
+    return Measured(figures, [head, table("", *names, rows=rows, numbers_right=True), *found])
 
 
 def rehearse_whole(config: Config, card: str) -> Rehearsal:
     """The step and, if it is compiled, its compilation, each alone in a process."""
-    result = in_own_process(rehearse, config, card)
+    result = counted(rehearse, config, card)
     if config.train.compile is False:  # on a GPU, auto means yes
         return result
-    breaks, later = in_own_process(graph_breaks, config)
+    breaks, later = counted(graph_breaks, config)
     return result._replace(graph_breaks=breaks, recompilations=later)
 
 
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+def counted(function: Callable[..., Result], *arguments: Any) -> Result:
     """What a function gives in a new process.
 
     Raises:
         EnvironmentProblem: it failed, or the process died.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_start) as process:
-        try:
-            return process.submit(function, *arguments).result()
-        except Dino2Error:
-            raise
-        except Exception as error:
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
+    try:
+        result: Result = in_own_process(_without_warnings, function, *arguments)
+        return result
+    except Dino2Error:
+        raise
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
 
 
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the process that waits for this one, too
+def _without_warnings(function: Callable[..., Result], *arguments: Any) -> Result:
     warnings.filterwarnings("ignore")  # the user's process has given those that matter
+    return function(*arguments)
 
 
-def rows_of(result: Rehearsal) -> list[tuple[str, str]]:
-    """(what, value) for people."""
-    breaks = "-" if result.graph_breaks is None else f"{sum(result.graph_breaks.values())}"
-    return [
-        ("waits for the GPU", f"{sum(result.waits.values())}"),
-        ("blocking copies", f"{sum(result.blocking_copies.values())}"),
-        ("graph breaks, compiled", breaks),
-        ("recompilations after two steps", "-" if result.recompilations is None else f"{result.recompilations}"),
-        ("operators", f"{result.operators:,}"),
-        ("matrix products, TFLOP", f"{result.tflop:,.3g}"),
-        ("  ms at the card's rate", f"{result.matrix_ms:,.3g}"),
-        ("other operators, GB", f"{result.other_gb:,.3g}"),
-        ("  ms at the card's bandwidth", f"{result.other_ms:,.3g}"),
-        ("images/s at most, not fused", f"{result.images_per_s:,.4g}"),
-        ("memory, GB", f"{result.memory_gb:.3g}" + ("" if result.fits else ": too much")),
-    ]
+def rows_of(result: Rehearsal) -> dict[str, str]:
+    """What is shown to people."""
+    return {
+        "waits for the GPU": f"{sum(result.waits.values())}",
+        "blocking copies": f"{sum(result.blocking_copies.values())}",
+        "graph breaks, compiled": "-" if result.graph_breaks is None else f"{sum(result.graph_breaks.values())}",
+        "recompilations after two steps": "-" if result.recompilations is None else f"{result.recompilations}",
+        "operators": f"{result.operators:,}",
+        "matrix products, TFLOP": f"{result.tflop:,.3g}",
+        "  ms at the card's rate": f"{result.matrix_ms:,.3g}",
+        "other operators, GB": f"{result.other_gb:,.3g}",
+        "  ms at the card's bandwidth": f"{result.other_ms:,.3g}",
+        "images/s at most, not fused": f"{result.images_per_s:,.4g}",
+        "memory, GB": f"{result.memory_gb:.3g}" + ("" if result.fits else ": too much"),
+    }
 
 
 def complaints(result: Rehearsal) -> list[str]:
@@ -177,7 +170,7 @@ def complaints(result: Rehearsal) -> list[str]:
 def short_form(config: Config, card: str = "h100") -> str:
     """A line for a plan; why there is none, where this PyTorch cannot."""
     try:
-        result = in_own_process(rehearse, config, card)
+        result = counted(rehearse, config, card)
     except EnvironmentProblem as error:
         return f"not rehearsed: {error.message}"
     waits, copies = sum(result.waits.values()), sum(result.blocking_copies.values())

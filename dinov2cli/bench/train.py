@@ -1,13 +1,10 @@
 """How fast a training step runs on this machine, where its time goes, and how much of the hardware it uses."""
 
-import multiprocessing
 import resource
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise, product, repeat
 from typing import Any, NamedTuple
@@ -16,14 +13,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dinov2cli.bench import rehearse
-from dinov2cli.bench.clock import Clock, Measured, matrix_rate, name_of, table
+from dinov2cli.bench.clock import Clock, Measured, in_own_process, matrix_rate, name_of, table
 from dinov2cli.config import Config, load_config
 from dinov2cli.console import err, progress
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
+from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng
 from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
@@ -93,15 +90,14 @@ def run(request: BenchTrainRequest) -> Measured:
     Raises:
         ConfigError: none of them can be measured.
     """
-    variants = variants_of(request)
+    configs = variants_of(request)
     if request.rehearse:
-        return rehearse.run([configured(request, changes) for changes in variants], request.card)
+        return rehearse.run(configs, request.card)
     device = choose_device(request.device)
     if device.type == "cpu" and set(request.precision) - {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")
     asked = None if request.synthetic else request.data
     data = make_dataset(asked).describe() if asked else "random crops"
-    configs = [configured(request, changes) for changes in variants]
     outcomes = list(benchmark_variants(configs, device, data=asked, steps=request.steps, kernels=request.kernels))
     results = [outcome for outcome in outcomes if isinstance(outcome, TrainBenchmark)]
     failures = [outcome.message for outcome in outcomes if isinstance(outcome, ConfigError)]
@@ -116,19 +112,15 @@ def run(request: BenchTrainRequest) -> Measured:
     return Measured(figures, [head, table("", *names, rows=[*rows_of(results)], numbers_right=True)])
 
 
-def configured(request: BenchTrainRequest, changes: list[str]) -> Config:
-    """One variant."""
-    return load_config(request.preset, request.config_file, [*request.overrides, *changes])
-
-
-def variants_of(request: BenchTrainRequest) -> list[list[str]]:
-    """Overrides of every combination that is asked for."""
+def variants_of(request: BenchTrainRequest) -> list[Config]:
+    """Every combination that is asked for."""
     choices = (
         [f"student.attention_backend={backend}" for backend in request.attention],
         [f"compute_precision.precision={kind}" for kind in request.precision],
         [f"train.compile={'true' if word == 'on' else 'false'}" for word in request.compiled],
     )
-    return [list(chosen) for chosen in product(*filter(None, choices))]
+    combinations = product(*filter(None, choices))
+    return [load_config(request.preset, request.config_file, [*request.overrides, *each]) for each in combinations]
 
 
 def rows_of(results: Sequence[TrainBenchmark]) -> Iterator[list[str]]:
@@ -149,21 +141,15 @@ def benchmark_variants(
     Args:
         device, data, steps, kernels: as in `benchmark_training`.
     """
-    context = multiprocessing.get_context("spawn")
     for config in configs:
-        with ProcessPoolExecutor(1, context, initializer=_end_on_interrupt) as process:
-            try:
-                yield process.submit(benchmark_training, config, device, data, steps, kernels).result()
-            except ConfigError as error:
-                yield error
-            except (torch.OutOfMemoryError, BrokenProcessPool) as error:
-                said = "its process was killed" if isinstance(error, BrokenProcessPool) else "out of memory"
-                variant = f"{config.student.attention_backend}, train.compile={config.train.compile}"
-                yield ConfigError(f"train.batch_size_per_gpu={config.train.batch_size_per_gpu} ({variant}): {said}")
-
-
-def _end_on_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the process that waits for this one, too
+        try:
+            yield in_own_process(benchmark_training, config, device, data, steps, kernels)
+        except ConfigError as error:
+            yield error
+        except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+            said = "its process was killed" if isinstance(error, BrokenProcessPool) else "out of memory"
+            variant = f"{config.student.attention_backend}, train.compile={config.train.compile}"
+            yield ConfigError(f"train.batch_size_per_gpu={config.train.batch_size_per_gpu} ({variant}): {said}")
 
 
 def benchmark_training(
@@ -296,15 +282,12 @@ def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repea
 
 def synthetic_batch(config: Config) -> MultiCropBatch:
     """Random pixels, with masks as in training."""
-    size, batch, patch = config.crops.global_crops_size, config.train.batch_size_per_gpu, config.student.patch_size
+    batch = config.train.batch_size_per_gpu
     buffers = CropBuffers(MultiCropAugmentation.from_config(config).recipes, batch)
     generator = torch.Generator().manual_seed(0)
     for views in (buffers.global_crops, buffers.local_crops):
         views.random_(256, generator=generator)
-    masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
-    probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
-    ratios, numbers = config.ibot.mask_ratio_min_max, mask_rng(config.train.seed, 0, 0)
-    masks = make_masks(GLOBAL_CROPS * batch, masking, numbers, sample_probability=probability, ratio_range=ratios)
+    masks = masks_of_batches(config)(mask_rng(config.train.seed, 0, 0))
     return collate(buffers, masks, iteration=0, samples=list(range(batch)), bad=[])
 
 

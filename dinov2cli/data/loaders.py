@@ -13,7 +13,7 @@ from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_cr
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
-from dinov2cli.data.masking import MaskingGenerator, make_masks, max_block_patches
+from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.errors import DataError, Dino2Error
 
@@ -112,10 +112,7 @@ class _TrainBatches:
         self.sample_of_step_0 = 0
         self.order = dataset.order(self.seed)
         self.augmentation = MultiCropAugmentation.from_config(config)
-        size, patch = config.crops.global_crops_size, config.student.patch_size
-        self.masking = MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch))
-        self.mask_probability = config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0
-        self.mask_ratios = tuple(config.ibot.mask_ratio_min_max)
+        self.make_masks = masks_of_batches(config)
         self.device_augment = config.data.device_augment
         self.scaled_decode = config.data.scaled_decode
         self.normalize_here = not (config.data.normalize_on_device or config.data.device_augment)
@@ -130,13 +127,7 @@ class _TrainBatches:
             buffers.put(image, sample.crops)
             samples.append(sample.dataset_index)
             parameters.append(sample.parameters)
-        masks = make_masks(
-            2 * self.batch_size,
-            self.masking,
-            mask_rng(self.seed, step, self.rank),
-            sample_probability=self.mask_probability,
-            ratio_range=self.mask_ratios,
-        )
+        masks = self.make_masks(mask_rng(self.seed, step, self.rank))
         deferred = parameters if self.device_augment else None
         batch = collate(buffers, masks, iteration=step, samples=samples, bad=bad, parameters=deferred)
         return batch.normalized() if self.normalize_here else batch

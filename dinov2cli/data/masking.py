@@ -1,8 +1,12 @@
 """Block masks of patches for masked image modelling (BEiT's blocks, as DINOv2 uses them for iBOT)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+
+from dinov2cli.config import Config
 
 MIN_PATCHES = 4
 """Smallest area that a block is drawn with."""
@@ -55,6 +59,18 @@ class MaskingGenerator:
                 block[:] = True
                 return added
         return 0
+
+
+def masks_of_batches(config: Config) -> Callable[[np.random.Generator], np.ndarray]:
+    """What draws the masks of a batch of the run, as `make_masks` returns them: the two global crops of each image."""
+    size, patch = config.crops.global_crops_size, config.student.patch_size
+    return partial(
+        make_masks,
+        2 * config.train.batch_size_per_gpu,
+        MaskingGenerator(size // patch, size // patch, max_block_patches(size, patch)),
+        sample_probability=config.ibot.mask_sample_probability if config.ibot.loss_weight else 0.0,
+        ratio_range=config.ibot.mask_ratio_min_max,
+    )
 
 
 def max_block_patches(image_size: int, patch_size: int) -> int:

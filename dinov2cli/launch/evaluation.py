@@ -17,16 +17,12 @@ def launch(request: EvalRequest) -> Elsewhere | None:
     """
     gpus, cpu = request.gpus or 1, request.device == "cpu"
     if request.slurm.is_asked:
-        folder = request.output_dir or run_of(Path(request.checkpoint)) or Path()
+        checkpoint = Path(request.checkpoint).absolute()
+        runs = (place for place in (checkpoint, *checkpoint.parents) if (place / "config.yaml").exists())
+        folder = request.output_dir or next(runs, Path())
         wanted, name = Wanted(request.slurm, gpus, cpu), f"dino2-{request.protocol()}"
         return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=name))
     if gpus == 1:
         return None
     launch_local(request, processes_here(gpus, cpu=cpu), None)
     return Elsewhere(None)
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint's path is in."""
-    places = [checkpoint, *checkpoint.absolute().parents]
-    return next((place for place in places if (place / "config.yaml").exists()), None)

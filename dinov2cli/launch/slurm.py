@@ -26,16 +26,10 @@ WITHOUT_LIMIT = 1_000_000  # requeues that submitit allows: a run of weeks needs
 
 
 class Wanted(NamedTuple):
-    """What a job is to have.
-
-    Attributes:
-        slurm: the options of Slurm.
-        gpus: GPUs (with `cpu`: processes) on each machine.
-        cpu: no GPUs.
-    """
+    """What a job is to have."""
 
     slurm: Slurm
-    gpus: int
+    gpus: int  # on each machine; with `cpu` as many processes, and no GPUs
     cpu: bool
 
 
@@ -82,10 +76,9 @@ def submit(request: Request, wanted: Wanted, *, folder: Path, name: str, run: Pa
     """
     need_slurm()
     from submitit.core.utils import FailedJobError, FailedSubmissionError
-    from submitit.slurm.slurm import SlurmExecutor
 
     own = new_folder(folder)
-    executor = make_executor(wanted, own, name, SlurmExecutor)
+    executor = make_executor(wanted, own, name)
     task = NodeTask(words_of(request), wanted.gpus, wanted.slurm, own, run.absolute() if run else None)
     try:
         with outside_of_any_job():
@@ -118,22 +111,20 @@ def slurm_of_this_job(*parameters: str) -> Slurm:
 
 def script(wanted: Wanted, *, folder: Path, name: str) -> str:
     """The batch script that `submit` would hand to sbatch; nothing is written."""
+    executor = make_executor(wanted, folder / "<time>", name)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def make_executor(wanted: Wanted, folder: Path, name: str) -> "SlurmExecutor":
+    """submitit's executor for what is wanted, on machines without Slurm, too: for them it writes scripts."""
     from submitit.slurm.slurm import SlurmExecutor
 
-    class Renderer(SlurmExecutor):
-        """An executor that writes scripts on machines without Slurm, too."""
-
+    class Anywhere(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
             return 1
 
-    executor = make_executor(wanted, folder / "<time>", name, Renderer)
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
-
-
-def make_executor(wanted: Wanted, folder: Path, name: str, kind: "type[SlurmExecutor]") -> "SlurmExecutor":
-    """submitit's executor for what is wanted."""
-    executor = kind(folder, max_num_timeout=WITHOUT_LIMIT)
+    executor = Anywhere(folder, max_num_timeout=WITHOUT_LIMIT)
     parameters, further = sbatch_parameters(wanted, name), {"requeue": True}
     for key, value in map(split_parameter, wanted.slurm.parameters):
         if (ours := key.replace("-", "_")) in executor._valid_parameters():

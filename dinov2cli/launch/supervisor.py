@@ -1,10 +1,8 @@
 """Several processes of one command: started, told of signals, restarted, ended.
 
 Each machine has one supervisor; its workers are its children, with torchrun's variables. Supervisors of several
-machines meet in a store that the first one keeps, before every start: it decides for all whether to go on. A signal is
-handed on to the workers once, and they get all the time they want to save. A worker that dies takes the others with
-it at once, and all start again from the last checkpoint, as often as that brings the run forward. What ended the run
-is known and said once.
+machines meet in a store that the first one keeps, before every start: it decides for all whether to go on. A worker
+that dies takes the others with it, and all start again, as often as that brings the run forward.
 """
 
 import math
