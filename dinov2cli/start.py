@@ -101,7 +101,8 @@ def make_online_knn(config: Config) -> OnlineKnn | None:
     if not evaluation.knn_period:
         return None
     train_images, val_images = make_dataset(evaluation.knn_train_dataset), make_dataset(evaluation.knn_val_dataset)
-    return lambda backbone: knn.online_knn(backbone, train_images, val_images, precision=precision)
+    options = {"precision": precision, "max_bad_fraction": config.train.max_bad_fraction}
+    return lambda backbone: knn.online_knn(backbone, train_images, val_images, **options)
 
 
 def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], object] | None:

@@ -115,6 +115,27 @@ def test_wrong_input(
     assert message in shown.err.replace("\n", " ") and "Traceback" not in shown.err and not shown.out
 
 
+def test_one_bad_file_ends_no_evaluation_and_is_in_its_message(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_images(tmp_path / "photos", per_class=20)
+    bad = sorted((photos / "class0").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:100])
+    sets = ["--train-dataset", photos, "--val-dataset", photos, "--json"]
+    short = ["--epochs", "1", "--epoch-length", "4", "--batch-size", "8", "--learning-rates", "0.01"]
+    many = ["--max-bad-fraction", "0.1"]
+    for words in (["knn", "--nb-knn", "3"], ["logreg", "--max-train-iters", "9"], ["linear", *short],
+                  ["linear", *short, "--frozen-crops", "--no-resume"]):  # fmt: skip
+        assert dino2("eval", words[0], run, *words[1:], *sets, *many) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["rows"][0]["images"] == 39 and any(bad.name in note for note in result["notes"]), words
+    assert dino2("eval", "knn", run, *sets) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 40 images are unreadable" in said and "--max-bad-fraction" in said
+    assert dino2("embed", run, "--data", photos, "--output", tmp_path / "f.safetensors", *many) == 0
+    assert "40 images, 24 dimensions; 1 could not be read" in " ".join(capsys.readouterr().out.split())
+
+
 def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dino2("eval", "logreg", run, *DATA, "--max-train-iters", "30", "--json") == 0
     logreg = json.loads(capsys.readouterr().out)

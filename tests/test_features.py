@@ -57,6 +57,27 @@ def test_order_and_values(images: Path) -> None:
         torch.testing.assert_close(features.tensors["last_cls"][:, i], cls, rtol=1e-4, atol=1e-5)
 
 
+def test_unreadable_images_are_left_out_and_named(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Extractor(tiny_model(), num_workers=0, device="cpu")(make_dataset(str(images)))
+    (images / "b" / "1.png").write_bytes(b"")
+    dataset, cache = make_dataset(str(images)), FeatureCache(tmp_path / "cache")
+    left = [i for i in range(11) if i != 5]
+    for caught_in in ("unreadable image left out: ", "left out: "):  # the second time from the cache
+        caplog.clear()
+        extract = Extractor(tiny_model(), batch_size=3, num_workers=0, device="cpu", cache=cache, max_bad_fraction=0.1)
+        features = extract(dataset)
+        assert features.indices.tolist() == left and features.size == 10
+        torch.testing.assert_close(features.cls, whole.cls[left], rtol=1e-4, atol=1e-5)
+        assert features.targets.tolist() == whole.targets[left].tolist()
+        assert len(extract.notes) == 1 and "1 of 11 images" in extract.notes[0] and "b/1.png" in extract.notes[0]
+        assert caplog.text.count("b/1.png") == 1 and caught_in in caplog.text
+    for cached in (cache, None):
+        with pytest.raises(DataError, match=r"1 of 11 images are unreadable, more than .*0.05 allows: .*1\.png"):
+            Extractor(tiny_model(), num_workers=0, device="cpu", cache=cached, max_bad_fraction=0.05)(dataset)
+
+
 def test_only_extraction_changes_how_the_process_keeps_memory(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr("dinov2cli.eval.extract.keep_freed_memory", lambda: asked.append(True))

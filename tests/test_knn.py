@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from dinov2cli.errors import DataError
 from dinov2cli.eval import nearest
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.knn import KnnSettings, choose_images, evaluate_knn, knn_scores, usable_ks
+from dinov2cli.eval.knn import KnnSettings, choose_images, evaluate_knn, knn_scores, short_classes, usable_ks
 from dinov2cli.eval.metrics import rank_of
 from dinov2cli.eval.nearest import KeyBank, grouped_topk
 
@@ -159,3 +159,20 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     )
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == alone
+
+
+def test_gaps_in_the_positions_change_nothing() -> None:
+    train, val = make_features(140, clustered=True, seed=1), make_features(60, clustered=True, seed=2)
+    settings = KnnSettings(ks=(3, 5), n_per_class=(-1, 6), n_tries=2)
+    gaps = torch.tensor([i for i in range(150) if i % 15 != 4])
+    with_gaps = Features(train.tensors, train.targets, gaps, 140)
+    assert evaluate_knn(with_gaps, val, settings) == evaluate_knn(train, val, settings)
+    alone = evaluate_knn(train, train, settings, leave_one_out=True)
+    assert evaluate_knn(with_gaps, with_gaps, settings, leave_one_out=True) == alone
+
+
+def test_classes_with_fewer_images_than_asked_for_are_named() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 3)
+    assert short_classes(labels, ("common", "rare"), (-1, 3)) == ()
+    (note,) = short_classes(labels, ("common", "rare"), (-1, 5))
+    assert note == "5 per class: 1 of 2 classes have fewer train images: rare (3)"

@@ -18,7 +18,7 @@ from dinov2cli.data.augmentations import normalize
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
-from dinov2cli.data.loaders import make_eval_loader, make_train_loader
+from dinov2cli.data.loaders import make_eval_loader, make_train_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import DataError, EnvironmentProblem
 
@@ -135,15 +135,30 @@ def test_a_dataset_without_any_readable_image_ends_the_run(tmp_path: Path, num_w
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_eval_loader_keeps_order_and_says_which_file_is_bad(folder_with_damage: Path, num_workers: int) -> None:
+def test_eval_loader_keeps_order_and_says_which_files_are_bad(folder_with_damage: Path, num_workers: int) -> None:
     photos = make_dataset("SamplePhotos:split=VAL")
     loader = make_eval_loader(photos, EvalTransform(32, 24), 7, num_workers, indices=list(range(0, 300, 10)))
     batches = list(loader)
     assert len(loader) == len(batches) == 5 and batches[0][0].shape == (7, 3, 24, 24)
     assert torch.cat([b[2] for b in batches]).tolist() == list(range(0, 300, 10))
     assert torch.cat([b[1] for b in batches]).tolist() == photos.targets()[::10].tolist()
-    with pytest.raises(DataError, match=r"3\.jpg"):
-        list(make_eval_loader(make_dataset(str(folder_with_damage)), EvalTransform(32, 24), 4, num_workers))
+    first, second = make_eval_loader(make_dataset(str(folder_with_damage)), EvalTransform(32, 24), 4, num_workers)
+    assert first.indices.tolist() == [0, 1, 2] and second.indices.tolist() == [4, 6, 7]
+    assert [Path(message.split(":")[0]).name for message in first.bad + second.bad] == ["3.jpg", "5.jpg"]
+
+
+def test_a_batch_of_nothing_readable_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"<html>")
+    (batch,) = make_eval_loader(make_dataset(str(tmp_path)), EvalTransform(32, 24), 4, 0)
+    assert len(batch.images) == len(batch.targets) == len(batch.indices) == 0 and len(batch.bad) == 1
+
+
+def test_too_many_bad_images_are_named_once() -> None:
+    refuse_too_many_bad(1, 100, 0.01, ["a"])
+    refuse_too_many_bad(0, 0, 0.0, [])
+    with pytest.raises(DataError, match="3 of 4 images drawn are unreadable") as caught:
+        refuse_too_many_bad(3, 4, 0.01, ["empty.jpg: x", "page.jpg: y", "page.jpg: y"], drawn=True)
+    assert caught.value.message.count("page.jpg") == 1
 
 
 def test_a_worker_that_dies_is_explained() -> None:

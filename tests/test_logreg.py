@@ -194,3 +194,11 @@ def test_classes_that_come_apart(dtype: torch.dtype) -> None:
         oracle = LogisticRegression(C=C, tol=1e-10, max_iter=5000).fit(x.numpy(), y.numpy())
         theirs = objective(torch.tensor(oracle.coef_), torch.tensor(oracle.intercept_), C)
         assert objective(ours.weight[i], ours.bias[i], C) < (1 + (1e-4 if dtype is torch.float32 else 1e-7)) * theirs
+
+
+def test_gaps_in_the_positions_change_nothing() -> None:
+    train, val = make_features(301, 8), make_features(99, 9)
+    with_gaps = Features(train.tensors, train.targets, torch.arange(301) * 2, 301)
+    settings = LogregSettings(Cs=C_VALUES[8:32:6])
+    alone, gappy = (evaluate_logreg(data, val, settings=settings) for data in (train, with_gaps))
+    assert gappy.accuracy == alone.accuracy and gappy.sweep == alone.sweep

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -79,6 +80,28 @@ def test_embedded_features_in_a_file(tmp_path: Path) -> None:
         embed(extract, images, tmp_path / "f.npy")
 
 
+def test_embedded_rows_keep_their_place_where_an_image_cannot_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for i in range(6):
+        (folder / "ab"[i // 3]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (40 * i, 0, 9)).save(folder / "ab"[i // 3] / f"{i}.png")
+    (folder / "a" / "1.png").write_bytes(b"<html>")
+    images = make_dataset(str(folder))
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=2).eval()
+    extract = Extractor(model, num_workers=0, detailed=True, device="cpu", max_bad_fraction=0.2)
+    part = embed(extract, images, tmp_path / "f.safetensors")
+    stored = load_file(tmp_path / "f.safetensors")
+    assert stored["readable"].tolist() == [True, False, True, True, True, True]
+    assert stored["labels"].tolist() == [0, 0, 0, 1, 1, 1] and len(stored["path_ends"]) == 6
+    for name in ("cls", "mean_patch", "last_cls"):
+        assert torch.equal(stored[name][[0, 2, 3, 4, 5]], part.tensors[name]) and stored[name][1].isnan().all()
+    embed(extract, images, tmp_path / "f.parquet")
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert table["readable"].to_pylist() == stored["readable"].tolist()
+    np.testing.assert_array_equal(np.stack(table["cls"].to_pylist()), stored["cls"].numpy())
+
+
 def test_embedded_features_in_parquet_are_those_in_safetensors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=2).eval()
@@ -87,7 +110,9 @@ def test_embedded_features_in_parquet_are_those_in_safetensors(tmp_path: Path) -
     for name in ("f.safetensors", "f.parquet"):
         embed(extract, images, tmp_path / name)
     stored, table = load_file(tmp_path / "f.safetensors"), pq.read_table(tmp_path / "f.parquet")
-    assert set(table.column_names) == {"path", "label", "cls", "mean_patch", "last_cls"} and len(table) == 300
+    assert (
+        set(table.column_names) == {"path", "label", "readable", "cls", "mean_patch", "last_cls"} and len(table) == 300
+    )
     for name in ("cls", "mean_patch", "last_cls"):
         assert torch.equal(torch.tensor(np.stack(table[name].to_pylist()), dtype=torch.float32), stored[name])
     assert table["label"].to_pylist() == stored["labels"].tolist()

@@ -1,6 +1,6 @@
 """Batches in the background: what a training or an evaluation iterates over."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,9 +15,11 @@ from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
+from dinov2cli.data.sampler import Order
 from dinov2cli.errors import DataError, Dino2Error
 
 Batch = TypeVar("Batch")
+Sample = TypeVar("Sample")
 
 MAX_REPLACEMENTS = 100
 """So many unreadable images in a row end a run: the data are not there any more."""
@@ -137,13 +139,7 @@ class _TrainBatches:
 
         An unreadable image is replaced by the next in the run's order, and its path is added to `bad`.
         """
-        for replacement in range(MAX_REPLACEMENTS):
-            index = self.order.index(k + replacement)
-            try:
-                return self.crops_of(index, k)
-            except UnreadableImage as error:
-                bad.append(str(error))
-        raise DataError(f"{MAX_REPLACEMENTS} images in a row could not be read, the last: {bad[-1]}")
+        return first_readable(self.order, k, lambda index: self.crops_of(index, k), bad)
 
     def crops_of(self, index: int, k: int) -> "_Sample":
         """Image `index`, with the random decisions of sample `k`."""
@@ -163,6 +159,43 @@ class _Sample(NamedTuple):
     parameters: list[CropParameters]
 
 
+def first_readable(order: Order, k: int, read: Callable[[int], Sample], bad: list[str]) -> Sample:
+    """What `read` makes of the k-th image of `order`, or of the next that can be read; adds to `bad` what cannot."""
+    for replacement in range(MAX_REPLACEMENTS):
+        try:
+            return read(order.index(k + replacement))
+        except UnreadableImage as error:
+            bad.append(str(error))
+    raise DataError(f"{MAX_REPLACEMENTS} images in a row could not be read, the last: {bad[-1]}")
+
+
+def refuse_too_many_bad(bad: int, seen: int, allowed: float, named: Iterable[str], *, drawn: bool = False) -> None:
+    """Raise `DataError` where more than the share `allowed` of the images seen cannot be read.
+
+    Args:
+        named: some of them with the reason; each is named once.
+        drawn: by a training, which sees an image again and again.
+    """
+    if bad > allowed * seen:
+        last = list(dict.fromkeys(named))[:20]
+        raise DataError(
+            f"{bad} of {seen} images{' drawn' if drawn else ''} are unreadable, more than "
+            f"train.max_bad_fraction={allowed} allows{'; the last' if drawn else ''}: {'; '.join(last)}",
+            "Repair or remove them, or raise train.max_bad_fraction; the same command then resumes."
+            if drawn
+            else "Repair or remove them, or give a larger --max-bad-fraction.",
+        )
+
+
+class EvalBatch(NamedTuple):
+    """The images of a batch that can be read, B of them, and the messages of those that cannot."""
+
+    images: Tensor  # float32 [B, 3, H, W]
+    targets: Tensor  # int64 [B]
+    indices: Tensor  # int64 [B], in the dataset
+    bad: list[str]
+
+
 def make_eval_loader(
     dataset: ImageDataset,
     transform: Callable[[np.ndarray], Tensor],
@@ -171,14 +204,8 @@ def make_eval_loader(
     indices: Sequence[int] | None = None,
     *,
     pin_memory: bool = False,
-) -> "Loader[tuple[Tensor, Tensor, Tensor]]":
-    """(images float32 [B, 3, H, W], targets int64 [B], dataset indices int64 [B]) in the order of `indices`.
-
-    By default all images in the dataset's order; the last batch may be smaller.
-
-    Raises:
-        UnreadableImage: while iterating; an evaluation leaves nothing out silently.
-    """
+) -> "Loader[EvalBatch]":
+    """Batches in the order of `indices`, by default all images in the dataset's order; the last may be smaller."""
     order = range(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
     batches = _EvalBatches(dataset, transform, order, batch_size)
     return Loader(dataset, batches.batch, range(-(-len(order) // batch_size)), num_workers, pin_memory)
@@ -190,8 +217,14 @@ class _EvalBatches(NamedTuple):
     order: range | np.ndarray
     batch_size: int
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        indices = [int(i) for i in self.order[number * self.batch_size : (number + 1) * self.batch_size]]
-        images = torch.stack([self.transform(self.dataset.image(index)) for index in indices])
-        targets = torch.tensor([self.dataset.target(index) for index in indices])
-        return images, targets, torch.tensor(indices)
+    def batch(self, number: int) -> EvalBatch:
+        images: dict[int, Tensor] = {}
+        bad = []
+        for index in map(int, self.order[number * self.batch_size : (number + 1) * self.batch_size]):
+            try:
+                images[index] = self.transform(self.dataset.image(index))
+            except UnreadableImage as error:
+                bad.append(str(error))
+        stacked = torch.stack(list(images.values())) if images else torch.empty(0, 3, 1, 1)
+        targets = torch.tensor([self.dataset.target(index) for index in images], dtype=torch.int64)
+        return EvalBatch(stacked, targets, torch.tensor(list(images), dtype=torch.int64), bad)

@@ -141,7 +141,8 @@ def _read(entry: Path, size: int, names: tuple[str, ...]) -> Features:
     for name, tensor in _parts(entry, int(mine[0]), int(mine[-1]) + 1):
         rows.setdefault(name, []).append(tensor)
     targets, indices = torch.cat(rows["targets"]), torch.cat(rows["indices"])
-    return Features({name: torch.cat(rows[name]) for name in names}, targets, indices, size)
+    readable = int(distributed.all_reduce_sum(torch.tensor(len(indices))))
+    return Features({name: torch.cat(rows[name]) for name in names}, targets, indices, readable)
 
 
 def _parts(entry: Path, start: int, stop: int) -> Iterator[tuple[str, Tensor]]:

@@ -23,24 +23,28 @@ from dinov2cli.requests.eval import EmbedRequest
 
 
 class FeatureTable(NamedTuple):
-    """What is written: `tensors` as in `Features`, of all images; labels int64 [N], -1 for none; paths; metadata."""
+    """What is written: `tensors` as in `Features`, of all images, NaN where one could not be read (`readable` is
+    bool [N]); labels int64 [N], -1 for none; paths; metadata."""
 
     tensors: dict[str, Tensor]
     labels: Tensor
+    readable: Tensor
     paths: list[str]
     metadata: dict[str, str]
 
 
 class Embedded(NamedTuple):
-    """What a file of features holds; `dim` is that of a class token."""
+    """What a file of features holds; `dim` is that of a class token, `unreadable` images have NaN."""
 
     output: str
     images: int
     dim: int
     dataset: str
+    unreadable: int = 0
 
     def __str__(self) -> str:
-        return f"{self.output}: {self.images} images, {self.dim} dimensions"
+        marked = f"; {self.unreadable} could not be read: NaN, not readable" if self.unreadable else ""
+        return f"{self.output}: {self.images} images, {self.dim} dimensions{marked}"
 
 
 def run(request: EmbedRequest) -> Embedded:
@@ -55,7 +59,8 @@ def run(request: EmbedRequest) -> Embedded:
         subject = load_subject(request.checkpoint, request.config_file)
         sizes = {"batch_size": request.batch_size, "resize_ratio": request.resize_ratio}
         features = embed(subject.extractor(request, detailed=True, **sizes), images, request.output)
-    return Embedded(str(request.output), features.size, features.cls.shape[1], images.describe())
+    n, dim = len(images), features.cls.shape[1]
+    return Embedded(str(request.output), n, dim, images.describe(), n - features.size)
 
 
 def check_output(path: Path) -> None:
@@ -82,15 +87,22 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
     """Write the features of all images of `dataset`, in its order; returns those of this process.
 
     Both formats hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks, earliest
-    first), `labels` int64 [N] (-1: none) and `paths`; their metadata name weights, dataset, transform and classes.
+    first), `labels` int64 [N] (-1: none), `readable` (bool [N]; where false, features are NaN) and `paths`; their
+    metadata name weights, dataset, transform and classes.
     In safetensors, paths are UTF-8 bytes one after the other, and `path_ends` int64 [N] tells where each ends; Parquet
     has columns `label` and `path`, and lists of fixed sizes.
     """
     check_output(output)
     part = extract(dataset, "features")
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
-    targets = distributed.all_gather_rows(part.targets)
+    positions = part.positions()
     if distributed.is_main():
+        readable = torch.zeros(len(dataset), dtype=torch.bool)
+        readable[positions] = True
+        for name, rows in tensors.items() if len(positions) < len(dataset) else ():
+            tensors[name] = rows.new_full((len(dataset), *rows.shape[1:]), torch.nan)
+            tensors[name][positions] = rows
+        labels = torch.as_tensor(dataset.targets())
         metadata = {
             "dino2.version": __version__,
             "dino2.weights": extract.weights_hash,
@@ -98,7 +110,7 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
             "dino2.transform": f"resize {extract.resize}, crop {extract.image_size}",
             "dino2.classes": "\n".join(dataset.class_names),
         }
-        table = FeatureTable(tensors, targets, [dataset.path(i) for i in range(len(dataset))], metadata)
+        table = FeatureTable(tensors, labels, readable, [dataset.path(i) for i in range(len(dataset))], metadata)
         with stoppable("stopping once the features are written"), writing(output), replacing(output) as aside:
             WRITERS[output.suffix](table, aside)
     distributed.barrier()
@@ -109,7 +121,7 @@ def _write_safetensors(table: FeatureTable, file: Path) -> None:
     encoded = [path.encode() for path in table.paths]
     ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
     joined = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-    columns = {**table.tensors, "labels": table.labels, "paths": joined, "path_ends": ends}
+    columns = {**table.tensors, "labels": table.labels, "readable": table.readable, "paths": joined, "path_ends": ends}
     write_tensors(columns, file, table.metadata)
 
 
@@ -120,6 +132,7 @@ def _write_parquet(table: FeatureTable, file: Path) -> None:
     columns = {
         "path": pa.array(table.paths, pa.string()),
         "label": pa.array(table.labels.numpy()),
+        "readable": pa.array(table.readable.numpy()),
         **{name: _lists(tensor.numpy()) for name, tensor in table.tensors.items()},
     }
     rows = pa.table(columns).replace_schema_metadata(table.metadata)

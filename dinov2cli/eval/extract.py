@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import progress, stoppable
+from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
-from dinov2cli.data.loaders import make_eval_loader
+from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
-from dinov2cli.eval.features import Features, Recipe, part_of_this_process
+from dinov2cli.eval.features import Features, Recipe, missing_from, part_of_this_process
 from dinov2cli.train.allocator import keep_freed_memory
 
 STANDARD_SIZE = 224
@@ -42,6 +42,7 @@ class Extractor:
         precision: that of matrix products, as `compute_precision.precision` says it.
         detailed: also keep `mean_patch` and `last_cls`.
         cache: where to look for and keep the features.
+        max_bad_fraction: share of a dataset's images that may be unreadable; they are left out, and named in `notes`.
 
     Raises:
         ConfigError: `image_size` does not fit the model's patches.
@@ -59,6 +60,7 @@ class Extractor:
         precision: str = "auto",
         detailed: bool = False,
         cache: FeatureCache | None = None,
+        max_bad_fraction: float = 0.01,
     ) -> None:
         self.device = choose_device(device)
         self.model = model.to(self.device)
@@ -70,21 +72,37 @@ class Extractor:
         self.precision = Precision.resolve(precision, self.device, frozen=True)
         self.detailed = detailed
         self.cache = cache
+        self.max_bad_fraction = max_bad_fraction
+        self.notes: list[str] = []
 
     def __call__(self, dataset: ImageDataset, description: str = "features") -> Features:
-        """Features of all images of `dataset`, or of this process's part of them.
+        """Features of all images of `dataset` that can be read, or of this process's part of them.
 
         Raises:
-            DataError: the dataset has no image, or fewer than there are processes.
+            DataError: the dataset has no image, or fewer than there are processes, or too many that cannot be read.
         """
         if len(dataset) < distributed.world_size():
             raise DataError(f"{dataset.describe()}: {len(dataset)} images, too few to evaluate.")
-        if self.cache is not None and (cached := self.cache.load(self.recipe, dataset)) is not None:
-            return cached
+        cached = features = self.cache.load(self.recipe, dataset) if self.cache is not None else None
+        if features is None:
+            features = self._extract(dataset, description)
+            if self.cache is not None:
+                self.cache.save(self.recipe, dataset, features)
+        if features.size < len(dataset):
+            paths = [dataset.path(int(i)) for i in missing_from(features.positions(), len(dataset))]
+            refuse_too_many_bad(len(paths), len(dataset), self.max_bad_fraction, paths)
+            shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+            self.notes.append(f"{len(paths)} of {len(dataset)} images could not be read and are left out: {shown}")
+            if cached is not None:  # else each was named when it was met
+                logger.warning(self.notes[-1])
+        return features
+
+    def _extract(self, dataset: ImageDataset, description: str) -> Features:
         if self.device.type == "cpu":
             keep_freed_memory()
         parts: dict[str, list[Tensor]] = {}
         targets, indices = [], []
+        bad: list[str] = []
 
         def keep(features: Arriving) -> None:
             for name, tensor in features.read().items():
@@ -92,19 +110,26 @@ class Extractor:
 
         mine = part_of_this_process(len(dataset))
         arriving: deque[Arriving] = deque()
-        for images, batch_targets, batch_indices in self._batches(dataset, mine, description):
-            arriving.append(Arriving(self.features_of(images)))
-            targets.append(batch_targets)
-            indices.append(batch_indices)
+        for batch in self._batches(dataset, mine, description):
+            for message in batch.bad:
+                logger.warning("unreadable image left out: %s", message)
+            bad += batch.bad
+            refuse_too_many_bad(len(bad), len(dataset), self.max_bad_fraction, bad)
+            if not len(batch.images):
+                continue
+            arriving.append(Arriving(self.features_of(batch.images)))
+            targets.append(batch.targets)
+            indices.append(batch.indices)
             if len(arriving) > 1:  # those of the batch before, while the GPU works on this one
                 keep(arriving.popleft())
+        if not arriving:  # of several processes one whose few images are all damaged
+            refuse_too_many_bad(len(bad), len(bad), 0.0, bad)
         keep(arriving.popleft())
         tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-        features = Features(tensors, torch.cat(targets), torch.cat(indices), len(dataset))
+        size = int(distributed.all_reduce_sum(torch.tensor(sum(map(len, targets)))))
+        features = Features(tensors, torch.cat(targets), torch.cat(indices), size)
         if not features.cls.isfinite().all():
             raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
-        if self.cache is not None:
-            self.cache.save(self.recipe, dataset, features)
         return features
 
     @cached_property
@@ -138,9 +163,7 @@ class Extractor:
         last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
         return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
-    def _batches(
-        self, dataset: ImageDataset, indices: Tensor, description: str
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, dataset: ImageDataset, indices: Tensor, description: str) -> Iterator[EvalBatch]:
         how = self.transform, self.batch_size, self.num_workers
         on_gpu = self.device.type == "cuda"
         loader = make_eval_loader(dataset, *how, indices=indices.tolist(), pin_memory=on_gpu)
@@ -148,7 +171,7 @@ class Extractor:
             task = bar.add_task(description, total=len(indices))
             for batch in loader:
                 yield batch
-                bar.advance(task, len(batch[0]))
+                bar.advance(task, len(batch.images) + len(batch.bad))
                 stop_if_asked()
 
 

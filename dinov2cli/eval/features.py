@@ -21,7 +21,7 @@ class Features:
     targets: Tensor
     """int64 [N], -1 where an image has no class."""
     indices: Tensor
-    """int64 [N], ascending positions in the dataset."""
+    """int64 [N], ascending positions in the dataset; what is missing could not be read."""
     size: int
     """Images of all processes together."""
 
@@ -29,6 +29,10 @@ class Features:
     def cls(self) -> Tensor:
         """The normalised class token of the last block: float32 [N, D]."""
         return self.tensors["cls"]
+
+    def positions(self) -> Tensor:
+        """Positions in the dataset of the images of all processes, int64 [size]. Collective."""
+        return distributed.all_gather_rows(self.indices)
 
     def with_classes(self, mapping: Tensor | None) -> "Features":
         """The same features with class `mapping[c]` in place of class c, -1 left as it is; None leaves all."""
@@ -49,6 +53,13 @@ class Recipe:
     """Sizes in pixels, in words."""
     detailed: bool
     """All tensors are kept, not the class token alone."""
+
+
+def missing_from(positions: Tensor, size: int) -> Tensor:
+    """Which of a dataset's `size` images are not at `positions`: int64, ascending."""
+    missing = torch.ones(size, dtype=torch.bool)
+    missing[positions] = False
+    return missing.nonzero()[:, 0]
 
 
 def part_of_this_process(size: int) -> Tensor:

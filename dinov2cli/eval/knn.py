@@ -6,6 +6,7 @@ the `cls` features. Shapes: Q queries, N train images, D features, C classes, k 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
     rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
     lines = [{f"{key} Top {n}": getattr(results[key], f"top{n}")} for key in results for n in (1, 5)]
-    return trial.report(extract, settings, rows, lines, leave_one_out=leave_one_out)
+    notes = short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
+    return trial.report(extract, settings, rows, lines, notes=notes, leave_one_out=leave_one_out)
 
 
 def evaluate_knn(
@@ -88,7 +90,7 @@ def evaluate_knn(
         DataError: the two sets share no classes, or no k is at most the number of train images.
     """
     settings = settings or KnnSettings()
-    labels = distributed.all_gather_rows(train.targets)
+    labels, positions = distributed.all_gather_rows(train.targets), train.positions()
     val_labels = distributed.all_gather_rows(val.targets)
     _check_labels(labels, val_labels)
     n_classes = 1 + int(max(labels.max(), val_labels.max()))
@@ -101,7 +103,7 @@ def evaluate_knn(
         for seed in range(1 if n_per_class < 0 else settings.n_tries):
             chosen = choose_images(labels, n_per_class, seed)
             ks = usable_ks(settings.ks, n_per_class, len(chosen) - leave_one_out)
-            here = torch.isin(train.indices, chosen)
+            here = torch.isin(train.indices, positions[chosen])
             bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
             meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
             for found, targets in _neighbours(bank, queries, val.targets, max(ks), exclude):
@@ -135,6 +137,18 @@ def choose_images(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
+def short_classes(labels: Tensor, names: Sequence[str], n_per_class: Sequence[int]) -> tuple[str, ...]:
+    """For each number of images per class, which classes have fewer, and how many, in words."""
+    counts = dict(zip(*(found.tolist() for found in labels.unique(return_counts=True)), strict=True))
+    notes = []
+    for n in n_per_class:
+        short = [f"{names[c] if names else c} ({count})" for c, count in counts.items() if count < n]
+        if short:
+            shown = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
+            notes.append(f"{n} per class: {len(short)} of {len(counts)} classes have fewer train images: {shown}")
+    return tuple(notes)
+
+
 def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, ...]:
     """The k that make sense for `n_images`; in few-shot runs those up to n per class, and that number itself.
 
@@ -154,18 +168,17 @@ def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, 
     return usable
 
 
-def online_knn(
-    model: nn.Module, train_dataset: ImageDataset, val_dataset: ImageDataset, *, precision: str = "auto"
-) -> float:
+def online_knn(model: nn.Module, train_dataset: ImageDataset, val_dataset: ImageDataset, **options: Any) -> float:
     """Top-1 accuracy in percent of the 20 nearest neighbours: one number to follow during a training.
 
     `model` is left in the mode (training or not) in which it came. 20 is lowered to half of a smaller train set.
+    `options` are the `Extractor`'s.
     """
     mapping = align_classes(train_dataset, val_dataset)
     was_training = model.training
     model.eval()
     try:
-        extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, precision=precision)
+        extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, **options)
         train = extract(train_dataset)
         same = train_dataset.describe() == val_dataset.describe()
         val = train if same else extract(val_dataset).with_classes(mapping)

@@ -6,6 +6,7 @@ what further test sets are measured with.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from dinov2cli import distributed
 from dinov2cli.console import Interrupted, interruption, logger, progress
-from dinov2cli.data.datasets import ImageDataset, make_dataset
-from dinov2cli.data.loaders import Loader
+from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
+from dinov2cli.data.loaders import Loader, first_readable, refuse_too_many_bad
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
@@ -186,7 +187,12 @@ def evaluate_linear(
 def cropped_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
     """Features of random crops (8 to 100 % of the area, flipped half the time) of this process's part of each batch."""
     parts = _Parts(images, extract.image_size, settings)
-    for pixels, targets in Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False):
+    bad = 0
+    loader = Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False)
+    for seen, (pixels, targets, messages) in enumerate(loader, 1):
+        bad += len(messages)
+        if messages:
+            refuse_too_many_bad(bad, max(seen * settings.batch_size, 256), extract.max_bad_fraction, messages)
         yield extract.features_of(pixels), targets.to(extract.device)
 
 
@@ -196,9 +202,16 @@ def frozen_batches(extract: Extractor, images: ImageDataset, settings: LinearSet
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
     targets = distributed.all_gather_rows(part.targets)
     parts = _Parts(images, extract.image_size, settings)
+    row_of = torch.full((len(images),), -1)
+    row_of[part.positions()] = torch.arange(part.size)
+
+    def row(index: int) -> int:
+        if row_of[index] < 0:
+            raise UnreadableImage(images.path(index), "cannot be read")
+        return int(row_of[index])
 
     def batch(iteration: int) -> Batch:
-        rows = torch.tensor(list(parts.images_of(iteration).values()))
+        rows = torch.tensor([first_readable(parts.order, k, row, []) for k in parts.samples_of(iteration)])
         features = {name: tensor[rows].to(extract.device) for name, tensor in tensors.items()}
         return features, targets[rows].to(extract.device)
 
@@ -215,19 +228,21 @@ class _Parts:
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
 
-    def images_of(self, iteration: int) -> dict[int, int]:
-        """Indices in the dataset, by the samples' numbers in the order of the run."""
+    def samples_of(self, iteration: int) -> range:
+        """Places in the order of the run."""
         first = (iteration * self.world_size + self.rank) * self.batch_size
-        return {k: self.order.index(k) for k in range(first, first + self.batch_size)}
+        return range(first, first + self.batch_size)
 
-    def crops(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """float32 [B, 3, S, S] and targets int64 [B]."""
-        chosen = self.images_of(iteration)
-        crops = [
-            self.crop(self.images.image(index), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
-            for k, index in chosen.items()
-        ]
-        return torch.stack(crops), torch.tensor([self.images.target(index) for index in chosen.values()])
+    def crops(self, iteration: int) -> tuple[Tensor, Tensor, list[str]]:
+        """float32 [B, 3, S, S], targets int64 [B], and what could not be read and was replaced by the next image."""
+        bad: list[str] = []
+        samples = [first_readable(self.order, k, partial(self.crop_of, k), bad) for k in self.samples_of(iteration)]
+        return torch.stack([crop for crop, _ in samples]), torch.tensor([target for _, target in samples]), bad
+
+    def crop_of(self, k: int, index: int) -> tuple[Tensor, int]:
+        """A crop of the image `index` for the sample `k`, and its class."""
+        crop = self.crop(self.images.image(index), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
+        return crop, self.images.target(index)
 
 
 def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:

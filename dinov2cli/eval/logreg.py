@@ -140,7 +140,7 @@ def hold_out_tenth(features: Features) -> tuple[Features, Features]:
     held[order[: features.size // 10]] = True
     if not held.any():
         raise DataError(f"{features.size} train images are too few to choose C on a tenth of them; give at least 10.")
-    here = held[features.indices]
+    here = held[torch.searchsorted(features.positions(), features.indices)]
     return _select(features, ~here), _select(features, here)
 
 

@@ -92,7 +92,7 @@ class Trial:
             val_dataset=self.val_dataset,
             settings={**asdict(settings), **used, **further_settings},
             rows=tuple(rows),
-            notes=notes,
+            notes=(*notes, *extract.notes),
             extra=extra or {},
         )
         if distributed.is_main():

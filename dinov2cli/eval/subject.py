@@ -38,9 +38,13 @@ class Subject:
 
     def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
-        precision = self.config.compute_precision.precision if self.config else "auto"
+        if self.config is not None:
+            options["precision"] = self.config.compute_precision.precision
+            options["max_bad_fraction"] = self.config.train.max_bad_fraction
+        if request.max_bad_fraction is not None:
+            options["max_bad_fraction"] = request.max_bad_fraction
         options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
-        return Extractor(self.model, cache=None if request.no_cache else FeatureCache(), precision=precision, **options)
+        return Extractor(self.model, cache=None if request.no_cache else FeatureCache(), **options)
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:

@@ -23,6 +23,13 @@ class FeaturesRequest(Request, logs=True):
     image_size: AtLeastOne | None = option(
         None, "Side in pixels to evaluate at; by default the model's, at most 224.", last=True
     )
+    max_bad_fraction: float | None = option(
+        None,
+        "Share of unreadable images above which it stops; by default the run's train.max_bad_fraction, or 0.01.",
+        ge=0,
+        le=1,
+        last=True,
+    )
 
 
 class EvalRequest(

@@ -11,8 +11,9 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import MetricLogger, logger
 from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.loaders import refuse_too_many_bad
 from dinov2cli.device import Arriving
-from dinov2cli.errors import DataError, TrainingFailure
+from dinov2cli.errors import TrainingFailure
 from dinov2cli.train.display import TrainingDisplay
 from dinov2cli.train.monitors import TeacherView, collapse_verdict, teacher_health, teacher_numbers
 from dinov2cli.train.objective import Losses
@@ -165,13 +166,9 @@ class Record:
         self.samples_seen += self.images_per_iteration
         allowed = self.config.train.max_bad_fraction
         # Judged once enough have been seen for the share to mean something.
-        if self.bad_images and self.bad_images > allowed * max(self.samples_seen, 256):
+        if self.bad_images > allowed * max(self.samples_seen, 256):
             last = [path for paths in distributed.all_gather_objects(list(self.last_bad)) for path in paths]
-            raise DataError(
-                f"{self.bad_images} of {self.samples_seen} images drawn are unreadable, more than "
-                f"train.max_bad_fraction={allowed} allows; the last: " + "; ".join(last[:20]),
-                "Repair or remove them, or raise train.max_bad_fraction; the same command then resumes.",
-            )
+            refuse_too_many_bad(self.bad_images, self.samples_seen, allowed, last, drawn=True)
 
     def health(self, reading: Reading) -> dict[str, float]:
         """What the monitors say of the teacher; warns once of a collapse."""

@@ -156,18 +156,14 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
-                version = np.lib.format.read_magic(file)
-                read_header = getattr(np.lib.format, f"read_array_header_{1 if version == (1, 0) else 2}_0")
-                shape, _, self.dtype = read_header(file)
-                self._start = file.tell()
+            table = np.load(path, mmap_mode="r")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, TokenError) as error:
+        except (ValueError, EOFError, TokenError) as error:
             raise DataError(f"{path}: not a .npy file ({error})") from error
-        if self.dtype.names is None or len(shape) != 1:
+        if table.dtype.names is None or table.ndim != 1:
             raise DataError(f"{path}: expected a one-dimensional structured array")
-        self._length = int(shape[0])
+        self.dtype, self._length, self._start = table.dtype, len(table), table.offset
         self._files = OpenFiles()
 
     def __len__(self) -> int:
