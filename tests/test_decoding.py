@@ -1,7 +1,4 @@
-"""PNG files: the fast way gives Pillow's pixels, and what it may not touch or what is damaged goes the other way.
-
-Images that people look at are turned upright, and laid over black where they are transparent.
-"""
+"""The one decoder: the right value of each kind of file, the fast ways against Pillow's pixels, damage told of."""
 
 import io
 import zlib
@@ -11,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dinov2cli.data.decoding import UnreadableImage, decode_image, is_plain_png, read_image
+from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_image
+from dinov2cli.data.formats.fast import decode_png, png_header
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 29, 3), dtype=np.uint8)
@@ -47,17 +45,19 @@ def with_text() -> PngImagePlugin.PngInfo:
     ],
 )
 def test_pixels_are_those_of_pillow(data: bytes, plain: bool) -> None:
-    assert is_plain_png(data) == is_plain_png(memoryview(data)) == plain
+    for given in (data, memoryview(data)):
+        header = png_header(given)
+        assert header is not None and (decode_png(given, header) is not None) == plain
     image = Image.open(io.BytesIO(data))
     if not image.mode.startswith("I;16"):
-        np.testing.assert_array_equal(decode_image(data, "x"), np.asarray(image.convert("RGB")))
+        hidden = Reading(background="drop")
+        np.testing.assert_array_equal(decode_image(data, "x", hidden), np.asarray(image.convert("RGB")))
 
 
 def test_damage_is_told_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
     whole = png_of(RGB)
     damaged = [whole[:20], whole[: len(whole) // 2], whole[:-60], bytes([*whole[:60], whole[60] ^ 1, *whole[61:]])]
     for data in damaged:
-        assert not is_plain_png(data)
         with pytest.raises(UnreadableImage, match="x: "):
             decode_image(data, "x")
     assert not capfd.readouterr().err
@@ -69,7 +69,6 @@ def test_a_checksum_that_fits_does_not_make_data_good() -> None:
     size = int.from_bytes(whole[start - 4 : start], "big")
     body = b"IDAT" + bytes(size)
     data = whole[:start] + body + zlib.crc32(body).to_bytes(4, "big") + whole[start + size + 8 :]
-    assert is_plain_png(data)
     with pytest.raises(UnreadableImage, match="x: "):
         decode_image(data, "x")
 
@@ -86,22 +85,27 @@ def test_paths_of_a_folder_are_as_given(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(images.image(0), RGB)
 
 
-def test_images_are_upright_where_that_is_asked_for() -> None:
+def test_images_are_turned_as_exif_says_unless_that_is_off() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     data = png_of(RGB, exif=exif)
-    np.testing.assert_array_equal(decode_image(data, "a.png"), RGB)
-    np.testing.assert_array_equal(decode_image(data, "a.png", upright=True), np.rot90(RGB, -1))
+    np.testing.assert_array_equal(decode_image(data, "a.png"), np.rot90(RGB, -1))
+    np.testing.assert_array_equal(decode_image(data, "a.png", Reading(exif_orientation=False)), RGB)
 
 
 @pytest.mark.parametrize("grey", [False, True])
-def test_transparency_is_laid_over_black_where_that_is_asked_for(tmp_path: Path, grey: bool) -> None:
+@pytest.mark.parametrize("background", ["mean", "drop", (255, 0, 0)])
+def test_transparency_shows_one_background(tmp_path: Path, grey: bool, background: str | tuple[float, ...]) -> None:
     alpha = RNG.integers(0, 256, (13, 29, 1), dtype=np.uint8)
     colors = np.repeat(RGB[..., :1], 3, axis=2) if grey else RGB
     path = tmp_path / "a.png"
     path.write_bytes(png_of(np.concatenate([colors[..., :1] if grey else colors, alpha], axis=2)))
-    np.testing.assert_array_equal(decode_image(path.read_bytes(), "a.png"), colors)
-    np.testing.assert_array_equal(read_image(path), np.floor(colors * (alpha / 255) + 0.5).astype(np.uint8))
+    read = read_image(path, Reading(background=background))
+    if background == "drop":
+        np.testing.assert_array_equal(read, colors)
+        return
+    below = np.array([124, 116, 104] if background == "mean" else background)
+    np.testing.assert_array_equal(read, np.floor((colors * alpha.astype(float) + below * (255.0 - alpha)) / 255 + 0.5))
 
 
 @pytest.mark.parametrize("content", [None, b"", png_of(RGB)[:-40]])

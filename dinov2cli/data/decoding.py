@@ -1,41 +1,66 @@
-"""Image files to RGB pixels."""
+"""The one decoder, of training, evaluation, features and pictures: an image file's bytes to what a network is shown.
 
-import io
-import struct
-import warnings
-import zlib
+    bytes --read_stored--> Stored: samples [H, W, C] as the file has them, and what it says of them   (formats/)
+          --upright------> turned by EXIF's orientation                                      data.exif_orientation
+          --values-------> uint8 where the file's black and white are 0 and 255, else float32 in 0..1  data.value_range
+          --to_rgb-------> uint8 [H, W, 3]: grey repeated, transparent parts over one background       data.background
+
+`Reading` holds these settings; it is made of a configuration's `data` keys or of a command's options. What is left out
+of an image, a fourth band or further pages, is said once, with the first file's name.
+"""
+
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-from PIL import Image, ImageOps
 
-from dinov2cli.errors import DataError
+from dinov2cli.data.formats import fast
+from dinov2cli.data.formats.arrays import is_array, read_array
+from dinov2cli.data.formats.dicom import is_dicom, read_dicom
+from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
+from dinov2cli.data.formats.pillow import read_with_pillow
+from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, turned
+from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
+from dinov2cli.data.formats.tiff import TIFF_SIGNATURES, read_tiff
+from dinov2cli.data.pixels import IMAGENET_MEAN
+from dinov2cli.data.workers import warn_once
+
+PERCENTILE_SAMPLES = 1_000_000
+"""Percentiles of a larger image are those of so many of its samples, evenly spread."""
+DIM = 4
+"""An image of 16 bits none of whose values reaches white / DIM has, most likely, fewer bits than its file says."""
 
 
-class UnreadableImage(DataError):
-    """A file that is no image, or a damaged one."""
+@dataclass(frozen=True)
+class Reading:
+    """How files become pixels: the keys `data.*` of these names.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-        self.reason = reason
+    Args:
+        value_range: "auto": what the file's format calls black and white; floating point from 0 to 1 as it is; else
+            the image is refused. "dtype": the whole range of its type. (low, high): these are black and white.
+            "percentile [p, q]": those percentiles of each image.
+        exif_orientation: turn images upright as EXIF says; the reference does not.
+        background: what is shown where an image is transparent: "mean" of the data set, "drop" for the colours that
+            are hidden there, as in the reference, or (red, green, blue) levels.
+        max_image_gb: largest memory that one image may need.
+    """
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return UnreadableImage, (self.path, self.reason)
+    value_range: str | tuple[float, float] = "auto"
+    exif_orientation: bool = True
+    background: str | tuple[float, float, float] = "mean"
+    max_image_gb: float = 2.0
+
+
+USUAL = Reading()
 
 
 class ImageSize(NamedTuple):
-    """Of the stored pixels, before any EXIF rotation."""
+    """In pixels, after any turn."""
 
     height: int
     width: int
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as people look at it: upright, alpha laid over black; uint8 [H, W, 3]. Raises `UnreadableImage`."""
-    return decode_image(read_file(str(path)), str(path), upright=True, alpha=True)
 
 
 def read_file(path: str) -> bytes:
@@ -47,139 +72,166 @@ def read_file(path: str) -> bytes:
         raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error
 
 
-def decode_image(
-    data: bytes | memoryview, path: str, *, shrink: int = 1, upright: bool = False, alpha: bool = False
-) -> np.ndarray:
-    """RGB pixels of an encoded image, uint8 [H, W, 3]. Grayscale, palette, CMYK and 16-bit images become RGB.
+def read_image(path: Path, reading: Reading = USUAL) -> np.ndarray:
+    """An image file's pixels as `decode_image` gives them."""
+    return decode_image(read_file(str(path)), str(path), reading)
+
+
+def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, *, shrink: int = 1) -> np.ndarray:
+    """RGB pixels of an encoded image, uint8 [H, W, 3].
 
     Args:
+        path: for messages, and for types that have no signature of their own.
         shrink: with 2, 4 or 8, a JPEG is decoded directly at that fraction of its size.
-        upright: apply EXIF rotation; the reference implementation does not.
-        alpha: lay what is transparent over black; else its colours are taken, as in the reference implementation.
 
     Raises:
-        UnreadableImage: what `path` holds is not an image or is damaged or cut short.
+        UnreadableImage: it is no image, damaged, cut short, too large, or cannot become RGB as `reading` asks.
     """
-    if upright or alpha:
-        return _decode_with_pillow(data, path, shrink, upright, alpha)
-    header = jpeg_header(data)
-    if header is not None and header.components in (1, 3) and _ends_as_jpeg(data):
-        image = _decode_jpeg(data, shrink)
-        if image is not None:
-            return image
-    if shrink == 1 and is_plain_png(data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is not None:
-            return image
-    return _decode_with_pillow(data, path, shrink)
+    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink)
+    if reading.exif_orientation and stored.orientation != 1:
+        stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
+    if stored.left_out:
+        warn_once(1, "%s: its first image is read, %s are left out; the same holds for others like it", path,
+                  stored.left_out)  # fmt: skip
+    return to_rgb(values(stored, reading.value_range, path), stored, reading.background, path)
 
 
-class JpegHeader(NamedTuple):
-    height: int
-    width: int
-    components: int  # 1 grayscale, 3 colour, 4 CMYK
+def read_stored(data: bytes | memoryview, path: str, limit_gb: float = USUAL.max_image_gb, shrink: int = 1) -> Stored:
+    """An image as its file stores it. Raises `UnreadableImage` as `decode_image` does, but for values and channels."""
+    if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
+        check_memory(path, jpeg.height // shrink, jpeg.width // shrink, 3, limit_gb)
+        if (image := fast.decode_jpeg(data, shrink)) is not None:
+            return Stored(image, "JPEG", (0, 255), rgb=True, orientation=jpeg.orientation)
+    elif shrink == 1 and (png := fast.png_header(data)) is not None:
+        check_memory(path, png.height, png.width, fast.PNG_CHANNELS.get(png.color, 4) * -(-png.bits // 8), limit_gb)
+        if (image := fast.decode_png(data, png)) is not None:
+            return Stored(image, "PNG", (0, 2**png.bits - 1), rgb=image.shape[2] >= 3, alpha=png.color in (4, 6))
+    elif bytes(data[:4]) in TIFF_SIGNATURES:
+        return read_tiff(data, path, limit_gb)
+    elif is_dicom(data):
+        return read_dicom(data, path, limit_gb)
+    elif is_array(data, path):
+        return read_array(data, path, limit_gb)
+    elif is_netpbm(data):
+        return read_netpbm(data, path, limit_gb)
+    return read_with_pillow(data, path, limit_gb, shrink)
 
 
-def jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
-    """Size and components from a JPEG's frame header; None if it is not a JPEG of 8 bits a component."""
-    if bytes(data[:2]) != b"\xff\xd8":
-        return None
-    position = 2
-    while position + 10 <= len(data):
-        marker, kind = data[position], data[position + 1]
-        if marker != 0xFF:
-            return None
-        if kind == 0xFF:  # padding before a marker
-            position += 1
-            continue
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            return JpegHeader(height, width, components) if bits == 8 and height and width else None
-        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    return None
+def values(stored: Stored, value_range: str | tuple[float, float], path: str) -> np.ndarray:
+    """The samples from black to white, opacity apart: uint8 if these are 0 and 255 in the file, else float32 in 0..1.
 
+    Returns:
+        [H, W, C], the image's channels without opacity.
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_GRAY_OR_RGB = (0, 2)
-_CHUNKS_THAT_CHANGE_NOTHING = frozenset(b"IHDR IDAT IEND pHYs tEXt zTXt iTXt tIME sRGB gAMA cHRM".split())
-
-
-def is_plain_png(data: bytes | memoryview) -> bool:
-    """Whether `data` is a whole PNG, by its checksums, of 8-bit gray or RGB: what OpenCV decodes as Pillow does.
-
-    Decoding it is several times faster with OpenCV, which tells of others' damage only on standard error.
+    Raises:
+        UnreadableImage: the file does not say what black and white are, and neither does `value_range`.
     """
-    if bytes(data[:8]) != _PNG or len(data) < 33 or data[24] != 8 or data[25] not in _GRAY_OR_RGB:
-        return False
-    view, position = memoryview(data), 8
-    while position + 12 <= len(view):
-        (length,) = struct.unpack_from(">I", view, position)
-        end = position + 8 + length
-        kind = bytes(view[position + 4 : position + 8])
-        if kind not in _CHUNKS_THAT_CHANGE_NOTHING or end + 4 > len(view):
-            return False
-        if zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", view, end)[0]:
-            return False
-        if kind == b"IEND":
-            return True
-        position = end + 4
-    return False
+    samples = stored.array[..., : stored.channels]
+    black, white = _black_and_white(samples, stored, value_range, path)
+    if samples.dtype == np.uint8 and (black, white) == (0, 255):
+        return 255 - samples if stored.inverted else samples
+    if samples.dtype.kind == "f" and not np.isfinite(samples).all():
+        warn_once(2, "%s: samples that are no finite number become black; the same holds for others like it", path)
+        samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
+    if samples.dtype.itemsize > 2:
+        samples = samples.astype(np.float64)  # float32 would not tell large whole numbers apart
+    scaled = ((samples - np.float64(black)) / (white - black)).clip(0, 1).astype(np.float32)
+    return 1 - scaled if stored.inverted else scaled
 
 
-_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+def _black_and_white(
+    samples: np.ndarray, stored: Stored, value_range: str | tuple[float, float], path: str
+) -> tuple[float, float]:
+    if not isinstance(value_range, str):
+        return value_range
+    if percentiles := re.fullmatch(r"percentile \[(.+), (.+)\]", value_range):
+        flat = samples.reshape(-1)
+        flat = flat[:: -(-flat.size // PERCENTILE_SAMPLES)]
+        flat = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
+        low, high = np.percentile(flat, [float(percentiles[1]), float(percentiles[2])]) if flat.size else (0.0, 1.0)
+        return float(low), float(high) if high > low else float(low) + 1
+    unsigned = samples.dtype.kind == "u"
+    if value_range == "dtype":
+        return stored.span if stored.span and unsigned else span_of_type(samples.dtype)
+    remedy = "say which values are black and white with data.value_range=[LOW, HIGH] (--value-range), or 'percentile " \
+             "[1, 99]' of each image"  # fmt: skip
+    if stored.span is not None:
+        if stored.span == (0, 65535) and samples.dtype == np.uint16 and 0 < (most := int(samples.max())) < 65536 // DIM:
+            warn_once(0, "%s: its largest value is %d, but white is 65535 in a file of 16 bits, so it is nearly black; "
+                      "where white is less (4095 for 12 bits), say data.value_range=[0, 4095] (--value-range)",
+                      path, most)  # fmt: skip
+        return stored.span
+    low, high = samples.min(), samples.max()
+    if samples.dtype.kind == "f" and low >= 0 and high <= 1:
+        return 0, 1
+    what = {"i": "signed samples", "u": "samples", "f": "floating point samples"}[samples.dtype.kind]
+    raise UnreadableImage(path, f"{what} ({samples.dtype}) from {low:g} to {high:g}; {remedy}")
 
 
-def _decode_jpeg(data: bytes | memoryview, shrink: int) -> np.ndarray | None:
-    encoded = np.frombuffer(data, np.uint8)
-    if shrink == 1:
-        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    image = cv2.imdecode(encoded, _REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def to_rgb(image: np.ndarray, stored: Stored, background: str | tuple[float, float, float], path: str) -> np.ndarray:
+    """What is not asked to be N channels: `values` [H, W, C] as uint8 RGB [H, W, 3].
+
+    One channel is repeated; of more than three that begin with red, green and blue, these are taken, with a warning.
+
+    Raises:
+        UnreadableImage: two channels, or more than three with no colours among them.
+    """
+    channels = image.shape[2]
+    if channels > 3 and stored.rgb:
+        warn_once(3, "%s: of its %d channels red, green and blue are read; the same holds for others like it", path,
+                  channels)  # fmt: skip
+        image = image[..., :3]
+    elif channels not in (1, 3):
+        raise UnreadableImage(path, f"has {channels} channels, and gray (1) or RGB (3) is asked for")
+    levels = image if image.dtype == np.uint8 else (image * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    if channels == 1:
+        levels = np.repeat(levels, 3, axis=2)
+    if stored.alpha and background != "drop":
+        opacity = stored.array[..., -1:]
+        opaque = stored.span[1] if stored.span and stored.array.dtype.kind == "u" else span_of_type(opacity.dtype)[1]
+        if opaque != 255 or opacity.dtype != np.uint8:
+            opacity = (opacity / opaque * 255 + 0.5).clip(0, 255).astype(np.uint8)
+        levels = over_background(levels, opacity, background)
+    return np.ascontiguousarray(levels)
 
 
-def _ends_as_jpeg(data: bytes | memoryview) -> bool:
-    # libjpeg fills what is missing with gray and only warns, so OpenCV would pass a truncated file off as an image.
-    # Tars pad members with up to 511 zero bytes.
-    return b"\xff\xd9" in bytes(data[-2:]) or b"\xff\xd9" in bytes(data[-1024:])
-
-
-def _decode_with_pillow(
-    data: bytes | memoryview, path: str, shrink: int, upright: bool = False, alpha: bool = False
+def over_background(
+    colors: np.ndarray, opacity: np.ndarray, background: str | tuple[float, float, float] = "mean"
 ) -> np.ndarray:
-    if len(data) == 0:
-        raise UnreadableImage(path, "the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF blocks and the like: the pixels decide
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if shrink > 1:
-                    image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
-                turned = ImageOps.exif_transpose(image) if upright else image
-                return _over_black_or_rgb(turned) if alpha else np.array(_as_rgb(turned))
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage(path, "not an image of any type that Pillow reads") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UnreadableImage(path, f"damaged image ({error})") from error
+    """uint8 [H, W, 3] with opacity uint8 [H, W, 1], laid over a colour: uint8 [H, W, 3].
+
+    Over the mean, what is transparent reaches the network as zeros, to within half a level.
+    """
+    shown = np.multiply(IMAGENET_MEAN, 255) if isinstance(background, str) else np.array(background)
+    below = (shown + 0.5).astype(np.uint32)
+    laid = (colors.astype(np.uint32) * opacity + below * (255 - opacity.astype(np.uint32)) + 127) // 255
+    return np.asarray(laid, np.uint8)
 
 
-def _over_black_or_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits, or 16 bits in 32
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if "A" in image.mode or "transparency" in image.info:
-        return over_black(np.asarray(image.convert("RGBA")))
-    return np.array(_as_rgb(image))
+class LazyImage:
+    """An encoded image whose size may be asked for before it is decoded, so that a JPEG can be decoded smaller."""
 
+    def __init__(self, data: bytes | memoryview, path: str, reading: Reading = USUAL) -> None:
+        self._data = data
+        self._path = path
+        self._reading = reading
+        self._pixels: np.ndarray | None = None
+        self._header = fast.jpeg_header(data)
 
-def over_black(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 4] with straight alpha, laid over black: uint8 [H, W, 3]."""
-    laid: np.ndarray = ((rgba[..., :3].astype(np.uint16) * rgba[..., 3:] + 127) // 255).astype(np.uint8)
-    return laid
+    @property
+    def can_shrink(self) -> bool:
+        return self._header is not None
 
+    @property
+    def size(self) -> ImageSize:
+        if self._header is None:
+            return ImageSize(*self.pixels().shape[:2])
+        height, width, _, orientation = self._header
+        return ImageSize(width, height) if self._reading.exif_orientation and orientation > 4 else ImageSize(
+            height, width)  # fmt: skip
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """uint8 [ceil(H/shrink), ceil(W/shrink), 3]. `shrink` above 1 only where `can_shrink`."""
+        if self._pixels is None:
+            self._pixels = decode_image(self._data, self._path, self._reading, shrink=shrink)
+        return self._pixels

@@ -1,5 +1,6 @@
 """Loader processes: how many, how they are set up, and what to say when one dies."""
 
+import mmap
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
+from dinov2cli.console import logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 
 MAX_WORKERS = 16
@@ -103,3 +105,13 @@ def loader_errors() -> Iterator[None]:
             "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
             "(--shm-size=8g or --ipc=host).",
         ) from error
+
+
+_SAID = mmap.mmap(-1, 16)  # shared with the loader processes, which are forked
+
+
+def warn_once(matter: int, text: str, *arguments: object) -> None:
+    """Log a warning unless one about the same `matter`, 0 to 15, was logged before, by whichever loader process."""
+    if not _SAID[matter]:
+        _SAID[matter] = 1
+        logger.warning(text, *arguments)

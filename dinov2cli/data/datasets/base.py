@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2cli.data.decoding import ImageSize, UnreadableImage, decode_image, jpeg_header
+from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage
 from dinov2cli.data.sampler import Order, SampleOrder
 from dinov2cli.errors import DataError
 
@@ -45,9 +45,9 @@ class ImageDataset(ABC):
     def describe(self) -> str:
         """One line for people: what, where, how many."""
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         """Pixels, uint8 [H, W, 3] RGB. Raises `UnreadableImage`."""
-        return self.open(index).pixels()
+        return self.open(index, reading).pixels()
 
     def order(self, seed: int) -> Order:
         """The order in which a training with this seed sees the images."""
@@ -57,9 +57,9 @@ class ImageDataset(ABC):
         """Class index, -1 if there is no label."""
         return int(self._targets[index])
 
-    def open(self, index: int) -> "LazyImage":
+    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         """The image, not decoded yet. Raises `UnreadableImage` if the file cannot be read."""
-        return LazyImage(self.encoded(index), self.path(index))
+        return LazyImage(self.encoded(index), self.path(index), reading)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.image(index), self.target(index)
@@ -71,32 +71,6 @@ class ImageDataset(ABC):
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside this dataset of {len(self)} images")
-
-
-class LazyImage:
-    """An encoded image whose size may be asked for before it is decoded, so that a JPEG can be decoded smaller."""
-
-    def __init__(self, data: bytes | memoryview, path: str) -> None:
-        self._data = data
-        self._path = path
-        self._pixels: np.ndarray | None = None
-        self._header = jpeg_header(data)
-
-    @property
-    def can_shrink(self) -> bool:
-        return self._header is not None
-
-    @property
-    def size(self) -> ImageSize:
-        if self._header is not None:
-            return ImageSize(self._header.height, self._header.width)
-        return ImageSize(*self.pixels().shape[:2])
-
-    def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 [ceil(H/shrink), ceil(W/shrink), 3]. `shrink` above 1 only where `can_shrink`."""
-        if self._pixels is None:
-            self._pixels = decode_image(self._data, self._path, shrink=shrink)
-        return self._pixels
 
 
 def require_images(count: int, where: str, hint: str | None = None) -> None:

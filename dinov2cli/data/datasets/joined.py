@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, LazyImage
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset
+from dinov2cli.data.decoding import USUAL, LazyImage, Reading
 from dinov2cli.data.sampler import Order, SampleOrder, WeightedOrder
 
 
@@ -35,9 +36,9 @@ class JoinedDataset(ImageDataset):
         part, i = self._locate(index)
         return self.parts[part].encoded(i)
 
-    def open(self, index: int) -> LazyImage:
+    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         part, i = self._locate(index)
-        return self.parts[part].open(i)
+        return self.parts[part].open(i, reading)
 
     def path(self, index: int) -> str:
         part, i = self._locate(index)

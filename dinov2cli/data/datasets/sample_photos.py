@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinov2cli.data.datasets.base import ImageDataset, LazyImage
-from dinov2cli.data.decoding import decode_image
+from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.decoding import USUAL, LazyImage, Reading, decode_image
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import DataError, EnvironmentProblem
 
@@ -51,7 +51,7 @@ class SamplePhotos(ImageDataset):
     def __len__(self) -> int:
         return len(PHOTOS) * self.per_class
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         self._check_index(index)
         tiles = self.tiles[index // self.per_class]
         rng = keyed_rng(0, Stream.SAMPLE_PHOTOS, index, list(SPLITS).index(self.split))
@@ -62,7 +62,7 @@ class SamplePhotos(ImageDataset):
         crop = tile[top : top + side, left : left + side]
         return cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
 
-    def open(self, index: int) -> LazyImage:
+    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         return _Pixels(self.image(index))
 
     def encoded(self, index: int) -> bytes:

@@ -16,7 +16,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.console import logger
-from dinov2cli.data.decoding import over_black, read_image
+from dinov2cli.data.decoding import over_background, read_image
 from dinov2cli.errors import DataError
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 
@@ -217,7 +217,8 @@ def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) ->
     if frame.color_trc in (PQ, HLG):
         image = tone_map(pixels("rgb48le"), frame.color_trc)
     elif any(component.is_alpha for component in frame.format.components):
-        image = over_black(pixels("rgba"))
+        rgba = pixels("rgba")
+        image = over_background(rgba[..., :3], rgba[..., 3:])
     else:
         image = pixels("rgb24")
     return np.ascontiguousarray(np.rot90(image, quarter_turns))

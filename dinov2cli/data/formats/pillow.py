@@ -1,0 +1,99 @@
+"""What Pillow reads: 8-bit types, animations' first frames, and 16-bit gray."""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinov2cli.data.formats.fast import exif_orientation
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory
+
+BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
+_ONE_PICTURE = ("MPO", "PSD")  # their further frames are previews, views of the other eye, layers
+_OTHERWISE = {
+    ".heic": "pip install pillow-heif, or convert it to JPEG or AVIF",
+    ".heif": "pip install pillow-heif, or convert it to JPEG or AVIF",
+    ".fits": "save its array as .npy (astropy.io.fits.getdata and numpy.save)",
+    ".nii": "save its slices as .npy (nibabel.load(...).get_fdata() and numpy.save)",
+    ".svg": "render it to PNG",
+    ".exr": "save it as float TIFF or .npy",
+}
+
+
+def read_with_pillow(data: bytes | memoryview, path: str, limit_gb: float, shrink: int = 1) -> Stored:
+    """A file of any type that Pillow knows; `shrink` as in `decoding.decode_image`. Raises `UnreadableImage`."""
+    if len(data) == 0:
+        raise UnreadableImage(path, "the file is empty")
+    _know_heif(data)
+    try:
+        with _opened(data) as image:
+            width, height = image.size
+            if shrink > 1:
+                image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
+                width, height = image.size
+            check_memory(path, height, width, BYTES_OF_MODE.get(image.mode, len(image.getbands())), limit_gb)
+            if image.format == "FITS":
+                raise UnreadableImage(path, f"FITS is not read; {_OTHERWISE['.fits']}")
+            left_out = ""
+            if image.format not in _ONE_PICTURE and getattr(image, "is_animated", False):
+                left_out = f"{getattr(image, 'n_frames', 2) - 1} more frames"
+                image.seek(0)
+            return _stored(image, path, left_out)
+    except Image.UnidentifiedImageError:
+        remedy = _OTHERWISE.get(Path(path).suffix.lower(), "")
+        reason = "not an image of any type that Pillow reads"
+        raise UnreadableImage(path, f"{reason}; {remedy}" if remedy else reason) from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
+        raise UnreadableImage(path, f"damaged image ({error})") from error
+
+
+@contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+    # Pillow's own limit is a fixed number of pixels; ours is memory, and is checked before any is decoded.
+    pixels, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF blocks and the like: the pixels decide
+            with Image.open(io.BytesIO(data)) as image:
+                yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _know_heif(data: bytes | memoryview) -> None:
+    if bytes(data[4:8]) == b"ftyp" and "HEIF" not in Image.OPEN:
+        with suppress(ImportError):
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+
+
+def _stored(image: Image.Image, path: str, left_out: str) -> Stored:
+    kind = str(image.format)
+    turn = exif_orientation(image.info.get("exif") or b"")
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):
+        return Stored(np.array(image).astype(np.uint16)[..., None], kind, (0, 65535), orientation=turn)
+    if mode in ("I", "F"):
+        return Stored(np.array(image)[..., None], kind, orientation=turn)
+    if mode == "LAB":
+        raise UnreadableImage(path, "its colours are CIE L*a*b*, which are not read; convert it to RGB")
+    if mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for Adobe's, in which no ink is 255. Without Adobe's marker it is 0.
+        image = Image.fromarray(255 - np.asarray(image), "CMYK")
+    alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    if alpha:
+        image = image.convert("LA" if mode in ("LA", "La") else "RGBA")
+    elif mode in ("1", "L"):
+        image = image.convert("L")
+    else:
+        image = image.convert("RGB")
+    array = np.array(image)
+    array = array[..., None] if array.ndim == 2 else array
+    rgb = array.shape[2] >= 3
+    return Stored(array, kind, (0, 255), rgb=rgb, alpha=alpha, orientation=turn, left_out=left_out)

@@ -1,0 +1,83 @@
+"""What every reader returns, and the errors that all of them raise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinov2cli.errors import DataError
+
+BYTES_BESIDE = 7
+"""A pixel as Pillow holds RGB, and as uint8 RGB: needed at once with what is stored."""
+
+
+class UnreadableImage(DataError):
+    """A file that is no image, or a damaged one, or one that cannot become what is asked for."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return UnreadableImage, (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image as its file stores it.
+
+    Args:
+        array: samples [H, W, C], unsigned, signed or floating point.
+        type: the file's type, for people: "TIFF".
+        span: the values that the file's format calls black and white; None where it does not say.
+        inverted: low values are bright (MinIsWhite, MONOCHROME1).
+        rgb: the first three channels are red, green and blue; else more than one channel has no meaning known.
+        alpha: the last channel is opacity, not multiplied into the others.
+        orientation: EXIF's number 1 to 8, not applied to `array`.
+        left_out: what the file holds beside this image: "2 more pages".
+    """
+
+    array: np.ndarray
+    type: str
+    span: tuple[float, float] | None = None
+    inverted: bool = False
+    rgb: bool = False
+    alpha: bool = False
+    orientation: int = 1
+    left_out: str = ""
+
+    @property
+    def channels(self) -> int:
+        """Without opacity."""
+        return int(self.array.shape[2]) - self.alpha
+
+
+def span_of_type(dtype: np.dtype) -> tuple[float, float]:
+    """Black and white where the whole type is used: 0 to 1 for floating point and truth values."""
+    if dtype.kind in "fb":
+        return 0, 1
+    limits = np.iinfo(dtype)
+    return int(limits.min), int(limits.max)
+
+
+def check_memory(path: str, height: int, width: int, stored_bytes: float, limit_gb: float) -> None:
+    """Raise `UnreadableImage` for an image that needs more memory than is allowed; its header is all that was read.
+
+    Args:
+        stored_bytes: of a pixel as it is stored, all channels.
+    """
+    needed = height * width * (stored_bytes + BYTES_BESIDE) / 1e9
+    if needed > limit_gb:
+        raise UnreadableImage(
+            path,
+            f"{width} x {height} pixels need {needed:.2g} GB of memory, more than data.max_image_gb={limit_gb:g} "
+            "(--max-image-gb) allows; raise it, or cut the image into tiles",
+        )
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, C] as it is to be seen, by EXIF's number 1 to 8 (Exif 2.3, tag 274)."""
+    if orientation in (2, 4, 5, 7):
+        array = np.flipud(array) if orientation == 4 else np.fliplr(array)
+    quarters = {3: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)  # anticlockwise
+    return np.ascontiguousarray(np.rot90(array, quarters))

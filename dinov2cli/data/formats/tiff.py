@@ -1,0 +1,209 @@
+"""TIFF and BigTIFF through tifffile: any sample type, any number of channels, tiles, planes, stacks.
+
+Which samples are channels: those of a page, or the planes along axis C that OME and ImageJ describe. Further pages,
+depths and times are left out, and said to be.
+"""
+
+import io
+import logging
+import math
+from typing import Any
+
+import numpy as np
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPageSeries
+
+from dinov2cli.data.formats.pillow import read_with_pillow
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, turned
+
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DNG_VERSION, _ORIENTATION = 50706, 274
+_REMEDY = "pip install 'dinov2cli[tiff]'"
+_READ = {
+    PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED,
+    PHOTOMETRIC.YCBCR,
+}  # fmt: skip
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it has to say is said here, with the file's name
+
+
+def read_tiff(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
+    """The first image of a TIFF. Raises `UnreadableImage`: damaged, too large, or of a kind that is not read."""
+    try:
+        with TiffFile(io.BytesIO(data)) as tif:
+            series = tif.series[0]
+            page = series.keyframe
+            _refuse_what_is_not_read(page, data, path)
+            check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series), limit_gb)
+            array, planes = _samples(series, data)
+            further = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
+            left_out = _planes_of(series) - planes + further
+            return _stored(array, page, path, f"{left_out} more pages" if left_out else "")
+    except UnreadableImage:
+        raise
+    except Exception as error:  # tifffile raises whatever its parsing of a damaged file runs into
+        if "imagecodecs" in str(error):
+            return _without_codec(data, path, limit_gb, error)
+        raise UnreadableImage(path, f"damaged TIFF ({str(error) or type(error).__name__})") from error
+
+
+def _refuse_what_is_not_read(page: Any, data: bytes | memoryview, path: str) -> None:
+    if _DNG_VERSION in page.tags or page.is_reduced or bytes(data[8:10]) == b"CR":
+        raise UnreadableImage(path, "a camera's raw file or a preview alone; develop it to a 16-bit TIFF")
+    if page.photometric not in _READ:
+        name = getattr(page.photometric, "name", page.photometric)
+        raise UnreadableImage(path, f"its photometric interpretation {name} is not read; convert it to RGB or gray")
+    if page.dtype is None or page.dtype.kind == "c":
+        raise UnreadableImage(path, f"samples of {page.bitspersample} bits, {page.dtype}, are not read; convert them")
+
+
+def _planes_of(series: TiffPageSeries) -> int:
+    page = series.keyframe
+    return math.prod(series.shape) // (page.imagelength * page.imagewidth * page.samplesperpixel)
+
+
+def _bytes_of_pixel(series: TiffPageSeries) -> float:
+    page: Any = series.keyframe
+    axes = dict(zip(series.axes, series.shape, strict=True))
+    return float(axes.get("C", 1) * page.samplesperpixel * page.dtype.itemsize)
+
+
+def _samples(series: TiffPageSeries, data: bytes | memoryview) -> tuple[np.ndarray, int]:
+    """[H, W, C] of the first image, and of how many planes it is made."""
+    page = series.keyframe
+    lead = len(series.shape) - len(page.shape)
+    axes, shape = series.axes[:lead], series.shape[:lead]
+    place = axes.find("C")
+    channels = shape[place] if place >= 0 else 1
+    if lead == 0:
+        planes = [_read_page(page, data)]
+    elif series.dataoffset is not None:  # one block, of which a file of ImageJ's names the first page alone
+        whole = np.frombuffer(data, series.dtype, math.prod(series.shape), series.dataoffset).reshape(series.shape)
+        planes = [whole[tuple(c if axis == place else 0 for axis in range(lead))] for c in range(channels)]
+    else:
+        stride = math.prod(shape[place + 1 :]) if place >= 0 else 1
+        planes = [_read_page(series[c * stride], data) for c in range(channels)]
+    return np.concatenate([_channels_last(plane, page.axes) for plane in planes], axis=2), channels
+
+
+def _channels_last(plane: np.ndarray, axes: str) -> np.ndarray:
+    """[H, W, C] of a page's array; of a volume the first depth."""
+    for axis in reversed(range(len(axes))):
+        if axes[axis] not in "YXS":
+            plane, axes = plane.take(0, axis), axes[:axis] + axes[axis + 1 :]
+    plane = plane if "S" in axes else plane[..., None]
+    return plane.transpose([(axes if "S" in axes else f"{axes}S").index(axis) for axis in "YXS"])
+
+
+def _read_page(page: Any, data: bytes | memoryview) -> np.ndarray:
+    if page.bitspersample % 8 and page.bitspersample > 1 and page.compression == COMPRESSION.NONE and not page.is_tiled:
+        return _unpacked(page, data)
+    array: np.ndarray = page.asarray()
+    return array
+
+
+def _unpacked(page: Any, data: bytes | memoryview) -> np.ndarray:
+    """Samples of any number of bits, most significant bit first, each row from a byte of its own (TIFF 6.0, p. 29)."""
+    bits, planes = page.bitspersample, page.samplesperpixel if page.planarconfig == 2 else 1
+    samples = page.imagewidth * (page.samplesperpixel // planes)
+    row_bytes = -(-samples * bits // 8)
+    strips = zip(page.dataoffsets, page.databytecounts, strict=True)
+    packed = np.concatenate([np.frombuffer(data, np.uint8, count, offset) for offset, count in strips])
+    if bytes(data[:2]) == b"II" and page.fillorder == 2:
+        raise ValueError("bits in reversed order need the 'imagecodecs' package")
+    rows = packed[: planes * page.imagelength * row_bytes].reshape(-1, row_bytes)
+    single = np.unpackbits(rows, axis=1)[:, : samples * bits].reshape(len(rows), samples, bits)
+    weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint32)
+    return (single @ weights).astype(page.dtype.newbyteorder("=")).reshape(page.shape)
+
+
+def _stored(array: np.ndarray, page: Any, path: str, left_out: str) -> Stored:
+    """The samples with the meaning that the page's tags give them."""
+    if array.dtype.kind == "b" or page.bitspersample == 1:
+        array = array.astype(np.uint8)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    span = (0, 2**page.bitspersample - 1) if array.dtype.kind == "u" else None
+    kind = page.photometric
+    if kind == PHOTOMETRIC.PALETTE:
+        table = page.colormap.T
+        return Stored(
+            table[np.minimum(array[..., 0], len(table) - 1)],
+            "TIFF",
+            (0, 255 if table.max() < 256 else 65535),
+            rgb=True,
+            orientation=_orientation(page),
+            left_out=left_out,
+        )
+    rgb = kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.SEPARATED)
+    opacity = [
+        place
+        for place, means in enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
+        if means in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+    ]
+    if kind == PHOTOMETRIC.SEPARATED:
+        if array.shape[2] < 4 or span is None:
+            raise UnreadableImage(path, f"inks in {array.shape[2]} channels of {array.dtype}; convert it to RGB")
+        array = _without_inks(array, span[1])
+        opacity = [place - 1 for place in opacity]
+    if opacity:
+        alpha = array[..., opacity[0] :][..., :1]
+        array = np.delete(array, opacity[0], axis=2)
+        if EXTRASAMPLE.ASSOCALPHA in page.extrasamples:
+            array = _not_multiplied(array, alpha, span[1] if span else 1)
+        array = np.concatenate([array, alpha], axis=2)
+    return Stored(
+        array,
+        "TIFF",
+        span,
+        inverted=kind == PHOTOMETRIC.MINISWHITE,
+        rgb=rgb,
+        alpha=bool(opacity),
+        orientation=_orientation(page),
+        left_out=left_out,
+    )
+
+
+def _orientation(page: Any) -> int:
+    tag = page.tags.get(_ORIENTATION)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
+def _without_inks(array: np.ndarray, white: float) -> np.ndarray:
+    """Cyan, magenta, yellow, black, and what follows -> red, green, blue, and what follows; as Pillow does it."""
+    paper = white - array[..., :4].astype(np.float64)
+    colors = (paper[..., :3] * paper[..., 3:] / white + 0.5).astype(array.dtype)
+    return np.concatenate([colors, array[..., 4:]], axis=2)
+
+
+def _not_multiplied(array: np.ndarray, alpha: np.ndarray, opaque: float) -> np.ndarray:
+    straight = array * (opaque / np.maximum(alpha, 1e-12 if array.dtype.kind == "f" else 1).astype(np.float64))
+    if array.dtype.kind == "u":
+        straight = straight.clip(0, opaque) + 0.5
+    return np.asarray(straight, array.dtype)
+
+
+def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: Exception) -> Stored:
+    """What Pillow decodes to the same values; the rest needs imagecodecs."""
+    with TiffFile(io.BytesIO(data)) as tif:
+        page: Any = tif.series[0].keyframe
+        white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE
+        turn, further = _orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
+        extra = {int(means) for means in page.extrasamples}
+        gray16 = page.samplesperpixel == 1 and page.bitspersample == 16 and page.dtype.kind == "u"
+        known = page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and extra in ({2}, set()))
+        compression = getattr(page.compression, "name", page.compression)
+    if gray16 or (page.bitspersample <= 8 and page.dtype.kind != "i" and known and page.photometric in _READ):
+        read = read_with_pillow(data, path, limit_gb)
+        # Pillow has turned it already.
+        array = turned(read.array, {6: 8, 8: 6}.get(turn, turn))
+        return Stored(
+            array,
+            "TIFF",
+            read.span,
+            inverted=gray16 and white_is_zero,  # of 8 bits and fewer Pillow inverts itself
+            rgb=read.rgb,
+            alpha=read.alpha,
+            orientation=turn,
+            left_out=f"{further} more pages" if further else "",
+        )
+    what = f"{page.samplesperpixel} channels of {page.bitspersample} bits, compression {compression}"
+    raise UnreadableImage(path, f"a TIFF of {what}, needs imagecodecs: {_REMEDY}") from error
