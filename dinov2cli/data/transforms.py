@@ -1,10 +1,24 @@
 """Image transforms of the evaluations."""
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
+from dinov2cli.config.vit import ViTConfig
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import CROP_TRIES, random_box
+
+STANDARD_SIZE = 224
+RESIZE_RATIO = 256 / 224
+
+
+def usual_size(config: ViTConfig) -> int:
+    """Side in pixels at which a model is evaluated by default: its own, at most 224.
+
+    Models with position embeddings for 518 pixels are evaluated at 224, as in the paper.
+    """
+    return min(config.img_size, max(STANDARD_SIZE // config.patch_size, 1) * config.patch_size)
 
 
 class EvalTransform:
@@ -13,6 +27,24 @@ class EvalTransform:
     def __init__(self, resize: int = 256, crop: int = 224) -> None:
         self.resize = resize
         self.crop = crop
+
+    @classmethod
+    def at(cls, size: int) -> "EvalTransform":
+        """That of k-NN, linear probes and `dino2 embed` for features at `size` pixels."""
+        return cls(round(size * RESIZE_RATIO), size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that it does, for files that are used without this package."""
+        return {
+            "color": "RGB",
+            "resize_shorter_side": self.resize,
+            "interpolation": "bicubic",
+            "antialias": True,
+            "center_crop": self.crop,
+            "rescale_factor": 1 / 255,
+            "mean": list(pixels.IMAGENET_MEAN),
+            "std": list(pixels.IMAGENET_STD),
+        }
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> float32 [3, crop, crop]. A side shorter than `crop` is padded with black."""

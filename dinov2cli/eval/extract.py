@@ -16,14 +16,13 @@ from dinov2cli import distributed
 from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
-from dinov2cli.data.transforms import EvalTransform
+from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, usual_size
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.features import Features, Recipe, missing_from, part_of_this_process
 from dinov2cli.train.allocator import keep_freed_memory
 
-STANDARD_SIZE = 224
 LAST_BLOCKS = 4  # the class tokens kept for linear probes
 TOKENS_IN_CACHE = 4096
 
@@ -33,8 +32,7 @@ class Extractor:
 
     Args:
         model: a vision transformer in eval mode; it is moved to `device`.
-        image_size: side in pixels of the centre crop. None: the model's own size, at most 224 (models with position
-            embeddings for 518 are evaluated at 224, as in the paper).
+        image_size: side in pixels of the centre crop; None: `usual_size`.
         resize_ratio: the short side is resized to this times `image_size` first; 256/224 in the k-NN and linear
             protocols, 1 in that of logistic regression.
         num_workers: processes that decode images; None: from the number of cores.
@@ -53,7 +51,7 @@ class Extractor:
         model: nn.Module,
         *,
         image_size: int | None = None,
-        resize_ratio: float = 256 / 224,
+        resize_ratio: float = RESIZE_RATIO,
         batch_size: int = 256,
         num_workers: int | None = None,
         device: torch.device | str | None = None,
@@ -181,8 +179,7 @@ def fitting_image_size(model: Any, image_size: int | None) -> int:
     Raises:
         ConfigError: not a multiple of the patch size.
     """
-    patch = model.patch_size
-    size = min(model.native_size, STANDARD_SIZE // patch * patch) if image_size is None else image_size
+    patch, size = model.config.patch_size, usual_size(model.config) if image_size is None else image_size
     if size < patch or size % patch:
         lower = max(1, size // patch) * patch
         raise ConfigError(

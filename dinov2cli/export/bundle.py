@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.config import ViTConfig
+from dinov2cli.data.transforms import EvalTransform, usual_size
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -40,6 +41,14 @@ class Bundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     opset: int = 18
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How pictures become what the model takes, so that the features are those of `dino2 embed`."""
+        height, width = self.image_size or (usual_size(self.architecture),) * 2
+        how = EvalTransform.at(height).as_dict()
+        # An oblong image has no counterpart in the evaluations: it is for the user to cut.
+        return how if height == width else {**how, "resize_shorter_side": None, "center_crop": None}
 
 
 def need(package: str, extra: str = "export") -> ModuleType:

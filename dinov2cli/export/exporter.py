@@ -12,15 +12,23 @@ import torch
 from torch import nn
 
 from dinov2cli.config import ViTConfig
+from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
 from dinov2cli.export import huggingface
 from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph import ExportGraph
 from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
-from dinov2cli.export.weight_files import open_ours, open_timm, write_official, write_safetensors, write_timm
+from dinov2cli.export.weight_files import (
+    how_to_open_timm,
+    open_ours,
+    open_timm,
+    write_official,
+    write_safetensors,
+    write_timm,
+)
 from dinov2cli.files import sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
-from dinov2cli.models.load import RecognisedWeights, build_from, layouts, read_weights
+from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights
 from dinov2cli.models.load.locate import architecture_file
 from dinov2cli.models.load.released import RELEASED
 from dinov2cli.requests.export import ExportRequest
@@ -33,7 +41,7 @@ class Format(NamedTuple):
         write: makes the file or folder.
         open: opens it as its own ecosystem does; raises EnvironmentProblem where that is not installed.
         tolerance: largest difference allowed, relative to the largest feature if that is above 1.
-        suffixes: what the output's name may end in; empty for a folder.
+        suffixes: what the output's name may end in, "" for a folder.
         opened_with: for people.
         resizes_otherwise: why features at other sizes may differ, if the ecosystem resizes in its own way.
     """
@@ -49,11 +57,17 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
     "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
-    "hf": Format(huggingface.write, huggingface.open_, 1e-4, (), "transformers", layouts.huggingface.resizes_otherwise),
-    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors",), "timm", layouts.timm.resizes_otherwise),
+    "hf": Format(
+        huggingface.write, huggingface.open_, 1e-4, ("",), "transformers", layouts.huggingface.resizes_otherwise
+    ),
+    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors", ""), "timm", layouts.timm.resizes_otherwise),
     "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
     "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
 }
+
+
+GRAPHS = ("onnx", "torch-export")
+"""Formats whose files compute by themselves, at one image size where that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +136,7 @@ def run(request: ExportRequest) -> ExportResult:
         result.comparisons = _compare(bundle, chosen, staged, result)
         result.files = _move_into_place(Path(aside), output, request.overwrite)
     if request.format == "timm":
-        name, arguments = layouts.timm.model_of(weights.architecture)
-        words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        result.notes.append(f"open with timm.create_model({name!r}, checkpoint_path={str(output)!r}, {words})")
+        result.notes.append(f"open with {how_to_open_timm(bundle, output)}")
     return result
 
 
@@ -159,7 +171,11 @@ def _compare(bundle: Bundle, chosen: Format, staged: Path, result: ExportResult)
                 f"images {list(comparison.shape)}, {limit:.2e} is allowed; nothing was written"
             )
     if differs:
-        result.notes.append(f"away from the native size the features differ: {differs}")
+        side, native = usual_size(bundle.architecture), bundle.architecture.img_size
+        remedy = f"; --image-size {side}, the size at which dino2 evaluates, leaves no difference there"
+        result.notes.append(
+            f"away from {native} pixels the features differ: {differs}{'' if side == native else remedy}"
+        )
     return comparisons
 
 
@@ -182,11 +198,15 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportR
     architecture, image_size = weights.architecture, request.size()
     if head is not None:
         head_input(head.in_features, architecture.embed_dim, architecture.depth)
-    if image_size is not None and any(side < 1 or side % architecture.patch_size for side in image_size):
-        raise WeightsError(
-            f"image size {image_size[0]}x{image_size[1]}: both must be multiples of patch size "
-            f"{architecture.patch_size}"
-        )
+    if image_size is not None:
+        size = f"image size {image_size[0]}x{image_size[1]}"
+        if any(side < 1 or side % architecture.patch_size for side in image_size):
+            raise WeightsError(f"{size}: both must be multiples of patch size {architecture.patch_size}")
+        if request.format not in GRAPHS:
+            if image_size[0] != image_size[1]:
+                raise WeightsError(f"{size}: format {request.format} has position embeddings for square images only")
+            weights = at_size(weights, image_size[0])
+            architecture, image_size = weights.architecture, None
     provenance = {
         "source": weights.source.name.rsplit("/", 1)[-1],
         "source_sha256": sha256(*weights.source.files),
@@ -200,12 +220,15 @@ def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:
     output, name = request.output, request.format
     if output.exists() and not request.overwrite:
         raise WeightsError(f"{output} exists; --overwrite replaces it")
-    if suffixes and output.suffix not in suffixes:
-        raise WeightsError(f"{output}: format {name} writes a file that ends in {' or '.join(suffixes)}")
-    if suffixes and output.is_dir():
+    if "" not in suffixes and output.is_dir():
         raise WeightsError(f"{output} is a folder; format {name} writes a file")
-    if not suffixes and output.is_file():
-        raise WeightsError(f"{output} is a file; format {name} writes a folder")
+    if suffixes == ("",):  # a folder may have dots in its name
+        if output.is_file():
+            raise WeightsError(f"{output} is a file; format {name} writes a folder")
+    elif output.suffix not in suffixes:
+        ends = " or ".join(filter(None, suffixes))
+        folder = " (or, for a folder, in no suffix)" if "" in suffixes else ""
+        raise WeightsError(f"{output}: format {name} writes a file that ends in {ends}{folder}")
 
 
 def _move_into_place(aside: Path, output: Path, overwrite: bool) -> dict[str, int]:

@@ -21,9 +21,10 @@ _EXTERNAL_DATA_ABOVE = 1_800_000_000
 
 
 def write_torch_export(bundle: Bundle, path: Path) -> None:
-    """A `.pt2` archive: `torch.export.load(path).module()(images)`."""
+    """A `.pt2` archive: `torch.export.load(path).module()(images)`; `preprocessing.json` is among its extra files."""
     with _quiet():
-        torch.export.save(_program(bundle), path)
+        extra = {"preprocessing.json": json.dumps(bundle.preprocessing)}
+        torch.export.save(_program(bundle), path, extra_files=extra)
 
 
 def open_torch_export(bundle: Bundle, path: Path) -> Runner:
@@ -52,7 +53,7 @@ def write_onnx(bundle: Bundle, path: Path) -> None:
         {
             "dino2": __version__,
             "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
-            "dino2.input": "RGB in 0..1 minus (0.485, 0.456, 0.406) over (0.229, 0.224, 0.225)",
+            "dino2.preprocessing": json.dumps(bundle.preprocessing),
         }
     )
     program.save(path, external_data=4 * sum(tensor.numel() for tensor in bundle.state.values()) > _EXTERNAL_DATA_ABOVE)

@@ -4,6 +4,7 @@ The file names and keys are those of facebook/dinov2-*. transformers is needed t
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,27 @@ from dinov2cli.models.classifier import head_input
 from dinov2cli.models.load.layouts import huggingface
 from dinov2cli.models.load.tensor_files import write_tensors
 
-PREPROCESSING = {
-    "image_processor_type": "BitImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": 256},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": (0.485, 0.456, 0.406),
-    "image_std": (0.229, 0.224, 0.225),
-}
-"""The evaluation transform of the DINOv2 paper: short side 256 bicubic, centre crop 224, ImageNet statistics."""
+
+def preprocessor_json(how: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' words for `EvalTransform.as_dict`.
+
+    Its processors cut half a pixel further up or left where the reference rounds to even, which no setting changes.
+    """
+    crop, resized = how["center_crop"], how["resize_shorter_side"]
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": resized},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": crop, "width": crop},
+        "do_rescale": True,
+        "rescale_factor": how["rescale_factor"],
+        "do_normalize": True,
+        "image_mean": how["mean"],
+        "image_std": how["std"],
+    }
 
 
 def write(bundle: Bundle, folder: Path) -> None:
@@ -52,7 +59,7 @@ def write(bundle: Bundle, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, content in (
         ("config.json", huggingface.config_json(architecture, classes)),
-        ("preprocessor_config.json", PREPROCESSING),
+        ("preprocessor_config.json", preprocessor_json(bundle.preprocessing)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tensors = huggingface.to_(bundle.state)

@@ -26,6 +26,7 @@ def write_safetensors(bundle: Bundle, path: Path) -> None:
     metadata = {
         "format": "pt",
         "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
+        "dino2.preprocessing": json.dumps(bundle.preprocessing),
         "dino2.provenance": json.dumps({"dino2": __version__, **bundle.provenance}),
     }
     write_tensors(bundle.state, path, metadata)
@@ -67,7 +68,8 @@ def head_path(bundle: Bundle, path: Path) -> Path:
 
 
 def write_timm(bundle: Bundle, path: Path) -> None:
-    """A file that timm opens: `timm.create_model(name, checkpoint_path=file, ...)`; timm is needed to compare only.
+    """What timm opens: a file, `timm.create_model(name, checkpoint_path=file, ...)`, or without a suffix a folder,
+    `timm.create_model("local-dir:folder", pretrained=True)`. timm is needed to compare only.
 
     It keeps no mask token, and with registers no position of the class token; both travel in the file's metadata, so
     that reading it back here is exact.
@@ -75,8 +77,6 @@ def write_timm(bundle: Bundle, path: Path) -> None:
     Raises:
         WeightsError: timm's class cannot hold this model or head.
     """
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path.name}: the timm format is written as .safetensors")
     if bundle.head is not None:
         raise WeightsError(
             "timm's classifier sees the class token alone, a DINOv2 linear head also patch tokens: it cannot go along",
@@ -87,20 +87,30 @@ def write_timm(bundle: Bundle, path: Path) -> None:
     metadata = {
         "format": "pt",
         "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
+        "dino2.preprocessing": json.dumps(bundle.preprocessing),
         **timm.lost(bundle.state),
     }
+    if not path.suffix:
+        path.mkdir()
+        (path / "config.json").write_text(
+            json.dumps(timm.config_json(bundle.architecture, bundle.preprocessing)) + "\n"
+        )
+        path = path / "model.safetensors"
     write_tensors(timm.to_(bundle.state), path, metadata)
 
 
 def open_timm(bundle: Bundle, path: Path) -> Runner:
-    """The file as timm opens it, for images of any size.
+    """The file or folder as timm opens it, for images of any size.
 
     Raises:
         EnvironmentProblem: timm (which needs torchvision) is not installed.
     """
     package: Any = need("timm")
-    name, arguments = timm.model_of(bundle.architecture)
-    model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
+    if path.is_dir():
+        model = package.create_model(f"local-dir:{path}", pretrained=True, dynamic_img_size=True).eval()
+    else:
+        name, arguments = timm.model_of(bundle.architecture)
+        model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
     prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:
@@ -108,3 +118,13 @@ def open_timm(bundle: Bundle, path: Path) -> Runner:
         return {"cls": tokens[:, 0], "patches": tokens[:, prefix:]}
 
     return run
+
+
+def how_to_open_timm(bundle: Bundle, path: Path) -> str:
+    """The line of Python that opens what `write_timm` wrote, its preprocessing included."""
+    if path.is_dir():
+        return f"timm.create_model('local-dir:{path}', pretrained=True)"
+    name, arguments = timm.model_of(bundle.architecture)
+    arguments["pretrained_cfg_overlay"] = timm.pretrained_cfg(bundle.architecture, bundle.preprocessing)
+    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {words})"

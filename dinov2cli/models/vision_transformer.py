@@ -52,7 +52,6 @@ class VisionTransformer(nn.Module):
         self.depth = self.n_blocks = config.depth
         self.num_heads = config.num_heads
         self.patch_size = config.patch_size
-        self.native_size = config.img_size
         self.num_register_tokens = config.num_register_tokens
         self.prefix_tokens = config.prefix_tokens
         """Tokens of a sequence before its patches, `config.prefix_names`."""

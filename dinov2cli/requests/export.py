@@ -29,15 +29,15 @@ class ExportRequest(Request, command="export", run_by="dinov2cli.export.exporter
     format: Literal["safetensors", "official", "hf", "timm", "onnx", "torch-export"] = option(
         ...,
         "safetensors: our weights; official: a flat .pth as released; hf: a folder for transformers; timm: a "
-        ".safetensors for timm; onnx; torch-export: a .pt2.",
+        ".safetensors or a folder for timm; onnx; torch-export: a .pt2.",
     )
-    output: Path = option(..., "The file to write (hf: the folder).", metavar="PATH")
+    output: Path = option(..., "The file to write (hf: the folder; timm: either).", metavar="PATH")
     linear_head: Path | None = option(None, "A linear classifier (weight and bias) to go along.", metavar="FILE")
     layers: int = option(4, "Released head of a _lc name: on 1 or 4 layers.")
     image_size: str | None = option(
         None,
-        "onnx, torch-export: one image size only. By default any size that is a multiple of the patch size, two "
-        "patches or more.",
+        "onnx, torch-export: one image size only; by default any size that is a multiple of the patch size, two "
+        "patches or more. The others: position embeddings for this side; by default the model's own.",
         metavar="H[xW]",
     )
     opset: int = option(18, "onnx: operator set.", ge=18, le=23)

@@ -5,7 +5,7 @@ Recognition is strict. Every tensor of the backbone is either used or the load f
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def build_from(
     state["pos_embed"] = resize_positions(state["pos_embed"], (model.config.grid,) * 2, architecture)
     model.to_empty(device="cpu").load_state_dict(state, strict=True)
     return model
+
+
+def at_size(weights: RecognisedWeights, side: int) -> RecognisedWeights:
+    """The weights with position embeddings for square images of `side` pixels, resized as the model would do it."""
+    architecture = weights.architecture.changed(img_size=side)
+    positions = resize_positions(weights.state["pos_embed"], (architecture.grid,) * 2, weights.architecture)
+    return replace(weights, state={**weights.state, "pos_embed": positions}, architecture=architecture)
 
 
 def _build(architecture: ViTConfig, size_policy: str, **overrides: Any) -> VisionTransformer:

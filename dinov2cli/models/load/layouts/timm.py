@@ -5,6 +5,8 @@ is written here, so that reading it back is exact.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -127,3 +129,28 @@ def model_of(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     if config.hidden_dim * released.embed_dim != released.hidden_dim * config.embed_dim:
         arguments["mlp_ratio"] = (packed * config.hidden_dim + 0.5) / config.embed_dim
     return name, arguments
+
+
+def pretrained_cfg(config: ViTConfig, how: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's words for `EvalTransform.as_dict`, as `timm.data.resolve_model_data_config` reads them."""
+    crop, resized = how["center_crop"], how["resize_shorter_side"]
+    return {
+        "input_size": (config.in_chans, crop, crop),
+        "interpolation": how["interpolation"],
+        # timm resizes to crop / crop_pct, rounded down: a hair more than that keeps rounding from taking a pixel.
+        "crop_pct": math.nextafter(crop / resized, 0),
+        "crop_mode": "center",
+        "mean": how["mean"],
+        "std": how["std"],
+    }
+
+
+def config_json(config: ViTConfig, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a folder that timm opens as `local-dir:`."""
+    name, arguments = model_of(config)
+    return {
+        "architecture": name,
+        "num_classes": arguments.pop("num_classes"),
+        "model_args": arguments,
+        "pretrained_cfg": {"num_classes": 0, **pretrained_cfg(config, how)},
+    }
