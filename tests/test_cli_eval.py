@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,3 +216,31 @@ def test_tasks_of_a_training(run: Path) -> None:
     (done,) = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, config.evaluation.tasks)
     assert (done.task, done.iteration) == ("knn", 9)
     assert json.loads((run / "results.json").read_text())["evaluations"][0]["rows"][0]["top1"] == done.rows[0].top1
+
+
+@pytest.mark.parametrize("protocol", ["knn", "logreg", "linear"])
+def test_what_val_shares_with_train_is_said(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, val = write_images(tmp_path / "train", per_class=12), write_images(tmp_path / "val", per_class=2)
+    shutil.copy(train / "class1/5.png", val / "class1/other.png")
+    options = {"linear": ["--epochs", "1", "--epoch-length", "2"], "knn": ["--nb-knn", "3"], "logreg": []}[protocol]
+    words = ["eval", protocol, run, "--train-dataset", train, "--val-dataset", val, *options, "--device", "cpu"]
+    assert dino2(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    seen = {path.read_bytes() for path in train.rglob("*.png")}
+    n = sum(path.read_bytes() in seen for path in val.rglob("*.png"))
+    assert found["extra"]["val_in_train"] == {"percent": 100 * n / 5, "found": n, "compared": 5, "images": 5} and n
+    assert dino2(*words) == 0
+    shown = capsys.readouterr()
+    assert f"({n} of 5 images) is in train" in " ".join(shown.out.split()) and "is in train" in " ".join(
+        shown.err.split()
+    )
+
+
+def test_no_top_5_where_fewer_than_five_classes_can_have_a_vote(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dino2("eval", "knn", run, *DATA, "--nb-knn", "1", "10", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    one, ten = result["rows"]
+    assert one["top5"] is None and 0 < ten["top5"] <= 100
+    assert any("filled up as in the reference" in note and "k=10" in note for note in result["notes"])

@@ -5,7 +5,7 @@ the `cls` features. Shapes: Q queries, N train images, D features, C classes, k 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
+from dinov2cli.eval.leaks import overlap, same_images
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
 from dinov2cli.eval.protocol import Trial, labelled
@@ -26,6 +27,8 @@ from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.requests.eval import KnnRequest
 
+LEAVE_ONE_OUT = "train and val are the same images; each is classified by the others (leave-one-out)"
+FILLED_UP = "top-5 of fewer than five classes with a vote, filled up as in the reference implementation"
 KnnResults = dict[tuple[str, int], Accuracy]
 """(`full` or `<n> per class`, k) -> accuracy."""
 
@@ -55,19 +58,31 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "k-NN")
     val_images = labelled(trial.val_dataset, "val", "k-NN")
     mapping = align_classes(train_images, val_images)
-    extract = trial.extractor(request.batch_size)
-    val = train = extract(train_images, "train features")
     leave_one_out = same_images(train_images, val_images)
     if leave_one_out:
-        logger.info("k-NN: train and val are the same images; each is classified by the others (leave-one-out)")
-    else:
+        logger.info("k-NN: %s", LEAVE_ONE_OUT)
+    leak = None if leave_one_out else overlap(train_images, val_images)
+    extract = trial.extractor(request.batch_size)
+    val = train = extract(train_images, "train features")
+    if not leave_one_out:
         val = extract(val_images, "val features").with_classes(mapping)
     device = "cpu" if request.gather_on_cpu else extract.device
     results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
     rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
+    n_classes = len(set(train_images.targets().tolist()))
+    five = [min(k, n_classes) >= 5 for _, k in results]  # else fewer than five classes can have a vote
+    rows = [row if enough else replace(row, top5=None) for row, enough in zip(rows, five, strict=True)]
+    filled = [
+        f"{accuracy.filled:.3g} % ({row.name})"
+        for row, accuracy in zip(rows, results.values(), strict=True)
+        if row.top5 is not None and accuracy.filled
+    ]
+    notes = [LEAVE_ONE_OUT] if leave_one_out else []
+    if filled:
+        notes.append(f"{FILLED_UP}: {', '.join(filled)} of the images")
     lines = [{f"{key} Top {n}": getattr(results[key], f"top{n}")} for key in results for n in (1, 5)]
-    notes = short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
-    return trial.report(extract, settings, rows, lines, notes=notes, leave_one_out=leave_one_out)
+    short = short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
+    return trial.report(extract, settings, rows, lines, notes=(*notes, *short), leak=leak, leave_one_out=leave_one_out)
 
 
 def evaluate_knn(
@@ -106,9 +121,15 @@ def evaluate_knn(
             here = torch.isin(train.indices, positions[chosen])
             bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
             meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
+            filled = torch.zeros(len(ks), dtype=torch.float64, device=bank.device)
             for found, targets in _neighbours(bank, queries, val.targets, max(ks), exclude):
-                meter.update(knn_scores(found, ks, settings.temperature, n_classes), targets)
-            tries.append(dict(zip(ks, meter.compute(), strict=True)))
+                votes = knn_scores(found, ks, settings.temperature, n_classes)
+                targets = targets.to(votes.device)
+                meter.count(knn_hits(votes, targets), targets)
+                filled += ((votes > 0).sum(-1) < min(5, n_classes)).sum(-1)
+            shares = (100 * distributed.all_reduce_sum(filled) / len(val_labels)).tolist()
+            measured = zip(meter.compute(), shares, strict=True)
+            tries.append(dict(zip(ks, (each._replace(filled=share) for each, share in measured), strict=True)))
         results |= {(name, k): _mean([accuracies[k] for accuracies in tries]) for k in tries[0]}
     return results
 
@@ -123,6 +144,16 @@ def knn_scores(neighbours: Neighbours, ks: Sequence[int], temperature: float, n_
     for votes, k in zip(scores, ks, strict=True):
         votes.scatter_add_(1, neighbours.labels[:, :k], weights[:, :k])
     return scores
+
+
+def knn_hits(votes: Tensor, targets: Tensor) -> Tensor:
+    """Whether an image's class, int64 [Q], is the first, and is among the first five: bool [2, H, Q].
+
+    As in the reference implementation: `argmax`, and `torch.topk`, in whose own order the classes without any vote fill
+    up a top-5 that has fewer with one.
+    """
+    first_five = votes.topk(min(5, votes.shape[-1]), dim=-1).indices
+    return torch.stack((votes.argmax(-1) == targets, (first_five == targets[:, None]).any(-1)))
 
 
 def choose_images(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
@@ -189,12 +220,6 @@ def online_knn(model: nn.Module, train_dataset: ImageDataset, val_dataset: Image
     return results["full", k].top1
 
 
-def same_images(first: ImageDataset, second: ImageDataset) -> bool:
-    """Whether two datasets are the same images in the same order."""
-    n = len(first)
-    return n == len(second) and first.describe() == second.describe() and first.path(n - 1) == second.path(n - 1)
-
-
 def _neighbours(
     bank: KeyBank, queries: Tensor, targets: Tensor, k: int, exclude: Tensor | None
 ) -> Iterator[tuple[Neighbours, Tensor]]:
@@ -215,7 +240,8 @@ def _neighbours(
 
 def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
     n = len(accuracies)
-    return Accuracy(sum(a.top1 for a in accuracies) / n, sum(a.top5 for a in accuracies) / n, accuracies[0].images)
+    top1, top5, filled = (sum(getattr(a, name) for a in accuracies) / n for name in ("top1", "top5", "filled"))
+    return Accuracy(top1, top5, accuracies[0].images, filled=filled)
 
 
 def _check_labels(train: Tensor, val: Tensor) -> None:

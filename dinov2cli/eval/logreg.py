@@ -18,6 +18,7 @@ from dinov2cli.console import logger, stoppable
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
+from dinov2cli.eval.leaks import overlap
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
@@ -67,6 +68,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "logistic regression")
     val_images = labelled(trial.val_dataset, "val", "logistic regression")
     mapping = align_classes(train_images, val_images)
+    leak = overlap(train_images, val_images)
     extract = trial.extractor(request.batch_size, resize_ratio=1.0)
     finetune = None
     if request.finetune_dataset is not None:
@@ -82,6 +84,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
         [Row.of(f"C={result.best_C:.3g}", result.accuracy, train_images.class_names)],
         [{"top-1": result.accuracy.top1}, {"top-5": result.accuracy.top5}, {"best_C": result.best_C}],
         extra={"best_C": result.best_C, "sweep": {f"{C:.6g}": top1 for C, top1 in result.sweep.items()}},
+        leak=leak,
         finetune_dataset=request.finetune_dataset,
     )
 

@@ -23,12 +23,17 @@ class MetricType(StrEnum):
 
 
 class Accuracy(NamedTuple):
-    """Accuracies in percent, of `images` images. `per_class`: top-1 by class index, NaN for a class without image."""
+    """Accuracies in percent, of `images` images.
+
+    `per_class`: top-1 by class index, NaN for a class without image. `filled`: percent of the images for which fewer
+    than five classes had any score, so that their top-5 holds others.
+    """
 
     top1: float
     top5: float
     images: int
     per_class: tuple[float, ...] | None = None
+    filled: float = 0.0
 
 
 class AccuracyMeter:
@@ -62,8 +67,11 @@ class AccuracyMeter:
             bins = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
         else:
             rank, bins = rank_of(scores, targets), targets
-        hits = torch.stack((rank < 1, rank < 5)).to(self._hits.dtype)
-        self._hits.index_add_(2, bins, hits)
+        self.count(torch.stack((rank < 1, rank < 5)), bins)
+
+    def count(self, hits: Tensor, bins: Tensor) -> None:
+        """Add images by what was hit: bool [2, H, B], top-1 and top-5, and each image's class, int64 [B]."""
+        self._hits.index_add_(2, bins, hits.to(self._hits.dtype))
         self._seen.index_add_(0, bins, torch.ones_like(bins, dtype=self._seen.dtype))
 
     def compute(self) -> list[Accuracy]:

@@ -20,6 +20,7 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.errors import Dino2Error
 from dinov2cli.eval.classes import check_labels
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.leaks import Overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, datasets_for, load_subject
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
@@ -72,6 +73,7 @@ class Trial:
         *,
         notes: tuple[str, ...] = (),
         extra: dict[str, Any] | None = None,
+        leak: Overlap | None = None,
         **further_settings: Any,
     ) -> Evaluation:
         """The result; one process writes its files.
@@ -79,6 +81,7 @@ class Trial:
         Args:
             settings: a dataclass of what was chosen in the protocol; `further_settings` are added.
             lines: what the reference implementation writes of it.
+            leak: how much of val is in train, where anything was trained.
         """
         subject, task = self.subject, self.request.protocol()
         where = str(subject.weights.relative_to(subject.run)) if subject.run else subject.name
@@ -92,8 +95,8 @@ class Trial:
             val_dataset=self.val_dataset,
             settings={**asdict(settings), **used, **further_settings},
             rows=tuple(rows),
-            notes=(*notes, *extract.notes),
-            extra=extra or {},
+            notes=(*notes, *([str(leak)] if leak and leak.found else []), *extract.notes),
+            extra={**(extra or {}), **({"val_in_train": leak.as_dict()} if leak else {})},
         )
         if distributed.is_main():
             if self.folder is not None:

@@ -45,6 +45,13 @@ class ImageDataset(ABC):
     def describe(self) -> str:
         """One line for people: what, where, how many."""
 
+    def file_size(self, index: int) -> int | None:
+        """Bytes of `encoded(index)`, without reading them; None for an image that is no file of its own."""
+        try:
+            return os.path.getsize(self.path(index))
+        except OSError:
+            return None
+
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         """Pixels, uint8 [H, W, 3] RGB. Raises `UnreadableImage`."""
         return self.open(index, reading).pixels()

@@ -44,6 +44,10 @@ class JoinedDataset(ImageDataset):
         part, i = self._locate(index)
         return self.parts[part].path(i)
 
+    def file_size(self, index: int) -> int | None:
+        part, i = self._locate(index)
+        return self.parts[part].file_size(i)
+
     def targets(self) -> np.ndarray:
         place = {name: i for i, name in enumerate(self.class_names)}
         targets = []

@@ -53,6 +53,9 @@ class ShardsDataset(ImageDataset):
         self._check_index(index)
         return f"{self.root / self.shards[self._shard[index]]}:{self._names[index]}"
 
+    def file_size(self, index: int) -> int:
+        return int(self._size[index])
+
     def targets(self) -> np.ndarray:
         return self._class.astype(np.int64)
 
