@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; the one cache folder; checksums and locks."""
+"""Files that appear whole or not at all; checksums and locks."""
 
 import hashlib
 import os
@@ -90,13 +90,6 @@ def lock(path: Path) -> AbstractContextManager[object]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(path.name + ".lock"))
-
-
-def cache_folder(kind: str) -> Path:
-    """Where `weights`, `features` or `listings` are kept: in `$DINO2_CACHE`, by default `~/.cache/dino2`."""
-    if chosen := os.environ.get("DINO2_CACHE"):
-        return Path(chosen).expanduser() / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dino2" / kind
 
 
 def digest(text: str) -> str:

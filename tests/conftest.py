@@ -1,12 +1,15 @@
 """Settings for all tests."""
 
 import os
+import tempfile
 
 import pytest
 
 # Tests use tiny networks, for which threads cost more than they give; also in the processes that tests start. Set
 # before torch is imported, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the person who runs the tests has told dino2 of the site is nothing to them, and they write nothing there.
+os.environ["DINO2_CONFIG"] = os.path.join(tempfile.mkdtemp(prefix="dino2-tests-"), "dino2.yaml")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -10,7 +10,7 @@ import pytest
 from filelock import Timeout
 
 from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.files import cache_folder, digest, lock, replacing, sha256, write_array, write_bytes, write_text, writing
+from dinov2cli.files import digest, lock, replacing, sha256, write_array, write_bytes, write_text, writing
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -70,18 +70,6 @@ def test_arrays_are_read_as_they_were(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
     write_array(tmp_path / "array.npy", array)
     np.testing.assert_array_equal(np.load(tmp_path / "array.npy"), array, strict=True)
-
-
-@pytest.mark.parametrize("kind", ["weights", "features", "listings"])
-def test_one_cache_folder_holds_all(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for variable in ("DINO2_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    assert cache_folder(kind) == tmp_path / ".cache" / "dino2" / kind
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder(kind) == Path("/xdg/dino2") / kind
-    monkeypatch.setenv("DINO2_CACHE", "~/mine")
-    assert cache_folder(kind) == tmp_path / "mine" / kind
 
 
 def test_a_lock_is_held_once(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ import torch
 from weight_samples import assert_same_state, sample_model, save
 
 from dinov2cli.errors import EnvironmentProblem, WeightsError
-from dinov2cli.files import cache_folder
 from dinov2cli.models.classifier import load_classifier
 from dinov2cli.models.load import fetch as download
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.fetch import fetch
 from dinov2cli.models.load.released import BACKBONES, RELEASED
 from dinov2cli.models.vision_transformer import parameter_count
+from dinov2cli.site import cache_folder
 
 CONTENT = b"PK" + bytes(range(256)) * 20_000
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.files import cache_folder, digest, replacing
+from dinov2cli.files import digest, replacing
+from dinov2cli.site import cache_folder
 from dinov2cli.train.cost import Arrays
 
 DEVICE_GUARD = """

@@ -21,8 +21,9 @@ from dinov2cli import __version__, distributed
 from dinov2cli.console import logger, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
-from dinov2cli.files import cache_folder, digest, sha256, write_text
+from dinov2cli.files import digest, sha256, write_text
 from dinov2cli.models.load.tensor_files import write_tensors
+from dinov2cli.site import cache_folder
 
 FEATURES = {False: ("cls",), True: ("cls", "mean_patch", "last_cls")}
 """Names of the tensors of an entry, by whether they are detailed."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED
-from dinov2cli.files import cache_folder, digest, write_text
+from dinov2cli.files import digest, write_text
+from dinov2cli.site import cache_folder
 
 Arrays = dict[str, np.ndarray]
 CACHE_FROM = 20_000

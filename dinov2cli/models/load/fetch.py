@@ -16,9 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from dinov2cli import __version__
 from dinov2cli.console import err, logger
 from dinov2cli.errors import EnvironmentProblem, WeightsError
-from dinov2cli.files import cache_folder, digest, lock, sha256
+from dinov2cli.files import digest, lock, sha256
 from dinov2cli.models.load.released import RELEASED_URL
 from dinov2cli.models.load.tensor_files import refuse_other_files
+from dinov2cli.site import cache_folder
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5  # doubled after every failed attempt

@@ -1,0 +1,231 @@
+"""What is known of this site, in a small YAML file: datasets by name, and defaults of Slurm, run folders and the cache.
+
+Read are the user's file and, laid over it key by key, `dino2.yaml` in the working folder; what is typed wins over both:
+
+    datasets:
+      ImageNet: {root: /data/imagenet, extra: /data/imagenet-extra}    # written by `dino2 prepare-imagenet`
+      photos: /data/photos                                             # `dino2 datasets add photos /data/photos`
+    slurm: {partition: gpu, account: vision, timeout_min: 1440, setup: [module load cuda], gpus: 4}
+    runs: /scratch/me/runs
+    cache: $SCRATCH/dino2
+
+Relative paths are relative to the file; `~` and `$VARIABLES` are filled in.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
+
+from dinov2cli.config.loading import read_yaml
+from dinov2cli.errors import ConfigError
+from dinov2cli.files import lock, write_text, writing
+from dinov2cli.requests.base import Group
+from dinov2cli.requests.launch import Slurm
+
+NAME = "dino2.yaml"
+HEADER = "# What dino2 knows of this site: datasets by name, and defaults (slurm, runs, cache).\n"
+
+
+def _from_the_file(text: str, info: ValidationInfo) -> str:
+    path = Path(os.path.expandvars(text)).expanduser()
+    return str((info.context or Path()) / path)
+
+
+def _if_path(text: str, info: ValidationInfo) -> str:
+    return text if set(":+*") & set(text) else _from_the_file(text, info)
+
+
+PathText = Annotated[str, AfterValidator(_from_the_file)]
+DatasetText = Annotated[str, AfterValidator(_if_path)]
+
+
+class Place(Group):
+    """Where a prepared ImageNet lies: its images, and the metadata files if these lie elsewhere."""
+
+    root: PathText
+    extra: PathText | None = None
+
+
+class SlurmDefaults(Slurm):
+    """Options of Slurm that are not typed, without the number of machines."""
+
+    nodes: None = None
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """Of each machine, where --gpus does not say it; 0: the machines have none, and train on the CPU."""
+    fewer_nodes: bool = False
+    """Take as many machines as the partition has where --nodes asks for more."""
+
+
+class Settings(Group):
+    """The content of the file."""
+
+    datasets: dict[str, DatasetText | Place] = Field(default_factory=dict)
+    slurm: SlurmDefaults = SlurmDefaults()
+    runs: PathText | None = None
+    cache: PathText | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the files say together.
+
+    Attributes:
+        sources: the file that says it, for each dotted key: `slurm.partition`, `datasets.ImageNet`, `runs`.
+    """
+
+    settings: Settings
+    sources: dict[str, Path]
+
+    def rows(self) -> list[tuple[str, str, Path]]:
+        """(key, value, file) of all that is said."""
+        content = self.settings.model_dump(mode="json", exclude_unset=True)
+        return [(key, _in_words(_at(content, key)), file) for key, file in self.sources.items()]
+
+
+def user_file() -> Path:
+    """`$DINO2_CONFIG`, by default `dino2/dino2.yaml` in `$XDG_CONFIG_HOME` (`~/.config`)."""
+    if chosen := os.environ.get("DINO2_CONFIG"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dino2" / NAME
+
+
+def read_site() -> Site:
+    """What the files say, that of the working folder last, as it wins; without files, nothing.
+
+    Raises:
+        ConfigError: a file cannot be read, or says what there is not; file and key are named.
+    """
+    content: dict[str, Any] = {}
+    sources: dict[str, Path] = {}
+    for path in dict.fromkeys((user_file().absolute(), Path(NAME).absolute())):
+        if not path.is_file():
+            continue
+        said = _read(path)
+        for group, value in said.model_dump(exclude_unset=True).items():
+            of_many = isinstance(value, dict)
+            content[group] = {**content.get(group, {}), **value} if of_many else value
+            sources |= dict.fromkeys([f"{group}.{key}" for key in value] if of_many else [group], path)
+    return Site(Settings.model_validate(content), sources)
+
+
+def remember_dataset(name: str, value: str | dict[str, str]) -> Path:
+    """Give a dataset a name in the user's file, whose other lines and comments stay; the file.
+
+    Args:
+        value: a folder or dataset string, or the `root` and `extra` of an ImageNet.
+
+    Raises:
+        ConfigError: the file is wrong, or too unusual to be edited; EnvironmentProblem: it cannot be written.
+    """
+    return _edit(partial(_with_entry, name=name, value=value))
+
+
+def forget_dataset(name: str) -> Path:
+    """Take a name out of the user's file. Errors as of `remember_dataset`."""
+    return _edit(partial(_with_entry, name=name, value=None))
+
+
+def cache_folder(kind: str) -> Path:
+    """Where `weights`, `features` or `listings` are kept: in `$DINO2_CACHE`, else `cache` of the site's file, else
+    `~/.cache/dino2`."""
+    if chosen := os.environ.get("DINO2_CACHE"):
+        return Path(chosen).expanduser() / kind
+    if configured := read_site().settings.cache:
+        return Path(configured) / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dino2" / kind
+
+
+def _read(path: Path) -> Settings:
+    content = read_yaml(path)
+    filled = {key: {} if value is None and key in ("datasets", "slurm") else value for key, value in content.items()}
+    try:
+        return Settings.model_validate(filled, context=path.parent)
+    except ValidationError as error:
+        lines = [f"{path}: {_problem(each)}" for each in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _problem(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path[:2])
+    if path[0] == "datasets" and path[1:]:
+        return f"{key}: must be a folder, a dataset string, or the root: and extra: of an ImageNet"
+    if path == ["slurm", "nodes"]:
+        return f"{key}: the number of machines is said with each command, as --nodes N"
+    if problem["type"] == "extra_forbidden":
+        names = [name for name in (SlurmDefaults if path[1:] else Settings).model_fields if name != "nodes"]
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        return f"{key}: no such key; " + (f"did you mean {close[0]}?" if close else f"there is {', '.join(names)}")
+    message = problem["msg"].replace("Input should be", "must be")
+    return f"{key}={problem['input']}: {message[:1].lower()}{message[1:]}"
+
+
+def _at(content: Any, key: str) -> Any:
+    for part in key.split(".", 1):
+        content = content[part]
+    return content
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _edit(change: Any) -> Path:
+    path = user_file().absolute()
+    with writing(path), lock(path):
+        text = path.read_text(encoding="utf-8") if path.exists() else HEADER
+        if path.exists():
+            _read(path)  # a file that is wrong is not made worse
+        write_text(path, change(text, path=path))
+    return path
+
+
+def _with_entry(text: str, *, name: str, value: Any, path: Path) -> str:
+    """`text` with this entry of `datasets`, or (None) without it; every other line as it was."""
+    before = yaml.safe_load(text) or {}
+    entries = dict(before.get("datasets") or {})
+    entries.pop(name, None)
+    wanted = {**before, "datasets": entries if value is None else {**entries, name: value}}
+    root = yaml.compose(text)
+    lines = [line if line.endswith("\n") else f"{line}\n" for line in text.splitlines(keepends=True)]
+    known = {key.value: (key, node) for key, node in root.value}.get("datasets") if root else None
+    if known is None:
+        lines += _dumped({"datasets": wanted["datasets"]}, 0)
+    elif not known[1].value or known[1].flow_style:  # nothing there yet, or all on one line
+        lines[known[0].start_mark.line : _last_line(known[1]) + 1] = _dumped({"datasets": wanted["datasets"]}, 0)
+    else:
+        column = known[1].value[0][0].start_mark.column
+        place = _last_line(known[1]) + 1
+        start, end = next(
+            ((key.start_mark.line, _last_line(node) + 1) for key, node in known[1].value if key.value == name),
+            (place, place),
+        )
+        lines[start:end] = [] if value is None else _dumped({name: value}, column)
+    changed = "".join(lines)
+    if (after := yaml.safe_load(changed) or {}) != wanted and {
+        **after,
+        "datasets": after.get("datasets") or {},
+    } != wanted:
+        raise ConfigError(f"{path}: this file is too unusual to be edited", f"Write below datasets: {name}: {value}")
+    return changed
+
+
+def _dumped(content: dict[str, Any], column: int) -> list[str]:
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+    return [" " * column + line for line in text.splitlines(keepends=True)]
+
+
+def _last_line(node: Any) -> int:
+    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
+        ends_before = node.end_mark.column == 0 and node.end_mark.line > node.start_mark.line
+        return int(node.end_mark.line) - int(ends_before)
+    last = node.value[-1]
+    return _last_line(last[1] if isinstance(last, tuple) else last)
