@@ -71,7 +71,8 @@ def _train_in_group(config: Config, request: TrainRequest) -> None:
     weights = locate_together(given) if given and not folder.has_checkpoints() else given
 
     def start_from_weights(backbone: VisionTransformer) -> None:
-        report = load_backbone_into(backbone, weights)
+        student = config.student
+        report = load_backbone_into(backbone, weights, student.pretrained_channels, student.pretrained_patches)
         if distributed.is_main():
             logger.info("%s", report)
 

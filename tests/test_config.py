@@ -203,7 +203,8 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         ("train.batch_size=8", "train.batch_size=8: no such key; did you mean train.batch_size_per_gpu?"),
         ("student.ffn=mlp", "student.ffn=mlp: no such key; did you mean student.ffn_layer?"),
         ("optm.base_lr=1", "optm: no such group; did you mean optim?"),
-        ("data.zzz=1", "data.zzz=1: no such key; data has normalize_on_device, device_augment, scaled_decode"),
+        ("dino.zzz=1", "dino.zzz=1: no such key; dino has loss_weight, head_n_prototypes, head_bottleneck_dim, "
+         "head_nlayers, head_hidden_dim, koleo_loss_weight"),
         # wrong types
         ("optim.epochs=ten", "optim.epochs=ten: must be a whole number, at least 1"),
         ("optim.epochs=2.5", "optim.epochs=2.5: must be a whole number, at least 1"),
@@ -239,6 +240,13 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         ("optim.epochs=5",
          "optim.warmup_epochs=10: the warm-up must not be longer than the run; at most optim.epochs=5"),
         ("optim.min_lr=0.1", "optim.min_lr=0.1: must not exceed optim.base_lr=0.004"),
+        ("student.in_chans=5",
+         "data.mean=null: ImageNet's is of 3 channels, and student.in_chans=5; measure yours with dino2 datasets stats "
+         "DATASET"),
+        ("data.channels=[0, DAPI]",
+         "student.in_chans=3: data.channels names 2; set student.in_chans to that"),
+        ("data.std=[0.2, 0.2, 0.2]",
+         "data.mean=null: data.mean and data.std are given together, or neither"),
         # overrides that are none
         ("optim.epochs", "override 'optim.epochs': must have the form group.key=value, such as optim.base_lr=0.001"),
         ("--foo=3", "override '--foo=3': must have the form group.key=value, such as optim.base_lr=0.001"),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinov2cli.config import load_config
+from dinov2cli.config.images import IMAGENET_STD
 from dinov2cli.data import device_augment, pixels
 from dinov2cli.data.augmentations import COLOR_STEPS, normalize
 from dinov2cli.data.crop_parameters import CropRecipe, draw_crops
@@ -42,6 +43,51 @@ def test_each_operation(photos: np.ndarray, operation: int, name: str, values: t
     assert np.abs(device.permute(0, 2, 3, 1).numpy() - workers).mean() < (0.5 if name == "hue" else 0.1)
 
 
+def five_channels(photos: np.ndarray, dtype: str) -> np.ndarray:
+    crops = np.concatenate([photos, photos[::-1, ..., :2]], axis=-1)
+    return crops if dtype == "uint8" else (crops / np.float32(255))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_channels_that_are_no_colours(photos: np.ndarray, channels: int, dtype: str) -> None:
+    """Brightness, contrast of each channel, blur, solarization and dropout: the workers' pixels on the device."""
+    crops = five_channels(photos, dtype)[..., :channels]
+    means = tuple(np.linspace(0.2, 0.6, channels).tolist())
+    recipe = CropRecipe(64, (0.3, 1.0), 0.5, 0.2, colors=False, channel_dropout=0.3, means=means)
+    parameters = [draw_crops((recipe,), 64, 64, sample_rng(0, k))[0] for k in range(len(crops))]
+    assert not any(p.grayscale for p in parameters)
+    assert {i for p in parameters if p.jitter for i in p.jitter.order} == {0, 4}
+    assert all(len(p.dropped) < channels for p in parameters) and any(p.dropped for p in parameters) == (channels > 1)
+    workers = list(crops)
+    for step in COLOR_STEPS.values():
+        workers = [step(crop, p) for crop, p in zip(workers, parameters, strict=True)]
+    assert workers[0].dtype == crops.dtype and workers[0].shape == crops[0].shape
+    device = color_crops(torch.from_numpy(crops.copy()), ColorDecisions.of(parameters)).permute(0, 2, 3, 1).numpy()
+    levels = np.stack(workers).astype(np.float64) * (1 if dtype == "uint8" else 255)
+    assert np.abs(device - levels).mean() < (0.2 if dtype == "uint8" else 1e-3)
+    for crop, drawn in zip(device, parameters, strict=True):
+        for channel, mean in drawn.dropped:
+            assert mean == means[channel] and np.abs(crop[..., channel] - 255 * mean).max() <= 0.5
+
+
+def test_float_colours_are_those_of_bytes(photos: np.ndarray) -> None:
+    """16 bits of an RGB photo: all operations, on both paths, within what whole levels round."""
+    floats = photos / np.float32(255)
+    recipes = (CropRecipe(64, (0.3, 1.0), blur=0.5, solarize=0.2),)
+    parameters = [draw_crops(recipes, 64, 64, sample_rng(0, k))[0] for k in range(len(photos))]
+    of_bytes, of_floats = list(photos), list(floats)
+    for step in COLOR_STEPS.values():
+        of_bytes = [step(crop, p) for crop, p in zip(of_bytes, parameters, strict=True)]
+        of_floats = [step(crop, p) for crop, p in zip(of_floats, parameters, strict=True)]
+    device = color_crops(torch.from_numpy(floats), ColorDecisions.of(parameters)).permute(0, 2, 3, 1).numpy()
+    worker_levels = 255 * np.stack(of_floats)
+    assert worker_levels.min() >= 0 and worker_levels.max() <= 255.001
+    solarized = np.array([p.solarize for p in parameters])  # near the middle, half a level decides
+    assert np.abs(worker_levels - device).mean() < 0.05
+    assert np.abs(worker_levels - np.stack(of_bytes))[~solarized].mean() < 1.5
+
+
 def test_blur_with_a_sigma_a_crop(photos: np.ndarray) -> None:
     sigmas = np.linspace(0.1, 2.0, len(photos), dtype=np.float32)
     workers = np.stack([pixels.gaussian_blur(p, float(s)) for p, s in zip(photos, sigmas, strict=True)])
@@ -73,7 +119,7 @@ def test_batches_are_those_of_the_worker_path() -> None:
     done = deferred.to("cpu")
     assert done.pending is None and done.global_crops.dtype == torch.float32
     assert torch.equal(done.masks, plain.masks) and torch.equal(done.samples, plain.samples)
-    levels = torch.tensor(pixels.IMAGENET_STD)[:, None, None] * 255
+    levels = torch.tensor(IMAGENET_STD)[:, None, None] * 255
     for ours, theirs in ((done.global_crops, plain.global_crops), (done.local_crops, plain.local_crops)):
         assert ((normalize(ours) - normalize(theirs)).abs() * levels).mean() < 0.5
 

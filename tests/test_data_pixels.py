@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2cli.config.images import IMAGENET_STD, Images
 from dinov2cli.data import pixels
-from dinov2cli.data.augmentations import color_jitter, normalize
+from dinov2cli.data.augmentations import color_jitter, normalize, normalize_pixels
 from dinov2cli.data.crop_parameters import Jitter
 from dinov2cli.data.transforms import EvalTransform
 
@@ -72,7 +73,7 @@ def test_normalization_on_either_side() -> None:
 def test_eval_transform(i: int) -> None:
     out = EvalTransform(resize=256, crop=224)(GOLDEN[f"eval{i}/image"])
     expected = GOLDEN[f"eval{i}/resize256_center224"].astype(np.float32)
-    grey_levels = np.abs(out.numpy() - expected) * np.array(pixels.IMAGENET_STD).reshape(3, 1, 1) * 255
+    grey_levels = np.abs(out.numpy() - expected) * np.array(IMAGENET_STD).reshape(3, 1, 1) * 255
     assert grey_levels.mean() < 0.1
 
 
@@ -89,3 +90,37 @@ def test_operations_leave_their_input_alone() -> None:
         color_jitter(BASE, jitter)
     pixels.resize(BASE, 64, 64)
     np.testing.assert_array_equal(BASE, before)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
+def test_any_number_of_channels(channels: int) -> None:
+    """Each channel becomes what it would become as red, green or blue, as bytes to the last bit."""
+    image = np.random.default_rng(0).integers(0, 256, (61, 47, channels), dtype=np.uint8)
+    steps = {
+        "resize": lambda x: pixels.resize(x, 32, 40),
+        "flip": pixels.flip,
+        "brightness": lambda x: pixels.adjust_brightness(x, 1.3),
+        "contrast": lambda x: pixels.adjust_channel_contrast(x, 0.7),
+        "blur": lambda x: pixels.gaussian_blur(x, 1.2),
+        "solarize": pixels.solarize,
+    }
+    for name, step in steps.items():
+        found = step(image)
+        alone = np.stack([step(np.repeat(image[..., c, None], 3, 2))[..., 0] for c in range(channels)], axis=2)
+        assert found.dtype == np.uint8 and np.array_equal(found, alone), name
+        floats = step(image / np.float32(255))
+        assert floats.dtype == np.float32 and floats.shape == found.shape
+        assert floats.min() >= 0 and floats.max() <= 1 and np.abs(255 * floats - found).mean() < 1, name
+
+
+def test_statistics_of_the_channels_normalise() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 5), dtype=np.uint8)
+    images = Images(mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4, 0.5, 0.6), in_chans=5)
+    statistics = images.statistics
+    expected = (image / 255 - statistics.mean) / statistics.std
+    for values in (image, image / np.float32(255)):
+        found = EvalTransform(30, 30, images)(values)
+        assert found.shape == (5, 30, 30) and found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.from_numpy(expected[:, 5:35].transpose(2, 0, 1)).float())
+        batch = normalize_pixels(torch.from_numpy(values)[None], statistics)
+        torch.testing.assert_close(batch[0], torch.from_numpy(expected.transpose(2, 0, 1)).float())

@@ -493,6 +493,49 @@ def test_one_channel_sees_grey_images_as_three_do(tmp_path: Path) -> None:
         load_model(file, in_chans=0)
 
 
+@pytest.mark.parametrize("how", ["mean", "repeat", "zero-new"])
+@torch.no_grad()
+def test_a_model_of_five_channels_starts_from_three(tmp_path: Path, how: str) -> None:
+    """zero-new: the first three see what they saw; mean and repeat: equal channels give what equal colours gave."""
+    source = sample_model(PLAIN)
+    target = sample_model(PLAIN.changed(in_chans=5), seed=1)
+    weights = save(source.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="image channels 3 instead of 5") as refused:
+        load_backbone_into(target, weights)
+    assert "student.pretrained_channels=mean (or repeat, zero-new)" in str(refused.value.hint)
+    report = load_backbone_into(target, weights, channels=how)
+    assert f"patch filters of 3 channels made 5 ({how})" in str(report)
+    filters, theirs = target.patch_embed.proj.weight, source.patch_embed.proj.weight
+    images = torch.randn(2, 5, 56, 56)
+    if how == "zero-new":
+        assert torch.equal(filters[:, :3], theirs) and not filters[:, 3:].any()
+        torch.testing.assert_close(target(images), source(images[:, :3]), atol=1e-5, rtol=0)
+    elif how == "mean":
+        torch.testing.assert_close(filters.sum(1), theirs.sum(1), atol=1e-5, rtol=0)
+        grey = images[:, :1]
+        torch.testing.assert_close(
+            target(grey.expand(-1, 5, -1, -1)), source(grey.expand(-1, 3, -1, -1)), atol=1e-4, rtol=0
+        )
+    else:
+        assert torch.equal(filters, theirs[:, [0, 1, 2, 0, 1]] * 0.6)
+    with pytest.raises(WeightsError, match="the weights have 3, more than the 2 asked for"):
+        load_backbone_into(sample_model(PLAIN.changed(in_chans=2), seed=1), weights, channels="zero-new")
+
+
+@torch.no_grad()
+def test_larger_patches_start_with_filters_that_see_enlarged_patches_as_before(tmp_path: Path) -> None:
+    source, target = sample_model(PLAIN), sample_model(PLAIN.changed(patch_size=16, img_size=64), seed=1)
+    weights = save(source.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="patch size 14 instead of 16") as refused:
+        load_backbone_into(target, weights)
+    assert "student.pretrained_patches=resize makes filters of theirs" in str(refused.value.hint)
+    report = load_backbone_into(target, weights, patches="resize")
+    assert "patch filters resized from 14 to 16 pixels" in str(report)
+    patches = torch.randn(8, 3, 14, 14)  # each an image of one patch
+    enlarged = torch.nn.functional.interpolate(patches, size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(target.patch_embed(enlarged), source.patch_embed(patches), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_size_policies(tmp_path: Path) -> None:
     file = save(sample_state(REGISTERS), tmp_path / "weights.pth")

@@ -9,8 +9,8 @@ import torch
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.images import IMAGENET_STD
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.data.pixels import IMAGENET_STD
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.train.networks import build_backbone
 from dinov2cli.train.trainer import Trainer

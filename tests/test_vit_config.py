@@ -75,7 +75,8 @@ def test_a_runs_backbone_has_all_options_of_its_student_group() -> None:
     assert set(ViTOptions.model_fields) <= set(Student.model_fields)
     overrides = [f"student.{key}={'null' if OTHER[key] is None else OTHER[key]}" for key in ViTOptions.model_fields]
     config = load_config(overrides=["student.arch=vit_tiny", "student.depth=3", "crops.global_crops_size=224",
-                                    "crops.local_crops_size=84", *overrides])  # fmt: skip
+                                    "crops.local_crops_size=84", "data.mean=[0.4]", "data.std=[0.2]",
+                                    *overrides])  # fmt: skip
     vit = config.vit()
     assert {key: getattr(vit, key) for key in ViTOptions.model_fields} == {
         key: OTHER[key] for key in ViTOptions.model_fields

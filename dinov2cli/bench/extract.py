@@ -34,7 +34,7 @@ def run(request: BenchExtractRequest) -> Measured:
     extractor = Extractor(model, image_size=image_size, batch_size=batch_size, device=device)
     dtype, dim = extractor.precision.dtype, model.embed_dim
     tokens = batch_size * ((image_size // model.patch_size) ** 2 + model.prefix_tokens)
-    images = torch.randn(batch_size, 3, image_size, image_size)
+    images = torch.randn(batch_size, config.student.in_chans, image_size, image_size)
 
     if device.type == "cpu":
         keep_freed_memory()  # as in an evaluation

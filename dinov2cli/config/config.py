@@ -12,6 +12,7 @@ import yaml
 from pydantic import model_validator
 
 from dinov2cli.config import schema
+from dinov2cli.config.images import IMAGENET_MEAN, ImageOptions, Images
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import write_text
@@ -38,6 +39,11 @@ class Config(schema.Groups):
         """The backbone that the student and the teacher have."""
         options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
         return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.global_crops_size)
+
+    def images(self) -> Images:
+        """What the backbone expects of its images."""
+        options = {key: getattr(self.data, key) for key in ImageOptions.model_fields}
+        return Images(**options, in_chans=self.student.in_chans)
 
     def iterations(self, epochs: int | None = None) -> int:
         """Iterations of so many epochs, by default of the whole run."""
@@ -84,6 +90,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     """Values that are fine one by one and do not fit each other: `key=value: what is wrong and what would be right`."""
     crops, student, optim = config.crops, config.student, config.optim
     yield from _unfit_crops(crops, student.patch_size)
+    yield from _unfit_channels(config.data, student.in_chans)
     for key, (low, high) in (
         ("crops.global_crops_scale", crops.global_crops_scale),
         ("crops.local_crops_scale", crops.local_crops_scale),
@@ -123,6 +130,22 @@ def _unfit_crops(crops: schema.Crops, patch: int) -> Iterator[str]:
         yield (
             f"crops.global_crops_size={crops.global_crops_size}: must be at least "
             f"crops.local_crops_size={crops.local_crops_size}; swap them, or make the global crops larger"
+        )
+
+
+def _unfit_channels(data: schema.Data, wanted: int) -> Iterator[str]:
+    if data.channels and len(data.channels) != wanted:
+        yield f"student.in_chans={wanted}: data.channels names {len(data.channels)}; set student.in_chans to that"
+    for key in ("mean", "std"):
+        if (levels := getattr(data, key)) is not None and len(levels) != wanted:
+            yield f"data.{key}={list(levels)}: must be {wanted} numbers, one a channel, as student.in_chans={wanted}"
+    if (data.mean is None) != (data.std is None):
+        missing = "mean" if data.mean is None else "std"
+        yield f"data.{missing}=null: data.mean and data.std are given together, or neither"
+    if data.mean is None and data.std is None and wanted != len(IMAGENET_MEAN):
+        yield (
+            f"data.mean=null: ImageNet's is of 3 channels, and student.in_chans={wanted}; measure yours with "
+            "dino2 datasets stats DATASET"
         )
 
 

@@ -11,7 +11,7 @@ WITHOUT_EFFECT: dict[tuple[str, str], tuple[Any, ...] | None] = {  # None: any v
     ("train", "saveckp_freq"): None,
     ("train", "cache_dataset"): None,
     ("train", "cell_augmentation"): (False, None),
-    ("student", "in_chans"): (3, None),
+    ("student", "in_chans"): (None,),
     ("student", "channel_adaptive"): (False, None),
 }
 PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

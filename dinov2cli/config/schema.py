@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from dinov2cli.config.group import Group, key, put_first
+from dinov2cli.config.images import FromList, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.requests.eval import EVALUATIONS
 
@@ -23,7 +24,6 @@ def _without_memeff(value: Any) -> Any:
     return value.removesuffix("_memeff") if isinstance(value, str) else value
 
 
-FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 AreaRange = Annotated[tuple[Share, Share], FromList]
@@ -122,6 +122,15 @@ class Student(ViTOptions):
     drop_path_rate: float = key(0.3, "Stochastic depth: share of samples a block skips.", ge=0, lt=1)
     drop_path_uniform: bool = key(True, "Same drop_path_rate in all blocks; otherwise it rises linearly with depth.")
     pretrained_weights: str = key("", "Backbone weights to start from; empty: random.")
+    pretrained_channels: Literal["same", "mean", "repeat", "zero-new"] = key(
+        "same",
+        "(dino2) How these start a model with another number of image channels: every channel gets the mean of "
+        "their patch filters (mean), or theirs in turn (repeat), scaled so that equal channels give what they gave; or "
+        "the first channels theirs, and those that are new zeros (zero-new).",
+    )
+    pretrained_patches: Literal["same", "resize"] = key(
+        "same", "(dino2) How these start a model with another patch size: by resizing their patch filters (resize)."
+    )
     freeze_backbone_epochs: int = key(
         0, "(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights.", ge=0
     )
@@ -198,10 +207,13 @@ class Crops(Group):
     )
     grayscale_prob: Fraction = key(0.2, "(dino2) Probability that a crop loses its colour.")
     solarize_prob: Fraction = key(0.2, "(dino2) Probability that global crop 2 is solarized.")
+    channel_dropout_prob: Fraction = key(
+        0.0, "(dino2) Probability with which a crop goes without a channel, never without all: its mean is put there."
+    )
 
 
-class Data(Group):
-    """(dino2) How images reach the device."""
+class Data(ImageOptions):
+    """(dino2) What is read of image files, and how images reach the device."""
 
     normalize_on_device: bool = key(
         True, "(dino2) Send crops as uint8 and normalise them on the device; the numbers are the same."
@@ -216,6 +228,9 @@ class Data(Group):
         "(dino2) Decode a JPEG at 1/2, 1/4 or 1/8 where no crop needs more pixels; faster for large "
         "photos, and crops differ slightly.",
     )
+
+
+put_first(Data, "normalize_on_device", "device_augment", "scaled_decode")
 
 
 class Evaluation(Group):

@@ -50,6 +50,7 @@ class ViTOptions(Group):
     interpolate_offset: float = key(
         0.1, "Offset added to the size when position embeddings are resized; 0: exact size.", ge=0, lt=1, title="offset"
     )
+    in_chans: int = key(3, "Image channels.", ge=1, title="image channels")
 
 
 RESIZING = ("interpolate_antialias", "interpolate_offset")
@@ -71,7 +72,6 @@ class ViTConfig(ViTOptions):
     depth: int = key(12, "Transformer blocks.", ge=1, title="depth")
     num_heads: int = key(12, "Attention heads.", ge=1, title="attention heads")
     img_size: int = key(224, "Native side in pixels, for which the position embeddings are.", ge=1, title="image size")
-    in_chans: int = key(3, "Image channels.", ge=1, title="image channels")
     hidden_dim: int = key(3072, "Width within the feed-forward layer.", ge=1, title="hidden width")
 
     def __init__(self, **options: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2cli.config.images import IMAGENET, Statistics
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, Jitter, draw_crops
 
@@ -16,7 +17,7 @@ GLOBAL_CROPS = 2
 
 
 class Crops(NamedTuple):
-    """Views of one image: uint8 arrays [S, S, 3], larger S for the global ones."""
+    """Views of one image: arrays [S, S, C] of its dtype, larger S for the global ones."""
 
     global_crops: list[np.ndarray]
     local_crops: list[np.ndarray]
@@ -24,6 +25,8 @@ class Crops(NamedTuple):
 
 class MultiCropAugmentation:
     """The augmentation of DINOv2: random resized crop, flip, colour jitter, grayscale, blur, solarize.
+
+    Images that are not RGB have a jitter of brightness and contrast, and may go without some channels.
 
     Args:
         recipes: one a view, the two global ones first. They differ in size, scale and the probabilities of blur
@@ -38,14 +41,21 @@ class MultiCropAugmentation:
         """The recipes that `config.crops` describes; solarization is for the second global view alone."""
         crops = config.crops
         blur_global1, blur_global2, blur_local = crops.blur_prob
-        colour = {"jitter": crops.color_jitter_prob, "grayscale": crops.grayscale_prob}
+        images = config.images()
+        colour = {
+            "jitter": crops.color_jitter_prob,
+            "grayscale": crops.grayscale_prob,
+            "colors": images.are_rgb,
+            "channel_dropout": crops.channel_dropout_prob,
+            "means": images.statistics.mean,
+        }
         global_ = CropRecipe(crops.global_crops_size, tuple(crops.global_crops_scale), blur_global1, **colour)
         local = CropRecipe(crops.local_crops_size, tuple(crops.local_crops_scale), blur_local, **colour)
         second = replace(global_, blur=blur_global2, solarize=crops.solarize_prob)
         return cls((global_, second, *[local] * crops.local_crops_number))
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Crops:
-        """Views of `image` (uint8 [H, W, 3]); all that is random comes from `rng`."""
+        """Views of `image` (uint8, or float32 in 0..1, [H, W, C]); all that is random comes from `rng`."""
         height, width = image.shape[:2]
         return render_crops(image, self.draw(height, width, rng))
 
@@ -64,6 +74,7 @@ COLOR_STEPS: dict[str, Step] = {
     "grayscale": lambda crop, drawn: pixels.grayscale(crop) if drawn.grayscale else crop,
     "gaussian blur": lambda crop, drawn: pixels.gaussian_blur(crop, drawn.blur_sigma) if drawn.blur_sigma > 0 else crop,
     "solarize": lambda crop, drawn: pixels.solarize(crop) if drawn.solarize else crop,
+    "channel dropout": lambda crop, drawn: pixels.without_channels(crop, drawn.dropped) if drawn.dropped else crop,
 }
 """The recipe: every view goes through the geometric steps, then the colour steps, in this order.
 
@@ -83,31 +94,41 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
 
 
 def color_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, in the order drawn."""
+    """Brightness, contrast, saturation and hue, or what there is of them, in the order drawn."""
     for operation in jitter.order:
         image = _JITTER_STEPS[operation](image, jitter.factors[operation])
     return image
 
 
-_JITTER_STEPS = (pixels.adjust_brightness, pixels.adjust_contrast, pixels.adjust_saturation, pixels.adjust_hue)
+_JITTER_STEPS = (
+    pixels.adjust_brightness,
+    pixels.adjust_contrast,
+    pixels.adjust_saturation,
+    pixels.adjust_hue,
+    pixels.adjust_channel_contrast,
+)
 
 
-def normalize(crops: Tensor) -> Tensor:
-    """Crops as a network takes them: float32 [N, 3, H, W] with ImageNet's mean and standard deviation.
+def normalize(crops: Tensor, statistics: Statistics = IMAGENET) -> Tensor:
+    """Crops as a network takes them: float32 [N, C, H, W] with this mean and standard deviation.
 
     Args:
-        crops: uint8 [N, H, W, 3], on any device; or float [N, 3, H, W], normalised already and passed through.
+        crops: uint8 [N, H, W, C], on any device; or float [N, C, H, W], normalised already and passed through.
     """
-    if crops.dtype != torch.uint8:
-        return crops
-    mean, std = mean_and_std(crops.device)
-    return ((crops.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return normalize_pixels(crops, statistics) if crops.dtype == torch.uint8 else crops
+
+
+def normalize_pixels(images: Tensor, statistics: Statistics) -> Tensor:
+    """uint8, or float32 in 0..1, [N, H, W, C] -> float32 [N, C, H, W] with this mean and standard deviation."""
+    mean, std = mean_and_std(statistics, images.device)
+    levels = images.float() if images.dtype == torch.uint8 else images * 255
+    return ((levels - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 @lru_cache  # made anew in every step, they would each time be copied to a GPU, and waited for
-def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's, of levels 0 to 255, each float32 [3]."""
-    mean, std = (torch.tensor(levels, device=device) * 255 for levels in (pixels.IMAGENET_MEAN, pixels.IMAGENET_STD))
+def mean_and_std(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """These, of levels 0 to 255, each float32 [C]."""
+    mean, std = (torch.tensor(levels, device=device) * 255 for levels in statistics)
     return mean, std
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dinov2cli.data.augmentations import GLOBAL_CROPS, Crops, normalize
+from dinov2cli.config.images import IMAGENET, Statistics
+from dinov2cli.data.augmentations import GLOBAL_CROPS, Crops, normalize, normalize_pixels
 from dinov2cli.data.crop_parameters import CropParameters, CropRecipe
 from dinov2cli.data.device_augment import ColorDecisions, color_crops, normalize_levels
 
@@ -18,7 +19,7 @@ from dinov2cli.data.device_augment import ColorDecisions, color_crops, normalize
 class MultiCropBatch:
     """One micro step's input for one process. B images, n local crops, N patches of a global crop, M masked patches.
 
-    global_crops: uint8 [2B, H, W, 3], or normalised float32 [2B, 3, H, W]; the first view of
+    global_crops: uint8 [2B, H, W, C], or normalised float32 [2B, C, H, W]; the first view of
         all images, then the second.
     local_crops: [n*B, ...] likewise, view by view.
     masks: bool [2B, N].
@@ -28,6 +29,8 @@ class MultiCropBatch:
     samples: int64 [B], dataset indices of the images.
     bad: paths, with the reason, of images that could not be read and were replaced.
     pending: with `data.device_augment`, the colour decisions of (global, local) crops; `to` applies them on the device.
+        Crops are uint8 or float32 in 0..1 then, [..., H, W, C].
+    statistics: with which crops are normalised.
     """
 
     global_crops: Tensor
@@ -39,6 +42,7 @@ class MultiCropBatch:
     samples: Tensor
     bad: list[str] = field(default_factory=list)
     pending: tuple[ColorDecisions, ColorDecisions] | None = None
+    statistics: Statistics = IMAGENET
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False, compiled: bool = False) -> "MultiCropBatch":
         """The batch with its tensors on `device`, where pending colour operations are done: float32 crops then.
@@ -48,13 +52,12 @@ class MultiCropBatch:
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         if moved.pending is None:
             return moved
-        of_global, of_local = moved.pending
-        return replace(
-            moved,
-            global_crops=normalize_levels(color_crops(moved.global_crops, of_global, compiled=compiled)),
-            local_crops=normalize_levels(color_crops(moved.local_crops, of_local, compiled=compiled)),
-            pending=None,
+        crops = zip((moved.global_crops, moved.local_crops), moved.pending, strict=True)
+        of_global, of_local = (
+            normalize_levels(color_crops(views, decisions, compiled=compiled), self.statistics)
+            for views, decisions in crops
         )
+        return replace(moved, global_crops=of_global, local_crops=of_local, pending=None)
 
     def pin_memory(self) -> "MultiCropBatch":
         """The batch with its tensors in page-locked memory, from which copies to a GPU run in the background."""
@@ -66,7 +69,8 @@ class MultiCropBatch:
 
     def normalized(self) -> "MultiCropBatch":
         """The batch with float32 crops, as a network takes them."""
-        return replace(self, global_crops=normalize(self.global_crops), local_crops=normalize(self.local_crops))
+        of_global, of_local = (normalize(crops, self.statistics) for crops in (self.global_crops, self.local_crops))
+        return replace(self, global_crops=of_global, local_crops=of_local)
 
     def _map(self, function: Any) -> "MultiCropBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -76,19 +80,35 @@ class MultiCropBatch:
 class CropBuffers:
     """The crops of B images as they are made: each is copied to its place while it is still in the cache.
 
+    They are bytes, until an image comes that is float32 in 0..1: from then on all are.
+
     Args:
         recipes: of all views, the global ones first.
         batch_size: B.
+        channels: C.
     """
 
-    def __init__(self, recipes: tuple[CropRecipe, ...], batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.global_crops = _empty_views([recipe.size for recipe in recipes[:GLOBAL_CROPS]], batch_size)
-        self.local_crops = _empty_views([recipe.size for recipe in recipes[GLOBAL_CROPS:]], batch_size)
+    def __init__(self, recipes: tuple[CropRecipe, ...], batch_size: int, channels: int = 3) -> None:
+        self.batch_size, self.channels = batch_size, channels
+        self._sizes = [recipe.size for recipe in recipes]
+        self._allocate(torch.uint8)
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        of = self.batch_size, self.channels, dtype
+        self.global_crops = _empty_views(self._sizes[:GLOBAL_CROPS], *of)
+        self.local_crops = _empty_views(self._sizes[GLOBAL_CROPS:], *of)
         self._places = self.global_crops.numpy(), self.local_crops.numpy()
 
     def put(self, image: int, crops: Crops) -> None:
         """Store the crops of the batch's image with this number."""
+        are_bytes = crops.global_crops[0].dtype == np.uint8
+        if not are_bytes and self.global_crops.dtype == torch.uint8:
+            before = self._places
+            self._allocate(torch.float32)
+            for places, bytes_ in zip(self._places, before, strict=True):
+                np.divide(bytes_, np.float32(255), out=places)
+        elif are_bytes and self.global_crops.dtype != torch.uint8:
+            crops = Crops(*([crop / np.float32(255) for crop in views] for views in crops))
         for places, views in zip(self._places, crops, strict=True):
             for view, crop in enumerate(views):
                 places[view * self.batch_size + image] = crop
@@ -102,18 +122,23 @@ def collate(
     samples: list[int],
     bad: list[str],
     parameters: list[list[CropParameters]] | None = None,
+    statistics: Statistics = IMAGENET,
 ) -> MultiCropBatch:
     """Crops and masks (bool [2B, N]) as a batch, with the masked patches indexed.
 
-    `parameters` [B][views] are given where the colour operations are left to the device.
+    `parameters` [B][views] are given where the colour operations are left to the device. Without them, crops that are
+    no bytes are normalised here.
     """
     masks_ = torch.from_numpy(masks)
     masked_per_image = masks_.sum(dim=1, keepdim=True).clamp(min=1)
     views = list(zip(*(parameters or ()), strict=True))
     colors = [[p for view in part for p in view] for part in (views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])]
+    of_global, of_local = crops.global_crops, crops.local_crops
+    if of_global.dtype != torch.uint8 and not parameters:
+        of_global, of_local = (normalize_pixels(views, statistics) for views in (of_global, of_local))
     return MultiCropBatch(
-        global_crops=crops.global_crops,
-        local_crops=crops.local_crops,
+        global_crops=of_global,
+        local_crops=of_local,
         masks=masks_,
         mask_indices=masks_.flatten().nonzero().flatten(),
         masks_weight=(1 / masked_per_image.float()).expand_as(masks_)[masks_],
@@ -121,14 +146,15 @@ def collate(
         samples=torch.tensor(samples),
         bad=bad,
         pending=(ColorDecisions.of(colors[0]), ColorDecisions.of(colors[1])) if parameters else None,
+        statistics=statistics,
     )
 
 
-def _empty_views(sizes: list[int], batch_size: int) -> Tensor:
-    """Uninitialised uint8 [views * B, S, S, 3]; in a worker process in shared memory at once, which saves a copy."""
+def _empty_views(sizes: list[int], batch_size: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [views * B, S, S, C]; in a worker process in shared memory at once, which saves a copy."""
     size = sizes[0] if sizes else 0
-    shape = (len(sizes) * batch_size, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
+    shape = (len(sizes) * batch_size, size, size, channels)
+    if get_worker_info() is None or dtype != torch.uint8:  # what is no bytes is replaced by what is normalised
+        return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

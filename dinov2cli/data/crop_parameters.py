@@ -26,6 +26,9 @@ class CropRecipe:
         solarize: probability of solarization.
         jitter: probability of a colour jitter.
         grayscale: probability of a loss of all colour.
+        colors: whether the channels are red, green and blue; others have brightness and contrast alone.
+        channel_dropout: probability with which a channel is left out.
+        means: of the channels, in 0..1, which are then put there; one a channel.
     """
 
     size: int
@@ -34,6 +37,9 @@ class CropRecipe:
     solarize: float = 0.0
     jitter: float = 0.8
     grayscale: float = 0.2
+    colors: bool = True
+    channel_dropout: float = 0.0
+    means: tuple[float, ...] = ()
 
 
 class Box(NamedTuple):
@@ -46,14 +52,17 @@ class Box(NamedTuple):
 
 
 class Jitter(NamedTuple):
-    """Colour jitter: the `factors` of brightness, contrast, saturation and hue; `order` permutes their four places."""
+    """Colour jitter: `order` says which operations follow each other, each with its factor at its place in `factors`.
+
+    0 brightness, 1 contrast, 2 saturation, 3 hue; for channels that are no colours, 0 and 4, the contrast of each.
+    """
 
     order: tuple[int, ...]
     factors: tuple[float, ...]
 
 
 class CropParameters(NamedTuple):
-    """One crop's decisions. `jitter` None: none; `blur_sigma` 0: none."""
+    """One crop's decisions. `jitter` None: none; `blur_sigma` 0: none; `dropped`: channels with their new levels."""
 
     box: Box
     size: int
@@ -62,16 +71,30 @@ class CropParameters(NamedTuple):
     grayscale: bool
     blur_sigma: float
     solarize: bool
+    dropped: tuple[tuple[int, float], ...] = ()
 
 
 def draw_crops(
     recipes: tuple[CropRecipe, ...], height: int, width: int, rng: np.random.Generator
 ) -> list[CropParameters]:
-    """Decisions for one image of `height` x `width` pixels, one record a recipe, all from one call to `rng`."""
-    return [
+    """Decisions for one image of `height` x `width` pixels, one record a recipe, all from one call to `rng`.
+
+    A second one, where channels are left out, so that all else falls as it does without.
+    """
+    drawn = [
         draw_crop(recipe, height, width, numbers)
         for recipe, numbers in zip(recipes, rng.random((len(recipes), NUMBERS_PER_CROP)).tolist(), strict=True)
     ]
+    if not recipes[0].channel_dropout:
+        return drawn
+    numbers = rng.random((len(recipes), len(recipes[0].means)))
+    return [crop._replace(dropped=_dropped(*of)) for crop, *of in zip(drawn, recipes, numbers, strict=True)]
+
+
+def _dropped(recipe: CropRecipe, numbers: np.ndarray) -> tuple[tuple[int, float], ...]:
+    chosen = numbers < recipe.channel_dropout
+    chosen[numbers.argmax()] = False  # one stays
+    return tuple((int(channel), recipe.means[channel]) for channel in chosen.nonzero()[0])
 
 
 NUMBERS_PER_CROP = 2 * CROP_TRIES + 15
@@ -88,8 +111,8 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
         box=random_box(recipe.scale, height, width, tries, down, right),
         size=recipe.size,
         flip=flip < FLIP_PROBABILITY,
-        jitter=_jitter((third, second, first), factors) if jitter < recipe.jitter else None,
-        grayscale=gray < recipe.grayscale,
+        jitter=_jitter((third, second, first), factors, recipe.colors) if jitter < recipe.jitter else None,
+        grayscale=gray < recipe.grayscale and recipe.colors,
         blur_sigma=_between(*BLUR_SIGMA, sigma) if blur < recipe.blur else 0.0,
         solarize=solarize < recipe.solarize,
     )
@@ -121,9 +144,12 @@ def _between(low: float, high: float, number: float) -> float:
     return low + (high - low) * number
 
 
-def _jitter(order_numbers: tuple[float, float, float], factors: list[float]) -> Jitter:
+def _jitter(order_numbers: tuple[float, float, float], numbers: list[float], colors: bool) -> Jitter:
     order = [0, 1, 2, 3]
     for last, number in zip((3, 2, 1), order_numbers, strict=True):  # a uniform permutation (Fisher and Yates)
         other = int((last + 1) * number)
         order[last], order[other] = order[other], order[last]
-    return Jitter(tuple(order), tuple(_between(*limits, n) for limits, n in zip(JITTER_FACTORS, factors, strict=True)))
+    factors = tuple(_between(*limits, n) for limits, n in zip(JITTER_FACTORS, numbers, strict=True))
+    if colors:
+        return Jitter(tuple(order), factors)
+    return Jitter(tuple(4 * operation for operation in order if operation < 2), (*factors, factors[1]))

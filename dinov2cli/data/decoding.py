@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2cli.config.images import IMAGENET_MEAN
 from dinov2cli.data.formats import fast
 from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
@@ -24,7 +25,6 @@ from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, turned
 from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
 from dinov2cli.data.formats.tiff import TIFF_SIGNATURES, read_tiff
-from dinov2cli.data.pixels import IMAGENET_MEAN
 from dinov2cli.data.workers import warn_once
 
 PERCENTILE_SAMPLES = 1_000_000

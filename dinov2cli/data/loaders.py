@@ -113,6 +113,7 @@ class _TrainBatches:
         self.batch_size = config.train.batch_size_per_gpu
         self.sample_of_step_0 = 0
         self.order = dataset.order(self.seed)
+        self.images = config.images()
         self.augmentation = MultiCropAugmentation.from_config(config)
         self.make_masks = masks_of_batches(config)
         self.device_augment = config.data.device_augment
@@ -122,16 +123,22 @@ class _TrainBatches:
     def batch(self, step: int) -> MultiCropBatch:
         first = self.sample_of_step_0 + (step * self.world_size + self.rank) * self.batch_size
         bad: list[str] = []
-        buffers = CropBuffers(self.augmentation.recipes, self.batch_size)
+        buffers = CropBuffers(self.augmentation.recipes, self.batch_size, self.images.in_chans)
         samples, parameters = [], []
         for image in range(self.batch_size):
             sample = self.sample(first + image, bad)
             buffers.put(image, sample.crops)
             samples.append(sample.dataset_index)
             parameters.append(sample.parameters)
-        masks = self.make_masks(mask_rng(self.seed, step, self.rank))
-        deferred = parameters if self.device_augment else None
-        batch = collate(buffers, masks, iteration=step, samples=samples, bad=bad, parameters=deferred)
+        batch = collate(
+            buffers,
+            self.make_masks(mask_rng(self.seed, step, self.rank)),
+            iteration=step,
+            samples=samples,
+            bad=bad,
+            parameters=parameters if self.device_augment else None,
+            statistics=self.images.statistics,
+        )
         return batch.normalized() if self.normalize_here else batch
 
     def sample(self, k: int, bad: list[str]) -> "_Sample":

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dinov2cli.config.images import IMAGENET, RGB, Images, Statistics
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import CROP_TRIES, random_box
@@ -24,49 +25,50 @@ def usual_size(config: ViTConfig) -> int:
 class EvalTransform:
     """Resize the short side to `resize` (bicubic, antialiased), cut the central `crop` x `crop` square, normalise."""
 
-    def __init__(self, resize: int = 256, crop: int = 224) -> None:
-        self.resize = resize
-        self.crop = crop
+    def __init__(self, resize: int = 256, crop: int = 224, images: Images = RGB) -> None:
+        self.resize, self.crop, self.images = resize, crop, images
 
     @classmethod
-    def at(cls, size: int) -> "EvalTransform":
+    def at(cls, size: int, images: Images = RGB) -> "EvalTransform":
         """That of k-NN, linear probes and `dino2 embed` for features at `size` pixels."""
-        return cls(round(size * RESIZE_RATIO), size)
+        return cls(round(size * RESIZE_RATIO), size, images)
 
     def as_dict(self) -> dict[str, Any]:
         """All that it does, for files that are used without this package."""
+        special = self.images.beside_weights()
         return {
-            "color": "RGB",
+            "color": "RGB" if self.images.are_rgb else f"{self.images.in_chans} channels",
             "resize_shorter_side": self.resize,
             "interpolation": "bicubic",
             "antialias": True,
             "center_crop": self.crop,
             "rescale_factor": 1 / 255,
-            "mean": list(pixels.IMAGENET_MEAN),
-            "std": list(pixels.IMAGENET_STD),
+            "mean": list(self.images.statistics.mean),
+            "std": list(self.images.statistics.std),
+            **({"images": special} if special else {}),
         }
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        """uint8 [H, W, 3] -> float32 [3, crop, crop]. A side shorter than `crop` is padded with black."""
+        """uint8, or float32 in 0..1, [H, W, C] -> float32 [C, crop, crop]. A side shorter is padded with black."""
         height, width = image.shape[:2]
         short = min(height, width)
         image = pixels.resize(image, int(self.resize * height / short), int(self.resize * width / short))
-        return pixels.normalize_image(_center_crop(image, self.crop))
+        return pixels.normalize_image(_center_crop(image, self.crop), self.images.statistics)
 
 
 class RandomResizedCrop:
     """Augmentation of linear probing: a random box of 8 to 100 % of the area resized to `size`, flip, normalise."""
 
-    def __init__(self, size: int = 224) -> None:
-        self.size = size
+    def __init__(self, size: int = 224, statistics: Statistics = IMAGENET) -> None:
+        self.size, self.statistics = size, statistics
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [H, W, 3] -> float32 [3, size, size]."""
+        """uint8, or float32 in 0..1, [H, W, C] -> float32 [C, size, size]."""
         *tries, down, right, mirror = rng.random(2 * CROP_TRIES + 3).tolist()
         height, width = image.shape[:2]
         box = random_box((0.08, 1.0), height, width, tries, down, right)
         crop = pixels.resized_crop(image, *box, self.size)
-        return pixels.normalize_image(pixels.flip(crop) if mirror < 0.5 else crop)
+        return pixels.normalize_image(pixels.flip(crop) if mirror < 0.5 else crop, self.statistics)
 
 
 def _center_crop(image: np.ndarray, size: int) -> np.ndarray:

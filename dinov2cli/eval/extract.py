@@ -4,6 +4,7 @@ Shapes: B images of a batch.
 """
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
+from dinov2cli.config.images import RGB
 from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
@@ -64,7 +66,8 @@ class Extractor:
         self.model = model.to(self.device)
         self.image_size = fitting_image_size(model, image_size)
         self.resize = round(self.image_size * resize_ratio)
-        self.transform = EvalTransform(resize=self.resize, crop=self.image_size)
+        self.images = getattr(model, "images", RGB)
+        self.transform = EvalTransform(self.resize, self.image_size, self.images)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.precision = Precision.resolve(precision, self.device, frozen=True)
@@ -139,11 +142,13 @@ class Extractor:
     def recipe(self) -> Recipe:
         """What the features depend on, beside the images."""
         transform = f"resize {self.resize}, crop {self.image_size}"
+        if special := self.images.beside_weights():
+            transform += f", {json.dumps(special)}"
         return Recipe(self.weights_hash, str(self.precision.dtype), transform, self.detailed)
 
     @torch.no_grad()  # not inference mode: heads are trained on these
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of one batch of normalised images [B, 3, H, W], as in `Features.tensors`, on this device."""
+        """Features of one batch of normalised images [B, C, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
         at_once = len(images)
         if self.device.type == "cpu":  # activations of a whole batch would not stay in its caches

@@ -189,7 +189,7 @@ def evaluate_linear(
 
 def cropped_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
     """Features of random crops (8 to 100 % of the area, flipped half the time) of this process's part of each batch."""
-    parts = _Parts(images, extract.image_size, settings)
+    parts = _Parts(images, extract, settings)
     bad = 0
     loader = Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False)
     for seen, (pixels, targets, messages) in enumerate(loader, 1):
@@ -204,7 +204,7 @@ def frozen_batches(extract: Extractor, images: ImageDataset, settings: LinearSet
     part = extract(images, "train features")
     tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
     targets = distributed.all_gather_rows(part.targets)
-    parts = _Parts(images, extract.image_size, settings)
+    parts = _Parts(images, extract, settings)
     row_of = torch.full((len(images),), -1)
     row_of[part.positions()] = torch.arange(part.size)
 
@@ -224,9 +224,9 @@ def frozen_batches(extract: Extractor, images: ImageDataset, settings: LinearSet
 class _Parts:
     """The part of each iteration's batch that falls to this process."""
 
-    def __init__(self, images: ImageDataset, size: int, settings: LinearSettings) -> None:
+    def __init__(self, images: ImageDataset, extract: Extractor, settings: LinearSettings) -> None:
         self.images = images
-        self.crop = RandomResizedCrop(size)
+        self.crop = RandomResizedCrop(extract.image_size, extract.images.statistics)
         self.order = SampleOrder(len(images), settings.seed)
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
@@ -237,7 +237,7 @@ class _Parts:
         return range(first, first + self.batch_size)
 
     def crops(self, iteration: int) -> tuple[Tensor, Tensor, list[str]]:
-        """float32 [B, 3, S, S], targets int64 [B], and what could not be read and was replaced by the next image."""
+        """float32 [B, C, S, S], targets int64 [B], and what could not be read and was replaced by the next image."""
         bad: list[str] = []
         samples = [first_readable(self.order, k, partial(self.crop_of, k), bad) for k in self.samples_of(iteration)]
         return torch.stack([crop for crop, _ in samples]), torch.tensor([target for _, target in samples]), bad

@@ -46,7 +46,7 @@ class Bundle:
     def preprocessing(self) -> dict[str, Any]:
         """How pictures become what the model takes, so that the features are those of `dino2 embed`."""
         height, width = self.image_size or (usual_size(self.architecture),) * 2
-        how = EvalTransform.at(height).as_dict()
+        how = EvalTransform.at(height, self.model.images).as_dict()
         # An oblong image has no counterpart in the evaluations: it is for the user to cut.
         return how if height == width else {**how, "resize_shorter_side": None, "center_crop": None}
 

@@ -25,7 +25,7 @@ def preprocessor_json(how: Mapping[str, Any]) -> dict[str, Any]:
     crop, resized = how["center_crop"], how["resize_shorter_side"]
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": how["color"] == "RGB",
         "do_resize": True,
         "size": {"shortest_edge": resized},
         "resample": 3,
@@ -58,7 +58,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         classes = bundle.head.out_features
     folder.mkdir(parents=True)
     for name, content in (
-        ("config.json", huggingface.config_json(architecture, classes)),
+        ("config.json", huggingface.config_json(architecture, bundle.model.images, classes)),
         ("preprocessor_config.json", preprocessor_json(bundle.preprocessing)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

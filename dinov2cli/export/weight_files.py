@@ -43,9 +43,11 @@ def write_official(bundle: Bundle, path: Path) -> None:
         understood = infer_architecture(bundle.state, {}, str(path)) == bundle.architecture
     except WeightsError:
         understood = False
-    if not understood:
+    images = bundle.model.images.beside_weights()
+    if not understood or images:
         student = bundle.architecture.model_dump(include={*Architecture._fields, *ViTOptions.model_fields})
-        architecture_file(path).write_text(yaml.safe_dump({"student": student}, sort_keys=False))
+        groups = {"student": student} | ({"data": images} if images else {})
+        architecture_file(path).write_text(yaml.safe_dump(groups, sort_keys=False))
 
 
 def open_ours(bundle: Bundle, path: Path) -> Runner:
@@ -53,6 +55,8 @@ def open_ours(bundle: Bundle, path: Path) -> Runner:
     weights = read_weights(path)
     if weights.architecture != bundle.architecture:
         raise WeightsError(f"{path.name} reads back as {weights.architecture.describe()}")
+    if weights.images != bundle.model.images:
+        raise WeightsError(f"{path.name} reads back with other images: {weights.images}")
     changed = [name for name, tensor in bundle.state.items() if not torch.equal(tensor, weights.state[name])]
     if changed:
         raise WeightsError(f"{path.name} reads back with other numbers in {', '.join(changed[:4])}")

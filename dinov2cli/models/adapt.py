@@ -72,16 +72,45 @@ class AnySizeVisionTransformer(VisionTransformer):
         return super().get_intermediate_layers(x, *arguments, **named)
 
 
-def adapt_patch_embedding(weight: Tensor, in_chans: int) -> Tensor:
+def adapt_patch_embedding(weight: Tensor, in_chans: int, how: str = "repeat") -> Tensor:
     """Patch filters for another number of channels. [D, C, P, P] -> [D, in_chans, P, P].
 
-    One channel: the sum, so that a grey image gives what its colour version gives. More: channel c takes the filter of
-    channel c mod C, times C/in_chans, so that the response to equal channels stays the same when in_chans is a
-    multiple of C.
+    Args:
+        weight: of the model that there is.
+        in_chans: of the model to be made.
+        how: `repeat`: channel c takes the filter of channel c mod C. `mean`: every channel takes the mean of all. Both
+            times C/in_chans, so that images whose channels are all equal give what they gave (`repeat`: where in_chans
+            is a multiple of C); one channel is the sum of all. `zero-new`: the first C channels keep their filters, and
+            those that are new begin as zeros.
+
+    Raises:
+        WeightsError: no channel at all; `zero-new` for fewer channels than there are.
     """
     channels = weight.shape[1]
     if in_chans < 1:
         raise WeightsError(f"in_chans={in_chans}: at least one image channel is needed")
+    if how == "zero-new":
+        if in_chans < channels:
+            raise WeightsError(
+                f"zero-new adds channels: the weights have {channels}, more than the {in_chans} asked for"
+            )
+        return torch.cat([weight, weight.new_zeros(weight.shape[0], in_chans - channels, *weight.shape[2:])], dim=1)
     if in_chans == 1:
         return weight.sum(dim=1, keepdim=True)
-    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
+    if how == "mean":
+        weight = weight.mean(dim=1, keepdim=True)
+    return weight[:, torch.arange(in_chans) % weight.shape[1]] * (channels / in_chans)
+
+
+def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
+    """Patch filters for patches of another size. [D, C, P, P] -> [D, C, patch_size, patch_size], float32.
+
+    A patch that is enlarged bilinearly gives the enlarged filters what it gave the old ones: they are the solution of
+    least norm, by a pseudo-inverse (FlexiViT, Beyer et al. 2023, section 3.4). For smaller patches it is the nearest.
+    """
+    size = weight.shape[-1]
+    pixels = torch.eye(size**2, dtype=torch.float64).view(size**2, 1, size, size)
+    to = F.interpolate(pixels, size=(patch_size, patch_size), mode="bilinear", antialias=True).flatten(1)
+    filters = torch.linalg.pinv(to) @ weight.double().flatten(2).transpose(1, 2)  # [D, patch_size^2, C]
+    resized: Tensor = filters.transpose(1, 2).unflatten(2, (patch_size, patch_size)).float()
+    return resized

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import TokenLayout
@@ -48,6 +49,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         config = ViTConfig(**options) if config is None else config.changed(**options)
         self.config = config
+        self.images = Images(in_chans=config.in_chans)
+        """Which channels it was trained on, and how they are normalised; loading weights tells."""
         self.embed_dim = self.num_features = config.embed_dim
         self.depth = self.n_blocks = config.depth
         self.num_heads = config.num_heads

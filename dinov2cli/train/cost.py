@@ -101,7 +101,7 @@ def step_flops(config: Config) -> StepFlops:
 def class_token_flops(config: Config, image_size: int) -> int:
     """FLOPs of the class token of one square image of `image_size` pixels."""
     with META, torch.no_grad(), FlopCounterMode(display=False) as counted, _Precision(torch.float32) as precision:
-        build_backbone(config).eval()(torch.empty(1, 3, image_size, image_size))
+        build_backbone(config).eval()(torch.empty(1, config.student.in_chans, image_size, image_size))
     return int(counted.get_total_flops() + precision.attention_flops)
 
 
@@ -163,7 +163,8 @@ def shapes_of_batch(config: Config) -> MultiCropBatch:
     crops, batch, masked = config.crops, config.train.batch_size_per_gpu, masked_patches(config)
     patches = (crops.global_crops_size // config.student.patch_size) ** 2
     sizes = ((GLOBAL_CROPS, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size))
-    of_global, of_local = (torch.empty(n * batch, size, size, 3, dtype=torch.uint8) for n, size in sizes)
+    channels = config.student.in_chans
+    of_global, of_local = (torch.empty(n * batch, size, size, channels, dtype=torch.uint8) for n, size in sizes)
     masks = torch.empty(GLOBAL_CROPS * batch, patches, dtype=torch.bool)
     indices, samples = (torch.empty(number, dtype=torch.int64) for number in (masked, batch))
     return MultiCropBatch(of_global, of_local, masks, indices, torch.empty(masked), iteration=0, samples=samples)

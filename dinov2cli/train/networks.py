@@ -206,6 +206,7 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
         drop_path_uniform=config.student.drop_path_uniform,
         attention_backend=attention_backend,
     )
+    backbone.images = config.images()
     backbone.activation_checkpointing = config.train.activation_checkpointing
     return backbone
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinov2cli.data.augmentations import normalize
+from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.data.decoding import read_image
 from dinov2cli.errors import DataError
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -73,7 +73,8 @@ def attention_maps(
         raise DataError(f"--block {block}: the model has blocks 0 to {model.depth - 1} (or -1 for the last)")
     grid = PatchFeatures(model, resolution).grid((picture.shape[0], picture.shape[1]))
     fitted = resize(picture, (grid[0] * model.patch_size, grid[1] * model.patch_size))
-    images = normalize(torch.from_numpy(fitted)[None].to(next(model.parameters()).device))
+    pixels = torch.from_numpy(fitted)[None].to(next(model.parameters()).device)
+    images = normalize_pixels(pixels, model.images.statistics)
     with torch.inference_mode():
         weights = special_token_attention(model, images, block)[0, :, :, model.prefix_tokens :]
     heats = weights.transpose(0, 1).unflatten(2, grid).float().cpu().numpy()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dinov2cli.console import logger
-from dinov2cli.data.augmentations import normalize
+from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.device import Precision, free_memory
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -95,11 +95,11 @@ class PatchFeatures:
         yield from zip(items, self._features(np.stack(pictures)), strict=True)
 
     def _features(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[B, H, W, 3] -> [B, h, w, D]. Where the device's memory does not do, in halves from then on."""
+        """[B, H, W, C] -> [B, h, w, D]. Where the device's memory does not do, in halves from then on."""
         patch = self.model.patch_size
         grid = pictures.shape[1] // patch, pictures.shape[2] // patch
         try:
-            images = normalize(torch.from_numpy(pictures).to(self.device))
+            images = normalize_pixels(torch.from_numpy(pictures).to(self.device), self.model.images.statistics)
             with torch.inference_mode(), self.precision.autocast():
                 tokens = self.model.forward_features(images)["x_norm_patchtokens"]
             features: FeatureMap = tokens.float().cpu().numpy()

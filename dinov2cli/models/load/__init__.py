@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.adapt import SIZE_POLICIES, AnySizeVisionTransformer, adapt_patch_embedding
+from dinov2cli.models.adapt import (
+    SIZE_POLICIES,
+    AnySizeVisionTransformer,
+    adapt_patch_embedding,
+    resize_patch_embedding,
+)
 from dinov2cli.models.load.infer import check_complete, infer_architecture
 from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.layouts.layout import State
@@ -34,6 +41,7 @@ class RecognisedWeights:
     Args:
         state: flat float32 state dict (`blocks.0.attn.qkv.weight`, ...).
         architecture: inferred from it and from what lies beside it.
+        images: what it expects of its images, likewise.
         report: what was read, renamed, left out.
         source: the files, and the run they belong to.
         metadata: of a safetensors file.
@@ -41,6 +49,7 @@ class RecognisedWeights:
 
     state: State
     architecture: ViTConfig
+    images: Images
     report: LoadReport
     source: Source
     metadata: dict[str, str]
@@ -101,15 +110,16 @@ def build_from(
     weights: RecognisedWeights, *, in_chans: int | None = None, size_policy: str = "error", **overrides: Any
 ) -> VisionTransformer:
     """A model of the weights' architecture that holds them; arguments as in `load_model`."""
-    architecture, state = weights.architecture, dict(weights.state)
+    architecture, images, state = weights.architecture, weights.images, dict(weights.state)
     if in_chans is not None and in_chans != architecture.in_chans:
         state["patch_embed.proj.weight"] = adapt_patch_embedding(state["patch_embed.proj.weight"], in_chans)
-        architecture = architecture.changed(in_chans=in_chans)
+        architecture, images = architecture.changed(in_chans=in_chans), Images(in_chans=in_chans)
     with torch.device("meta"):  # the random initialisation would be thrown away: 1.1 billion draws for the giant
         model = _build(architecture, size_policy, **overrides)
     assert state.keys() >= dict(model.named_buffers()).keys(), "buffers would stay uninitialised"
     state["pos_embed"] = resize_positions(state["pos_embed"], (model.config.grid,) * 2, architecture)
     model.to_empty(device="cpu").load_state_dict(state, strict=True)
+    model.images = images
     return model
 
 
@@ -146,21 +156,36 @@ def read_weights(
     hints = dict(source.hints)
     if "dino2.architecture" in metadata:
         hints |= {"from": f"the metadata of {source.name}", **json.loads(metadata["dino2.architecture"])}
+    if "images" in (how := json.loads(metadata.get("dino2.preprocessing", "{}"))):
+        hints["images"] = how["images"]
     if config_file is not None:
         hints |= config_yaml_hints(Path(config_file))
     if source.released:
         hints |= {"from": f"the name {source.released.name}", **source.released.architecture.model_dump()}
     architecture = infer_architecture(state, {**hints, **given}, source.name)
     check_complete(state, architecture, source.name)
-    return RecognisedWeights(state, architecture, report, source, metadata)
+    try:
+        images = Images(**hints.get("images", {}), in_chans=architecture.in_chans)
+    except ValidationError as error:
+        wrong = ", ".join(f"{'.'.join(map(str, problem['loc']))}" for problem in error.errors())
+        raise WeightsError(
+            f"{source.name}: what is said beside the weights of their images cannot be: {wrong}"
+        ) from None
+    return RecognisedWeights(state, architecture, images, report, source, metadata)
 
 
 @torch.no_grad()
-def load_backbone_into(model: VisionTransformer, source: str | Path | Source) -> LoadReport:
+def load_backbone_into(
+    model: VisionTransformer, source: str | Path | Source, channels: str = "same", patches: str = "same"
+) -> LoadReport:
     """Start `model` from weights made elsewhere, in place.
 
     Position embeddings for another image size are resized to the model's native grid as the source would resize them,
-    so that at that size the model gives the source's features. Everything else must agree.
+    so that at that size the model gives the source's features. Everything else must agree, unless asked for otherwise.
+
+    Args:
+        channels: `same`, or how patch filters are made for another number of channels; see `adapt_patch_embedding`.
+        patches: `same`, or `resize`: the patch filters, to another patch size.
 
     Raises:
         WeightsError: another width, depth, patch size, number of registers or feed-forward layer; the message says
@@ -168,18 +193,32 @@ def load_backbone_into(model: VisionTransformer, source: str | Path | Source) ->
     """
     weights = read_weights(source)
     theirs, ours = weights.architecture, model.config
-    words = [
-        f"{field.title} {_shown(theirs, name)} instead of {_shown(ours, name)}"
-        for name, field in ViTConfig.model_fields.items()
-        if name not in ("img_size", *RESIZING) and _shown(theirs, name) != _shown(ours, name)
+    adapted = ["in_chans"] * (channels != "same") + ["patch_size"] * (patches != "same")
+    differs = [
+        name
+        for name in ViTConfig.model_fields
+        if name not in ("img_size", *RESIZING, *adapted) and _shown(theirs, name) != _shown(ours, name)
     ]
-    if words:
+    if differs:
+        words = [
+            f"{ViTConfig.model_fields[name].title} {_shown(theirs, name)} instead of {_shown(ours, name)}"
+            for name in differs
+        ]
         wanted = " ".join(f"student.{key}={spell(value)}" for key, value in student_settings(theirs).items())
+        ways = {"in_chans": "student.pretrained_channels=mean (or repeat, zero-new)",
+                "patch_size": "student.pretrained_patches=resize"}  # fmt: skip
+        adapting = "".join(f"; {way} makes filters of theirs" for name, way in ways.items() if name in differs)
         raise WeightsError(
             f"{weights.source.name} cannot start this model: it has {', '.join(words)}",
-            hint=f"A model that it can start has {wanted}",
+            hint=f"A model that it can start has {wanted}{adapting}",
         )
-    state = dict(weights.state)
+    state, filters = dict(weights.state), "patch_embed.proj.weight"
+    if ours.in_chans != theirs.in_chans:
+        state[filters] = adapt_patch_embedding(state[filters], ours.in_chans, channels)
+        weights.report.notes.append(f"patch filters of {theirs.in_chans} channels made {ours.in_chans} ({channels})")
+    if ours.patch_size != theirs.patch_size:
+        state[filters] = resize_patch_embedding(state[filters], ours.patch_size)
+        weights.report.notes.append(f"patch filters resized from {theirs.patch_size} to {ours.patch_size} pixels")
     if ours.grid != theirs.grid:
         state["pos_embed"] = resize_positions(state["pos_embed"], (ours.grid, ours.grid), theirs)
         weights.report.notes.append(

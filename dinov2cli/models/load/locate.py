@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dinov2cli import distributed
+from dinov2cli.config.images import IMAGENET, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
@@ -161,13 +162,15 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
         WeightsError: it is no readable YAML mapping.
     """
     try:
-        student = (yaml.safe_load(path.read_text()) or {}).get("student") or {}
+        groups = yaml.safe_load(path.read_text()) or {}
+        student, data = groups.get("student") or {}, groups.get("data") or {}
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
     arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
     named = arch._asdict() if arch else {}
     keys = [key for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None]
-    return {"from": str(path), **named, **{key: student[key] for key in keys}}
+    images = {key: data[key] for key in ImageOptions.model_fields if data.get(key) is not None}
+    return {"from": str(path), **named, **{key: student[key] for key in keys}, "images": images}
 
 
 def _config_json_hints(path: Path) -> dict[str, Any]:
@@ -178,4 +181,11 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise WeightsError(f"{path}: not readable JSON (it lies beside the weights)") from None
-    return huggingface.hints(config, str(path))
+    hints = huggingface.hints(config, str(path))
+    processor = path.with_name("preprocessor_config.json")
+    if processor.is_file() and "images" not in hints:
+        said = json.loads(processor.read_text())
+        mean, std = tuple(said.get("image_mean") or ()), tuple(said.get("image_std") or ())
+        if mean and len(mean) == len(std) and (mean, std) != IMAGENET:
+            hints["images"] = {"mean": list(mean), "std": list(std)}
+    return hints

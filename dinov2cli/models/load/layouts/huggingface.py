@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dinov2cli.config.images import Images
 from dinov2cli.config.vit import RESIZING, ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
@@ -112,7 +113,7 @@ def model_type(config: ViTConfig) -> str:
     return "dinov2_with_registers" if config.num_register_tokens else "dinov2"
 
 
-def config_json(config: ViTConfig, classes: int | None = None) -> dict[str, Any]:
+def config_json(config: ViTConfig, images: Images, classes: int | None = None) -> dict[str, Any]:
     """The config.json of such a model; with `classes`, of one that classifies."""
     class_name = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     written: dict[str, Any] = {
@@ -133,6 +134,8 @@ def config_json(config: ViTConfig, classes: int | None = None) -> dict[str, Any]
         # What transformers has no words for: it brings the model back here as it was.
         "dino2": {name: getattr(config, name) for name in RESIZING},
     }
+    if special := images.beside_weights():
+        written["dino2"]["images"] = special
     if config.num_register_tokens:
         written["num_register_tokens"] = config.num_register_tokens
     if classes is not None:
