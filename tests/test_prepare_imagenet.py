@@ -17,7 +17,7 @@ from dinov2cli.config import load_config
 from dinov2cli.data.datasets import UnreadableImage, make_dataset
 from dinov2cli.data.datasets.imagenet import NO_CLASS, Split
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.data.prepare.imagenet import prepare_split
+from dinov2cli.data.prepare.imagenet import entries_of, list_split
 from dinov2cli.data.prepare.labels import Labels, read_labels
 from dinov2cli.errors import DataError
 
@@ -238,8 +238,8 @@ def test_odd_labels_are_read_and_reported(tree: Path, text: str, problem: str) -
     assert labels.names == {FISH: "tench", SHARK: "great white shark, white shark", HEN: "hen"}
     assert labels.class_index() == {FISH: 0, SHARK: 1, HEN: 2}
     assert len(labels.problems) == 1 and problem in labels.problems[0]
-    prepare_split(tree, tree, Split.VAL, labels)
-    assert np.load(tree / "class-ids-VAL.npy").tolist() == [FISH, SHARK]
+    entries = entries_of(list_split(tree, Split.VAL), labels)
+    assert entries[["class_id", "class_index"]].tolist() == [(FISH, 0), (SHARK, 1)]
 
 
 def test_labels_from_folder_names(tree: Path) -> None:
@@ -247,6 +247,84 @@ def test_labels_from_folder_names(tree: Path) -> None:
     assert run("--root", tree, "--write-labels") == 0
     assert (tree / "labels.txt").read_text() == f"{FISH},{FISH}\n{SHARK},{SHARK}\n"
     assert run("--root", tree, "--write-labels") == 2, "it is not overwritten"
+
+
+def test_a_failure_leaves_no_labels_behind(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "labels.txt").unlink()
+    for path in (tree / "val").rglob("*.JPEG"):
+        path.rename(path.with_suffix(".png"))
+    assert run("--root", tree, "--write-labels") == 2
+    assert "val/ holds no image of ImageNet's layout; it holds names such as val/" in capsys.readouterr().err
+    assert not (tree / "labels.txt").exists() and not list(tree.glob("*.npy")), "all is read before anything is written"
+    assert run("--root", tree, "--write-labels", "--check", "--split", "TRAIN") == 2
+    assert not (tree / "labels.txt").exists()
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path) -> Path:
+    """Two classes as Kaggle's archive unpacks them: val/ is flat, the labels lie beside ILSVRC/."""
+    root = tmp_path / "kaggle"
+    data = root / "ILSVRC" / "Data" / "CLS-LOC"
+    for class_id in (FISH, SHARK):
+        (data / "train" / class_id).mkdir(parents=True)
+        for number in (18, 36):
+            (data / "train" / class_id / f"{class_id}_{number}.JPEG").write_bytes(picture())
+    (data / "val").mkdir()
+    (data / "test").mkdir()
+    for number in (1, 2, 3):
+        (data / "val" / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(picture())
+    (data / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(picture())
+    (root / "LOC_synset_mapping.txt").write_text(f"{FISH} tench, Tinca tinca\n{SHARK} great white shark, white shark\n")
+    boxes = {1: f"{FISH} 1 2 30 40 ", 2: f"{SHARK} 5 6 30 40 {SHARK} 9 9 20 20 ", 3: f"{FISH} 0 0 9 9 "}
+    rows = "".join(f"ILSVRC2012_val_{number:08d},{text}\n" for number, text in boxes.items())
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + rows)
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_kaggles_download_as_it_is(kaggle: Path, below: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = kaggle / below
+    assert run("--root", root) == 0
+    said = capsys.readouterr()
+    assert ("Kaggle's download" in said.out) == (below != "ILSVRC/Data/CLS-LOC") and "not of the layout" not in said.err
+    train, val, test = (make_dataset(f"ImageNet:split={split}:root={root}") for split in ("TRAIN", "VAL", "TEST"))
+    assert train.class_names == ("tench, Tinca tinca", "great white shark, white shark")
+    assert train.targets().tolist() == [0, 0, 1, 1] and len(test) == 1
+    labels = {Path(val.path(i)).name: val.target(i) for i in range(3)}
+    assert labels == {f"ILSVRC2012_val_{n:08d}.JPEG": target for n, target in ((1, 0), (2, 1), (3, 0))}
+    assert all(each.image(0).shape == (60, 80, 3) for each in (train, val, test))
+    assert len(list((kaggle / "ILSVRC/Data/CLS-LOC/val").glob("*.JPEG"))) == 3, "nothing is moved"
+
+
+def test_kaggles_files_under_other_names(kaggle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (kaggle / "LOC_synset_mapping.txt").rename(kaggle / "labels.txt")
+    (kaggle / "LOC_val_solution.csv").rename(kaggle / "truth.csv")
+    assert run("--root", kaggle) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lie in no class folders" in said and "--val-labels" in said
+    assert run("--root", kaggle, "--val-labels", kaggle / "truth.csv", "--link") == 0
+    assert "not of the layout" not in capsys.readouterr().err, "the files that have just been linked are not strange"
+    assert make_dataset(f"ImageNet:split=VAL:root={kaggle}").class_names[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_names_of_the_hugging_face_export(tmp_path: Path, flat: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    for class_id in (FISH, SHARK):
+        for number in (10026, 10027):
+            folder = tmp_path / "train" / ("" if flat else class_id)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{class_id}_{number}_{class_id}.JPEG").write_bytes(picture())
+    (tmp_path / "val").mkdir()
+    for number, class_id in ((1, SHARK), (2, FISH)):
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{class_id}.JPEG").write_bytes(picture())
+    assert run("--root", tmp_path, "--write-labels") == 0
+    assert f"the reference implementation expects train/{FISH}/{FISH}_10026.JPEG" in capsys.readouterr().out
+    train, val = (make_dataset(f"ImageNet:split={split}:root={tmp_path}") for split in ("TRAIN", "VAL"))
+    assert train.targets().tolist() == [0, 0, 1, 1] and train.image(3).shape == (60, 80, 3)
+    assert [(Path(val.path(i)).name[:23], val.target(i)) for i in range(2)] == [
+        ("ILSVRC2012_val_00000002", 0), ("ILSVRC2012_val_00000001", 1)
+    ]  # fmt: skip
+    assert val.image(0).shape == (60, 80, 3)
 
 
 def test_missing_or_empty_split(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +335,7 @@ def test_missing_or_empty_split(tree: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(DataError, match="holds no image of ImageNet's layout"):
         for path in (tree / "test").iterdir():
             path.rename(path.with_suffix(".png"))
-        prepare_split(tree, tree, Split.TEST, Labels({}, []))
+        entries_of(list_split(tree, Split.TEST), Labels({}, []))
 
 
 @pytest.fixture
@@ -349,6 +427,19 @@ def test_22k(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert dataset.targets().tolist() == [0, 1, 1] and dataset.class_names == ("n10", "n2")
     assert run("--root", tars, "--extra", extra, "--variant", "22k") == 0
     assert "already prepared" in capsys.readouterr().out
+
+
+def test_22k_leaves_out_what_is_no_image(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "n06470073.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in (47248, 47249, 47250):
+            info = tarfile.TarInfo(f"n06470073_{number}.JPEG")
+            info.size = len(picture())
+            tar.addfile(info, io.BytesIO(picture()))
+    assert run("--root", tmp_path, "--variant", "22k") == 0
+    entries = np.load(tmp_path / "entries.npy")
+    assert entries["filename"].tolist() == ["n06470073_47248.JPEG", "n06470073_47250.JPEG"]
+    assert entries["start_offset"][1] > entries["end_offset"][0], "its bytes belong to no other"
+    assert make_dataset(f"ImageNet22k:root={tmp_path}").image(1).shape == (60, 80, 3)
 
 
 def test_22k_reads_listings_that_are_there(tars: Path) -> None:

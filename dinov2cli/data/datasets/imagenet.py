@@ -14,19 +14,35 @@ NO_CLASS = 2**32 - 1
 """`class_index` of entries without a label, in the metadata files."""
 
 
-class Split(Enum):
-    """A part of ImageNet-1k: its folder, its full number of images, and where in the folder an image lies."""
+FLAT_VAL = "ILSVRC2012_val_{number:08d}.JPEG"
+"""Where a validation image lies as downloaded, from Kaggle or image-net.org: its class is told elsewhere."""
 
-    TRAIN = ("train", 1_281_167, "{class_id}/{class_id}_{number}.JPEG")
-    VAL = ("val", 50_000, "{class_id}/ILSVRC2012_val_{number:08d}.JPEG")
+
+class Split(Enum):
+    """A part of ImageNet-1k: its folder, its full number of images, and where in the folder an image lies.
+
+    The first layout is the reference implementation's; those whose names end in the class are Hugging Face's.
+    """
+
+    TRAIN = ("train", 1_281_167, "{class_id}/{class_id}_{number}.JPEG",
+             "{class_id}/{class_id}_{number}_{class_id}.JPEG", "{class_id}_{number}_{class_id}.JPEG")  # fmt: skip
+    VAL = ("val", 50_000, "{class_id}/ILSVRC2012_val_{number:08d}.JPEG",
+           "{class_id}/ILSVRC2012_val_{number:08d}_{class_id}.JPEG", "ILSVRC2012_val_{number:08d}_{class_id}.JPEG",
+           FLAT_VAL)  # fmt: skip
     TEST = ("test", 100_000, "ILSVRC2012_test_{number:08d}.JPEG")
 
-    def __init__(self, folder: str, full_size: int, layout: str) -> None:
-        self.folder, self.full_size, self.layout = folder, full_size, layout
+    def __init__(self, folder: str, full_size: int, *layouts: str) -> None:
+        self.folder, self.full_size, self.layouts = folder, full_size, layouts
 
-    def image_path(self, class_id: str, actual_index: int) -> str:
+    def image_path(self, class_id: str, actual_index: int, layout: str | None = None) -> str:
         """Path of an image relative to the dataset's root."""
-        return f"{self.folder}/{self.layout.format(class_id=class_id, number=actual_index)}"
+        return f"{self.folder}/{(layout or self.layouts[0]).format(class_id=class_id, number=actual_index)}"
+
+
+def data_root(root: Path) -> Path:
+    """The folder of train/, val/ and test/: `root`, or where Kaggle's download has them below it."""
+    places = (root, *(root / below for below in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")))
+    return next((place for place in places if any((place / split.folder).is_dir() for split in Split)), root)
 
 
 class ImageNet(ImageDataset):
@@ -34,7 +50,7 @@ class ImageNet(ImageDataset):
 
     Args:
         split: TRAIN, VAL or TEST.
-        root: the folder that holds train/, val/, test/.
+        root: the folder that holds train/, val/, test/, or Kaggle's download, which has them in ILSVRC/Data/CLS-LOC.
         extra: the folder of the metadata files; by default `root`.
 
     Raises:
@@ -45,11 +61,11 @@ class ImageNet(ImageDataset):
         if split not in Split.__members__:
             raise DataError(f"ImageNet has no split {split!r}; it has TRAIN, VAL and TEST")
         self.split = Split[split]
-        self.root = Path(root).expanduser()
-        self.extra = Path(extra).expanduser() if extra else self.root
+        given = Path(root).expanduser()
+        self.root, self.extra = data_root(given), Path(extra).expanduser() if extra else given
         entries = self.extra / f"entries-{split}.npy"
         if not entries.is_file():
-            remedy = f"dino2 prepare-imagenet --root {self.root} --extra {self.extra} --split {split}"
+            remedy = f"dino2 prepare-imagenet --root {given} --extra {self.extra} --split {split}"
             raise DataError(f"{entries} does not exist: this ImageNet has not been prepared", remedy)
         self._entries = RecordFile(entries)
 
@@ -65,8 +81,18 @@ class ImageNet(ImageDataset):
         return read_file(self.path(index))
 
     def path(self, index: int) -> str:
+        return self._path(index, self._layout)
+
+    def _path(self, index: int, layout: str) -> str:
         entry = self._entries[index]
-        return str(self.root / self.split.image_path(str(entry["class_id"]), int(entry["actual_index"])))
+        return str(self.root / self.split.image_path(str(entry["class_id"]), int(entry["actual_index"]), layout))
+
+    @cached_property
+    def _layout(self) -> str:
+        """The one in which the first image, or one of the others, is there."""
+        looked_at = dict.fromkeys((0, len(self) // 2, len(self) - 1)) if len(self) else ()
+        there = (layout for i in looked_at for layout in self.split.layouts if Path(self._path(i, layout)).is_file())
+        return next(there, self.split.layouts[0])
 
     def target(self, index: int) -> int:
         class_index = int(self._entries[index]["class_index"])

@@ -34,21 +34,20 @@ def check_split(root: Path, listing: SplitListing, labels: Labels) -> SplitRepor
     Notes say what a subset lacks; problems are what a training would trip over.
     """
     split = listing.split
-    with_images = [c for c in listing.classes if c.actual_indices]
-    counts = [len(c.actual_indices) for c in with_images] or [0]
+    counts = [len(numbers) for numbers in listing.classes.values()] or [0]
     notes, problems = [], []
     if listing.images != split.full_size:
         notes.append(f"{listing.images} of the {split.full_size} images of the full {split.name}")
     if listing.images == 0:
         problems.append(f"{split.folder}/ holds no image")
-    have = {c.class_id for c in with_images}
-    names = dict.fromkeys(have, "") if split is Split.TEST else labels.names
-    if missing := [class_id for class_id in names if class_id not in have]:
+    names = dict.fromkeys(listing.classes, "") if split is Split.TEST else labels.names
+    if missing := [class_id for class_id in names if class_id not in listing.classes]:
         notes.append(f"{len(missing)} classes of labels.txt without images: {_first(missing)}")
-    paths = [root / split.image_path(c.class_id, n) for c in listing.classes for n in c.actual_indices]
+    layout = listing.layout
+    paths = [root / split.image_path(c, n, layout) for c, numbers in listing.classes.items() for n in numbers]
     for what, found in (
-        ("class folders that labels.txt does not name", sorted(have - names.keys())),
-        ("class folders without images", [c.class_id for c in listing.classes if c.class_id and not c.actual_indices]),
+        ("class folders that labels.txt does not name", sorted(listing.classes.keys() - names.keys())),
+        ("class folders without images", listing.without_images),
         ("names that are not of the layout", listing.unexpected),
         ("empty files", [str(path.relative_to(root)) for path in paths if _size(path) == 0]),
     ):
@@ -61,7 +60,7 @@ def check_split(root: Path, listing: SplitListing, labels: Labels) -> SplitRepor
         except UnreadableImage as error:
             problems.append(error.message)
     limits = (min(counts), int(np.median(counts)), max(counts))
-    return SplitReport(split.name, listing.images, len(with_images), limits, len(sample), notes, problems)
+    return SplitReport(split.name, listing.images, len(listing.classes), limits, len(sample), notes, problems)
 
 
 def _size(path: Path) -> int:

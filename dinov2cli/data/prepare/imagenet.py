@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -9,117 +11,91 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2cli.console import progress
-from dinov2cli.data.datasets.imagenet import NO_CLASS, Split
-from dinov2cli.data.prepare.labels import Labels
+from dinov2cli.data.datasets.imagenet import FLAT_VAL, NO_CLASS, Split
+from dinov2cli.data.prepare.labels import SOLUTION, Labels
 from dinov2cli.errors import DataError
 from dinov2cli.files import write_array
 
 SCAN_THREADS = 16
 
 
-class ClassListing(NamedTuple):
-    """One class folder (or the test folder, with an empty id): the images' numbers, by file name, and the rest."""
-
-    class_id: str
-    actual_indices: list[int]
-    unexpected: list[str]
-
-
 class SplitListing(NamedTuple):
-    """What a split's folder holds."""
+    """What a split's folder holds.
+
+    layout: of the split's layouts the one that most names are of. classes: the images' numbers, by class id (that of
+    the test images is empty) and file name. without_images: class folders. unexpected: paths relative to the root.
+    """
 
     split: Split
-    classes: list[ClassListing]
-    unexpected: list[str]  # paths relative to the root
+    layout: str
+    classes: dict[str, list[int]]
+    without_images: list[str]
+    unexpected: list[str]
 
     @property
     def images(self) -> int:
-        return sum(len(listing.actual_indices) for listing in self.classes)
+        return sum(map(len, self.classes.values()))
 
 
-class Prepared(NamedTuple):
-    """What became of a split. `written` false: its files were there already, `stale`: older than its folders."""
-
-    split: Split
-    images: int
-    files: list[Path]
-    written: bool
-    stale: bool
-    unexpected: list[str]
-
-
-def prepare_split(root: Path, extra: Path, split: Split, labels: Labels, *, force: bool = False) -> Prepared:
-    """Write a split's metadata files, unless they are there and not to be forced.
-
-    Raises:
-        DataError: no folder, no images, or a class that `labels` does not name.
-    """
-    files = metadata_files(extra, split)
-    if not force and all(path.is_file() for path in files):
-        images = len(np.load(files[0], mmap_mode="r"))
-        return Prepared(split, images, files, written=False, stale=changed_since(root, extra, split), unexpected=[])
-    listing = list_split(root, split)
-    if listing.images == 0:
-        seen = f"; it holds names such as {listing.unexpected[0]}" if listing.unexpected else ""
-        hint = "Raw validation images are sorted with --val-labels." if split is Split.VAL else None
-        raise DataError(f"{root / split.folder} holds no image of ImageNet's layout{seen}", hint)
-    write_metadata(extra, split, entries_of(listing, labels))
-    return Prepared(split, listing.images, files, written=True, stale=False, unexpected=listing.unexpected)
-
-
-def list_split(root: Path, split: Split) -> SplitListing:
+def list_split(root: Path, split: Split, val_labels: Mapping[int, str] | None = None) -> SplitListing:
     """Find a split's images. Files whose name is not of the layout are left out and listed as unexpected.
 
+    Args:
+        val_labels: class id by number, for validation images whose class is in neither their folder nor their name.
+
     Raises:
-        DataError: the split's folder is missing.
+        DataError: the split's folder is missing, has no image, or has validation images without a class.
     """
     folder = root / split.folder
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; the layout is <root>/train/<class id>/<class id>_<n>.JPEG, "
                         "<root>/val/<class id>/ILSVRC2012_val_<8 digits>.JPEG, "
                         "<root>/test/ILSVRC2012_test_<8 digits>.JPEG")  # fmt: skip
-    if split is Split.TEST:
-        listings = [_list_class(folder, split, "")]
-        loose: list[str] = []
-    else:
-        names = _names_in(folder)
-        loose = [f"{split.folder}/{name}" for name, is_folder in names if not is_folder]
-        class_ids = [name for name, is_folder in names if is_folder]
-        with progress() as bar, ThreadPoolExecutor(SCAN_THREADS) as pool:
-            found = pool.map(lambda class_id: _list_class(folder / class_id, split, class_id), class_ids)
-            listings = list(bar.track(found, total=len(class_ids), description=f"Listing {split.folder}"))
-    unexpected = [os.path.join(split.folder, c.class_id, name) for c in listings for name in c.unexpected]
-    return SplitListing(split, listings, loose + unexpected)
+    names = _names_in(folder)
+    folders = [] if split is Split.TEST else [name for name in names if name.endswith("/")]
+    with progress() as bar, ThreadPoolExecutor(SCAN_THREADS) as pool:
+        found = pool.map(lambda name: [name + inside for inside in _names_in(folder / name)], folders)
+        inside = list(bar.track(found, total=len(folders), description=f"Listing {split.folder}"))
+    loose = [name for name in names if name not in {*folders}]
+    paths = [*loose, *(path for listed in inside for path in listed)]
+    listing = max((_sort_out(split, layout, paths) for layout in split.layouts), key=lambda found: found.images)
+    if listing.layout == FLAT_VAL and listing.images:
+        listing = listing._replace(classes=_by_labels(folder, listing.classes[""], val_labels))
+    elif split is Split.VAL:  # files that stay where they were, with a link from the class folder
+        linked = {f"val/{FLAT_VAL.format(number=n)}" for numbers in listing.classes.values() for n in numbers}
+        listing = listing._replace(unexpected=[path for path in listing.unexpected if path not in linked])
+    return listing._replace(without_images=[n[:-1] for n in folders if n[:-1] not in listing.classes])
 
 
 def entries_of(listing: SplitListing, labels: Labels) -> np.ndarray:
     """Structured [actual_index <u4, class_index <u4, class_id U, class_name U], in the order of class and file name.
 
     Raises:
-        DataError: a class folder that labels.txt does not name.
+        DataError: no images, or a class folder that labels.txt does not name.
     """
-    if unknown := [c.class_id for c in listing.classes if c.class_id and c.class_id not in labels.names]:
+    split = listing.split
+    if listing.images == 0:
+        seen = f"; it holds names such as {listing.unexpected[0]}" if listing.unexpected else ""
+        raise DataError(f"{split.folder}/ holds no image of ImageNet's layout{seen}")
+    named = [*listing.classes, *listing.without_images]
+    if unknown := [class_id for class_id in named if class_id and class_id not in labels.names]:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        folder = listing.split.folder
-        raise DataError(f"labels.txt does not name {len(unknown)} of the class folders of {folder}/: {shown}")
+        raise DataError(f"labels.txt does not name {len(unknown)} of the class folders of {split.folder}/: {shown}")
     index_of = labels.class_index()
-    with_images = [c for c in listing.classes if c.actual_indices]
-    id_length = max((len(c.class_id) for c in with_images), default=0)
-    name_length = max((len(labels.names.get(c.class_id, "")) for c in with_images), default=0)
     columns = {
         "actual_index": "<u4",
         "class_index": "<u4",
-        "class_id": f"U{id_length}",
-        "class_name": f"U{name_length}",
+        "class_id": f"U{max(map(len, listing.classes))}",
+        "class_name": f"U{max(len(labels.names.get(class_id, '')) for class_id in listing.classes)}",
     }
     entries = np.empty(listing.images, dtype=np.dtype(list(columns.items())))
     start = 0
-    for found in with_images:
-        part = entries[start : start + len(found.actual_indices)]
-        part["actual_index"] = found.actual_indices
-        part["class_index"] = index_of[found.class_id] if found.class_id else NO_CLASS
-        part["class_id"] = found.class_id
-        part["class_name"] = labels.names.get(found.class_id, "")
+    for class_id, numbers in listing.classes.items():
+        part = entries[start : start + len(numbers)]
+        part["actual_index"] = numbers
+        part["class_index"] = index_of[class_id] if class_id else NO_CLASS
+        part["class_id"] = class_id
+        part["class_name"] = labels.names.get(class_id, "")
         start += len(part)
     return entries
 
@@ -152,21 +128,35 @@ def changed_since(root: Path, extra: Path, split: Split) -> bool:
     return max([folder.stat().st_mtime, *times]) > written
 
 
-def _list_class(folder: Path, split: Split, class_id: str) -> ClassListing:
-    number = {Split.TRAIN: r"(0|[1-9]\d*)", Split.VAL: r"(\d{8})", Split.TEST: r"(\d{8})"}[split]
-    prefix = {Split.TRAIN: re.escape(class_id), Split.VAL: "ILSVRC2012_val", Split.TEST: "ILSVRC2012_test"}[split]
-    pattern = re.compile(rf"{prefix}_{number}\.JPEG")
-    actual_indices, unexpected = [], []
-    for name, is_folder in _names_in(folder):
-        found = pattern.fullmatch(name)
-        if found and not is_folder:
-            actual_indices.append(int(found[1]))
+def _sort_out(split: Split, layout: str, paths: list[str]) -> SplitListing:
+    """Which paths, relative to the split's folder, are of a layout, and which are not."""
+    number = r"(?P<number>0|[1-9]\d*)" if split is Split.TRAIN else r"(?P<number>\d{8})"
+    text = re.sub(r"\\\{number[^}]*\}", lambda _: number, re.escape(layout))
+    text = text.replace(r"\{class_id\}", "(?P<class_id>[^/]+)", 1).replace(r"\{class_id\}", "(?P=class_id)")
+    pattern, classes, unexpected = re.compile(text), defaultdict[str, list[int]](list), []
+    for path in paths:
+        if found := pattern.fullmatch(path):
+            classes[found.groupdict().get("class_id", "")].append(int(found["number"]))
         else:
-            unexpected.append(name)
-    return ClassListing(class_id, actual_indices, unexpected)
+            unexpected.append(f"{split.folder}/{path}")
+    return SplitListing(split, layout, dict(sorted(classes.items())), [], unexpected)
 
 
-def _names_in(folder: Path) -> list[tuple[str, bool]]:
-    """What is in a folder and not hidden, sorted, and whether it is a folder."""
+def _by_labels(val: Path, numbers: list[int], labels: Mapping[int, str] | None) -> dict[str, list[int]]:
+    if labels is None:
+        raise DataError(f"{val}: the images lie in no class folders, and their names do not tell the class",
+                        "--val-labels FILE sorts them; --split TRAIN prepares the others without them.")  # fmt: skip
+    if unknown := [number for number in numbers if number not in labels]:
+        first = FLAT_VAL.format(number=unknown[0])
+        raise DataError(f"{SOLUTION} has no label for {len(unknown)} images of {val}, the first {first}")
+    classes: dict[str, list[int]] = {}
+    for number in sorted(numbers):
+        classes.setdefault(labels[number], []).append(number)
+    return dict(sorted(classes.items()))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What is in a folder and not hidden, sorted; folders end with a slash."""
     with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        names = [entry.name + "/" * entry.is_dir() for entry in entries if not entry.name.startswith(".")]
+    return sorted(names)

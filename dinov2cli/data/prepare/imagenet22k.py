@@ -16,6 +16,8 @@ from dinov2cli.files import write_array, write_text, writing
 SCAN_THREADS = 8
 LARGEST_TAR = 2**32 - 1
 END_OF_TAR = "** Block of NULs **"
+NOT_IMAGES = {"n06470073_47249.JPEG"}
+"""Left out, as in the reference implementation: with it, the index of every later image would be another."""
 _LINE = re.compile(r"block (\d+): (.*)")
 
 
@@ -74,7 +76,8 @@ def members_of(root: Path, class_id: str) -> list[Member]:
     size = (root / f"{class_id}.tar").stat().st_size
     if edges != sorted(edges) or edges[-1] * BLOCK > size:
         raise DataError(f"{log}: does not fit {class_id}.tar; delete it to have it written from the tar")
-    return [Member(start * BLOCK, end * BLOCK, name) for (start, name), end in zip(blocks[:-1], edges[1:], strict=True)]
+    members = [Member(start * BLOCK, end * BLOCK, name) for (start, name), end in zip(blocks, edges[1:], strict=False)]
+    return [member for member in members if member.filename not in NOT_IMAGES]
 
 
 def block_listing(tar_path: Path) -> str:

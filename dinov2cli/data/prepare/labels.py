@@ -1,11 +1,16 @@
-"""`labels.txt` of ImageNet-1k: `wnid,name` lines, in class-index order."""
+"""The classes of ImageNet-1k: `labels.txt` (`wnid,name` lines), or what Kaggle gives in its place."""
 
 import csv
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from dinov2cli.errors import DataError
 from dinov2cli.files import write_text, writing
+
+MAPPING = "LOC_synset_mapping.txt"
+SOLUTION = "LOC_val_solution.csv"
+_SYNSET = re.compile(r"n\d{8}\s+\S.*")
 
 
 class Labels(NamedTuple):
@@ -19,15 +24,27 @@ class Labels(NamedTuple):
         return {class_id: index for index, class_id in enumerate(sorted(self.names))}
 
 
-def read_labels(root: Path) -> Labels:
-    """Read `<root>/labels.txt`: UTF-8, quotes around names with commas, any line ends.
+def kaggle_file(name: str, root: Path, data: Path) -> Path | None:
+    """A file of Kaggle's download: at the root, or up to three folders above the images; None if there is none."""
+    return next((path for place in (root, *data.parents[:3]) if (path := place / name).is_file()), None)
+
+
+def read_labels(root: Path, data: Path | None = None) -> Labels:
+    """Read labels.txt (UTF-8, quotes around names with commas, any line ends), else Kaggle's LOC_synset_mapping.txt.
+
+    Args:
+        root: where it lies.
+        data: the folder of train/ and val/, where it is another one.
 
     Raises:
         DataError: no such file, or a line that cannot be read.
     """
-    path = root / "labels.txt"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist", "--write-labels makes one from the names of the class folders.")
+    data = data or root
+    found = next((path for place in (root, data) if (path := place / "labels.txt").is_file()), None)
+    path = found or kaggle_file(MAPPING, root, data)
+    if path is None:
+        raise DataError(f"{root / 'labels.txt'} does not exist",
+                        "--write-labels makes one from the ids of the classes.")  # fmt: skip
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -35,7 +52,9 @@ def read_labels(root: Path) -> Labels:
     names: dict[str, str] = {}
     problems = []
     lines = text.splitlines()
-    for number, row in enumerate(csv.reader(lines), start=1):
+    as_kaggle = all(_SYNSET.fullmatch(line) for line in lines if line.strip())
+    rows = (line.split(maxsplit=1) for line in lines) if as_kaggle else csv.reader(lines)
+    for number, row in enumerate(rows, start=1):
         if not row:
             continue
         if len(row) < 2 or not row[0].strip():
@@ -56,13 +75,7 @@ def read_labels(root: Path) -> Labels:
     return Labels(names, problems)
 
 
-def write_labels(root: Path, class_ids: list[str]) -> Path:
-    """Write `<root>/labels.txt` with each class id as its own name. Raises DataError if there is one already."""
-    path = root / "labels.txt"
-    if path.exists():
-        raise DataError(f"{path} exists already; it is not overwritten")
-    if not class_ids:
-        raise DataError(f"{root} has no class folders in train/ or val/ to make labels.txt from")
+def write_labels(path: Path, labels: Labels) -> None:
+    """Write a labels.txt. Raises EnvironmentProblem where it cannot be written."""
     with writing(path):
-        write_text(path, "".join(f"{class_id},{class_id}\n" for class_id in sorted(class_ids)), flush=True)
-    return path
+        write_text(path, "".join(f"{class_id},{name}\n" for class_id, name in labels.names.items()), flush=True)

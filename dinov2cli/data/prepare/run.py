@@ -2,13 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from dinov2cli.console import err, out
-from dinov2cli.data.datasets.imagenet import Split
+from dinov2cli.data.datasets.imagenet import Split, data_root
 from dinov2cli.data.prepare.check import check_split
-from dinov2cli.data.prepare.imagenet import list_split, prepare_split
+from dinov2cli.data.prepare.imagenet import (
+    SplitListing,
+    changed_since,
+    entries_of,
+    list_split,
+    metadata_files,
+    write_metadata,
+)
 from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
-from dinov2cli.data.prepare.labels import Labels, read_labels, write_labels
-from dinov2cli.data.prepare.val_folders import sort_val
+from dinov2cli.data.prepare.labels import SOLUTION, Labels, kaggle_file, read_labels, write_labels
+from dinov2cli.data.prepare.val_folders import read_val_labels, sort_val
 from dinov2cli.errors import DataError
 from dinov2cli.requests.tools import PrepareImagenetRequest
 
@@ -27,41 +36,67 @@ def run(request: PrepareImagenetRequest) -> None:
 
 
 def _prepare_1k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:
+    data = data_root(root)
+    if data != root:
+        _say(f"Kaggle's download: the images are in {data}")
     if request.val_labels is not None:
-        count = sort_val(root, request.val_labels, "link" if request.link else "move")
+        count = sort_val(data, request.val_labels, "link" if request.link else "move")
         _say(f"val: {count} images {'linked from' if request.link else 'moved to'} their class folders")
-    splits = [Split[name] for name in request.split] or [s for s in Split if (root / s.folder).is_dir()]
+    splits = [Split[name] for name in request.split] or [s for s in Split if (data / s.folder).is_dir()]
     if not splits:
         raise DataError(f"{root} has no train/, val/ or test/ folder")
-    if request.write_labels:
-        class_ids = {p.name for s in (Split.TRAIN, Split.VAL) for p in (root / s.folder).glob("[!.]*") if p.is_dir()}
-        _say(f"wrote {write_labels(root, sorted(class_ids))}")
-    labels = Labels({}, []) if splits == [Split.TEST] else read_labels(root)
+    new = [s for s in splits if request.force or not all(path.is_file() for path in metadata_files(extra, s))]
+    solution = kaggle_file(SOLUTION, root, data)
+    val_labels = read_val_labels(solution) if solution else None
+    listings = [list_split(data, s, val_labels) for s in (splits if request.check or request.write_labels else new)]
+    labels = _labels(root, data, listings, request)
     if request.check:
-        return _check(root, splits, labels)
+        return _check(data, listings, labels)
+    # All is read and checked before the first file is written.
+    entries = {listing.split: entries_of(listing, labels) for listing in listings if listing.split in new}
+    if request.write_labels:
+        write_labels(root / "labels.txt", labels)
+        _say(f"wrote {root / 'labels.txt'}")
     for problem in labels.problems:
         _warn(problem)
-    for split in splits:
-        done = prepare_split(root, extra, split, labels, force=request.force)
-        if not done.written:
-            _say(f"{split.name}: {done.images} images, already prepared in {extra}")
-            if done.stale:
-                _warn(f"{root / split.folder} has changed since; --force writes the files anew")
-            continue
-        _say(f"{split.name}: {done.images} images -> {', '.join(path.name for path in done.files)} in {extra}")
-        if done.images != split.full_size:
+    for split in [split for split in splits if split not in new]:
+        count = len(np.load(metadata_files(extra, split)[0], mmap_mode="r"))
+        _say(f"{split.name}: {count} images, already prepared in {extra}")
+        if changed_since(data, extra, split):
+            _warn(f"{data / split.folder} has changed since; --force writes the files anew")
+    for listing in [listing for listing in listings if listing.split in new]:
+        split = listing.split
+        write_metadata(extra, split, entries[split])
+        files = ", ".join(path.name for path in metadata_files(extra, split))
+        _say(f"{split.name}: {listing.images} images -> {files} in {extra}")
+        if listing.layout != split.layouts[0]:
+            class_id, (number, *_) = next(iter(listing.classes.items()))
+            here, elsewhere = (split.image_path(class_id, number, layout) for layout in (listing.layout, None))
+            _say(f"{split.name}: read where it is, as {here}; the reference implementation expects {elsewhere}")
+        if listing.images != split.full_size:
             _warn(f"a subset: the full {split.name} has {split.full_size} images")
-        if done.unexpected:
-            shown = ", ".join(done.unexpected[:3])
-            _warn(f"left out {len(done.unexpected)} names that are not of the layout, such as {shown}")
+        if listing.unexpected:
+            shown = ", ".join(listing.unexpected[:3])
+            _warn(f"left out {len(listing.unexpected)} names that are not of the layout, such as {shown}")
 
 
-def _check(root: Path, splits: list[Split], labels: Labels) -> None:
+def _labels(root: Path, data: Path, listings: list[SplitListing], request: PrepareImagenetRequest) -> Labels:
+    """The classes that a request wants: read, or made of the ids that were found."""
+    if request.write_labels:
+        if (path := root / "labels.txt").exists():
+            raise DataError(f"{path} exists already; it is not overwritten")
+        if not (ids := sorted({i for it in listings for i in (*it.classes, *it.without_images)} - {""})):
+            raise DataError(f"{root} has no classes in train/ or val/ to make labels.txt from")
+        return Labels(dict(zip(ids, ids, strict=True)), [])
+    return Labels({}, []) if all(it.split is Split.TEST for it in listings) else read_labels(root, data)
+
+
+def _check(root: Path, listings: list[SplitListing], labels: Labels) -> None:
     problems = list(labels.problems)
-    for split in splits:
-        report = check_split(root, list_split(root, split), labels)
+    for listing in listings:
+        report = check_split(root, listing, labels)
         least, median, most = report.counts
-        per_class = f", {least} / {median} / {most} a class (least, median, most)" if split.name != "TEST" else ""
+        per_class = f", {least} / {median} / {most} a class (least, median, most)" if report.split != "TEST" else ""
         _say(f"{report.split}: {report.images} images in {report.classes} classes{per_class}; opened {report.opened}")
         for note in report.notes:
             _say(f"  {note}")
