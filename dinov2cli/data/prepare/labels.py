@@ -40,8 +40,8 @@ def read_labels(root: Path, data: Path | None = None) -> Labels:
         DataError: no such file, or a line that cannot be read.
     """
     data = data or root
-    found = next((path for place in (root, data) if (path := place / "labels.txt").is_file()), None)
-    path = found or kaggle_file(MAPPING, root, data)
+    own = next((place / "labels.txt" for place in (root, data) if (place / "labels.txt").is_file()), None)
+    path = own or kaggle_file(MAPPING, root, data)
     if path is None:
         raise DataError(f"{root / 'labels.txt'} does not exist",
                         "--write-labels makes one from the ids of the classes.")  # fmt: skip
