@@ -18,7 +18,8 @@ class MaskingGenerator:
     """Draws masks made of rectangular blocks.
 
     Args:
-        height, width: of the image, in patches.
+        height: of the image, in patches.
+        width: likewise.
         max_patches: largest area of a block, as `max_block_patches` gives.
     """
 

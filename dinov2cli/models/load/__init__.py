@@ -76,9 +76,10 @@ def load_model(
         pretrained: False gives a released name's architecture with random weights.
         config_file: a run's config.yaml, where none lies beside the weights.
         num_heads: attention heads, where neither the width nor a config tells.
-        interpolate_antialias, interpolate_offset: how position embeddings are resized. No weights show it: by default
-            as the config says, else as the released models do it (with registers antialiased and exact, without them
-            neither, with an offset of 0.1).
+        interpolate_antialias: how position embeddings are resized, which no weights show: by default as the config
+            says, else as the released models do it (with registers antialiased and exact, without them neither, with
+            an offset of 0.1).
+        interpolate_offset: likewise.
         in_chans: image channels other than the weights' three. One channel sums the patch filters, so that a grey
             image gives the features of its colour version; C channels repeat them cyclically, times 3/C.
         size_policy: what to do with images whose sides are no multiples of the patch size: `error`, `pad` (zeros to

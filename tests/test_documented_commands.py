@@ -1,0 +1,216 @@
+"""What README.md and docs/ say to type is typed: blocks run page by page, in order, with small data and tiny networks.
+
+A block that needs what is not here says so in a comment before it, `<!-- not run: REASON -->`. Its words, as those of
+all others and of the examples of `--help`, are given to the real command line, which must take them.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_pca_video import write_video
+from tiny_run import TINY, write_images
+
+from dinov2cli.cli import command as command_line
+from dinov2cli.cli.main import TREE, app
+from dinov2cli.config import load_config
+from dinov2cli.config.tree import FIELDS
+from dinov2cli.errors import Dino2Error
+from dinov2cli.launch import training
+from dinov2cli.launch.local import Elsewhere
+from dinov2cli.requests.base import Request
+from dinov2cli.requests.train import ConfiguredRequest, TrainRequest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SHELL, PROGRAM, NEITHER = {"sh", "bash", "console"}, {"python"}, {"", "text", "yaml", "json"}
+SMALLER = {
+    "train": TINY,
+    "bench train": [*TINY, "--steps", "1"],
+    "bench extract": [*TINY, "--batches", "1", "--image-size", "32"],
+    "bench augment": [*TINY, "--images", "8", "--repeats", "1", "--workers", "0"],
+    "bench knn": ["--queries", "100", "--keys", "1000"],
+    "bench logreg": ["--images", "200", "--every", "45"],
+    "bench linear": ["--steps", "1"],
+    "eval linear": ["--epochs", "1", "--epoch-length", "3"],
+    "linear": ["--epochs", "1", "--epoch-length", "3"],
+}
+"""What is typed behind the words of a command, to make it a matter of seconds."""
+
+
+class Block(NamedTuple):
+    """A block of a page; `reason` says why it is not run, if so."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(path: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, in order."""
+    lines, name = path.read_text().splitlines(), str(path.relative_to(ROOT))
+    opened, before = 0, ""
+    for number, line in enumerate(lines, start=1):
+        if line.startswith("```") and not opened:
+            opened, language = number, line.removeprefix("```").split(" ")[0]
+        elif line.startswith("```"):
+            reason = re.fullmatch(r"<!-- not run: (.+) -->", before)
+            text = "\n".join(lines[opened : number - 1])
+            yield Block(name, opened, language, text, reason and reason[1])
+            opened, before = 0, ""
+        elif line.strip() and not opened:
+            before = line.strip()
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+RUN = {page: [each for each in BLOCKS if each.page == page and each.reason is None and each.language not in NEITHER]
+       for page in dict.fromkeys(block.page for block in BLOCKS)}  # fmt: skip
+EXAMPLES = [
+    (f"{each.words} --help", line.strip())
+    for each in TREE.walk()
+    for line in each.help.partition("Example:")[2].splitlines()
+    if line.strip()
+]
+
+
+def lines_for_dino2(text: str) -> Iterator[list[str]]:
+    """The words behind `dino2`, of each line that calls it, by itself or through a launcher."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        for start, word in enumerate(words):
+            if word.rpartition("/")[2] == "dino2" or words[start : start + 2] == ["-m", "dinov2cli"]:
+                found = words[start + (1 if word != "-m" else 2) :]
+                ends = [found.index(sign) for sign in ("&&", "|", ">", ";", "||", "&") if sign in found]
+                yield found[: min(ends, default=len(found))]
+
+
+def request_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Request | None:
+    """What the real command line makes of the words; None for `--help` and the like. Nothing is done."""
+    found: list[Request] = []
+    monkeypatch.setattr(command_line, "perform", found.append)
+    with pytest.raises(SystemExit) as stop:
+        app(words)
+    assert not stop.value.code, f"dino2 {shlex.join(words)}"
+    return found[0] if found else None
+
+
+def assert_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command, option, preset and key exists, every value fits; Slurm's options make a script."""
+    request = request_of(words, monkeypatch)
+    changes = getattr(request, "overrides", None) or [word for word in getattr(request, "arguments", ()) if "=" in word]
+    if isinstance(request, ConfiguredRequest) or changes:
+        load_config(getattr(request, "preset", None), overrides=changes)
+    if isinstance(request, TrainRequest) and request.slurm.is_asked:
+        asked = request.model_copy(update={"dry_run": True, "config_file": None, "output_dir": Path("runs/some")})
+        assert isinstance(training.launch(asked), Elsewhere)
+
+
+@pytest.mark.parametrize(("where", "line"), EXAMPLES, ids=[f"{where} {line}"[:80] for where, line in EXAMPLES])
+def test_examples_of_help_are_taken(where: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list(lines_for_dino2(line))
+    assert calls, f"{where}: {line!r} does not call dino2"
+    for words in calls:
+        assert_taken(words, monkeypatch)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_words_of_a_block_are_taken(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert block.language in SHELL | PROGRAM | NEITHER, f"{block.name}: ```{block.language} is none that is looked at"
+    if block.language in NEITHER:
+        typed = re.findall(r"^\s*(?:\$ )?(?:dino2|python|pip) .*", block.text, re.MULTILINE)
+        assert not typed, f"{block.name}: commands stand in ```sh: {typed}"
+    elif block.language in PROGRAM:
+        compile(block.text, block.name, "exec")
+    else:
+        for words in lines_for_dino2(block.text):
+            try:
+                assert_taken(words, monkeypatch)
+            except Dino2Error as error:
+                pytest.fail(f"{block.name}: dino2 {' '.join(words)}\n{error}")
+
+
+WRONG = [
+    "dino2 trian", "dino2 train --output RUN", "dino2 train --preset vits", "dino2 train optim.epoch=3", "dino2 info",
+    "dino2 embed RUN --data D --output F --batch-size none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_dino2_does_not_take_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = lines_for_dino2(f".venv/bin/{line} && ls  # and so on")
+    with pytest.raises((Dino2Error, AssertionError)):
+        assert_taken(words, monkeypatch)
+
+
+def test_the_pages_of_commands_and_keys_are_up_to_date(tmp_path: Path) -> None:
+    reference = runpy.run_path(str(ROOT / "docs/reference.py"))
+    for path in reference["write"](tmp_path):
+        assert path.read_text() == (ROOT / "docs" / path.name).read_text(), "python docs/reference.py writes them anew"
+    text = (tmp_path / "commands.md").read_text() + (tmp_path / "configuration.md").read_text()
+    for each in (option for command in TREE.walk() if command.request for option in command.options):
+        assert each.name == "help" or all(f"`{flag}`" in text for flag in each.flags)
+    for key, field in FIELDS.items():
+        assert f"`{key.partition('.')[2]}`" in text and len(field.description or "") > 5, key
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with what the pages take for granted: photos, labelled photos, a video, a trained model."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("photos", "labelled/train", "labelled/val"):
+        write_images(home / name, per_class=6)
+    shutil.copytree(home / "photos/class0", home / "album")
+    write_video(home / "holiday.mp4")
+    words = ["train", "--data", str(home / "photos"), "--output-dir", str(home / "runs/photos"), "--cpu", *TINY]
+    subprocess.run([sys.executable, "-m", "dinov2cli", *words], check=True, capture_output=True, timeout=300)
+    return home
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
+def test_blocks_of_a_page_run(page: str, data: Path, tmp_path: Path) -> None:
+    """In a folder in which lies what `data` has, but for the model where the page itself trains it."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(data, home)
+    for name in ("holiday.mp4", "labelled", "album"):
+        (here / name).symlink_to(home / name)
+    if not any(re.search(r"dino2 train.* --output-dir runs/photos", block.text) for block in RUN[page]):
+        (home / "runs").rename(here / "runs")
+    for name, photo in zip(("dog.jpg", "other-dog.jpg"), sorted(home.glob("photos/*/*.png")), strict=False):
+        (here / name).symlink_to(photo)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    wrapper = f"#!{sys.executable}\nfrom dinov2cli.cli.main import main\n{SHORTENED}".replace("SMALLER", repr(SMALLER))
+    (programs / "dino2").write_text(wrapper)
+    (programs / "dino2").chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = {**os.environ, "PATH": path, "HOME": str(home), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    settings["DINO2_CACHE"] = str(tmp_path / "cache")
+    for block in RUN[page]:
+        program = ["bash", "-euo", "pipefail", "-c"] if block.language in SHELL else [sys.executable, "-c"]
+        text = re.sub(r"^\$ ", "", block.text, flags=re.MULTILINE)
+        done = subprocess.run([*program, text], cwd=here, env=settings, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{block.name}\n{block.text}\n{done.stdout}\n{done.stderr}"
+
+
+SHORTENED = """import sys
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    more = next((more for command, more in SMALLER.items() if words[: len(command.split())] == command.split()), [])
+    main(words + more)
+"""
