@@ -4,6 +4,7 @@ A block that needs what is not here says so in a comment before it, `<!-- not ru
 all others and of the examples of `--help`, are given to the real command line, which must take them.
 """
 
+import ast
 import os
 import re
 import runpy
@@ -165,6 +166,27 @@ def test_the_pages_of_commands_and_keys_are_up_to_date(tmp_path: Path) -> None:
         assert each.name == "help" or all(f"`{flag}`" in text for flag in each.flags)
     for key, field in FIELDS.items():
         assert f"`{key.partition('.')[2]}`" in text and len(field.description or "") > 5, key
+
+
+def messages() -> set[str]:
+    """Every text in the package, with ... for what is filled in."""
+    found = set()
+    for path in (ROOT / "dinov2cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_messages_of_troubleshooting_are_ones_that_dino2_gives() -> None:
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    said = messages()
+    for text in quoted:
+        parts = [part.strip() for part in re.split(r"'?\.\.\.'?|\bN\b", text) if part.strip()]
+        assert any(all(part in message for part in parts) for message in said), f"no such message: {text}"
 
 
 @pytest.fixture(scope="module")
