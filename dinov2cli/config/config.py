@@ -100,8 +100,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{key}=[{low}, {high}]: the first number must not exceed the second; write [{high}, {low}]"
     if optim.min_lr > optim.base_lr:
         yield f"optim.min_lr={optim.min_lr:g}: must not exceed optim.base_lr={optim.base_lr:g}"
-    dim, _, heads = student.size()
-    if dim % heads:
+    dim, depth, heads = student.size()
+    if not (dim and depth and heads):
+        yield "student.arch=vit: give student.embed_dim, student.depth and student.num_heads, or a named size"
+    elif dim % heads:
         nearest = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads))
         yield f"student.num_heads={heads}: must divide student.embed_dim={dim}; student.num_heads={nearest} would"
     if optim.warmup_epochs > optim.epochs:

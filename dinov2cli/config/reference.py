@@ -38,6 +38,10 @@ def _drop_without_effect(layer: dict[str, Any]) -> Iterator[str]:
             dropped.append(f"{group}.{key}")
     if layer.get("MODEL") == {}:
         del layer["MODEL"]
+    student = layer.get("student")
+    if isinstance(student, dict) and isinstance(chunks := student.get("block_chunks"), int) and chunks > 0:
+        student["block_chunks"] = 0  # else the reference would look for this run's weights under chunked names
+        yield f"student.block_chunks={chunks} is taken as 0: weights are written with flat block numbers"
     if dropped:
         yield f"keys of the reference without effect, ignored: {', '.join(dropped)}"
 

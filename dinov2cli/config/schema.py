@@ -6,7 +6,7 @@ are marked "(dino2)" in their description.
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
@@ -117,8 +117,8 @@ class Student(ViTOptions):
     """The vision transformer that is trained; the teacher has the same architecture."""
 
     arch: Annotated[
-        Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"], BeforeValidator(_without_memeff)
-    ] = key("vit_large", "Named size; embed_dim, depth and num_heads override it.")
+        Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2", "vit"], BeforeValidator(_without_memeff)
+    ] = key("vit_large", "Named size; vit: that of embed_dim, depth and num_heads, which override a name.")
     drop_path_rate: float = key(0.3, "Stochastic depth: share of samples a block skips.", ge=0, lt=1)
     drop_path_uniform: bool = key(True, "Same drop_path_rate in all blocks; otherwise it rises linearly with depth.")
     pretrained_weights: str = key("", "Backbone weights to start from; empty: random.")
@@ -134,7 +134,9 @@ class Student(ViTOptions):
     freeze_backbone_epochs: int = key(
         0, "(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights.", ge=0
     )
-    block_chunks: int = key(0, "Accepted for compatibility; weights are always written with flat block numbers.", ge=0)
+    block_chunks: Annotated[int, AfterValidator(lambda _: 0)] = key(
+        0, "Accepted for compatibility and taken as 0: weights are always written with flat block numbers.", ge=0
+    )
     embed_dim: int | None = key(None, "(dino2) Token size; null: that of arch.", ge=1)
     depth: int | None = key(None, "(dino2) Transformer blocks; null: those of arch.", ge=1)
     num_heads: int | None = key(None, "(dino2) Attention heads; null: those of arch.", ge=1)
@@ -142,10 +144,22 @@ class Student(ViTOptions):
         "auto", "(dino2) Attention implementation; all give the same result."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _say_the_size_once(cls, keys: Any) -> Any:
+        """No name stays beside another size: the reference would build the named one, and leave blocks random."""
+        if not isinstance(keys, dict) or not (given := {k: keys[k] for k in Architecture._fields if keys.get(k)}):
+            return keys
+        named = ARCHITECTURES.get(str(_without_memeff(keys.get("arch", cls.model_fields["arch"].default))))
+        size = {**(named._asdict() if named else {}), **given}
+        known = next((name for name, known in ARCHITECTURES.items() if known._asdict() == size), None)
+        if known is not None:
+            return {**keys, "arch": known, **dict.fromkeys(Architecture._fields)}
+        return {**keys, "arch": "vit", **size} if named else keys
+
     def size(self) -> Architecture:
-        """That of `arch`, where it is not given one by one."""
-        named = ARCHITECTURES[self.arch]._asdict()
-        return Architecture(**{name: getattr(self, name) or usual for name, usual in named.items()})
+        """That of `arch`, or the one given in its place."""
+        return ARCHITECTURES.get(self.arch) or Architecture(*(getattr(self, name) for name in Architecture._fields))
 
 
 # The reference's order.

@@ -88,7 +88,7 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
 
     Both formats hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks, earliest
     first), `labels` int64 [N] (-1: none), `readable` (bool [N]; where false, features are NaN) and `paths`; their
-    metadata name weights, dataset, transform and classes.
+    metadata name weights, dataset, transform, precision and classes.
     In safetensors, paths are UTF-8 bytes one after the other, and `path_ends` int64 [N] tells where each ends; Parquet
     has columns `label` and `path`, and lists of fixed sizes.
     """
@@ -108,6 +108,7 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
             "dino2.weights": extract.weights_hash,
             "dino2.dataset": dataset.describe(),
             "dino2.transform": f"resize {extract.resize}, crop {extract.image_size}",
+            "dino2.precision": str(extract.precision.dtype),
             "dino2.classes": "\n".join(dataset.class_names),
         }
         table = FeatureTable(tensors, labels, readable, [dataset.path(i) for i in range(len(dataset))], metadata)

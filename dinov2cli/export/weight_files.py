@@ -15,7 +15,6 @@ from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
 from dinov2cli.export.graph import ExportGraph
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import build_from, read_weights
-from dinov2cli.models.load.infer import infer_architecture
 from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.locate import architecture_file
 from dinov2cli.models.load.tensor_files import write_tensors
@@ -35,19 +34,16 @@ def write_safetensors(bundle: Bundle, path: Path) -> None:
 
 
 def write_official(bundle: Bundle, path: Path) -> None:
-    """The released layout. It holds tensors only, so what they do not show goes into a `.dino2.yaml` beside it."""
+    """The released layout. It holds tensors only; what they are stands beside it, in the keys of a run's config."""
     torch.save({name: tensor.clone() for name, tensor in bundle.state.items()}, path)
     if bundle.head is not None:
         torch.save({name: tensor.clone() for name, tensor in bundle.head.state_dict().items()}, head_path(bundle, path))
-    try:
-        understood = infer_architecture(bundle.state, {}, str(path)) == bundle.architecture
-    except WeightsError:
-        understood = False
-    images = bundle.model.images.beside_weights()
-    if not understood or images:
-        student = bundle.architecture.model_dump(include={*Architecture._fields, *ViTOptions.model_fields})
-        groups = {"student": student} | ({"data": images} if images else {})
-        architecture_file(path).write_text(yaml.safe_dump(groups, sort_keys=False))
+    architecture = bundle.architecture
+    student = architecture.model_dump(include={*Architecture._fields, *ViTOptions.model_fields})
+    told = {"student": {"arch": architecture.name, **student}, "crops": {"global_crops_size": architecture.img_size}}
+    if images := bundle.model.images.beside_weights():
+        told["data"] = images
+    architecture_file(path).write_text(yaml.safe_dump(told, sort_keys=False))
 
 
 def open_ours(bundle: Bundle, path: Path) -> Runner:

@@ -108,7 +108,7 @@ def newest_teacher(run: Path) -> Path | None:
 
 def architecture_file(path: Path) -> Path:
     """Where an export of tensors alone says what they do not show; in the form of a run's config.yaml."""
-    return path.with_name(path.stem + ".dino2.yaml")
+    return path.with_name(path.name + ".dino2.yaml")
 
 
 def _in_folder(folder: Path) -> Source:
@@ -142,7 +142,8 @@ def _sharded(folder: Path, index: Path) -> Source:
 def _in_file(path: Path) -> Source:
     run = path.parent.parent.parent if path.parent.parent.name == "eval" else None
     iteration = _iteration(path.parent) if run else None
-    for candidate in (architecture_file(path), path.with_name("config.yaml"), run and run / "config.yaml"):
+    before = path.with_name(path.stem + ".dino2.yaml")  # as exports of tensors alone named it at first
+    for candidate in (architecture_file(path), before, path.with_name("config.yaml"), run and run / "config.yaml"):
         if candidate and candidate.is_file():
             return Source((path,), config_yaml_hints(candidate), run, iteration)
     return Source((path,), _config_json_hints(path.with_name("config.json")), run, iteration)
