@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 
@@ -29,22 +28,6 @@ def test_every_parameter_has_help(command: Command) -> None:
     for parameter in command.parameters:
         name = "/".join(parameter.flags) or "argument"
         assert len(parameter.help) > 5, f"{' '.join(command.path)}: {name} has no help"
-
-
-@every_command
-def test_examples_name_commands_and_options_that_exist(command: Command) -> None:
-    lines = [line.strip() for line in command.help.partition("Example:")[2].splitlines()]
-    examples = [line for line in lines if line.startswith("dino2 ")]
-    assert examples, "the example is no command line"
-    for example in examples:
-        _, *words = shlex.split(re.split(r"\s[>|]\s|\s#", example)[0])
-        target = TREE
-        while words and words[0] in target.commands:
-            target = target.commands[words.pop(0)]
-        assert not target.commands, f"{example!r}: no such command"
-        known = {flag for option in target.options for flag in option.flags}
-        used = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert used <= known, f"{example!r}: no such option: {used - known}"
 
 
 @every_command

@@ -22,8 +22,10 @@ from tiny_run import TINY, write_images
 
 from dinov2cli.cli import command as command_line
 from dinov2cli.cli.main import TREE, app
+from dinov2cli.cli.tree import Command
 from dinov2cli.config import load_config
-from dinov2cli.config.tree import FIELDS
+from dinov2cli.config.reference import WITHOUT_EFFECT
+from dinov2cli.config.tree import FIELDS, GROUPS
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch import training
 from dinov2cli.launch.local import Elsewhere
@@ -166,6 +168,25 @@ def test_the_pages_of_commands_and_keys_are_up_to_date(tmp_path: Path) -> None:
         assert each.name == "help" or all(f"`{flag}`" in text for flag in each.flags)
     for key, field in FIELDS.items():
         assert f"`{key.partition('.')[2]}`" in text and len(field.description or "") > 5, key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_options_and_keys_named_in_a_sentence_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    everything = {flag for command in TREE.walk() for option in command.options for flag in option.flags}
+    for code in re.findall(r"`([^`]+)`", text):
+        words = code.replace("\n", " ").split()
+        if words[0] == "dino2":
+            command = TREE
+            for word in words[1:]:
+                names = [name for name in word.split("|") if command.commands and not name.startswith("-")]
+                assert all(name in command.commands or name.isupper() for name in names), f"{page.name}: {code}"
+                command = command.commands.get(names[0], Command(("",), "")) if names else command
+            known = {flag for option in command.options for flag in option.flags} if command.request else everything
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, f"{page.name}: {code}"
+        for group, key in re.findall(r"^(\w+)\.(\w+)(?:=|$)", words[0] if len(words) == 1 else ""):
+            known_key = f"{group}.{key}" in FIELDS or (group, key) in WITHOUT_EFFECT
+            assert known_key or group not in GROUPS, f"{page.name}: no key {code}"
 
 
 def messages() -> set[str]:
