@@ -1,13 +1,15 @@
 """dino2: DINOv2 self-supervised visual features on your own images.
 
-Here are `load_model`, `run`, and what can be asked of it: `TrainRequest`, `KnnRequest`, ..., one for each command.
+Here are `load_model`, `embed`, `run`, and what can be asked of `run`: `TrainRequest`, `KnnRequest`, ..., one for each
+command.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinov2cli.models.load import load_model as load_model
+    from dinov2cli.eval.images import embed as embed
+    from dinov2cli.eval.images import load_model as load_model
     from dinov2cli.requests.base import run as run
     from dinov2cli.requests.bench import *  # noqa: F403
     from dinov2cli.requests.eval import *  # noqa: F403
@@ -19,12 +21,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+_PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base"}
+_REQUESTS = ("bench", "eval", "export", "pictures", "tools", "train")
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
-    modules = {"load_model": ["models.load"], "run": ["requests.base"]}.get(name, [])
+    modules = [_PLACES[name]] if name in _PLACES else []
     if name.endswith("Request"):
-        modules = [f"requests.{each}" for each in ("bench", "eval", "export", "pictures", "tools", "train")]
+        modules = [f"requests.{each}" for each in _REQUESTS]
     for module in modules:
         if hasattr(found := import_module(f"dinov2cli.{module}"), name):
             return getattr(found, name)
     raise AttributeError(f"module 'dinov2cli' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    found = (vars(import_module(f"dinov2cli.requests.{each}")).items() for each in _REQUESTS)
+    requests = {name for names in found for name, value in names if hasattr(value, "command")}
+    return sorted({"__version__", *_PLACES, *requests})

@@ -37,7 +37,7 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
     to_terminal.setLevel(logging.WARNING if quiet else logging.NOTSET)
     logger.addHandler(to_terminal)
     if log_file is not None:
-        to_file = _LateFileHandler(log_file, delay=True)
+        to_file = _LateFileHandler(log_file, encoding="utf-8", errors="backslashreplace", delay=True)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import write_images
 
 from dinov2cli.cli.main import main
 from dinov2cli.console import Interrupted, interruption, stoppable
@@ -74,10 +75,10 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("task", "place", "name", "call", "kept"),
     [
-        ("knn", Extractor, "features_of", 2, 0),
+        ("knn", Extractor, "features_of", 1, 0),
         ("knn", KeyBank, "search", 1, 2),
         ("logreg", _Problem, "evaluate", 5, 2),
-        ("embed", Extractor, "features_of", 2, 0),
+        ("embed", Extractor, "features_of", 1, 0),
     ],
 )
 def test_ends_with_130_and_leaves_only_whole_things(
@@ -93,10 +94,56 @@ def test_ends_with_130_and_leaves_only_whole_things(
         assert dino2(*words, "--batch-size", "100", "--num-workers", "0") == 130
     assert files(output) == []
     whole = list((tmp_path / "cache").rglob("entry.json"))
-    assert len(whole) == kept and len(files(tmp_path / "cache")) == 2 * kept  # features that were complete stay
+    begun = list((tmp_path / "cache").rglob("*.unfinished"))
+    assert len(whole) == kept and len(begun) == (place is Extractor)  # features that were complete stay
     if task == "knn":
         assert dino2(*words) == 0
         assert "results_eval_knn.json" in files(output)
+
+
+def test_an_interrupted_embed_goes_on_where_it_was(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["embed", weights, "--data", "SamplePhotos:split=VAL", "--batch-size", "64", "--num-workers", "0"]
+    assert dino2(*words, "--output", tmp_path / "whole.npy", "--no-cache") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "features_of", interrupted_in_call(Extractor.features_of, 2))
+        assert dino2(*words, "--output", tmp_path / "cut.npy") == 130
+    assert "128 of 300 images are kept" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "cut.npy").exists()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Extractor.features_of
+        patch.setattr(Extractor, "features_of", lambda self, images: (seen.append(len(images)), whole(self, images))[1])
+        assert dino2(*words, "--output", tmp_path / "cut.npy") == 0
+    assert seen == [64, 64, 44] and "128 of 300 images are from an interrupted run" in capsys.readouterr().err
+    assert (tmp_path / "cut.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert not list((tmp_path / "cache").rglob("*.unfinished"))
+    assert dino2(*words, "--output", tmp_path / "cut.npy") == 2  # nothing is replaced unasked
+    assert "is there already" in capsys.readouterr().err
+    assert dino2(*words, "--output", tmp_path / "cut.npy", "--overwrite") == 0
+
+
+def test_features_of_other_images_are_not_gone_on_with(weights: Path, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos")
+    words = ["embed", weights, "--data", photos, "--batch-size", "4", "--num-workers", "0", "--output"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "features_of", interrupted_in_call(Extractor.features_of, 2))
+        assert dino2(*words, tmp_path / "f.npy") == 130
+    (photos / "class0/0.png").write_bytes((photos / "class1/0.png").read_bytes())
+    assert dino2(*words, tmp_path / "f.npy") == 0
+    assert dino2(*words, tmp_path / "anew.npy", "--no-cache") == 0
+    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "anew.npy").read_bytes()
+
+
+def test_embed_takes_single_files(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_images(tmp_path / "photos")
+    files = [photos / "class0/0.png", photos / "class1/3.png"]
+    assert dino2("embed", weights, "--data", *files, "--output", tmp_path / "two.csv", "--no-cache") == 0
+    lines = (tmp_path / "two.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["path", *map(str, files)]
+    assert dino2("embed", weights, "--data", files[0], tmp_path / "no.png", "--output", tmp_path / "f.csv") == 2
+    assert "no.png is no file" in capsys.readouterr().err
 
 
 def test_a_linear_probe_goes_on_where_it_was(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Result files and tables, and features in files."""
 
+import csv
 import json
+import os
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_run import write_images
 
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -76,8 +79,8 @@ def test_embedded_features_in_a_file(tmp_path: Path) -> None:
     assert paths == [images.path(i) for i in range(300)]
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
         assert file.metadata()["dino2.weights"] == extract.weights_hash
-    with pytest.raises(DataError, match=r"written as a \.safetensors or \.parquet file"):
-        embed(extract, images, tmp_path / "f.npy")
+    with pytest.raises(DataError, match=r"written as a \.safetensors or \.parquet or \.csv or \.npy file"):
+        embed(extract, images, tmp_path / "f.mat")
 
 
 def test_embedded_rows_keep_their_place_where_an_image_cannot_be_read(tmp_path: Path) -> None:
@@ -121,6 +124,30 @@ def test_embedded_features_in_parquet_are_those_in_safetensors(tmp_path: Path) -
         written = {key.encode(): value.encode() for key, value in file.metadata().items()}
     assert written.items() <= table.schema.metadata.items()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "f.parquet", "f.safetensors"]
+
+
+def test_class_tokens_as_csv_and_npy_and_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2).eval()
+    extract = Extractor(model, num_workers=0, detailed=True, device="cpu", cache=FeatureCache(tmp_path / "cache"))
+    folder = write_images(tmp_path / "photos", per_class=2)
+    os.rename(folder / "class0", os.fsencode(folder) + b"/gr\xfc\xdfe")
+    os.rename(folder / "class1/1.png", os.fsencode(folder) + b"/class1/\xff.png")
+    images = make_dataset(str(folder))
+    cls = embed(extract, images, tmp_path / "f.npy").cls
+    assert torch.equal(torch.as_tensor(np.load(tmp_path / "f.npy")), cls)
+    for name in ("f.csv", "f.safetensors", "f.parquet"):
+        embed(extract, images, tmp_path / name)
+    with (tmp_path / "f.csv").open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    numbers = torch.tensor([[float(row[f"cls_{i}"]) for i in range(24)] for row in rows])
+    assert torch.equal(numbers, cls) and [int(row["label"]) for row in rows] == images.targets().tolist()
+    names = [row["path"].removeprefix(f"{folder}/") for row in rows]
+    assert set(names) == {"class1/0.png", "class1/\\xff.png", "gr\\xfc\\xdfe/0.png", "gr\\xfc\\xdfe/1.png"}
+    assert pq.read_table(tmp_path / "f.parquet")["path"].to_pylist() == [row["path"] for row in rows]
+    stored = load_file(tmp_path / "f.safetensors")
+    joined, ends = bytes(stored["paths"].numpy()), [0, *stored["path_ends"].tolist()]
+    assert [joined[a:b] for a, b in pairwise(ends)] == [os.fsencode(images.path(i)) for i in range(4)]
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

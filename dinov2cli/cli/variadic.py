@@ -1,11 +1,13 @@
 """Options that take several values after one name (`--nb-knn 10 20`), as the reference implementation's do."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
 from dinov2cli.cli.tree import Parameter
+from dinov2cli.errors import ConfigError
 
 # `a.b=value`: a change of the configuration, never an option's value. A dataset string has a ':' before its '='.
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
@@ -25,7 +27,9 @@ class VariadicCommand(TyperCommand):
         # Words after an option may be meant for an argument (CKPT), unless it is given by an option.
         waits = any(each.is_argument and "completes" not in each.typed for each in self.parameters)
         waits = waits and not any(word.split("=")[0] in instead for word in args)
-        return super().parse_args(ctx, repeat_names(args, lists, valued, waits=waits))
+        words = repeat_names(args, lists, valued, waits=waits)
+        refuse_twice(words, [each.flags for each in options if not each.many], valued)
+        return super().parse_args(ctx, words)
 
 
 def repeat_names(words: list[str], lists: set[str], valued: set[str], *, waits: bool = False) -> list[str]:
@@ -56,6 +60,32 @@ def repeat_names(words: list[str], lists: set[str], valued: set[str], *, waits: 
             waits = waits and not _is_word(word)
         spread.append(word)
     return spread
+
+
+def refuse_twice(words: list[str], singles: Iterable[tuple[str, ...]], valued: set[str]) -> None:
+    """Refuse an option of one value that is given twice: else the last one would win in silence.
+
+    Args:
+        singles: the flags of each such option.
+        valued: flags that take a value.
+
+    Raises:
+        ConfigError: names the option, and both values.
+    """
+    first_of = {flag: flags[0] for flags in singles for flag in flags}
+    given: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            return
+        flag, equals, value = word.partition("=")
+        if flag not in valued:
+            continue
+        value = value if equals else next(rest, "")
+        if (name := first_of.get(flag)) is not None:
+            if name in given:
+                raise ConfigError(f"{name} is given twice: {given[name]} and {value}", "Leave one of them out.")
+            given[name] = value
 
 
 def _is_number(word: str) -> bool:

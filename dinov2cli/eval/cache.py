@@ -21,6 +21,7 @@ from dinov2cli import __version__, distributed
 from dinov2cli.console import logger, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
+from dinov2cli.eval.gathered import Gathered
 from dinov2cli.files import digest, sha256, write_text
 from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.site import cache_folder
@@ -75,6 +76,7 @@ class FeatureCache:
             problem, facts = "", [part.name, part.stat().st_size, sha256(part)]
         except (OSError, SafetensorError) as error:
             problem, facts = str(error), []
+        shutil.rmtree(_place_of_unfinished(entry), ignore_errors=True)
         problems = [text for text in distributed.all_gather_objects(problem) if text]
         parts = distributed.all_gather_objects(facts)
         if problems and distributed.is_main():
@@ -82,18 +84,27 @@ class FeatureCache:
         elif distributed.is_main():
             write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
 
+    def unfinished(self, recipe: Recipe, dataset: ImageDataset) -> Gathered:
+        """What this process had extracted when it was interrupted, to go on from; empty where there is nothing."""
+        return Gathered(_place_of_unfinished(self._entry(recipe, dataset)), _identity(recipe, dataset))
+
     def _entry(self, recipe: Recipe, dataset: ImageDataset) -> Path:
         name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
         return self.folder / digest(name)[:24]
 
 
+def _place_of_unfinished(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.{distributed.rank()}-of-{distributed.world_size()}.unfinished")
+
+
 def dataset_fingerprint(dataset: ImageDataset) -> str:
     """SHA-256 over labels, paths and, where the paths are files, their sizes and times of change."""
-    found = hashlib.sha256(f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}".encode())
+    what = f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}"
+    found = hashlib.sha256(os.fsencode(what))
     found.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
     for i in range(len(dataset)):
         path = dataset.path(i)
-        found.update(path.encode())
+        found.update(os.fsencode(path))
         try:
             status = os.stat(path)
         except OSError:

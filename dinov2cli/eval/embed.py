@@ -3,6 +3,8 @@
 A table: a row is an image, in the order of the dataset, or, in safetensors, an entry of each tensor.
 """
 
+import csv
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import stoppable
-from dinov2cli.data.datasets import ImageDataset, make_dataset
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
+from dinov2cli.eval.images import dataset_of_words
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
 from dinov2cli.models.load.tensor_files import write_tensors
@@ -53,9 +56,9 @@ def run(request: EmbedRequest) -> Embedded:
     Raises:
         Dino2Error: a wrong output, weights or data; a full disk.
     """
-    check_output(request.output)
+    check_output(request.output, overwrite=request.overwrite)
     with distributed.process_group():
-        images = make_dataset(request.data)
+        images = dataset_of_words(request.data)
         subject = load_subject(request.checkpoint, request.config_file)
         sizes = {"batch_size": request.batch_size, "resize_ratio": request.resize_ratio}
         features = embed(subject.extractor(request, detailed=True, **sizes), images, request.output)
@@ -63,15 +66,17 @@ def run(request: EmbedRequest) -> Embedded:
     return Embedded(str(request.output), n, dim, images.describe(), n - features.size)
 
 
-def check_output(path: Path) -> None:
-    """Refuse, before anything is computed, an output that cannot be written.
+def check_output(path: Path, *, overwrite: bool = True) -> None:
+    """Refuse, before anything is computed, an output that cannot be written, or that would be lost.
 
     Raises:
-        DataError: another suffix, or the folder does not exist.
+        DataError: another suffix, the folder does not exist, or there is such a file and it is not to be overwritten.
         EnvironmentProblem: a Parquet file without the package that writes it.
     """
     if path.suffix not in WRITERS:
         raise DataError(f"{path}: features are written as a {' or '.join(WRITERS)} file; give such a name.")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} is there already.", hint="Give another name, or --overwrite to replace it.")
     if not path.resolve().parent.is_dir():
         raise DataError(f"{path}: the folder {path.resolve().parent} does not exist.")
     if path.suffix == ".parquet":
@@ -86,11 +91,12 @@ def check_output(path: Path) -> None:
 def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
     """Write the features of all images of `dataset`, in its order; returns those of this process.
 
-    Both formats hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks, earliest
-    first), `labels` int64 [N] (-1: none), `readable` (bool [N]; where false, features are NaN) and `paths`; their
-    metadata name weights, dataset, transform, precision and classes.
-    In safetensors, paths are UTF-8 bytes one after the other, and `path_ends` int64 [N] tells where each ends; Parquet
-    has columns `label` and `path`, and lists of fixed sizes.
+    safetensors and Parquet hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks,
+    earliest first), `labels` int64 [N] (-1: none), `readable` (bool [N]; where false, features are NaN) and `paths`;
+    their metadata name weights, dataset, transform, precision and classes. In safetensors, paths are their bytes one after the
+    other, and `path_ends` int64 [N] tells where each ends; Parquet has columns `label` and `path`, and lists of fixed
+    sizes. CSV has a row of path, label, readable and the class token for each image, `.npy` the class tokens alone,
+    float32 [N, D].
     """
     check_output(output)
     part = extract(dataset, "features")
@@ -106,10 +112,10 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
         metadata = {
             "dino2.version": __version__,
             "dino2.weights": extract.weights_hash,
-            "dino2.dataset": dataset.describe(),
+            "dino2.dataset": printable(dataset.describe()),
             "dino2.transform": f"resize {extract.resize}, crop {extract.image_size}",
             "dino2.precision": str(extract.precision.dtype),
-            "dino2.classes": "\n".join(dataset.class_names),
+            "dino2.classes": "\n".join(map(printable, dataset.class_names)),
         }
         table = FeatureTable(tensors, labels, readable, [dataset.path(i) for i in range(len(dataset))], metadata)
         with stoppable("stopping once the features are written"), writing(output), replacing(output) as aside:
@@ -118,8 +124,13 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
     return part
 
 
+def printable(name: str) -> str:
+    r"""A file's name as text: bytes that are not UTF-8 as `\xNN`."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _write_safetensors(table: FeatureTable, file: Path) -> None:
-    encoded = [path.encode() for path in table.paths]
+    encoded = [os.fsencode(path) for path in table.paths]
     ends = torch.tensor([len(path) for path in encoded]).cumsum(0)
     joined = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
     columns = {**table.tensors, "labels": table.labels, "readable": table.readable, "paths": joined, "path_ends": ends}
@@ -131,7 +142,7 @@ def _write_parquet(table: FeatureTable, file: Path) -> None:
     import pyarrow.parquet as pq
 
     columns = {
-        "path": pa.array(table.paths, pa.string()),
+        "path": pa.array(map(printable, table.paths), pa.string()),
         "label": pa.array(table.labels.numpy()),
         "readable": pa.array(table.readable.numpy()),
         **{name: _lists(tensor.numpy()) for name, tensor in table.tensors.items()},
@@ -150,5 +161,20 @@ def _lists(rows: np.ndarray) -> Any:
     return column
 
 
-WRITERS = {".safetensors": _write_safetensors, ".parquet": _write_parquet}
+def _write_csv(table: FeatureTable, file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text)
+        writer.writerow(["path", "label", "readable", *(f"cls_{i}" for i in range(table.tensors["cls"].shape[1]))])
+        labels, readable = table.labels.tolist(), table.readable.tolist()
+        for path, label, is_readable, values in zip(table.paths, labels, readable, table.tensors["cls"], strict=True):
+            numbers = map(np.format_float_scientific, values.numpy())  # the fewest digits that give the value back
+            writer.writerow([printable(path), label, int(is_readable), *numbers])
+
+
+def _write_npy(table: FeatureTable, file: Path) -> None:
+    with file.open("wb") as binary:
+        np.save(binary, table.tensors["cls"].numpy())
+
+
+WRITERS = {".safetensors": _write_safetensors, ".parquet": _write_parquet, ".csv": _write_csv, ".npy": _write_npy}
 """Formats by suffix."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov2cli import distributed
 from dinov2cli.config.images import RGB
-from dinov2cli.console import logger, progress, stoppable
+from dinov2cli.console import Interrupted, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, usual_size
@@ -23,6 +23,7 @@ from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.features import Features, Recipe, missing_from, part_of_this_process
+from dinov2cli.eval.gathered import Gathered
 from dinov2cli.train.allocator import keep_freed_memory
 
 LAST_BLOCKS = 4  # the class tokens kept for linear probes
@@ -101,35 +102,43 @@ class Extractor:
     def _extract(self, dataset: ImageDataset, description: str) -> Features:
         if self.device.type == "cpu":
             keep_freed_memory()
-        parts: dict[str, list[Tensor]] = {}
-        targets, indices = [], []
-        bad: list[str] = []
-
-        def keep(features: Arriving) -> None:
-            for name, tensor in features.read().items():
-                parts.setdefault(name, []).append(tensor.clone())  # page-locked memory is scarce
-
         mine = part_of_this_process(len(dataset))
-        arriving: deque[Arriving] = deque()
-        for batch in self._batches(dataset, mine, description):
-            for message in batch.bad:
-                logger.warning("unreadable image left out: %s", message)
-            bad += batch.bad
-            refuse_too_many_bad(len(bad), len(dataset), self.max_bad_fraction, bad)
-            if not len(batch.images):
-                continue
-            arriving.append(Arriving(self.features_of(batch.images)))
-            targets.append(batch.targets)
-            indices.append(batch.indices)
-            if len(arriving) > 1:  # those of the batch before, while the GPU works on this one
-                keep(arriving.popleft())
-        if not arriving:  # of several processes one whose few images are all damaged
-            refuse_too_many_bad(len(bad), len(bad), 0.0, bad)
-        keep(arriving.popleft())
-        tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-        size = int(distributed.all_reduce_sum(torch.tensor(sum(map(len, targets)))))
-        features = Features(tensors, torch.cat(targets), torch.cat(indices), size)
+        gathered = Gathered() if self.cache is None else self.cache.unfinished(self.recipe, dataset)
+        if gathered.done:
+            logger.info("%s: %d of %d images are from an interrupted run", description, gathered.done, len(mine))
+        # While the GPU works on a batch, the features of the one before it arrive.
+        arriving: deque[tuple[Arriving | None, EvalBatch]] = deque()
+
+        def keep_oldest() -> None:
+            features, batch = arriving.popleft()
+            # Page-locked memory is scarce: copies.
+            tensors = {name: tensor.clone() for name, tensor in features.read().items()} if features else {}
+            gathered.append(tensors, batch.targets, batch.indices, batch.bad)
+
+        try:
+            for batch in self._batches(dataset, mine, gathered.done, description):
+                for message in batch.bad:
+                    logger.warning("unreadable image left out: %s", message)
+                arriving.append((Arriving(self.features_of(batch.images)) if len(batch.images) else None, batch))
+                while len(arriving) > 1:
+                    keep_oldest()
+                refuse_too_many_bad(
+                    len(gathered.bad) + len(batch.bad), len(dataset), self.max_bad_fraction, gathered.bad + batch.bad
+                )
+            while arriving:
+                keep_oldest()
+        except Interrupted:
+            while arriving:
+                keep_oldest()
+            gathered.save()
+            if gathered.folder is not None:
+                logger.info("%d of %d images are kept: the same command goes on from there", gathered.done, len(mine))
+            raise
+        if gathered.done == len(gathered.bad):  # of several processes one whose few images are all damaged
+            refuse_too_many_bad(gathered.done, gathered.done, 0.0, gathered.bad)
+        features = gathered.features()
         if not features.cls.isfinite().all():
+            gathered.remove()
             raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
         return features
 
@@ -137,6 +146,12 @@ class Extractor:
     def weights_hash(self) -> str:
         """SHA-256 of the model: what tells its features from those of another."""
         return weights_hash(self.model)
+
+    @property
+    def at_once(self) -> int:
+        """Images whose activations stay in the caches of a CPU."""
+        tokens = (self.image_size // int(self.model.patch_size)) ** 2 + 1  # type: ignore[arg-type]
+        return max(1, TOKENS_IN_CACHE // tokens)
 
     @property
     def recipe(self) -> Recipe:
@@ -150,9 +165,7 @@ class Extractor:
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """Features of one batch of normalised images [B, C, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
-        at_once = len(images)
-        if self.device.type == "cpu":  # activations of a whole batch would not stay in its caches
-            at_once = TOKENS_IN_CACHE // ((self.image_size // int(self.model.patch_size)) ** 2 + 1)  # type: ignore[arg-type]
+        at_once = self.at_once if self.device.type == "cpu" else len(images)
         with self.precision.autocast():
             parts = [self._forward(part) for part in images.split(max(1, at_once))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -166,12 +179,15 @@ class Extractor:
         last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
         return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
-    def _batches(self, dataset: ImageDataset, indices: Tensor, description: str) -> Iterator[EvalBatch]:
-        how = self.transform, self.batch_size, self.num_workers
+    def _batches(self, dataset: ImageDataset, indices: Tensor, done: int, description: str) -> Iterator[EvalBatch]:
+        """Batches of the images after the first `done` of `indices`; on a CPU small ones, so that the bar moves, and
+        little is lost where it ends."""
+        size = min(self.batch_size, self.at_once) if self.device.type == "cpu" else self.batch_size
+        how = self.transform, size, self.num_workers
         on_gpu = self.device.type == "cuda"
-        loader = make_eval_loader(dataset, *how, indices=indices.tolist(), pin_memory=on_gpu)
+        loader = make_eval_loader(dataset, *how, indices=indices[done:].tolist(), pin_memory=on_gpu)
         with progress() as bar, stoppable() as stop_if_asked:
-            task = bar.add_task(description, total=len(indices))
+            task = bar.add_task(description, total=len(indices), completed=done)
             for batch in loader:
                 yield batch
                 bar.advance(task, len(batch.images) + len(batch.bad))

@@ -216,18 +216,20 @@ EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnReq
 class EmbedRequest(FeaturesRequest, command="embed", run_by="dinov2cli.eval.embed:run"):
     """Write the features of every image to a file.
 
-    For each image: the class token, the mean patch token, the class tokens of the last four blocks, label and path.
+    For each image: the class token, the mean patch token, the class tokens of the last four blocks, label and path;
+    in a .csv the class token, label and path, in a .npy the class token alone. Interrupted, the same command goes on.
 
     Example:
 
         dino2 embed runs/demo --data photos --output photos.safetensors
 
-        dino2 embed dinov2_vits14 --data photos --output photos.parquet
+        dino2 embed dinov2_vits14 --data dog.jpg cat.jpg --output pets.csv
     """
 
     checkpoint: str = argument("A run folder, a weights file, a URL or a released name.", metavar="CKPT")
-    data: str = option(..., "A folder of images or a dataset string.", metavar="DATASET")
-    output: Path = option(..., "A .safetensors or .parquet file.", metavar="FEATURES")
+    data: tuple[str, ...] = option(..., "Image files, a folder of images or a dataset string.", metavar="DATASET")
+    output: Path = option(..., "A .safetensors, .parquet, .csv or .npy file.", metavar="FEATURES")
+    overwrite: bool = option(False, "Replace an output that is there already.")
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
     batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
     resize_ratio: float = option(
@@ -241,3 +243,8 @@ class EmbedRequest(FeaturesRequest, command="embed", run_by="dinov2cli.eval.embe
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     no_cache: bool = option(False, "Extract features anew and keep none.", last=True)
     as_json: bool = option(False, "Print one JSON object about the file.", flags="--json", last=True)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, data: Any) -> Any:
+        return (data,) if isinstance(data, str) else data

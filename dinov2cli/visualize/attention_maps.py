@@ -24,7 +24,7 @@ from dinov2cli.visualize.rendering import sheet
 def run(request: AttentionRequest) -> Written:
     """Draw what `dino2 attention` asks for; the errors are those of `dino2 pca-image`."""
     output = request.output
-    pictures = expand_inputs(request.inputs)
+    pictures = expand_inputs(request.inputs, request.output)
     check_picture_output(output)
     model, _ = load_picture_model(request.model, request.device)
     rows, files = [], 0

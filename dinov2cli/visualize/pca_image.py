@@ -20,7 +20,7 @@ def run(request: PcaImageRequest) -> Written:
         WeightsError: weights that cannot be had.
     """
     foreground, output = parse_foreground(request.foreground), request.output
-    photos = expand_inputs(request.inputs)
+    photos = expand_inputs(request.inputs, output)
     check_picture_output(output)
     extractor, basis = extractor_and_basis(request)
     if basis is None:

@@ -27,10 +27,11 @@ class Written(NamedTuple):
         return "\n".join(f"{path}: {what}" if what else str(path) for path, what in self.files)
 
 
-def expand_inputs(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
+def expand_inputs(inputs: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
     """(name, file) of every image, those of folders in natural order; names are stems, made unique by a number.
 
-    The word `SamplePhotos` stands for two of the photos that scikit-image ships.
+    The output is not among them, where an earlier command has written it into one of the folders. The word
+    `SamplePhotos` stands for two of the photos that scikit-image ships.
 
     Raises:
         DataError: a path that is not there, a folder without images.
@@ -39,13 +40,15 @@ def expand_inputs(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += list_images(path)
+            files += [file for file in list_images(path) if file.resolve() != output.resolve()]
         elif path.is_file():
             files.append(path)
         elif str(path) == "SamplePhotos":
             files += photo_files("chelsea.png", "coffee.png")
         else:
             raise DataError(f"{path}: no such file or folder")
+    if not files:
+        raise DataError(f"{', '.join(map(str, inputs))}: no image but the output itself")
     named: dict[str, Path] = {}
     for file in files:
         name, number = file.stem, 2

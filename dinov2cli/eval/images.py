@@ -1,0 +1,208 @@
+"""Images as people have them in Python, and their features: `dinov2cli.load_model` and `dinov2cli.embed`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.data.datasets import UNLABELLED, ImageDataset, make_dataset
+from dinov2cli.data.decoding import USUAL, Reading, read_file, read_image
+from dinov2cli.data.transforms import EvalTransform, usual_size
+from dinov2cli.device import choose_device
+from dinov2cli.errors import DataError
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.models import load
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+HIGHEST_NORMALISED = 20.0
+"""Normalised images lie between -2.2 and 2.7; above this they were not."""
+
+
+def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu", **options: Any) -> VisionTransformer:
+    """A DINOv2 backbone with its weights, in eval mode, and with its preprocessing:
+
+        model = dinov2cli.load_model("dinov2_vits14", device="cuda")
+        features = model(model.transform(picture)[None].to("cuda"))  # [1, D]
+
+    Args:
+        name_or_path, pretrained, options: as in `dinov2cli.models.load.load_model`: a released name, a run folder, a
+            file, a URL; `config_file`, `in_chans`, `size_policy` and others.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or a device.
+
+    Returns:
+        the model; its `transform` makes of a picture (a path, a PIL image, an array or a uint8 tensor) a normalised
+        float32 [3, S, S], resized and cropped as in `dino2 embed`, S being `dinov2cli.data.transforms.usual_size`.
+
+    Raises:
+        WeightsError: no such weights, or they do not fit.
+        EnvironmentProblem: no such device.
+    """
+    where = choose_device(device)  # before anything is downloaded
+    model = load.load_model(name_or_path, pretrained, **options).to(where)
+    model.transform = PictureTransform(usual_size(model.config))  # type: ignore[assignment]  # no module, no tensor
+    return model
+
+
+def embed(
+    images: Any,
+    model: VisionTransformer | str | Path,
+    *,
+    batch_size: int = 64,
+    device: Any = None,
+    image_size: int | None = None,
+    num_workers: int = 0,
+) -> Tensor:
+    """The class tokens of one or many images: float32 [D] of one, [N, D] of several, on the CPU.
+
+        features = dinov2cli.embed(["dog.jpg", "cat.jpg"], "dinov2_vits14")  # [2, 384]
+
+    They are those of `dino2 embed`: resized, centre crop, normalised.
+
+    Args:
+        images: one image or a sequence of them: paths, PIL images, arrays [H, W] or [H, W, 3] of uint8 or of floats
+            from 0 to 1, uint8 tensors [3, H, W]. Also an array [N, H, W, 3], a uint8 tensor [N, 3, H, W], a folder or
+            a dataset string (all its images), or a dataset. A float tensor [3, S, S] or [N, 3, S, S] is taken as it
+            is: normalised, as `model.transform` gives it.
+        model: from `load_model`, or what that takes.
+        device: as in `load_model`; by default where the model is, or for a name a GPU if there is one.
+        image_size: side in pixels; by default the model's, at most 224.
+        num_workers: processes that read and decode images.
+
+    Raises:
+        DataError: not images, or one that cannot be read.
+        WeightsError, EnvironmentProblem: as in `load_model`.
+    """
+    if isinstance(model, str | Path):
+        model = load_model(model, device=device or "auto")
+    where = next(model.parameters()).device if device is None else choose_device(device)
+    if isinstance(images, Tensor) and images.is_floating_point():
+        return _of_normalised(images, Extractor(model, device=where), batch_size)
+    dataset, one = _dataset_of(images)
+    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_bad_fraction": 0.0}
+    features = Extractor(model, device=where, image_size=image_size, **how)(dataset).cls
+    return features[0] if one else features
+
+
+class PictureTransform:
+    """The preprocessing of evaluations at `size` pixels, for pictures as `embed` takes them."""
+
+    def __init__(self, size: int) -> None:
+        self.evaluation = EvalTransform.at(size)
+
+    def __call__(self, picture: Any) -> Tensor:
+        """Normalised float32 [3, size, size]. Raises DataError where it is no picture."""
+        return self.evaluation(pixels_of(picture))
+
+
+class GivenImages(ImageDataset):
+    """Images that were handed over: paths, PIL images, arrays, tensors."""
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
+        return pixels_of(self.images[index], f"image {index}", reading)
+
+    def encoded(self, index: int) -> bytes:
+        return read_file(self.path(index))
+
+    def path(self, index: int) -> str:
+        each = self.images[index]
+        return str(each) if isinstance(each, str | Path) else f"image {index}"
+
+    def targets(self) -> np.ndarray:
+        return np.full(len(self), UNLABELLED, np.int64)
+
+    def describe(self) -> str:
+        return f"{len(self)} given images" if len(self) > 1 else self.path(0)
+
+
+def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL) -> np.ndarray:
+    """RGB pixels, uint8 [H, W, 3], of a path, a PIL image, an array or a uint8 tensor.
+
+    Raises:
+        DataError: something else, or values that are neither uint8 nor floats from 0 to 1.
+        UnreadableImage: a file that cannot be read.
+    """
+    if isinstance(picture, str | Path):
+        return read_image(Path(picture), reading)
+    if hasattr(picture, "convert"):  # of PIL
+        from PIL import ImageOps
+
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    if isinstance(picture, Tensor):
+        if picture.is_floating_point():
+            raise DataError(
+                f"{name}: a float tensor is taken for one that is normalised; as a picture give uint8 [3, H, W]."
+            )
+        picture = picture.cpu().movedim(-3, -1).numpy() if picture.dim() > 2 else picture.cpu().numpy()
+    array = np.asarray(picture)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3):
+        raise DataError(
+            f"{name}: {list(array.shape)} is no picture's shape; give [H, W, 3] (tensors [3, H, W]) or [H, W]."
+        )
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise DataError(
+                f"{name}: floats from {array.min():.4g} to {array.max():.4g}, and pictures of floats are from 0 to 1.",
+                hint="Give uint8 for levels from 0 to 255, or divide by 255.",
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise DataError(f"{name}: {array.dtype} values; give uint8 from 0 to 255, or floats from 0 to 1.")
+    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def dataset_of_words(words: Sequence[str]) -> ImageDataset:
+    """What `--data` names: image files, or else one folder or dataset string.
+
+    Raises:
+        DataError: several words that are not all files, or no such dataset.
+    """
+    if all(Path(word).expanduser().is_file() for word in words):
+        return GivenImages([str(Path(word).expanduser()) for word in words])
+    if len(words) > 1:
+        missing = next(word for word in words if not Path(word).expanduser().is_file())
+        raise DataError(f"--data: {missing} is no file; give image files, or one folder or dataset string.")
+    return make_dataset(words[0])
+
+
+def _dataset_of(images: Any) -> tuple[ImageDataset, bool]:
+    """A dataset, and whether it is one image."""
+    if isinstance(images, ImageDataset):
+        return images, False
+    if isinstance(images, str | Path):
+        return dataset_of_words([str(images)]), Path(images).expanduser().is_file()
+    if isinstance(images, np.ndarray | Tensor):
+        one = images.ndim < 4
+        return GivenImages([images] if one else list(images)), one
+    if isinstance(images, Iterable) and not hasattr(images, "convert"):
+        listed = list(images)
+        if not listed:
+            raise DataError("no images: the sequence is empty")
+        return GivenImages(listed), False
+    return GivenImages([images]), True
+
+
+def _of_normalised(images: Tensor, extract: Extractor, batch_size: int) -> Tensor:
+    if images.dim() not in (3, 4) or images.shape[-3] != extract.model.config.in_chans:  # type: ignore[union-attr]
+        raise DataError(
+            f"a float tensor of {list(images.shape)} is no batch of images; give [N, 3, H, W], or [3, H, W] of one."
+        )
+    if (highest := float(images.abs().max())) > HIGHEST_NORMALISED:
+        raise DataError(
+            f"a float tensor with values up to {highest:.4g} is not normalised.",
+            hint="Give pictures as uint8, or what model.transform makes of them.",
+        )
+    batch = images if images.dim() == 4 else images[None]
+    with torch.no_grad():
+        features = torch.cat([extract.features_of(part)["cls"].cpu() for part in batch.split(batch_size)])
+    return features if images.dim() == 4 else features[0]

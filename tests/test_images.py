@@ -1,0 +1,99 @@
+"""The Python door: a model with its preprocessing, features of whatever people hold, and what is refused in words."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import write_images
+
+import dinov2cli
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.errors import Dino2Error, EnvironmentProblem
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.models.vision_transformer import VisionTransformer
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, layerscale=1.0)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    size = "arch: vit_tiny, embed_dim: 24, depth: 3, num_heads: 2, patch_size: 8, layerscale: 1.0"
+    crops = "global_crops_size: 32, local_crops_size: 16"
+    (folder / "config.yaml").write_text(f"student: {{{size}}}\ncrops: {{{crops}}}")
+    return folder / "weights.pth"
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> VisionTransformer:
+    return dinov2cli.load_model(weights, config_file=weights.with_name("config.yaml"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("photos"), size=50)
+
+
+def test_the_same_features_from_a_path_a_picture_an_array_a_tensor_and_the_transform(
+    model: VisionTransformer, photos: Path
+) -> None:
+    file = photos / "class0/0.png"
+    picture = Image.open(file)
+    array = np.asarray(picture)
+    expected = Extractor(model, num_workers=0, device="cpu")(make_dataset(str(photos))).cls
+    forms = [file, str(file), picture, array, torch.as_tensor(array.copy()).permute(2, 0, 1), array / 255.0]
+    for form in forms:
+        features = dinov2cli.embed(form, model)
+        assert features.shape == (24,) and features.dtype == torch.float32
+        torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-6)
+    several = dinov2cli.embed(forms, model, batch_size=4)
+    torch.testing.assert_close(several, expected[:1].expand(len(forms), -1), rtol=0, atol=1e-6)
+    normalised = model.transform(picture)
+    assert normalised.shape == (3, 32, 32)
+    torch.testing.assert_close(dinov2cli.embed(normalised, model), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(dinov2cli.embed(normalised[None], model), expected[:1], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(normalised[None]), expected[:1], rtol=0, atol=1e-6)
+
+
+def test_a_folder_a_stack_and_a_name_of_a_model(model: VisionTransformer, weights: Path, photos: Path) -> None:
+    all_of_them = dinov2cli.embed(photos, model, image_size=24)
+    expected = Extractor(model, num_workers=0, device="cpu", image_size=24)(make_dataset(str(photos))).cls
+    assert all_of_them.shape == (16, 24) and torch.equal(all_of_them, expected)
+    stack = np.stack([np.asarray(Image.open(file)) for file in sorted(photos.rglob("*.png"))])
+    assert dinov2cli.embed(stack, model).shape == (16, 24)
+    assert dinov2cli.embed(torch.as_tensor(stack).permute(0, 3, 1, 2), model).shape == (16, 24)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((8, 8, 3), 200.0), "floats from 200 to 200.*divide by 255"),
+        (np.zeros((8, 8, 3), np.int64), "int64 values; give uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"\[3, 8, 8\] is no picture's shape; give \[H, W, 3\]"),
+        (torch.full((2, 3, 32, 32), 128.0), "up to 128 is not normalised"),
+        (torch.zeros(32, 32), r"\[32, 32\] is no batch of images; give \[N, 3, H, W\], or \[3, H, W\] of one"),
+        (torch.zeros(2, 1, 3, 32, 32), "is no batch of images"),
+        ([], "no images"),
+        ([torch.zeros(3, 32, 32)], "image 0: a float tensor is taken for one that is normalised"),
+        ("nowhere.jpg", "nowhere.jpg"),
+        (["nowhere.jpg"], "nowhere.jpg"),
+    ],
+)
+def test_what_is_no_image_is_said(images: object, message: str, model: VisionTransformer) -> None:
+    with pytest.raises(Dino2Error, match=f"(?s){message}"):
+        dinov2cli.embed(images, model)
+
+
+def test_an_unknown_device_is_named_before_weights_are_sought() -> None:
+    with pytest.raises(EnvironmentProblem, match="--device tpu: unknown"):
+        dinov2cli.load_model("nowhere.pth", device="tpu")
+
+
+def test_dir_shows_the_public_names() -> None:
+    names = dir(dinov2cli)
+    assert {"load_model", "embed", "run", "KnnRequest", "TrainRequest", "__version__"} <= set(names)
+    assert "import_module" not in names and all(getattr(dinov2cli, name) for name in names)
