@@ -115,7 +115,7 @@ _dino2() {
                 --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--data --output --config-file --batch-size --batch_size --num-workers --image-size --max-bad-fraction --resize-ratio --device --no-cache --json --help -h"
+            options="--data --output --overwrite --config-file --batch-size --batch_size --num-workers --image-size --max-bad-fraction --resize-ratio --device --no-cache --json --help -h"
             words="" ;;
         "dino2 results")
             case "$prev" in

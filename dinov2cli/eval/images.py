@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2cli.config.images import RGB
 from dinov2cli.data.datasets import UNLABELLED, ImageDataset, make_dataset
 from dinov2cli.data.decoding import USUAL, Reading, read_file, read_image
 from dinov2cli.data.transforms import EvalTransform, usual_size
@@ -42,7 +43,7 @@ def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu
     """
     where = choose_device(device)  # before anything is downloaded
     model = load.load_model(name_or_path, pretrained, **options).to(where)
-    model.transform = PictureTransform(usual_size(model.config))  # type: ignore[assignment]  # no module, no tensor
+    model.transform = PictureTransform(model)  # type: ignore[assignment]  # no module, no tensor
     return model
 
 
@@ -87,13 +88,13 @@ def embed(
 
 
 class PictureTransform:
-    """The preprocessing of evaluations at `size` pixels, for pictures as `embed` takes them."""
+    """The preprocessing of evaluations of a model, for pictures as `embed` takes them."""
 
-    def __init__(self, size: int) -> None:
-        self.evaluation = EvalTransform.at(size)
+    def __init__(self, model: VisionTransformer) -> None:
+        self.evaluation = EvalTransform.at(usual_size(model.config), getattr(model, "images", RGB))
 
     def __call__(self, picture: Any) -> Tensor:
-        """Normalised float32 [3, size, size]. Raises DataError where it is no picture."""
+        """Normalised float32 [3, S, S]. Raises DataError where it is no picture."""
         return self.evaluation(pixels_of(picture))
 
 
@@ -124,7 +125,7 @@ class GivenImages(ImageDataset):
 
 
 def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL) -> np.ndarray:
-    """RGB pixels, uint8 [H, W, 3], of a path, a PIL image, an array or a uint8 tensor.
+    """RGB pixels [H, W, 3], uint8 or float32 from 0 to 1, of a path, a PIL image, an array or a uint8 tensor.
 
     Raises:
         DataError: something else, or values that are neither uint8 nor floats from 0 to 1.
@@ -155,8 +156,8 @@ def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL)
                 f"{name}: floats from {array.min():.4g} to {array.max():.4g}, and pictures of floats are from 0 to 1.",
                 hint="Give uint8 for levels from 0 to 255, or divide by 255.",
             )
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
+        array = array.astype(np.float32)
+    elif array.dtype != np.uint8:
         raise DataError(f"{name}: {array.dtype} values; give uint8 from 0 to 255, or floats from 0 to 1.")
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
 
