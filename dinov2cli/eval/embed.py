@@ -93,10 +93,10 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
 
     safetensors and Parquet hold `cls` and `mean_patch` float32 [N, D], `last_cls` float32 [N, n, D] (the last blocks,
     earliest first), `labels` int64 [N] (-1: none), `readable` (bool [N]; where false, features are NaN) and `paths`;
-    their metadata name weights, dataset, transform, precision and classes. In safetensors, paths are their bytes one after the
-    other, and `path_ends` int64 [N] tells where each ends; Parquet has columns `label` and `path`, and lists of fixed
-    sizes. CSV has a row of path, label, readable and the class token for each image, `.npy` the class tokens alone,
-    float32 [N, D].
+    their metadata name weights, dataset, transform, precision and classes. In safetensors, paths are their bytes one
+    after the other, and `path_ends` int64 [N] tells where each ends; Parquet has columns `label` and `path`, and lists
+    of fixed sizes. CSV has a row of path, label, readable and the class token for each image, `.npy` the class tokens
+    alone, float32 [N, D].
     """
     check_output(output)
     part = extract(dataset, "features")

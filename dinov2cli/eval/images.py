@@ -125,7 +125,7 @@ class GivenImages(ImageDataset):
 
 
 def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL) -> np.ndarray:
-    """RGB pixels [H, W, 3], uint8 or float32 from 0 to 1, of a path, a PIL image, an array or a uint8 tensor.
+    """RGB pixels, uint8 [H, W, 3], of a path, a PIL image, an array or a uint8 tensor.
 
     Raises:
         DataError: something else, or values that are neither uint8 nor floats from 0 to 1.
@@ -156,7 +156,7 @@ def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL)
                 f"{name}: floats from {array.min():.4g} to {array.max():.4g}, and pictures of floats are from 0 to 1.",
                 hint="Give uint8 for levels from 0 to 255, or divide by 255.",
             )
-        array = array.astype(np.float32)
+        array = np.rint(array * 255).astype(np.uint8)  # as it would be in a file: the same features
     elif array.dtype != np.uint8:
         raise DataError(f"{name}: {array.dtype} values; give uint8 from 0 to 255, or floats from 0 to 1.")
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
