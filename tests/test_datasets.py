@@ -1,14 +1,19 @@
 """Datasets: what a folder, a shard or a string stands for."""
 
 import io
+import json
 import os
 import pickle
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from dinov2cli.data.datasets import UnreadableImage, base, listing, make_dataset
@@ -17,7 +22,10 @@ from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.joined import JoinedDataset
 from dinov2cli.data.datasets.sample_photos import PHOTOS, SIZE, SPLITS, SamplePhotos, _tiles_of
 from dinov2cli.data.datasets.shards import ShardsDataset
+from dinov2cli.data.loaders import make_eval_loader
+from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.eval.cache import dataset_fingerprint
 
 
 def save_image(path: Path, level: int = 100, mode: str = "RGB") -> None:
@@ -262,6 +270,253 @@ class TestShards:
         write_shard(tmp_path / "a.tar", {"a.png": png(9)}, "w:gz")
         with pytest.raises(DataError, match="unpack"):
             ShardsDataset(tmp_path)
+
+
+def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+PHOTOS_OF_TWO = {
+    "photos/dog/b.png": png(20),
+    "photos/cat/a.png": png(10),
+    "photos/notes.txt": b"x",
+    "photos/c.png": png(30),
+}
+
+
+class TestArchives:
+    @pytest.mark.parametrize("kind", ["tar", "zip", "stored zip"])
+    def test_one_archive_has_classes_by_folder(self, tmp_path: Path, kind: str) -> None:
+        if kind == "tar":
+            write_shard(path := tmp_path / "a:b.tar", {f"./{name}": data for name, data in PHOTOS_OF_TWO.items()})
+        else:
+            method = zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED
+            path = write_zip(tmp_path / "a:b.zip", PHOTOS_OF_TWO, method)
+        for text in (str(path), f"archive:{path}", f'Archive:file="{path}"', f'"{path}"'):
+            dataset = make_dataset(text)
+            assert dataset.class_names == ("cat", "dog")
+            found = {
+                dataset.path(i).rpartition("/")[2]: (int(dataset.image(i)[0, 0, 0]), dataset.target(i))
+                for i in range(3)
+            }
+            assert found == {"a.png": (10, 0), "b.png": (20, 1), "c.png": (30, -1)}
+        assert pickle.loads(pickle.dumps(dataset)).image(0).shape == (3, 5, 3)
+        assert "3 images, 2 classes" in dataset.describe() and dataset.file_size(0) == len(png(10))
+
+    def test_webdataset_labels_and_flat_archives(self, tmp_path: Path) -> None:
+        flat = make_dataset(str(write_zip(tmp_path / "flat.zip", {"a.png": png(1), "b.png": png(2)})))
+        assert flat.class_names == () and flat.targets().tolist() == [-1, -1]
+        labelled = {"x/0.png": png(1), "x/0.cls": b"1", "y/1.png": png(2), "y/1.cls": b"0"}
+        assert make_dataset(str(write_zip(tmp_path / "web.zip", labelled))).targets().tolist() == [1, 0]
+
+    @pytest.mark.parametrize("name", ["photos.tar.gz", "photos.tgz", "photos.tar.xz"])
+    def test_compressed_tars_say_what_to_do(self, tmp_path: Path, name: str) -> None:
+        write_shard(tmp_path / name, PHOTOS_OF_TWO, "w:gz")
+        for given in (tmp_path / name, tmp_path):
+            with pytest.raises(DataError, match=r"read from its start to reach an image(.|\n)*Unpack it"):
+                make_dataset(str(given))
+
+    def test_a_replaced_archive_is_another_dataset(self, tmp_path: Path) -> None:
+        path = write_zip(tmp_path / "a.zip", {"a.png": png(1)})
+        before = dataset_fingerprint(make_dataset(str(path)))
+        write_zip(path, {"a.png": png(2)})
+        os.utime(path, (1, 1))
+        assert dataset_fingerprint(make_dataset(str(path))) != before
+
+    def test_what_cannot_be_read_by_position(self, tmp_path: Path) -> None:
+        write_zip(tmp_path / "lzma.zip", PHOTOS_OF_TWO, zipfile.ZIP_LZMA)
+        (tmp_path / "no.zip").write_bytes(b"PK but no zip")
+        write_zip(tmp_path / "empty.zip", {"a.txt": b"x"})
+        for name, message in (("lzma", "other than deflate"), ("no", "not a zip file"), ("empty", "no images found")):
+            with pytest.raises(DataError, match=message):
+                make_dataset(str(tmp_path / f"{name}.zip"))
+
+    def test_damage_inside_is_an_unreadable_image(self, tmp_path: Path) -> None:
+        path = write_zip(tmp_path / "a.zip", {"a.png": png(1), "b.png": png(2)})
+        dataset = make_dataset(str(path))
+        content = bytearray(path.read_bytes())
+        content[36:60] = bytes(24)
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImage, match=r"a\.zip:a\.png"):
+            dataset.image(0)
+        assert dataset.image(1)[0, 0, 0] == 2
+
+
+class TestTables:
+    @pytest.fixture
+    def photos(self, tmp_path: Path) -> Path:
+        for i, name in enumerate(("a.png", "b/b.png", "c.png")):
+            save_image(tmp_path / name, 10 * i)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("name", "text", "classes", "targets"),
+        [
+            ("t.csv", "file_name,label\nc.png,dog\na.png,\nb/b.png,cat\n", ("cat", "dog"), [1, -1, 0]),
+            ("t.csv", "id;image;class\n7;c.png;10\n8;a.png;9\n9;b/b.png;10\n", ("9", "10"), [1, 0, 1]),
+            ("t.tsv", "\ufeffwhere\tother\nc.png\tx\na.png\ty\nb/b.png\tz\n", (), [-1] * 3),
+            ("t.csv", "c.png,1\r\na.png,0\r\nb/b.png,1\r\n", ("0", "1"), [1, 0, 1]),
+            ("t.csv", '"c.png"\n"a.png"\n"b/b.png"\n', (), [-1] * 3),
+        ],
+    )
+    def test_columns_and_order(
+        self, photos: Path, name: str, text: str, classes: tuple[str, ...], targets: list[int]
+    ) -> None:
+        (photos / "tables").mkdir()
+        (photos / "tables" / name).write_text(text, encoding="utf-8")
+        dataset = make_dataset(f"Table:file={photos / 'tables' / name}:root={photos}")
+        assert [int(dataset.image(i)[0, 0, 0]) for i in range(3)] == [20, 0, 10]
+        assert dataset.class_names == classes and dataset.targets().tolist() == targets
+        assert "3 images by column" in dataset.describe()
+
+    def test_named_columns_and_parquet(self, photos: Path) -> None:
+        (photos / "t.csv").write_text("path,view,species\na.png,c.png,x\nb/b.png,a.png,y\n")
+        assert make_dataset(str(photos / "t.csv")).path(0).endswith("/a.png")
+        other = make_dataset(f"csv:{photos / 't.csv'}:path=view:label=species")
+        assert other.path(0).endswith("/c.png") and other.class_names == ("x", "y")
+        table = pa.table({"path": ["a.png", str(photos / "c.png")], "label": [3, None]})
+        pq.write_table(table, photos / "t.parquet")
+        from_parquet = make_dataset(str(photos / "t.parquet"))
+        assert from_parquet.targets().tolist() == [0, -1] and from_parquet.class_names == ("3",)
+        assert int(from_parquet.image(1)[0, 0, 0]) == 20
+
+    @pytest.mark.parametrize(
+        ("text", "options", "message"),
+        [
+            ("", "", "is empty"),
+            ("path,label\n", "", "no images found"),
+            ("x,y\n1,2\n", "", "has the columns x, y; which one holds the paths"),
+            ("x,y\na.png,b.png\n", "", "which one holds the paths"),
+            ("path,label\nmissing.png,1\n", "", r"none exists; the first is .*missing\.png(.|\n)*root=FOLDER"),
+            ("path,label\na.png\n", "", "row 1 of images has 1 columns, not 2"),
+            ("path,label\na.png,1\n", ":label=species", "none 'species'"),
+            ('path,label\n"a.png,1\n', "", "not a table in UTF-8"),
+        ],
+    )
+    def test_mistakes(self, photos: Path, text: str, options: str, message: str) -> None:
+        (photos / "t.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            make_dataset(f"csv:{photos / 't.csv'}{options}")
+
+
+class TestParquet:
+    @pytest.fixture
+    def export(self, tmp_path: Path) -> Path:
+        """As Hugging Face's datasets write them: two shards of train, one of test, names of the classes beside."""
+        (tmp_path / "data").mkdir()
+        features = {"image": {"_type": "Image"}, "label": {"names": ["ant", "bee", "cow"], "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        shards = {
+            "train-00000-of-00002": range(5),
+            "train-00001-of-00002-0a1b": range(5, 7),
+            "test-00000-of-00001": [9],
+        }
+        for name, levels in shards.items():
+            images = [{"bytes": png(10 * level), "path": f"{level}.png"} for level in levels]
+            labels = [level % 3 if "train" in name else -1 for level in levels]
+            table = pa.table({"image": images, "label": labels}).replace_schema_metadata(metadata)
+            pq.write_table(table, tmp_path / "data" / f"{name}.parquet", row_group_size=2)
+        return tmp_path
+
+    def test_an_export_is_read_in_any_order(self, export: Path) -> None:
+        train = make_dataset(f"Parquet:root={export}:split=train")
+        assert [int(train.image(i)[0, 0, 0]) for i in (6, 0, 3, 4, 1, 5, 2)] == [60, 0, 30, 40, 10, 50, 20]
+        assert train.class_names == ("ant", "bee", "cow") and train.targets().tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert train.path(4).endswith("train-00000-of-00002.parquet:row 4") and train.path(6).endswith("parquet:row 1")
+        assert (
+            pickle.loads(pickle.dumps(train)).image(3)[0, 0, 0] == 30 and "2 Parquet files (train)" in train.describe()
+        )
+        assert make_dataset(f"Parquet:root={export}:split=test").targets().tolist() == [-1]
+        with pytest.raises(DataError, match=r"holds the splits test, train(.|\n)*split=test"):
+            make_dataset(str(export))
+        (export / "data" / "test-00000-of-00001.parquet").unlink()
+        assert len(make_dataset(str(export))) == 7
+
+    def test_workers_read_it_as_the_main_process_does(self, export: Path) -> None:
+        train = make_dataset(f"Parquet:root={export}:split=train")
+        train.image(0)  # opened before the workers are forked
+        batches = list(make_eval_loader(train, EvalTransform(8, 8), 2, num_workers=2))
+        expected = list(make_eval_loader(train, EvalTransform(8, 8), 2, num_workers=0))
+        assert (
+            all(torch.equal(a.images, b.images) for a, b in zip(batches, expected, strict=True)) and len(batches) == 4
+        )
+
+    def test_plain_bytes_and_mistakes(self, tmp_path: Path) -> None:
+        table = pa.table({"png": [png(5), None], "species": ["b", "a"], "n": [1, 2]})
+        pq.write_table(table, tmp_path / "t.parquet")
+        dataset = make_dataset(f"{tmp_path / 't.parquet'}")
+        assert dataset.image(0)[0, 0, 0] == 5 and dataset.class_names == ("1", "2")
+        assert make_dataset(f"parquet:{tmp_path / 't.parquet'}:label=species").targets().tolist() == [1, 0]
+        with pytest.raises(UnreadableImage, match="row 1: the row holds no image"):
+            dataset.image(1)
+        with pytest.raises(DataError, match="no column 'x'; it has png, species, n"):
+            make_dataset(f"parquet:{tmp_path / 't.parquet'}:label=x")
+        (tmp_path / "u.parquet").write_bytes(b"PAR1 not")
+        with pytest.raises(DataError, match="not a Parquet file"):
+            make_dataset(str(tmp_path / "u.parquet"))
+
+
+class TestLookAlikes:
+    def test_parts_of_a_dataset_are_no_classes(self, tmp_path: Path) -> None:
+        for part in ("train", "val"):
+            save_image(tmp_path / part / "cat" / "1.png")
+        with pytest.raises(
+            DataError, match=rf"holds train and val, which are parts(.|\n)*{tmp_path}/train; or folder:"
+        ):
+            make_dataset(str(tmp_path))
+        assert make_dataset(f"folder:{tmp_path}").class_names == ("train", "val")
+        assert make_dataset(f"Folder:root={tmp_path}").class_names == ("train", "val")
+        assert make_dataset(str(tmp_path / "train")).class_names == ("cat",)
+
+    def test_roots_of_imagenet(self, tmp_path: Path) -> None:
+        for part in ("train", "val"):
+            save_image(tmp_path / "ILSVRC/Data/CLS-LOC" / part / "n01440764" / "n01440764_1.JPEG")
+        for root in (tmp_path, tmp_path / "ILSVRC/Data/CLS-LOC"):
+            with pytest.raises(
+                DataError, match=rf"ImageNet(.|\n)*--root {root}, and then ImageNet:split=TRAIN:root={root}"
+            ):
+                make_dataset(str(root))
+
+    def test_one_folder_that_holds_the_classes(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for name in ("cat", "dog"):
+            save_image(tmp_path / "images" / name / "1.png")
+        (tmp_path / "README.md").touch()
+        with caplog.at_level("INFO", logger="dino2"):
+            dataset = make_dataset(str(tmp_path))
+        assert dataset.class_names == ("cat", "dog") and "one folder alone" in caplog.text
+        assert make_dataset(f"folder:{tmp_path}").class_names == ("images",)
+        (tmp_path / "images" / "dog" / "1.png").rename(tmp_path / "images" / "cat" / "2.png")
+        (tmp_path / "images" / "dog").rmdir()
+        assert make_dataset(str(tmp_path)).class_names == ("images",), "one class in one folder is one class"
+
+    def test_no_images_but_an_archive_or_tables(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_zip(tmp_path / "photos.zip", PHOTOS_OF_TWO)
+        with caplog.at_level("INFO", logger="dino2"):
+            assert len(make_dataset(str(tmp_path))) == 3
+        assert "those of photos.zip" in caplog.text
+        write_zip(tmp_path / "more.zip", PHOTOS_OF_TWO)
+        with pytest.raises(DataError, match=r"no images found in .*more.zip, photos.zip\nGive the file: .*more\.zip"):
+            make_dataset(str(tmp_path))
+
+    def test_other_files_are_counted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        save_image(tmp_path / "cat" / "1.png")
+        for name in ("a.raw", "b.RAW", "cat/notes.txt", "cat/LICENSE", ".hidden.raw"):
+            (tmp_path / name).touch()
+        with caplog.at_level("INFO", logger="dino2"):
+            make_dataset(str(tmp_path))
+            make_dataset(str(tmp_path))
+        assert caplog.text.count("passed over 4 files of other types: 2 .raw, 1 ") == 1
+        (tmp_path / "cat" / "1.png").unlink()
+        with pytest.raises(DataError, match=r"no images found in .*; it holds 2 \.raw"):
+            make_dataset(str(tmp_path))
+
+    def test_a_file_that_is_no_dataset(self, tmp_path: Path) -> None:
+        save_image(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png is a file that is no dataset"):
+            make_dataset(str(tmp_path / "a.png"))
 
 
 class TestStrings:

@@ -98,7 +98,7 @@ def _place_of_unfinished(entry: Path) -> Path:
 
 
 def dataset_fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 over labels, paths and, where the paths are files, their sizes and times of change."""
+    """SHA-256 over labels, paths, and sizes and times of change of the files that hold the images."""
     what = f"{dataset.describe()} {len(dataset)} {tuple(dataset.class_names)}"
     found = hashlib.sha256(os.fsencode(what))
     found.update(torch.as_tensor(dataset.targets()).contiguous().numpy().data)
@@ -106,9 +106,9 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
         path = dataset.path(i)
         found.update(os.fsencode(path))
         try:
-            status = os.stat(path)
+            status = os.stat(dataset.container(i))
         except OSError:
-            continue  # an image inside an archive or package: its label and name are all there is
+            continue  # an image that is made: its label and name are all there is
         found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
 

@@ -37,6 +37,10 @@ class ImageDataset(ABC):
     def path(self, index: int) -> str:
         """Where the image lies, for messages."""
 
+    def container(self, index: int) -> str:
+        """The file that holds the image, which may hold others, too: it changes when the image does."""
+        return self.path(index)
+
     @abstractmethod
     def targets(self) -> np.ndarray:
         """Class indices, int64 [N]; -1 where there is no label."""

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
 from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
+
+_told: set[Path] = set()
+"""Folders whose other files have been named."""
 
 
 class FolderDataset(ImageDataset):
@@ -28,8 +32,13 @@ class FolderDataset(ImageDataset):
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
         self._prefix = os.path.join(self.root, "")  # pathlib would take longer than reading a small image
-        self._paths, self._classes, self.class_names = list_images(self.root)
-        require_images(len(self._paths), str(self.root), "Files are recognised by their extension (.jpg, .png, ...).")
+        self._paths, self._classes, self.class_names, others = list_images(self.root)
+        of_others = ", ".join(f"{count} {suffix}" for suffix, count in list(others.items())[:8])
+        where = f"{self.root}; it holds {of_others}" if others else str(self.root)
+        require_images(len(self._paths), where, "Files are recognised by their extension (.jpg, .png, ...).")
+        if others and self.root not in _told:
+            _told.add(self.root)
+            logger.info("%s: passed over %d files of other types: %s", self.root, sum(others.values()), of_others)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -52,6 +52,9 @@ class ImageNet22k(ImageDataset):
         entry = self._entries[index]
         return f"{self.root / str(entry['class_id'])}.tar:{entry['filename']}"
 
+    def container(self, index: int) -> str:
+        return str(self.root / f"{self._entries[index]['class_id']}.tar")
+
     def target(self, index: int) -> int:
         return int(self._entries[index]["class_index"])
 

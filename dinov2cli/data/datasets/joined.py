@@ -44,6 +44,10 @@ class JoinedDataset(ImageDataset):
         part, i = self._locate(index)
         return self.parts[part].path(i)
 
+    def container(self, index: int) -> str:
+        part, i = self._locate(index)
+        return self.parts[part].container(i)
+
     def file_size(self, index: int) -> int | None:
         part, i = self._locate(index)
         return self.parts[part].file_size(i)

@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -59,12 +60,14 @@ class PathTable:
 class Listing(NamedTuple):
     """Images below a folder.
 
-    paths: relative to it, sorted. classes: int32 [N], -1 for images directly in the folder.
+    paths: relative to it, sorted. classes: int32 [N], -1 for images directly in the folder. others: numbers of files of
+    other types, by suffix.
     """
 
     paths: PathTable
     classes: np.ndarray
     class_names: tuple[str, ...]
+    others: dict[str, int]
 
 
 def list_images(root: Path) -> Listing:
@@ -73,9 +76,11 @@ def list_images(root: Path) -> Listing:
     A folder with many images is listed once: the listing is kept in the user's cache and read again in milliseconds
     as long as no folder below `root` has changed.
     """
-    if (recalled := recall(root, sorted(image_extensions()))) is not None:
+    kind = ["with others", *sorted(image_extensions())]
+    if (recalled := recall(root, kind)) is not None:
         arrays, names = recalled
-        return Listing(PathTable(arrays["blob"], arrays["ends"]), arrays["classes"], names)
+        others = dict(zip(arrays["others"].tolist(), arrays["counts"].tolist(), strict=True))
+        return Listing(PathTable(arrays["blob"], arrays["ends"]), arrays["classes"], names, others)
     started = time.time_ns()
     top = _read_folder(str(root), "", frozenset())
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
@@ -93,10 +98,12 @@ def list_images(root: Path) -> Listing:
         PathTable(np.frombuffer(found.blob, np.uint8), np.frombuffer(found.ends, np.int64)),
         np.repeat(np.arange(UNLABELLED, len(class_names), dtype=np.int32), counts),
         tuple(class_names),
+        dict(found.others.most_common()),
     )
     if len(listing.paths) >= CACHE_FROM:
         arrays = {"blob": listing.paths.blob, "ends": listing.paths.ends, "classes": listing.classes}
-        remember(root, sorted(image_extensions()), arrays, listing.class_names, found.modified, started)
+        arrays |= {"others": np.array([*listing.others], "U"), "counts": np.array([*listing.others.values()], np.int64)}
+        remember(root, kind, arrays, listing.class_names, found.modified, started)
     return listing
 
 
@@ -105,6 +112,7 @@ class _Folder(NamedTuple):
 
     files: list[str]
     folders: list[str]
+    others: Counter[str]
     modified: int
     parents: frozenset[tuple[int, int]]  # this folder and those above it, by device and inode
 
@@ -116,9 +124,11 @@ class _Found:
         self.blob = bytearray()
         self.ends = array("q")
         self.modified: dict[str, int] = {}
+        self.others: Counter[str] = Counter()
 
     def add_folder(self, prefix: str, folder: _Folder) -> None:
         self.modified[prefix] = folder.modified
+        self.others += folder.others
         for name in folder.files:
             self.blob += f"{prefix}{name}".encode(errors="surrogateescape")
             self.ends.append(len(self.blob))
@@ -128,6 +138,7 @@ class _Found:
         self.blob += other.blob
         self.ends.frombytes((np.frombuffer(other.ends, np.int64) + start).tobytes())
         self.modified |= other.modified
+        self.others += other.others
 
     def scan(self, root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> "_Found":
         """Add a folder and then those below it."""
@@ -144,6 +155,7 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
     identity = (status.st_dev, status.st_ino)
     files: list[str] = []
     folders: list[str] = []
+    others: Counter[str] = Counter()
     if identity not in parents:  # else a symlink to a folder that it lies in
         with os.scandir(here) as entries:
             for entry in entries:
@@ -151,9 +163,11 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in image_extensions():
+                elif (suffix := os.path.splitext(entry.name)[1].lower()) in image_extensions():
                     files.append(entry.name)
-    return _Folder(sorted(files), sorted(folders), status.st_mtime_ns, parents | {identity})
+                else:
+                    others[suffix or "without suffix"] += 1
+    return _Folder(sorted(files), sorted(folders), others, status.st_mtime_ns, parents | {identity})
 
 
 @cache

@@ -1,9 +1,14 @@
-"""A folder of WebDataset shards (.tar), read by index without unpacking."""
+"""Images in tar and zip files, read by index without unpacking: a folder of WebDataset shards, or one archive."""
 
 import os
+import struct
 import tarfile
 import time
+import zipfile
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +17,14 @@ import numpy as np
 from dinov2cli.console import logger, progress
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, require_images
 from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
+from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
 
 INDEX_THREADS = 8
+LARGEST = 1 << 30
+"""Bytes of an image in a zip: it is decompressed in one piece."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+"""What cannot be read by position."""
 
 
 class ShardsDataset(ImageDataset):
@@ -28,17 +38,19 @@ class ShardsDataset(ImageDataset):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder")
-        self.shards = shards_in(self.root)
-        if not self.shards:
-            raise DataError(f"{self.root} holds no .tar files")
-        index = _load_or_make_index(self.root, self.shards)
-        self._shard, self._offset, self._size, self._class = index.shard, index.offset, index.size, index.label
-        self._names = index.names
-        require_images(len(self._size), f"the tar files of {self.root}")
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder")
+        if not (shards := archives_in(folder, ".tar")):
+            raise DataError(f"{folder} holds no .tar files")
+        self._open(folder, shards)
         self.class_names = tuple(str(i) for i in range(int(self._class.max()) + 1))
+
+    def _open(self, folder: Path, shards: list[str]) -> None:
+        self.root, self.shards = folder, shards
+        index = _load_or_make_index(folder, shards)
+        self._shard, self._offset, self._size, self._inflated, self._class, self._names = index
+        require_images(len(self._size), ", ".join(shards[:3]) + f" in {folder}")
         self._files = OpenFiles()
 
     def __len__(self) -> int:
@@ -47,14 +59,23 @@ class ShardsDataset(ImageDataset):
     def encoded(self, index: int) -> bytes:
         self._check_index(index)
         shard = str(self.root / self.shards[self._shard[index]])
-        return self._files.read(shard, int(self._offset[index]), int(self._size[index]))
+        data = self._files.read(shard, int(self._offset[index]), int(self._size[index]))
+        if not self._inflated[index]:
+            return data
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self._inflated[index]))
+        except zlib.error as error:
+            raise UnreadableImage(self.path(index), f"damaged in the archive ({error})") from error
 
     def path(self, index: int) -> str:
         self._check_index(index)
         return f"{self.root / self.shards[self._shard[index]]}:{self._names[index]}"
 
+    def container(self, index: int) -> str:
+        return str(self.root / self.shards[self._shard[index]])
+
     def file_size(self, index: int) -> int:
-        return int(self._size[index])
+        return int(self._inflated[index] or self._size[index])
 
     def targets(self) -> np.ndarray:
         return self._class.astype(np.int64)
@@ -64,65 +85,135 @@ class ShardsDataset(ImageDataset):
         return f"{len(self.shards)} shards in {self.root}: {len(self)} images, {classes}"
 
 
-def shards_in(folder: Path) -> list[str]:
-    """Names of the tar files directly in `folder`, sorted."""
-    return sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+class ArchiveDataset(ShardsDataset):
+    """The images in one .tar or .zip, without unpacking, by position.
+
+    The class of an image is the first folder on its path below those that all images share; where members `key.cls`
+    give whole numbers, they are the classes, as in shards.
+
+    Raises:
+        DataError: no such file, one that cannot be read by position, or none with images.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        path = Path(file).expanduser()
+        if path.name.lower().endswith(COMPRESSED):
+            raise DataError(f"{path}: a compressed tar has to be read from its start to reach an image",
+                            "Unpack it, or undo its compression (gunzip): a plain .tar is read as it is.")  # fmt: skip
+        if not path.is_file():
+            raise DataError(f"{path} is not a file")
+        self._open(path.parent, [path.name])
+        if (self._class != UNLABELLED).any():
+            self.class_names = tuple(str(i) for i in range(int(self._class.max()) + 1))
+            return
+        folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in self._names]
+        ends = zip_longest(min(folders), max(folders))
+        shared = next((depth for depth, (a, b) in enumerate(ends) if a != b), len(folders[0]))
+        first = [parts[shared] if len(parts) > shared else "" for parts in folders]
+        self.class_names = tuple(sorted({*first} - {""}))
+        place = {name: i for i, name in enumerate(self.class_names)}
+        self._class = np.array([place.get(name, UNLABELLED) for name in first], np.int32)
+
+    def describe(self) -> str:
+        classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
+        return f"archive {self.root / self.shards[0]}: {len(self)} images, {classes}"
+
+
+def archives_in(folder: Path, *suffixes: str) -> list[str]:
+    """Names of the files directly in `folder` that end so, sorted."""
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith("."))
 
 
 class _Index(NamedTuple):
-    """Where the images lie. N images; offset and size of the content in bytes, int64 [N]."""
+    """Where the images lie. N images; offset and size of the content in bytes, int64 [N]; inflated: the size once
+    decompressed, 0 for what is stored as it is."""
 
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    inflated: np.ndarray
     label: np.ndarray
     names: PathTable
 
 
 def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
-    kind = ["shards", *shards]
+    kind = ["archives", *shards]
     if (recalled := recall(root, kind)) is not None:
         arrays, _ = recalled
         names = PathTable(arrays.pop("blob"), arrays.pop("ends"))
         return _Index(**arrays, names=names)
     started = time.time_ns()
     modified = {name: os.stat(root / name).st_mtime_ns for name in shards}
-    logger.info("reading the headers of %d tar files in %s, once", len(shards), root)
+    logger.info("reading the headers of %s in %s, once", f"{len(shards)} files" if shards[1:] else shards[0], root)
     with progress() as bar, ThreadPoolExecutor(INDEX_THREADS) as pool:
         members = list(bar.track(pool.map(_images_in, [root / name for name in shards]), total=len(shards)))
-    places = np.array([place for in_shard in members for _, *place in in_shard], np.int64).reshape(-1, 3)
+    places = np.array([place for in_shard in members for _, *place in in_shard], np.int64).reshape(-1, 4)
     columns: Arrays = {
         "shard": np.repeat(np.arange(len(shards), dtype=np.int32), [len(in_shard) for in_shard in members]),
         "offset": places[:, 0].copy(),
         "size": places[:, 1].copy(),
-        "label": places[:, 2].astype(np.int32),
+        "inflated": places[:, 2].copy(),
+        "label": places[:, 3].astype(np.int32),
     }
     names = PathTable.of(name for in_shard in members for name, *_ in in_shard)
     remember(root, kind, {**columns, "blob": names.blob, "ends": names.ends}, (), modified, started)
     return _Index(**columns, names=names)
 
 
-def _images_in(path: Path) -> list[tuple[str, int, int, int]]:
-    """Name, offset and size in bytes, and label (-1: none) of the images in a tar."""
-    images: list[tuple[str, str, int, int]] = []
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+    inflated: int
+    text: bytes  # of a member `key.cls`
+
+
+def _images_in(path: Path) -> list[tuple[str, int, int, int, int]]:
+    """Name, offset, size, inflated size, and label (-1: none) of the images in an archive."""
+    images: list[tuple[str, _Member]] = []
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                # WebDataset's key is the name up to the first dot of its last part.
-                folder, _, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                key = f"{folder}/{stem}"
-                if "." + extension.lower().rpartition(".")[2] in image_extensions():
-                    images.append((key, member.name, member.offset_data, member.size))
-                elif extension == "cls":
-                    content = tar.extractfile(member)
-                    labels[key] = int(content.read()) if content else UNLABELLED
+        for member in (_zip_members if path.suffix.lower() == ".zip" else _tar_members)(path):
+            # WebDataset's key is the name up to the first dot of its last part.
+            folder, _, file = member.name.rpartition("/")
+            stem, _, extension = file.partition(".")
+            if stem == "" or folder.startswith("__MACOSX"):  # hidden files; what macOS keeps beside each
+                continue
+            if "." + extension.lower().rpartition(".")[2] in image_extensions():
+                images.append((f"{folder}/{stem}", member))
+            elif extension == "cls":
+                labels[f"{folder}/{stem}"] = int(member.text)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not an uncompressed tar file ({error})", "Shards are read by position: unpack "
                         ".tar.gz to .tar first.") from error  # fmt: skip
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error) as error:
+        raise DataError(f"{path}: not a zip file that can be read by position ({error})") from error
     except ValueError as error:
         raise DataError(f"{path}: a .cls member holds no whole number ({error})") from error
-    return [(name, offset, size, labels.get(key, UNLABELLED)) for key, name, offset, size in images]
+    return [(m.name, m.offset, m.size, m.inflated, labels.get(key, UNLABELLED)) for key, m in images]
+
+
+def _tar_members(path: Path) -> Iterator[_Member]:
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isfile():
+                content = tar.extractfile(member) if member.name.endswith(".cls") else None
+                yield _Member(member.name, member.offset_data, member.size, 0, content.read() if content else b"")
+
+
+def _zip_members(path: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1:
+                raise NotImplementedError(f"{info.filename} is encrypted")
+            if info.file_size > LARGEST:
+                raise NotImplementedError(f"{info.filename} has {info.file_size} bytes, more than {LARGEST}")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise NotImplementedError(f"{info.filename} is compressed in a way other than deflate")
+            file.seek(info.header_offset + 26)
+            offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            inflated = info.file_size if info.compress_type else 0
+            text = archive.read(info) if info.filename.endswith(".cls") else b""
+            yield _Member(info.filename, offset, info.compress_size, inflated, text)

@@ -1,10 +1,12 @@
 """Dataset strings: `/photos`, `SamplePhotos:split=TRAIN`, `ImageNet:split=TRAIN:root=/data:extra=/data`, joined by +.
 
-Grammar: `[weight*]dataset + [weight*]dataset ...` where a dataset is a folder or `Name:key=value:key=value`. A value
-or folder may hold ':' '=' and '+'; where that could be read in two ways, put it in quotes.
+Grammar: `[weight*]dataset + [weight*]dataset ...` where a dataset is a path, `folder:PATH`, `csv:PATH` or the like, or
+`Name:key=value:key=value`. A value or path may hold ':' '=' and '+'; where that could be read in two ways, put it in
+quotes.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -16,9 +18,11 @@ from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
-from dinov2cli.data.datasets.listing import image_extensions
+from dinov2cli.data.datasets.parquet import ParquetDataset
+from dinov2cli.data.datasets.recognise import recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
-from dinov2cli.data.datasets.shards import ShardsDataset, shards_in
+from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
+from dinov2cli.data.datasets.table import TableDataset
 from dinov2cli.errors import DataError
 
 
@@ -30,25 +34,30 @@ class DatasetKind(NamedTuple):
 
 
 KINDS = {
+    "Archive": DatasetKind(ArchiveDataset, "Archive:file=/photos.zip"),
     "Folder": DatasetKind(FolderDataset, "Folder:root=/photos"),
     "ImageNet": DatasetKind(ImageNet, "ImageNet:split=TRAIN:root=/imagenet:extra=/imagenet-extra"),
     "ImageNet22k": DatasetKind(ImageNet22k, "ImageNet22k:root=/imagenet22k:extra=/imagenet22k-extra"),
+    "Parquet": DatasetKind(ParquetDataset, "Parquet:root=/export:split=train"),
     "SamplePhotos": DatasetKind(SamplePhotos, "SamplePhotos:split=TRAIN"),
     "Shards": DatasetKind(ShardsDataset, "Shards:root=/shards"),
+    "Table": DatasetKind(TableDataset, "Table:file=/photos.csv:path=image:label=species"),
 }
+SHORT = {"folder": "Folder", "archive": "Archive", "csv": "Table", "parquet": "Parquet", "shards": "Shards"}
+"""`name:PATH`, for what a path is to be taken for, whatever it looks like."""
 
 _KNOWN = "Known datasets: a folder, " + ", ".join(kind.example for kind in KINDS.values())
 
 # A quoted piece starts where a value can start and ends where one can end, so a path may hold an apostrophe.
 _QUOTED = re.compile(r"""(?<![^\s=*+])("[^"]*"|'[^']*')(?=$|[\s:+])""")
-_PLUS = re.compile(rf"\s+\+\s+|\+(?=(?:[\d.]+\s*\*\s*)?(?:{'|'.join(KINDS)})(?:[:\s+]|$))")
+_PLUS = re.compile(rf"\s+\+\s+|\+(?=(?:[\d.]+\s*\*\s*)?(?:{'|'.join((*KINDS, *SHORT))})(?:[:\s+]|$))")
 _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)\s*\*\s*")
 
 
 def make_dataset(dataset_string: str) -> ImageDataset:
     """The dataset that a string names.
 
-    A folder of images (with class subfolders or without), a folder of WebDataset `.tar` shards, or
+    A path, of which `recognise` tells what it holds, `folder:PATH` and its like (`SHORT`), or
     `Name:key=value:key=value`; several of these joined by `+`, each with an optional weight `2*`.
 
     Raises:
@@ -57,8 +66,8 @@ def make_dataset(dataset_string: str) -> ImageDataset:
     text = dataset_string.strip()
     if not text:
         raise DataError("the dataset is empty; give a folder of images or a dataset string", _KNOWN)
-    if (folder := Path(text).expanduser()).is_dir():
-        return _folder_or_shards(folder)
+    if os.path.exists(path := os.path.expanduser(text)):
+        return recognise(Path(path))
     parts, weights = [], []
     for part in _split(text, _PLUS):
         weight = _WEIGHT.match(part)
@@ -74,8 +83,12 @@ def _one_dataset(text: str) -> ImageDataset:
     if name in KINDS:
         kind = KINDS[name]
         return kind.build(**_options(name, kind, rest))
-    if (folder := Path(_unquoted(text)).expanduser()).is_dir():
-        return _folder_or_shards(folder)
+    if name in SHORT and rest:
+        kind = KINDS[SHORT[name]]
+        first, *_ = inspect.signature(kind.build).parameters
+        return kind.build(**_options(SHORT[name], kind, f"{first}={rest}"))
+    if os.path.exists(path := os.path.expanduser(_unquoted(text))):
+        return recognise(Path(path))
     close = get_close_matches(name, KINDS, n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     raise DataError(f"{_unquoted(text)!r} is neither a folder nor a known dataset{meant}", _KNOWN)
@@ -107,8 +120,3 @@ def _split(text: str, separator: re.Pattern[str]) -> list[str]:
 
 def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
-
-
-def _folder_or_shards(folder: Path) -> ImageDataset:
-    has_images = any(file.suffix.lower() in image_extensions() for file in folder.iterdir())
-    return ShardsDataset(folder) if not has_images and shards_in(folder) else FolderDataset(folder)

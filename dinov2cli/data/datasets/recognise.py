@@ -1,0 +1,105 @@
+"""What a path holds: folders, archives, tables or Parquet files of images, and what only looks like classes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from dinov2cli.console import logger
+from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.datasets.folder import FolderDataset
+from dinov2cli.data.datasets.imagenet import data_root
+from dinov2cli.data.datasets.listing import image_extensions
+from dinov2cli.data.datasets.parquet import ParquetDataset, holds_images, parquet_files
+from dinov2cli.data.datasets.shards import COMPRESSED, ArchiveDataset, ShardsDataset
+from dinov2cli.data.datasets.table import DELIMITERS, TableDataset
+from dinov2cli.errors import DataError
+
+TRAIN = {"train", "training"}
+OTHERS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
+"""Names of folders that, beside one of `TRAIN`, are parts of a dataset and not classes."""
+
+
+def recognise(path: Path) -> ImageDataset:
+    """The dataset that a file or a folder holds.
+
+    Raises:
+        DataError: it holds none, or looks like one of several things; the message says which, and how to say so.
+    """
+    return of_file(path) if path.is_file() else of_folder(path)
+
+
+def of_file(file: Path) -> ImageDataset:
+    """The dataset in an archive, a table or a Parquet file."""
+    kinds: dict[str, Callable[[str], ImageDataset]] = {
+        ".tar": ArchiveDataset,
+        ".zip": ArchiveDataset,
+        ".parquet": ParquetDataset if file.suffix == ".parquet" and holds_images(file) else TableDataset,
+        **dict.fromkeys(DELIMITERS, TableDataset),
+    }
+    suffix = file.suffix.lower()
+    if file.name.lower().endswith(COMPRESSED):
+        return ArchiveDataset(file)  # which says what to do
+    if suffix not in kinds:
+        raise DataError(f"{file} is a file that is no dataset; datasets are folders and {', '.join(kinds)} files")
+    return kinds[suffix](str(file))
+
+
+def of_folder(folder: Path) -> ImageDataset:
+    """The dataset in a folder. What is found in it, if it is not simply images, is logged."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+    folders = sorted(name for name, is_folder in found.items() if is_folder)
+    files = sorted(name for name, is_folder in found.items() if not is_folder)
+    _refuse_parts(folder, folders)
+    if any(os.path.splitext(name)[1].lower() in image_extensions() for name in files):
+        return FolderDataset(folder)
+    if any(name.endswith(".tar") for name in files):
+        return ShardsDataset(folder)
+    if parquet_files(folder) and set(folders) <= {"data"}:
+        return ParquetDataset(folder)
+    if len(folders) == 1 and len(_folders_in(folder / folders[0])) > 1:
+        inner = folder / folders[0]
+        logger.info(
+            "%s holds one folder alone: the folders in %s are the classes (folder:%s: one class)", folder, inner, folder
+        )
+        return of_folder(inner)
+    archives = [name for name in files if name.lower().endswith((".zip", *COMPRESSED))]
+    tables = [name for name in files if os.path.splitext(name)[1].lower() in DELIMITERS]
+    if not folders and len(archives) == 1:
+        logger.info("%s: the images are those of %s in it", folder, archives[0])
+        return ArchiveDataset(folder / archives[0])
+    if not folders and (archives or tables):
+        raise DataError(f"no images found in {folder}; it holds {', '.join((archives + tables)[:5])}",
+                        f"Give the file: {folder / (archives + tables)[0]}")  # fmt: skip
+    return FolderDataset(folder)
+
+
+def _refuse_parts(folder: Path, folders: list[str]) -> None:
+    """Raise for a folder whose subfolders are train, val and test: as classes they would mean nothing."""
+    if data_root(folder) != folder:
+        raise DataError(
+            f"{folder} is ImageNet as Kaggle gives it, with its parts in {data_root(folder)}", _imagenet(folder)
+        )
+    trains = [name for name in folders if name.lower() in TRAIN]
+    parts = trains + [name for name in folders if name.lower() in OTHERS]
+    if not trains or len(parts) == len(trains):
+        return
+    train = folder / trains[0]
+    if any(name.startswith("n") and name[1:].isdigit() and len(name) == 9 for name in _folders_in(train)):
+        raise DataError(
+            f"{folder} is the root of an ImageNet: {' and '.join(parts)} are parts, not classes", _imagenet(folder)
+        )
+    raise DataError(
+        f"{folder} holds {' and '.join(parts)}, which are parts of a dataset rather than classes",
+        f"Give one of them, such as {train}; or folder:{folder} for all images, with these as classes.",
+    )
+
+
+def _imagenet(root: Path) -> str:
+    extra = f"dino2 prepare-imagenet --root {root}, and then ImageNet:split=TRAIN:root={root}"
+    return f"{extra}; or folder:{data_root(root) / 'train'}"
+
+
+def _folders_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
