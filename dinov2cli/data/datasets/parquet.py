@@ -183,7 +183,7 @@ def _candidates(parquet: "pq.ParquetFile") -> list[str]:
 
     def holds(of: Any) -> bool:
         if types.is_struct(of):
-            return of.get_field_index("bytes") >= 0
+            return bool(of.get_field_index("bytes") >= 0)
         return bool(types.is_binary(of) or types.is_large_binary(of))
 
     return [field.name for field in parquet.schema_arrow if holds(field.type)]
