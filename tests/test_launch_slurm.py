@@ -24,7 +24,7 @@ from dinov2cli.requests.eval import KnnRequest
 from dinov2cli.requests.launch import GPUS_PER_NODE, Slurm
 from dinov2cli.requests.train import TrainRequest
 
-TRAIN = ["train", "--preset", "vitl16_short", "--output-dir"]
+TRAIN = ["train", "--preset", "vitl16_short", "--data", "SamplePhotos:split=TRAIN", "--output-dir"]
 
 
 def run_without_torch(arguments: list[str], path: str) -> subprocess.CompletedProcess[str]:

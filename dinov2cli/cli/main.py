@@ -29,6 +29,10 @@ REQUESTS: tuple[type[Request], ...] = (
     tools.PlotRequest,
     tools.DoctorRequest,
     *eval.EVALUATIONS.values(),
+    tools.ListDatasetsRequest,
+    tools.ShowDatasetRequest,
+    tools.AddDatasetRequest,
+    tools.ForgetDatasetRequest,
     tools.ListPresetsRequest,
     tools.ShowPresetRequest,
     bench.BenchTrainRequest,
@@ -45,6 +49,8 @@ COMMANDS: dict[str, type[Request]] = {request.command: request for request in RE
 GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
+    "datasets": "Give datasets a name, by which every command takes them, and see what has one.\n\n"
+    "Example:\n\n    dino2 datasets list",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
     "bench": "Measure how fast the parts of dino2 run on this machine.\n\nExample:\n\n    dino2 bench augment",
 }
@@ -77,7 +83,8 @@ def _print_version(wanted: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass

@@ -125,7 +125,7 @@ class _Everywhere(Group):
 
 
 class _AtTheTop(_Everywhere):
-    version: bool = option(False, "Print the version and exit.")
+    version: bool = option(False, "Print the version and exit.", flags="--version -V")
     install_completion: bool = option(False, "Install completion for the current shell.")
     show_completion: bool = option(
         False, "Show completion for the current shell, to copy it or customize the installation."

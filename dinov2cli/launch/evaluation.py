@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from dinov2cli.launch.cluster import wanted_for
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
-from dinov2cli.launch.slurm import Wanted, submit
+from dinov2cli.launch.slurm import submit
 from dinov2cli.requests.eval import EvalRequest
 
 
@@ -20,8 +21,9 @@ def launch(request: EvalRequest) -> Elsewhere | None:
         checkpoint = Path(request.checkpoint).absolute()
         runs = (place for place in (checkpoint, *checkpoint.parents) if (place / "config.yaml").exists())
         folder = request.output_dir or next(runs, Path())
-        wanted, name = Wanted(request.slurm, gpus, cpu), f"dino2-{request.protocol()}"
-        return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=name))
+        wanted = wanted_for(request.slurm, request.gpus, cpu=cpu, usual=1)
+        request, name = request.model_copy(update={"device": "cpu"} if wanted.cpu else {}), request.protocol()
+        return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
     if gpus == 1:
         return None
     launch_local(request, processes_here(gpus, cpu=cpu), None)

@@ -16,6 +16,7 @@ from dinov2cli.launch.environment import NOTES_FOLDER, RUN_TOKEN, SLURM_OPTIONS,
 from dinov2cli.launch.job import NodeTask
 from dinov2cli.requests.base import Request, words_of
 from dinov2cli.requests.launch import Slurm
+from dinov2cli.site import read_site
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -104,9 +105,17 @@ def slurm_of_this_job(*parameters: str) -> Slurm:
     Args:
         parameters: further `KEY=VALUE`, which win over earlier ones and over the options of that name.
     """
-    own = Slurm.model_validate_json(os.environ.get(SLURM_OPTIONS, "{}"))
+    options = os.environ.get(SLURM_OPTIONS)
+    own = Slurm.model_validate_json(options) if options else with_site(Slurm())
     changed = {"nodes": None, "cpus_per_task": None, "mem": None, "parameters": (*own.parameters, *parameters)}
     return own.model_copy(update=changed)
+
+
+def with_site(typed: Slurm) -> Slurm:
+    """What is typed, else what the site's file says; `--slurm KEY=VALUE` of both, the file's first."""
+    site = read_site().settings.slurm
+    missing = {name: getattr(site, name) for name in Slurm.model_fields if getattr(typed, name) in (None, ())}
+    return typed.model_copy(update={**missing, "parameters": (*site.parameters, *typed.parameters)})
 
 
 def script(wanted: Wanted, *, folder: Path, name: str) -> str:

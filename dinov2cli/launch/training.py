@@ -1,14 +1,20 @@
 """A training in other processes, of this machine or of a Slurm job, and the configuration that its request means."""
 
+import re
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.config import Config, load_config
+from dinov2cli.config import Config, find_preset, load_config
+from dinov2cli.console import err, logger
+from dinov2cli.data.spelling import complete
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch import slurm
+from dinov2cli.launch import cluster, slurm
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
+from dinov2cli.launch.restarts import newest_checkpoint
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
+from dinov2cli.site import cache_folder, read_site
+from dinov2cli.train.resuming import changed_keys
 from dinov2cli.train.run_folder import RunFolder
 
 
@@ -19,7 +25,12 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         Dino2Error: a wrong configuration, found here and not in each process; else as the launchers.
     """
     # Before torch is imported. What the weights say of the model is left to the job: reading them needs it.
-    run = Path(resolve_config(request, read_weights=False).train.output_dir)
+    config = resolve_config(request, read_weights=False)
+    run = Path(config.train.output_dir)
+    if request.dry_run:
+        print_origins(request, config)
+    # A restart in a week means the same, whatever is known by then in the site's file.
+    request = request.model_copy(update={"output_dir": run, "data": config.train.dataset_path})
     if not request.slurm.is_asked:
         if (processes := processes_here(request.gpus, cpu=request.cpu)) == 1:
             return None
@@ -27,7 +38,10 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         launch_local(request, processes, None if request.dry_run else run)
         return Elsewhere(None)
     name, folder = f"dino2-{run.absolute().name}", run.absolute() / "slurm"
-    wanted = slurm.Wanted(request.slurm, request.gpus or (1 if request.cpu else GPUS_PER_NODE), request.cpu)
+    usual = read_site().settings.slurm.gpus or GPUS_PER_NODE
+    wanted = cluster.wanted_for(request.slurm, request.gpus, cpu=request.cpu, usual=usual)
+    request = request.model_copy(update={"cpu": wanted.cpu})
+    tell_of_fewer_nodes(request, wanted, config)
     if request.dry_run:
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
     slurm.need_slurm()
@@ -38,21 +52,106 @@ def launch(request: TrainRequest) -> Elsewhere | None:
 def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Config:
     """The configuration that a request says: its options that stand for a key are overrides of it.
 
-    With `read_weights`, keys that nobody has set follow the weights that the student starts from.
+    Datasets that are known by name are written out, and without a run folder it is one named after the preset, the file
+    or the data. With `read_weights`, keys that nobody has set follow the weights that the student starts from.
+
+    Raises:
+        ConfigError: as `load_config`; or the run folder, which nobody named, holds a run of another configuration.
+        DataError: the data is not known, or gone.
     """
     options = {
         "train.dataset_path": request.data,
-        "train.output_dir": request.output_dir,
+        "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
         "student.pretrained_weights": request.init_from,
     }
     given = [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     load = partial(load_config, preset=request.preset, config_file=request.config_file)
     config = load(overrides=given)
+    is_default = config.train.output_dir == "."
+    if is_default:
+        given.append(f"train.output_dir={default_run_folder(request, config)}")
+    given.append(f"train.dataset_path={complete(config.train.dataset_path, 'TRAIN')}")
+    for key, split in (("knn_train_dataset", "TRAIN"), ("knn_val_dataset", "VAL")):
+        if labelled := getattr(config.evaluation, key):
+            given.append(f"evaluation.{key}={complete(labelled, split)}")
+    config = load(overrides=given)
     if config.student.pretrained_weights and read_weights:
         config = load(overrides=[*keys_that_follow_weights(config, resume=not request.no_resume), *given])
-    if config.train.output_dir == ".":
-        raise ConfigError("no run folder given", "Add --output-dir DIR; the run can be resumed from it.")
+    if is_default and not request.no_resume:
+        refuse_another_run(config, read_weights=read_weights)
     return config
+
+
+def default_run_folder(request: TrainRequest, config: Config) -> Path:
+    """Below `runs` of the site's file, or `runs/` here: a folder named after the preset, the file or the data."""
+    if request.preset is not None:
+        name = find_preset(request.preset).name
+    elif request.config_file is not None and request.config_file.stem != "config":
+        name = request.config_file.stem
+    else:
+        data = config.train.dataset_path
+        name = Path(data).expanduser().absolute().name if Path(data).expanduser().is_dir() else data.partition(":")[0]
+    return Path(read_site().settings.runs or "runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
+
+
+def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
+    """Raise ConfigError, with the choices there are, where the run folder holds a run of another configuration."""
+    folder = RunFolder(Path(config.train.output_dir))
+    if not folder.config.is_file():
+        return
+    changed = changed_keys(folder.config, config)
+    if config.student.pretrained_weights and not read_weights:  # which say the others
+        chosen = {f"student.{key}" for key in config.student.model_fields_set}
+        changed = {key: text for key, text in changed.items() if not key.startswith("student.") or key in chosen}
+    if not changed:
+        return
+    newest = newest_checkpoint(folder.path)
+    is_finished = newest is not None and newest >= load_config(config_file=folder.config).iterations()
+    texts = [*list(changed.values())[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])]
+    free = next(path for n in range(2, 1000) if not (path := folder.path.with_name(f"{folder.path.name}-{n}")).exists())
+    raise ConfigError(
+        f"{folder.path} holds a{' finished' if is_finished else 'n unfinished'} run of another configuration: "
+        + ", ".join(texts),
+        f"Choose: --output-dir {free} for a run of its own,\n"
+        f"        --output-dir {folder.path} to go on with that run, changed so,\n"
+        "        --no-resume to start over there; that run's files move to previous_1/ and so on.",
+    )
+
+
+def tell_of_fewer_nodes(request: TrainRequest, wanted: slurm.Wanted, config: Config) -> None:
+    """Warn where the job has fewer machines than were asked for, and so fewer images in an iteration."""
+    asked, nodes = request.slurm.nodes or 1, wanted.slurm.nodes or 1
+    if nodes < asked:
+        images = config.effective_batch(asked * wanted.gpus), config.effective_batch(nodes * wanted.gpus)
+        same = config.train.gradient_accumulation * asked / nodes
+        keep = f"; train.gradient_accumulation={same:.0f} would keep them" if same.is_integer() else ""
+        logger.warning("an iteration has %d images instead of %d%s", images[1], images[0], keep)
+
+
+def print_origins(request: TrainRequest, config: Config) -> None:
+    """Say on standard error where the values come from that were not typed."""
+    from rich import box
+    from rich.table import Table
+
+    site = read_site()
+    runs = f"below runs of {site.sources['runs']}" if site.settings.runs else "by default, named after preset or data"
+    typed = "typed" if request.output_dir or "train.output_dir" in "".join(request.overrides) else runs
+    plain = load_config(request.preset, request.config_file, request.overrides).train.dataset_path
+    name = (request.data or plain).partition(":")[0]
+    source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
+    known = site.sources.get(f"datasets.{name}")
+    rows = [
+        ("run folder", config.train.output_dir, typed),
+        ("data", config.train.dataset_path, f"{source}; its place from {known}" if known else source),
+        ("cache", str(cache_folder("weights").parent), str(site.sources.get("cache", "DINO2_CACHE, or by default"))),
+        *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
+    ]
+    table = Table("setting", "value", "from", box=box.SIMPLE_HEAD, pad_edge=False)
+    for each in table.columns:
+        each.overflow = "fold"
+    for row in rows:
+        table.add_row(*row)
+    err.print(table, markup=False, highlight=False)
 
 
 def keys_that_follow_weights(config: Config, *, resume: bool) -> list[str]:

@@ -30,17 +30,22 @@ def check_resumable(saved: Path, config: Config) -> None:
     Raises:
         ConfigError: keys that shape the networks differ; the message names them.
     """
-    old, new = _flat(load_config(config_file=saved)), _flat(config)
-    changed = {key: f"{key} ({old[key]} there, {new[key]} here)" for key in new if old[key] != new[key]}
+    changed = changed_keys(saved, config)
     shaping = [text for key, text in changed.items() if key in SHAPING_KEYS]
     if shaping:
         raise ConfigError(
             f"{saved.parent} holds a run of another shape: it differs in {', '.join(shaping)}",
             "Choose another --output-dir, or start over in this one with --no-resume.",
         )
-    telling = [text for key, text in changed.items() if key not in FREE_KEYS | BATCH_KEYS]
-    if telling:
-        logger.warning("the run goes on with changed keys: %s", ", ".join(telling))
+    if changed:
+        logger.warning("the run goes on with changed keys: %s", ", ".join(changed.values()))
+
+
+def changed_keys(saved: Path, config: Config) -> dict[str, str]:
+    """The keys that differ from a run's own `config.yaml`, each with both values; without those that may change."""
+    old, new = _flat(load_config(config_file=saved)), _flat(config)
+    keys = [key for key in new if old[key] != new[key] and key not in FREE_KEYS | BATCH_KEYS]
+    return {key: f"{key} ({old[key]} there, {new[key]} here)" for key in keys}
 
 
 def keep_effective_batch(config: Config, facts: dict[str, int], world_size: int) -> Config:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from dinov2cli.console import err, out
-from dinov2cli.data.datasets.imagenet import Split, data_root
+from dinov2cli.data.datasets.imagenet import ImageNet, Split, data_root
+from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.known import register
 from dinov2cli.data.prepare.check import check_split
 from dinov2cli.data.prepare.imagenet import (
     SplitListing,
@@ -18,8 +20,9 @@ from dinov2cli.data.prepare.imagenet import (
 from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
 from dinov2cli.data.prepare.labels import SOLUTION, Labels, kaggle_file, read_labels, write_labels
 from dinov2cli.data.prepare.val_folders import read_val_labels, sort_val
-from dinov2cli.errors import DataError
+from dinov2cli.errors import ConfigError, DataError, EnvironmentProblem
 from dinov2cli.requests.tools import PrepareImagenetRequest
+from dinov2cli.site import read_site
 
 
 def run(request: PrepareImagenetRequest) -> None:
@@ -32,7 +35,28 @@ def run(request: PrepareImagenetRequest) -> None:
     extra = request.extra.expanduser() if request.extra else root
     if not root.is_dir():
         raise DataError(f"--root {root} is not a folder")
-    (_prepare_22k if request.variant == "22k" else _prepare_1k)(root, extra, request)
+    has_folders = any((data_root(root) / split.folder).is_dir() for split in Split)
+    has_tars = any(root.glob("n[0-9]*.tar"))  # the archives of ImageNet-1k have other names
+    kinds = {"1k": has_folders or not has_tars or request.check, "22k": has_tars and not request.check}
+    prepared = [request.variant] if request.variant else [kind for kind, is_there in kinds.items() if is_there]
+    if "1k" in prepared:
+        _prepare_1k(root, extra, request)
+    if "22k" in prepared:
+        _prepare_22k(root, extra, request)
+    if not request.check:
+        _register([{"1k": ImageNet, "22k": ImageNet22k}[kind].__name__ for kind in prepared], root, extra)
+
+
+def _register(names: list[str], root: Path, extra: Path) -> None:
+    try:
+        for name in names:
+            _say(register(name, root, extra))
+        known = read_site().settings.datasets
+    except (ConfigError, EnvironmentProblem) as error:  # what was prepared can be used without a name
+        return _warn(f"{names[-1]} gets no name: {error}; write {names[-1]}:root={root}:extra={extra} instead")
+    for name, preset in ((ImageNet.__name__, "vitl16_short --nodes 4"), (ImageNet22k.__name__, "vitl14 --nodes 12")):
+        if name in known:
+            _say(f"next: dino2 train --preset {preset}     # trains on {name}")
 
 
 def _prepare_1k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:

@@ -1,0 +1,107 @@
+"""What Slurm has here, and what a job is to have of it: typed, said by the site's file, or by default."""
+
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from dinov2cli.console import logger
+from dinov2cli.errors import ConfigError
+from dinov2cli.launch.slurm import Wanted, split_parameter, with_site
+from dinov2cli.requests.launch import Slurm
+from dinov2cli.site import read_site, user_file
+
+OUT_OF_SERVICE = ("down", "drain", "fail", "maint", "unk", "inval", "power")
+"""How the states of machines begin that take no jobs."""
+
+
+class Partition(NamedTuple):
+    """A part of the cluster.
+
+    Attributes:
+        nodes: machines that belong to it.
+        in_service: those of them that take jobs now.
+        is_default: where jobs go that name none.
+    """
+
+    name: str
+    nodes: int
+    in_service: int
+    is_default: bool
+
+
+def wanted_for(slurm: Slurm, gpus: int | None, *, cpu: bool, usual: int) -> Wanted:
+    """What a job is to have, with what the site's file says where nothing is typed.
+
+    Args:
+        gpus: GPUs of each machine as typed; else, where the site has GPUs, `usual`.
+
+    Raises:
+        ConfigError: there is no such partition, or it has fewer machines than asked for.
+    """
+    slurm = with_site(slurm)
+    cpu = cpu or (gpus is None and read_site().settings.slurm.gpus == 0)
+    return Wanted(_on_this_cluster(slurm), gpus or (1 if cpu else usual), cpu)
+
+
+def partitions() -> list[Partition]:
+    """The cluster's partitions as `sinfo` tells; none where it is not there or does not answer."""
+    if shutil.which("sinfo") is None:
+        return []
+    try:
+        words = ["sinfo", "-h", "-o", "%P|%D|%T"]
+        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found: dict[str, Partition] = {}
+    for line in told.splitlines():
+        name, nodes, state = line.strip().split("|")
+        before = found.get(name, Partition(name.rstrip("*"), 0, 0, name.endswith("*")))
+        serving = 0 if state.startswith(OUT_OF_SERVICE) or state.endswith("*") else int(nodes)
+        found[name] = before._replace(nodes=before.nodes + int(nodes), in_service=before.in_service + serving)
+    return list(found.values())
+
+
+def origins(typed: Slurm) -> list[tuple[str, str, str]]:
+    """(option, value, where it comes from) of a job's options that have a value."""
+    site, full = read_site(), with_site(typed)
+    rows = []
+    for name in Slurm.model_fields:
+        value, file = getattr(full, name), site.sources.get(f"slurm.{name}")
+        if value not in (None, ()):
+            text = "; ".join(value) if isinstance(value, tuple) else str(value)
+            said = [*(["typed"] if getattr(typed, name) not in (None, ()) else []), *([str(file)] if file else [])]
+            rows.append((name, text, " and ".join(said if name == "parameters" else said[:1])))
+    return rows
+
+
+def _on_this_cluster(slurm: Slurm) -> Slurm:
+    there = partitions()
+    if not there:
+        return slurm
+    given = dict(map(split_parameter, slurm.parameters)).get("partition") or slurm.partition
+    names = given.split(",") if given else [each.name for each in there if each.is_default]
+    chosen = [each for each in there if each.name in names]
+    if unknown := [name for name in names if name not in {each.name for each in there}]:
+        known = ", ".join(each.name for each in there)
+        raise ConfigError(
+            f"partition {unknown[0]}: Slurm has no such partition here; it has {known}", _where("partition")
+        )
+    largest = max((each.nodes for each in chosen), default=slurm.nodes or 1)
+    if (slurm.nodes or 1) <= largest:
+        return slurm
+    at = f"partition {' and '.join(names)}"
+    site = read_site()
+    if not site.settings.slurm.fewer_nodes:
+        raise ConfigError(
+            f"--nodes {slurm.nodes}: {at} has {largest} machine{'s' if largest > 1 else ''}",
+            f"Type --nodes {largest}; or with `fewer_nodes: true` below `slurm:` in {user_file()} such commands take "
+            "as many machines as there are.",
+        )
+    logger.warning("%s has %d machines: --nodes %d becomes --nodes %d (slurm.fewer_nodes in %s)",
+                   at, largest, slurm.nodes, largest, site.sources["slurm.fewer_nodes"])  # fmt: skip
+    return slurm.model_copy(update={"nodes": largest})
+
+
+def _where(key: str) -> str | None:
+    file = read_site().sources.get(f"slurm.{key}")
+    return f"{file} has slurm.{key}; --{key} wins over it." if file else None
