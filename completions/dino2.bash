@@ -26,6 +26,11 @@ _dino2() {
             "dino2 eval knn") path="dino2 eval knn" ;;
             "dino2 eval logreg") path="dino2 eval logreg" ;;
             "dino2 eval linear") path="dino2 eval linear" ;;
+            "dino2 datasets") path="dino2 datasets" ;;
+            "dino2 datasets list") path="dino2 datasets list" ;;
+            "dino2 datasets show") path="dino2 datasets show" ;;
+            "dino2 datasets add") path="dino2 datasets add" ;;
+            "dino2 datasets remove") path="dino2 datasets remove" ;;
             "dino2 presets") path="dino2 presets" ;;
             "dino2 presets list") path="dino2 presets list" ;;
             "dino2 presets show") path="dino2 presets show" ;;
@@ -41,8 +46,8 @@ _dino2() {
     done
     case "$path" in
         "dino2")
-            options="--version --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear eval presets bench" ;;
+            options="--version -V --install-completion --show-completion --help -h"
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear eval datasets presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -556,6 +561,24 @@ _dino2() {
             esac
             options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.channels= data.mean= data.std= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 datasets")
+            options="--help -h"
+            words="list show add remove" ;;
+        "dino2 datasets list")
+            options="--json --help -h"
+            words="" ;;
+        "dino2 datasets show")
+            options="--json --help -h"
+            words="" ;;
+        "dino2 datasets add")
+            case "$prev" in
+                --extra) :; return ;;
+            esac
+            options="--extra --force --help -h"
+            words="" ;;
+        "dino2 datasets remove")
+            options="--help -h"
+            words="" ;;
         "dino2 presets")
             options="--help -h"
             words="list show" ;;

@@ -3,7 +3,7 @@ function __dino2_at --description 'Whether the commands typed so far are these'
     set -l path dino2
     for word in (commandline -opc)[2..]
         switch "$path $word"
-            case 'dino2 prepare-imagenet' 'dino2 train' 'dino2 status' 'dino2 embed' 'dino2 results' 'dino2 export' 'dino2 info' 'dino2 pca-video' 'dino2 pca-image' 'dino2 attention' 'dino2 plot' 'dino2 doctor' 'dino2 knn' 'dino2 logreg' 'dino2 linear' 'dino2 eval' 'dino2 eval knn' 'dino2 eval logreg' 'dino2 eval linear' 'dino2 presets' 'dino2 presets list' 'dino2 presets show' 'dino2 bench' 'dino2 bench train' 'dino2 bench extract' 'dino2 bench knn' 'dino2 bench logreg' 'dino2 bench linear' 'dino2 bench augment' 'dino2 bench gpu'
+            case 'dino2 prepare-imagenet' 'dino2 train' 'dino2 status' 'dino2 embed' 'dino2 results' 'dino2 export' 'dino2 info' 'dino2 pca-video' 'dino2 pca-image' 'dino2 attention' 'dino2 plot' 'dino2 doctor' 'dino2 knn' 'dino2 logreg' 'dino2 linear' 'dino2 eval' 'dino2 eval knn' 'dino2 eval logreg' 'dino2 eval linear' 'dino2 datasets' 'dino2 datasets list' 'dino2 datasets show' 'dino2 datasets add' 'dino2 datasets remove' 'dino2 presets' 'dino2 presets list' 'dino2 presets show' 'dino2 bench' 'dino2 bench train' 'dino2 bench extract' 'dino2 bench knn' 'dino2 bench logreg' 'dino2 bench linear' 'dino2 bench augment' 'dino2 bench gpu'
                 set path "$path $word"
         end
     end
@@ -25,9 +25,10 @@ complete -c dino2 -n '__dino2_at dino2' -f -a knn -d 'Classify images by their n
 complete -c dino2 -n '__dino2_at dino2' -f -a logreg -d 'Fit a logistic regression to the features, its strength C chosen among 45 values.'
 complete -c dino2 -n '__dino2_at dino2' -f -a linear -d 'Train linear classifiers on the frozen features and report the best.'
 complete -c dino2 -n '__dino2_at dino2' -f -a eval -d 'Evaluate frozen features by k-NN, logistic regression or linear probe.'
+complete -c dino2 -n '__dino2_at dino2' -f -a datasets -d 'Give datasets a name, by which every command takes them, and see what has one.'
 complete -c dino2 -n '__dino2_at dino2' -f -a presets -d 'List the presets that come with dino2, or show what is in one.'
 complete -c dino2 -n '__dino2_at dino2' -f -a bench -d 'Measure how fast the parts of dino2 run on this machine.'
-complete -c dino2 -n '__dino2_at dino2' -l version -d 'Print the version and exit.'
+complete -c dino2 -n '__dino2_at dino2' -l version -s V -d 'Print the version and exit.'
 complete -c dino2 -n '__dino2_at dino2' -l install-completion -d 'Install completion for the current shell.'
 complete -c dino2 -n '__dino2_at dino2' -l show-completion -d 'Show completion for the current shell, to copy it or customize the installation.'
 complete -c dino2 -n '__dino2_at dino2' -l help -s h -d 'Show this message and exit.'
@@ -1209,6 +1210,19 @@ complete -c dino2 -n '__dino2_at dino2 eval linear; and string match -q "data.no
 complete -c dino2 -n '__dino2_at dino2 eval linear; and string match -q "data.device_augment=*" -- (commandline -ct)' -f -a 'data.device_augment=true data.device_augment=false'
 complete -c dino2 -n '__dino2_at dino2 eval linear; and string match -q "data.scaled_decode=*" -- (commandline -ct)' -f -a 'data.scaled_decode=true data.scaled_decode=false'
 complete -c dino2 -n '__dino2_at dino2 eval linear; and string match -q "evaluation.tasks_as_jobs=*" -- (commandline -ct)' -f -a 'evaluation.tasks_as_jobs=true evaluation.tasks_as_jobs=false'
+complete -c dino2 -n '__dino2_at dino2 datasets' -f -a list -d 'List the datasets that have a name, with where they lie.'
+complete -c dino2 -n '__dino2_at dino2 datasets' -f -a show -d 'Show what is in a known dataset: folder, images, classes.'
+complete -c dino2 -n '__dino2_at dino2 datasets' -f -a add -d 'Give a dataset a name, by which every command then takes it. Nothing is copied.'
+complete -c dino2 -n '__dino2_at dino2 datasets' -f -a remove -d 'Take a dataset\'s name away. The images stay where they are.'
+complete -c dino2 -n '__dino2_at dino2 datasets' -l help -s h -d 'Show this message and exit.'
+complete -c dino2 -n '__dino2_at dino2 datasets list' -l json -d 'Print one JSON object instead of a table.'
+complete -c dino2 -n '__dino2_at dino2 datasets list' -l help -s h -d 'Show this message and exit.'
+complete -c dino2 -n '__dino2_at dino2 datasets show' -l json -d 'Print one JSON object.'
+complete -c dino2 -n '__dino2_at dino2 datasets show' -l help -s h -d 'Show this message and exit.'
+complete -c dino2 -n '__dino2_at dino2 datasets add' -l extra -r -F -d 'Folder of ImageNet\'s metadata files.'
+complete -c dino2 -n '__dino2_at dino2 datasets add' -l force -d 'Replace what has the name now.'
+complete -c dino2 -n '__dino2_at dino2 datasets add' -l help -s h -d 'Show this message and exit.'
+complete -c dino2 -n '__dino2_at dino2 datasets remove' -l help -s h -d 'Show this message and exit.'
 complete -c dino2 -n '__dino2_at dino2 presets' -f -a list -d 'List the presets, with what each is for.'
 complete -c dino2 -n '__dino2_at dino2 presets' -f -a show -d 'Print a preset as YAML: its difference from the defaults, or everything.'
 complete -c dino2 -n '__dino2_at dino2 presets' -l help -s h -d 'Show this message and exit.'

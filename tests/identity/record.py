@@ -163,9 +163,8 @@ class Session:
     def python(self, code: str, given: str = "") -> str:
         # What pytest or a shell says of its terminal must not count; the number of threads may be another.
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        environment = (
-            os.environ | ENVIRONMENT | threads | {"DINO2_CACHE": str(self.folder / "cache"), "PYTHONSAFEPATH": "1"}
-        )
+        own = {"DINO2_CACHE": str(self.folder / "cache"), "DINO2_CONFIG": str(self.folder / "dino2.yaml")}
+        environment = os.environ | ENVIRONMENT | threads | own | {"PYTHONSAFEPATH": "1"}
         environment["PYTHONPATH"] = str(self.checkout)
         result = subprocess.run(
             [sys.executable, "-c", code], input=given, capture_output=True, text=True, cwd=self.folder, env=environment
