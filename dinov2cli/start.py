@@ -10,6 +10,7 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import logger, set_up_logging
 from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.decoding import Reading
 from dinov2cli.device import choose_device
 from dinov2cli.doctor.report import preflight
 from dinov2cli.errors import EnvironmentProblem
@@ -102,7 +103,8 @@ def make_online_knn(config: Config) -> OnlineKnn | None:
     if not evaluation.knn_period:
         return None
     train_images, val_images = make_dataset(evaluation.knn_train_dataset), make_dataset(evaluation.knn_val_dataset)
-    options = {"precision": precision, "max_bad_fraction": config.train.max_bad_fraction}
+    bad = config.train.max_bad_fraction
+    options = {"precision": precision, "max_bad_fraction": bad, "reading": Reading.of(config.images(), config)}
     return lambda backbone: knn.online_knn(backbone, train_images, val_images, **options)
 
 

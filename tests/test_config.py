@@ -206,6 +206,11 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         ("optm.base_lr=1", "optm: no such group; did you mean optim?"),
         ("dino.zzz=1", "dino.zzz=1: no such key; dino has loss_weight, head_n_prototypes, head_bottleneck_dim, "
          "head_nlayers, head_hidden_dim, koleo_loss_weight"),
+        # words with a meaning
+        ("data.value_range=[9, 1]",
+         "data.value_range=[9, 1]: must be auto, dtype, [LOW, HIGH] or percentile [P, Q]"),
+        ("data.background=[0, 0, 300]",
+         "data.background=[0, 0, 300]: must be mean, drop, or [RED, GREEN, BLUE] from 0 to 255"),
         # wrong types
         ("optim.epochs=ten", "optim.epochs=ten: must be a whole number, at least 1"),
         ("optim.epochs=2.5", "optim.epochs=2.5: must be a whole number, at least 1"),
@@ -328,7 +333,10 @@ def test_preset_and_file_exclude_each_other() -> None:
 
 
 def test_deviations_follow_the_switches() -> None:
-    as_published = ["compute_precision.precision=fp16", "train.max_nonfinite=1", "train.max_bad_fraction=0"]
+    as_published = [
+        "compute_precision.precision=fp16", "train.max_nonfinite=1", "train.max_bad_fraction=0",
+        "data.exif_orientation=false", "data.background=drop",
+    ]  # fmt: skip
     assert load_config(overrides=as_published).deviations() == []
     switches = {
         "compute_precision.precision": "bf16",
@@ -338,6 +346,8 @@ def test_deviations_follow_the_switches() -> None:
         "optim.scaling_rule": "none",
         "train.max_nonfinite": "2",
         "train.max_bad_fraction": "0.5",
+        "data.exif_orientation": "true",
+        "data.background": "[0, 0, 0]",
     }
     for key, value in switches.items():
         (line,) = load_config(overrides=[*as_published, f"{key}={value}"]).deviations()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from dinov2cli.config.images import Images
 from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_image
 from dinov2cli.data.formats.fast import decode_png, png_header
 
@@ -50,7 +51,7 @@ def test_pixels_are_those_of_pillow(data: bytes, plain: bool) -> None:
         assert header is not None and (decode_png(given, header) is not None) == plain
     image = Image.open(io.BytesIO(data))
     if not image.mode.startswith("I;16"):
-        hidden = Reading(background="drop")
+        hidden = Reading(Images(background="drop"))
         np.testing.assert_array_equal(decode_image(data, "x", hidden), np.asarray(image.convert("RGB")))
 
 
@@ -90,21 +91,21 @@ def test_images_are_turned_as_exif_says_unless_that_is_off() -> None:
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     data = png_of(RGB, exif=exif)
     np.testing.assert_array_equal(decode_image(data, "a.png"), np.rot90(RGB, -1))
-    np.testing.assert_array_equal(decode_image(data, "a.png", Reading(exif_orientation=False)), RGB)
+    np.testing.assert_array_equal(decode_image(data, "a.png", Reading(Images(exif_orientation=False))), RGB)
 
 
 @pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("background", ["mean", "drop", (255, 0, 0)])
-def test_transparency_shows_one_background(tmp_path: Path, grey: bool, background: str | tuple[float, ...]) -> None:
+@pytest.mark.parametrize("background", ["mean", "drop", "[255, 0, 0]"])
+def test_transparency_shows_one_background(tmp_path: Path, grey: bool, background: str) -> None:
     alpha = RNG.integers(0, 256, (13, 29, 1), dtype=np.uint8)
     colors = np.repeat(RGB[..., :1], 3, axis=2) if grey else RGB
     path = tmp_path / "a.png"
     path.write_bytes(png_of(np.concatenate([colors[..., :1] if grey else colors, alpha], axis=2)))
-    read = read_image(path, Reading(background=background))
+    read = read_image(path, Reading(Images(background=background)))
     if background == "drop":
         np.testing.assert_array_equal(read, colors)
         return
-    below = np.array([124, 116, 104] if background == "mean" else background)
+    below = np.array([124, 116, 104] if background == "mean" else [255, 0, 0])
     np.testing.assert_array_equal(read, np.floor((colors * alpha.astype(float) + below * (255.0 - alpha)) / 255 + 0.5))
 
 

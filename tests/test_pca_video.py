@@ -14,9 +14,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data
 
 from dinov2cli.cli.main import main
+from dinov2cli.config.images import Images
+from dinov2cli.data.decoding import Reading
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import fit_color_basis
@@ -24,7 +27,8 @@ from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
 from dinov2cli.visualize.pca_image import fit_image_basis, render_images
 from dinov2cli.visualize.pca_video import fit_video_basis, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
-from dinov2cli.visualize.video.reader import ImageFolder, VideoFile, open_source, sampling_step
+from dinov2cli.visualize.video.reader import VideoFile, open_source, sampling_step
+from dinov2cli.visualize.video.stills import ImageFolder
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer
 
@@ -260,10 +264,28 @@ def test_a_failure_leaves_the_earlier_output_and_nothing_else(tmp_path: Path, na
 
 
 @pytest.mark.parametrize(("codec", "pix_fmt", "suffix"), [("png", "rgba", ".mov"), ("qtrle", "argb", ".mov")])
-def test_alpha_is_laid_over_black(tmp_path: Path, codec: str, pix_fmt: str, suffix: str) -> None:
-    frames = list(open_source(write_video(tmp_path / f"in{suffix}", codec=codec, pix_fmt=pix_fmt)).frames())
-    assert frames[0].image.max() == 0  # wholly transparent
-    np.testing.assert_array_equal(frames[1].image, picture(1))
+def test_what_is_transparent_shows_the_background(tmp_path: Path, codec: str, pix_fmt: str, suffix: str) -> None:
+    path = write_video(tmp_path / f"in{suffix}", codec=codec, pix_fmt=pix_fmt)
+    for background, shown in (("mean", [124, 116, 104]), ("[0, 9, 255]", [0, 9, 255])):
+        frames = list(open_source(path, reading=Reading(Images(background=background))).frames())
+        assert np.unique(frames[0].image.reshape(-1, 3), axis=0).tolist() == [shown]  # wholly transparent
+        np.testing.assert_array_equal(frames[1].image, picture(1))
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".png"])
+def test_animated_pictures_keep_their_frames_and_times(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in{suffix}"
+    colors = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    first, *others = [Image.new("RGB", (64, 48), color) for color in colors]
+    how = {"lossless": True} if suffix == ".webp" else {}
+    first.save(path, save_all=True, append_images=others, duration=[100, 200, 300], loop=0, **how)
+    source = open_source(path)
+    frames = list(source.frames())
+    assert [frame.time for frame in frames] == [0, Fraction(1, 10), Fraction(3, 10)] and source.count() == 3
+    assert [tuple(frame.image[20, 20]) for frame in frames] == colors
+    assert [frame.time for frame in source.frames(2)] == [0, Fraction(3, 10)]
+    if suffix == ".webp":
+        assert source.rate == 5 and frames[2].duration == Fraction(3, 10)
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG, None])
@@ -320,7 +342,8 @@ def test_files_that_are_no_video_are_named(tmp_path: Path) -> None:
 def test_images_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
     for number in (10, 9, 1):
         cv2.imwrite(str(tmp_path / f"shot{number}.png"), picture(number, 20 + number, 30))
-    source = ImageFolder(tmp_path, Fraction(10))
+    source = open_source(tmp_path)
+    assert isinstance(source, ImageFolder)
     assert [path.name for path in source.paths] == ["shot1.png", "shot9.png", "shot10.png"]
     assert {frame.image.shape for frame in source.frames()} == {(21, 30, 3)}
 

@@ -14,6 +14,7 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CROPS, Crops, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
+from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
@@ -70,7 +71,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
     """Milliseconds an image that each stage takes, in the order of the stages."""
     augmentation = MultiCropAugmentation.from_config(config)
     make_masks, order = masks_of_batches(config), dataset.order(config.train.seed)
-    batch_size = config.train.batch_size_per_gpu
+    batch_size, reading = config.train.batch_size_per_gpu, Reading.of(config.images(), config)
     total: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -84,7 +85,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
         if k == 0:
             total.clear()
         with timed("read"):
-            encoded = dataset.open(order.index(abs(k)))
+            encoded = dataset.open(order.index(abs(k)), reading)
         with timed("decode"):
             image = encoded.pixels()
         with timed("draw parameters"):

@@ -164,6 +164,13 @@ def _deviations(config: Config) -> Iterator[str]:
         value, default = getattr(config.crops, key), schema.Crops.model_fields[key].default
         if value != default:
             yield f"crops.{key}={value}: the reference uses {default}"
+    if config.data.exif_orientation:
+        yield "data.exif_orientation=true: images are turned upright as EXIF says; the reference shows them as stored"
+    if config.data.background != "drop":
+        yield (
+            f"data.background={config.data.background}: what is transparent shows this background; the reference shows "
+            "the colours hidden there (drop)"
+        )
     if train.gradient_accumulation > 1:
         yield (
             f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "

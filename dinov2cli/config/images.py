@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from dinov2cli.config.group import Group, key
+from dinov2cli.requests.images import Background, ValueRange
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,6 +31,19 @@ IMAGENET = Statistics(IMAGENET_MEAN, IMAGENET_STD)
 class ImageOptions(Group):
     """The options that a run sets in its `data` group."""
 
+    value_range: ValueRange = key(
+        "auto",
+        "(dino2) Which values are black and white. auto: as the file's format says, floating point from 0 to 1 as it "
+        "is, else the image is refused; dtype: all values of its type; percentiles: of each image.",
+    )
+    exif_orientation: bool = key(
+        True, "(dino2) Turn images upright as EXIF says, whatever their type; the reference does not."
+    )
+    background: Background = key(
+        "mean",
+        "(dino2) What transparent parts show. mean: that of the data, zeros to the network; drop: the colours hidden "
+        "there, as in the reference.",
+    )
     channels: Channels = key(
         (),
         "(dino2) Channels of the files that are used, in this order: numbers from 0, or the files' names for them; "

@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from dinov2cli.config.config import Config
 from dinov2cli.config.group import Group
+from dinov2cli.requests.images import Words
 
 GROUPS: dict[str, type[Group]] = {name: type(group) for name, group in Config()}
 FIELDS: dict[str, FieldInfo] = {
@@ -57,6 +58,8 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
         if parts[-1] is Ellipsis:
             return f"a list, each {_in_words(parts[0], [])}"
         return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
+    if words := next((item for item in metadata if isinstance(item, Words)), None):
+        return words.expected
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return kind + _bounds(metadata)
 

@@ -9,14 +9,14 @@
 of an image, a fourth band or further pages, is said once, with the first file's name.
 """
 
-import re
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2cli.config.images import IMAGENET_MEAN
+from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.formats import fast
 from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
@@ -26,7 +26,11 @@ from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, tu
 from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
 from dinov2cli.data.formats.tiff import TIFF_SIGNATURES, read_tiff
 from dinov2cli.data.workers import warn_once
+from dinov2cli.requests.images import background as background_of
+from dinov2cli.requests.images import value_range as range_of
 
+FURTHER_EXTENSIONS = frozenset([".npy", ".npz", ".dcm", ".pam", ".pfm", ".btf", ".heic", ".heif"])
+"""Of files that are images beside those that Pillow registers."""
 PERCENTILE_SAMPLES = 1_000_000
 """Percentiles of a larger image are those of so many of its samples, evenly spread."""
 DIM = 4
@@ -35,22 +39,28 @@ DIM = 4
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become pixels: the keys `data.*` of these names.
+    """How files become pixels.
 
     Args:
-        value_range: "auto": what the file's format calls black and white; floating point from 0 to 1 as it is; else
-            the image is refused. "dtype": the whole range of its type. (low, high): these are black and white.
-            "percentile [p, q]": those percentiles of each image.
-        exif_orientation: turn images upright as EXIF says; the reference does not.
-        background: what is shown where an image is transparent: "mean" of the data set, "drop" for the colours that
-            are hidden there, as in the reference, or (red, green, blue) levels.
+        images: what the network expects: `value_range`, `exif_orientation`, `background`, and which channels.
         max_image_gb: largest memory that one image may need.
     """
 
-    value_range: str | tuple[float, float] = "auto"
-    exif_orientation: bool = True
-    background: str | tuple[float, float, float] = "mean"
+    images: Images = RGB
     max_image_gb: float = 2.0
+
+    @classmethod
+    def of(cls, images: Images, config: Any = None, request: Any = None) -> "Reading":
+        """As a network expects it; options of an `ImagesRequest` count more than a configuration."""
+        said = {name: getattr(request, name, None) for name in ("value_range", "background")}
+        if getattr(request, "no_exif_orientation", False):
+            said["exif_orientation"] = False
+        limit = getattr(request, "max_image_gb", None) or (config.data.max_image_gb if config is not None else 2.0)
+        return cls(images.model_copy(update={name: text for name, text in said.items() if text is not None}), limit)
+
+    def __str__(self) -> str:
+        turned = "turned as EXIF says" if self.images.exif_orientation else "not turned"
+        return f"{turned}, {json.dumps(self.images.beside_weights())}"
 
 
 USUAL = Reading()
@@ -88,12 +98,13 @@ def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, 
         UnreadableImage: it is no image, damaged, cut short, too large, or cannot become RGB as `reading` asks.
     """
     stored = read_stored(data, path, reading.max_image_gb, shrink=shrink)
-    if reading.exif_orientation and stored.orientation != 1:
+    images = reading.images
+    if images.exif_orientation and stored.orientation != 1:
         stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
     if stored.left_out:
         warn_once(1, "%s: its first image is read, %s are left out; the same holds for others like it", path,
                   stored.left_out)  # fmt: skip
-    return to_rgb(values(stored, reading.value_range, path), stored, reading.background, path)
+    return to_rgb(values(stored, images.value_range, path), stored, images, path)
 
 
 def read_stored(data: bytes | memoryview, path: str, limit_gb: float = USUAL.max_image_gb, shrink: int = 1) -> Stored:
@@ -117,7 +128,7 @@ def read_stored(data: bytes | memoryview, path: str, limit_gb: float = USUAL.max
     return read_with_pillow(data, path, limit_gb, shrink)
 
 
-def values(stored: Stored, value_range: str | tuple[float, float], path: str) -> np.ndarray:
+def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
     """The samples from black to white, opacity apart: uint8 if these are 0 and 255 in the file, else float32 in 0..1.
 
     Returns:
@@ -139,20 +150,18 @@ def values(stored: Stored, value_range: str | tuple[float, float], path: str) ->
     return 1 - scaled if stored.inverted else scaled
 
 
-def _black_and_white(
-    samples: np.ndarray, stored: Stored, value_range: str | tuple[float, float], path: str
-) -> tuple[float, float]:
-    if not isinstance(value_range, str):
-        return value_range
-    if percentiles := re.fullmatch(r"percentile \[(.+), (.+)\]", value_range):
+def _black_and_white(samples: np.ndarray, stored: Stored, value_range: str, path: str) -> tuple[float, float]:
+    rule, *numbers = range_of(value_range)
+    if rule == "values":
+        return numbers[0], numbers[1]
+    if rule == "percentile":
         flat = samples.reshape(-1)
         flat = flat[:: -(-flat.size // PERCENTILE_SAMPLES)]
         flat = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
-        low, high = np.percentile(flat, [float(percentiles[1]), float(percentiles[2])]) if flat.size else (0.0, 1.0)
+        low, high = np.percentile(flat, numbers) if flat.size else (0.0, 1.0)
         return float(low), float(high) if high > low else float(low) + 1
-    unsigned = samples.dtype.kind == "u"
-    if value_range == "dtype":
-        return stored.span if stored.span and unsigned else span_of_type(samples.dtype)
+    if rule == "dtype":
+        return stored.span if stored.span and samples.dtype.kind == "u" else span_of_type(samples.dtype)
     remedy = "say which values are black and white with data.value_range=[LOW, HIGH] (--value-range), or 'percentile " \
              "[1, 99]' of each image"  # fmt: skip
     if stored.span is not None:
@@ -168,7 +177,7 @@ def _black_and_white(
     raise UnreadableImage(path, f"{what} ({samples.dtype}) from {low:g} to {high:g}; {remedy}")
 
 
-def to_rgb(image: np.ndarray, stored: Stored, background: str | tuple[float, float, float], path: str) -> np.ndarray:
+def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:
     """What is not asked to be N channels: `values` [H, W, C] as uint8 RGB [H, W, 3].
 
     One channel is repeated; of more than three that begin with red, green and blue, these are taken, with a warning.
@@ -186,24 +195,24 @@ def to_rgb(image: np.ndarray, stored: Stored, background: str | tuple[float, flo
     levels = image if image.dtype == np.uint8 else (image * np.float32(255) + np.float32(0.5)).astype(np.uint8)
     if channels == 1:
         levels = np.repeat(levels, 3, axis=2)
-    if stored.alpha and background != "drop":
+    if stored.alpha and images.background != "drop":
         opacity = stored.array[..., -1:]
         opaque = stored.span[1] if stored.span and stored.array.dtype.kind == "u" else span_of_type(opacity.dtype)[1]
         if opaque != 255 or opacity.dtype != np.uint8:
             opacity = (opacity / opaque * 255 + 0.5).clip(0, 255).astype(np.uint8)
-        levels = over_background(levels, opacity, background)
+        levels = over_background(levels, opacity, images)
     return np.ascontiguousarray(levels)
 
 
-def over_background(
-    colors: np.ndarray, opacity: np.ndarray, background: str | tuple[float, float, float] = "mean"
-) -> np.ndarray:
-    """uint8 [H, W, 3] with opacity uint8 [H, W, 1], laid over a colour: uint8 [H, W, 3].
+def over_background(colors: np.ndarray, opacity: np.ndarray, images: Images) -> np.ndarray:
+    """uint8 [H, W, 3] with opacity uint8 [H, W, 1], laid over what `images` names: uint8 [H, W, 3].
 
     Over the mean, what is transparent reaches the network as zeros, to within half a level.
     """
-    shown = np.multiply(IMAGENET_MEAN, 255) if isinstance(background, str) else np.array(background)
-    below = (shown + 0.5).astype(np.uint32)
+    rule, color = background_of(images.background)
+    if rule == "drop":
+        return colors
+    below = (np.array(color or np.multiply(images.statistics.mean, 255)) + 0.5).astype(np.uint32)
     laid = (colors.astype(np.uint32) * opacity + below * (255 - opacity.astype(np.uint32)) + 127) // 255
     return np.asarray(laid, np.uint8)
 
@@ -227,7 +236,7 @@ class LazyImage:
         if self._header is None:
             return ImageSize(*self.pixels().shape[:2])
         height, width, _, orientation = self._header
-        return ImageSize(width, height) if self._reading.exif_orientation and orientation > 4 else ImageSize(
+        return ImageSize(width, height) if self._reading.images.exif_orientation and orientation > 4 else ImageSize(
             height, width)  # fmt: skip
 
     def pixels(self, shrink: int = 1) -> np.ndarray:

@@ -13,6 +13,7 @@ from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_cr
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
+from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.data.sampler import Order
@@ -114,6 +115,7 @@ class _TrainBatches:
         self.sample_of_step_0 = 0
         self.order = dataset.order(self.seed)
         self.images = config.images()
+        self.reading = Reading.of(self.images, config)
         self.augmentation = MultiCropAugmentation.from_config(config)
         self.make_masks = masks_of_batches(config)
         self.device_augment = config.data.device_augment
@@ -150,7 +152,7 @@ class _TrainBatches:
 
     def crops_of(self, index: int, k: int) -> "_Sample":
         """Image `index`, with the random decisions of sample `k`."""
-        encoded = self.dataset.open(index)
+        encoded = self.dataset.open(index, self.reading)
         height, width = encoded.size
         parameters = self.augmentation.draw(height, width, sample_rng(self.seed, k))
         shrink = shrink_for(parameters) if self.scaled_decode and encoded.can_shrink else 1
@@ -210,11 +212,12 @@ def make_eval_loader(
     num_workers: int | None = None,
     indices: Sequence[int] | None = None,
     *,
+    reading: Reading = USUAL,
     pin_memory: bool = False,
 ) -> "Loader[EvalBatch]":
     """Batches in the order of `indices`, by default all images in the dataset's order; the last may be smaller."""
     order = range(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    batches = _EvalBatches(dataset, transform, order, batch_size)
+    batches = _EvalBatches(dataset, transform, order, batch_size, reading)
     return Loader(dataset, batches.batch, range(-(-len(order) // batch_size)), num_workers, pin_memory)
 
 
@@ -223,13 +226,14 @@ class _EvalBatches(NamedTuple):
     transform: Callable[[np.ndarray], Tensor]
     order: range | np.ndarray
     batch_size: int
+    reading: Reading
 
     def batch(self, number: int) -> EvalBatch:
         images: dict[int, Tensor] = {}
         bad = []
         for index in map(int, self.order[number * self.batch_size : (number + 1) * self.batch_size]):
             try:
-                images[index] = self.transform(self.dataset.image(index))
+                images[index] = self.transform(self.dataset.image(index, self.reading))
             except UnreadableImage as error:
                 bad.append(str(error))
         stacked = torch.stack(list(images.values())) if images else torch.empty(0, 3, 1, 1)

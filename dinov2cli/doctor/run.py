@@ -20,6 +20,7 @@ from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
+from dinov2cli.data.decoding import Reading
 from dinov2cli.device import main_memory_of_a_process
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
 from dinov2cli.doctor.machine import shared_memory
@@ -61,7 +62,11 @@ def _try_images(situation: Situation) -> tuple[ImageDataset | None, Finding | No
         wanted = min(32 if situation.thorough else 4, len(images))
         sample = random.sample(range(len(images)), wanted)
         began = time.perf_counter()
-        bad = within(FILE_SECONDS, f"{asked}: reading {wanted} images", lambda: _unreadable(images, sample))
+        bad = within(
+            FILE_SECONDS,
+            f"{asked}: reading {wanted} images",
+            lambda: _unreadable(images, sample, Reading.of(situation.config.images(), situation.config)),
+        )
         milliseconds = 1000 * (time.perf_counter() - began) / wanted
     except Dino2Error as error:
         return None, failure(error.message, error.hint or "")
@@ -76,11 +81,11 @@ def _try_images(situation: Situation) -> tuple[ImageDataset | None, Finding | No
     return images, None
 
 
-def _unreadable(images: ImageDataset, sample: list[int]) -> list[str]:
+def _unreadable(images: ImageDataset, sample: list[int], reading: Reading) -> list[str]:
     bad = []
     for index in sample:
         try:
-            images.image(index)
+            images.image(index, reading)
         except UnreadableImage as error:
             bad.append(str(error))
     return bad

@@ -115,6 +115,7 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
             "dino2.dataset": printable(dataset.describe()),
             "dino2.transform": f"resize {extract.resize}, crop {extract.image_size}",
             "dino2.precision": str(extract.precision.dtype),
+            "dino2.reading": str(extract.reading),
             "dino2.classes": "\n".join(map(printable, dataset.class_names)),
         }
         table = FeatureTable(tensors, labels, readable, [dataset.path(i) for i in range(len(dataset))], metadata)

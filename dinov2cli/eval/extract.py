@@ -4,7 +4,6 @@ Shapes: B images of a batch.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +16,7 @@ from dinov2cli import distributed
 from dinov2cli.config.images import RGB
 from dinov2cli.console import Interrupted, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, usual_size
 from dinov2cli.device import Arriving, Precision, choose_device
@@ -44,6 +44,7 @@ class Extractor:
         detailed: also keep `mean_patch` and `last_cls`.
         cache: where to look for and keep the features.
         max_bad_fraction: share of a dataset's images that may be unreadable; they are left out, and named in `notes`.
+        reading: how files become pixels; None: as the model expects its images.
 
     Raises:
         ConfigError: `image_size` does not fit the model's patches.
@@ -62,6 +63,7 @@ class Extractor:
         detailed: bool = False,
         cache: FeatureCache | None = None,
         max_bad_fraction: float = 0.01,
+        reading: Reading | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.model = model.to(self.device)
@@ -75,6 +77,7 @@ class Extractor:
         self.detailed = detailed
         self.cache = cache
         self.max_bad_fraction = max_bad_fraction
+        self.reading = reading or Reading(self.images)
         self.notes: list[str] = []
 
     def __call__(self, dataset: ImageDataset, description: str = "features") -> Features:
@@ -156,9 +159,7 @@ class Extractor:
     @property
     def recipe(self) -> Recipe:
         """What the features depend on, beside the images."""
-        transform = f"resize {self.resize}, crop {self.image_size}"
-        if special := self.images.beside_weights():
-            transform += f", {json.dumps(special)}"
+        transform = f"resize {self.resize}, crop {self.image_size}, {self.reading}"
         return Recipe(self.weights_hash, str(self.precision.dtype), transform, self.detailed)
 
     @torch.no_grad()  # not inference mode: heads are trained on these
@@ -185,7 +186,8 @@ class Extractor:
         size = min(self.batch_size, self.at_once) if self.device.type == "cpu" else self.batch_size
         how = self.transform, size, self.num_workers
         on_gpu = self.device.type == "cuda"
-        loader = make_eval_loader(dataset, *how, indices=indices[done:].tolist(), pin_memory=on_gpu)
+        rest = indices[done:].tolist()
+        loader = make_eval_loader(dataset, *how, indices=rest, reading=self.reading, pin_memory=on_gpu)
         with progress() as bar, stoppable() as stop_if_asked:
             task = bar.add_task(description, total=len(indices), completed=done)
             for batch in loader:

@@ -225,7 +225,7 @@ class _Parts:
     """The part of each iteration's batch that falls to this process."""
 
     def __init__(self, images: ImageDataset, extract: Extractor, settings: LinearSettings) -> None:
-        self.images = images
+        self.images, self.reading = images, extract.reading
         self.crop = RandomResizedCrop(extract.image_size, extract.images.statistics)
         self.order = SampleOrder(len(images), settings.seed)
         self.seed, self.batch_size = settings.seed, settings.batch_size
@@ -244,7 +244,7 @@ class _Parts:
 
     def crop_of(self, k: int, index: int) -> tuple[Tensor, int]:
         """A crop of the image `index` for the sample `k`, and its class."""
-        crop = self.crop(self.images.image(index), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
+        crop = self.crop(self.images.image(index, self.reading), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
         return crop, self.images.target(index)
 
 

@@ -9,6 +9,7 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.config.vit import RESIZING
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.imagenet import ImageNet
+from dinov2cli.data.decoding import Reading
 from dinov2cli.data.spelling import complete
 from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
@@ -47,6 +48,8 @@ class Subject:
             options["max_bad_fraction"] = self.config.train.max_bad_fraction
         if request.max_bad_fraction is not None:
             options["max_bad_fraction"] = request.max_bad_fraction
+        images = self.config.images() if self.config is not None else self.model.images
+        options["reading"] = Reading.of(images, self.config, request)
         options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
         return Extractor(self.model, cache=None if request.no_cache else FeatureCache(), **options)
 

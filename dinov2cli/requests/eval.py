@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, argument, option
+from dinov2cli.requests.images import ImagesRequest
 from dinov2cli.requests.launch import Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
 """How hits are averaged."""
 
 
-class FeaturesRequest(Request, logs=True):
+class FeaturesRequest(ImagesRequest, logs=True):
     """What commands share that extract features."""
 
     num_workers: int | None = option(None, "Processes that decode images; by default from the cores.", ge=0, last=True)

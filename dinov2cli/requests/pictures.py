@@ -5,7 +5,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Paths, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, Paths, argument, option
+from dinov2cli.requests.images import ImagesRequest
 
 DEFAULT_MODEL = "dinov2_vits14_reg"
 INPUTS = "INPUT... OUTPUT"
@@ -13,7 +14,7 @@ Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
 
 
-class PicturesRequest(Request):
+class PicturesRequest(ImagesRequest):
     """What the commands that draw share: inputs, then the output."""
 
     paths: Paths = argument("Images or folders of images, then the output.", metavar=INPUTS)

@@ -26,10 +26,10 @@ def run(request: AttentionRequest) -> Written:
     output = request.output
     pictures = expand_inputs(request.inputs, request.output)
     check_picture_output(output)
-    model, _ = load_picture_model(request.model, request.device)
+    model, _, reading = load_picture_model(request)
     rows, files = [], 0
     for name, path in pictures:
-        photo = read_image(path)
+        photo = read_image(path, reading)
         maps = attention_maps(model, photo, resolution=request.resolution, block=request.block)
         drawn = draw_attention(maps, photo, overlay=request.overlay)
         if output.suffix:

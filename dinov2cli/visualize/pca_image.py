@@ -22,14 +22,14 @@ def run(request: PcaImageRequest) -> Written:
     foreground, output = parse_foreground(request.foreground), request.output
     photos = expand_inputs(request.inputs, output)
     check_picture_output(output)
-    extractor, basis = extractor_and_basis(request)
+    extractor, basis, reading = extractor_and_basis(request)
     if basis is None:
-        basis = fit_image_basis(extractor, (read_image(path) for _, path in photos), foreground)
+        basis = fit_image_basis(extractor, (read_image(path, reading) for _, path in photos), foreground)
     if request.save_basis:
         basis.save(request.save_basis)
     one_sheet = bool(output.suffix) and len(photos) > 1
     layout = request.layout or ("side-by-side" if one_sheet else "pca")
-    images = (read_image(path) for _, path in photos)
+    images = (read_image(path, reading) for _, path in photos)
     drawn = render_images(extractor, basis, images, layout=layout, upsampling=request.upsampling)
     if one_sheet:
         save_picture(output, sheet([[picture] for picture in drawn]))

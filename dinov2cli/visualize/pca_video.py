@@ -16,7 +16,7 @@ from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, resize
 from dinov2cli.visualize.pictures import Written, extractor_and_basis
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
-from dinov2cli.visualize.video.reader import FrameSource, open_source, sampling_step
+from dinov2cli.visualize.video.reader import FrameSource, check_source, open_source, sampling_step
 from dinov2cli.visualize.video.writer import VideoWriter, check_output, open_writer
 
 Advance = Callable[[int], object]
@@ -33,10 +33,12 @@ def run(request: PcaVideoRequest) -> Written:
     """
     foreground, outputs = parse_foreground(request.foreground), _outputs(request)
     one = len(request.inputs) == 1
-    sources = [open_source(path, request.fps if path.is_dir() or one else None) for path in request.inputs]
+    for path in request.inputs:
+        check_source(path, request.fps if one else None)
     for path in outputs:
         check_output(path)
-    extractor, basis = extractor_and_basis(request)
+    extractor, basis, reading = extractor_and_basis(request)
+    sources = [open_source(path, request.fps, reading) for path in request.inputs]
     counts = [source.count() for source in sources]
     with progress() as display:
         if basis is None:

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 from dinov2cli.config import load_config
 from dinov2cli.data.datasets.sample_photos import photo_files
+from dinov2cli.data.decoding import Reading
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
 from dinov2cli.models.load import load_model, locate
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import DEFAULT_MODEL, PcaImageRequest, PcaVideoRequest
+from dinov2cli.requests.pictures import DEFAULT_MODEL, AttentionRequest, PcaImageRequest, PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis
 from dinov2cli.visualize.features import PatchFeatures, Picture
-from dinov2cli.visualize.video.reader import list_images
+from dinov2cli.visualize.video.stills import list_images
 from dinov2cli.visualize.video.writer import write_png
 
 
@@ -78,23 +79,31 @@ def save_picture(path: Path, picture: Picture) -> None:
         write_png(path, picture)
 
 
-def extractor_and_basis(request: PcaImageRequest | PcaVideoRequest) -> tuple[PatchFeatures, ColorBasis | None]:
-    """What computes the features, and the colours of --basis; errors as in `load_picture_model`, `ColorBasis.load`."""
+def extractor_and_basis(
+    request: PcaImageRequest | PcaVideoRequest,
+) -> tuple[PatchFeatures, ColorBasis | None, Reading]:
+    """What computes the features, the colours of --basis, and how images are read.
+
+    Errors are those of `load_picture_model` and `ColorBasis.load`.
+    """
     basis = ColorBasis.load(request.basis) if request.basis else None
-    model, precision = load_picture_model(request.model, request.device)
+    model, precision, reading = load_picture_model(request)
     if basis:
         check_basis(basis, model.embed_dim)
-    return PatchFeatures(model, request.resolution, request.batch_size, precision), basis
+    return PatchFeatures(model, request.resolution, request.batch_size, precision), basis, reading
 
 
-def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer, str]:
-    """The model of --model in evaluation mode on --device, and the precision of the run that it comes from.
+def load_picture_model(
+    request: PcaImageRequest | PcaVideoRequest | AttentionRequest,
+) -> tuple[VisionTransformer, str, Reading]:
+    """The model of --model in evaluation mode on --device, the precision of the run that it comes from, and how images
+    are read: as in that run where no option says otherwise.
 
     Raises:
         EnvironmentProblem: a device that is not there.
         WeightsError: weights that cannot be had.
     """
-    where = choose_device(device)
+    where, name = choose_device(request.device), request.model
     try:
         source = locate(name or DEFAULT_MODEL)
         model = load_model(source).to(where).eval()
@@ -105,6 +114,6 @@ def load_picture_model(name: str | None, device: str) -> tuple[VisionTransformer
             f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
             "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
         ) from error
-    config = source.run / "config.yaml" if source.run else None
-    known = config is not None and config.is_file()
-    return model, load_config(config_file=config).compute_precision.precision if known else "auto"
+    file = source.run / "config.yaml" if source.run else None
+    config = load_config(config_file=file) if file is not None and file.is_file() else None
+    return model, config.compute_precision.precision if config else "auto", Reading.of(model.images, config, request)

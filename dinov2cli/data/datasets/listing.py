@@ -16,6 +16,7 @@ import numpy as np
 
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED
+from dinov2cli.data.decoding import FURTHER_EXTENSIONS
 from dinov2cli.files import digest, write_text
 from dinov2cli.site import cache_folder
 
@@ -175,12 +176,13 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions, in lower case with the dot, of the file types that Pillow opens as pictures."""
+    """Extensions, in lower case with the dot, of the file types that are read as pictures."""
     from PIL import Image
 
     Image.init()
     kinds = Image.OPEN.keys() - _NOT_PICTURES
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in kinds)
+    pillows = {extension for extension, kind in Image.registered_extensions().items() if kind in kinds}
+    return frozenset(pillows | FURTHER_EXTENSIONS)
 
 
 def recall(root: Path, kind: list[str]) -> tuple[Arrays, tuple[str, ...]] | None:

@@ -21,6 +21,7 @@ _OTHERWISE = {
     ".fits": "save its array as .npy (astropy.io.fits.getdata and numpy.save)",
     ".nii": "save its slices as .npy (nibabel.load(...).get_fdata() and numpy.save)",
     ".svg": "render it to PNG",
+    ".hdr": "save it as float TIFF or .npy",
     ".exr": "save it as float TIFF or .npy",
 }
 

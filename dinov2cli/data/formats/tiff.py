@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPageSeries
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile, TiffPageSeries
 
 from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, turned
@@ -34,6 +34,8 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
             page = series.keyframe
             _refuse_what_is_not_read(page, data, path)
             check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series), limit_gb)
+            if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
+                raise NotImplementedError("colours that tifffile gives as stored; with or without imagecodecs")
             array, planes = _samples(series, data)
             further = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
             left_out = _planes_of(series) - planes + further
@@ -41,7 +43,7 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
     except UnreadableImage:
         raise
     except Exception as error:  # tifffile raises whatever its parsing of a damaged file runs into
-        if "imagecodecs" in str(error):
+        if "imagecodecs" in str(error) or isinstance(error, ImportError):
             return _without_codec(data, path, limit_gb, error)
         raise UnreadableImage(path, f"damaged TIFF ({str(error) or type(error).__name__})") from error
 
@@ -52,6 +54,8 @@ def _refuse_what_is_not_read(page: Any, data: bytes | memoryview, path: str) -> 
     if page.photometric not in _READ:
         name = getattr(page.photometric, "name", page.photometric)
         raise UnreadableImage(path, f"its photometric interpretation {name} is not read; convert it to RGB or gray")
+    if page.bitspersample == 1 and page.samplesperpixel > 1 and page.planarconfig == PLANARCONFIG.CONTIG:
+        raise UnreadableImage(path, "interleaved channels of one bit each are not read; convert them to 8 bits")
     if page.dtype is None or page.dtype.kind == "c":
         raise UnreadableImage(path, f"samples of {page.bitspersample} bits, {page.dtype}, are not read; convert them")
 
@@ -103,7 +107,7 @@ def _read_page(page: Any, data: bytes | memoryview) -> np.ndarray:
 
 def _unpacked(page: Any, data: bytes | memoryview) -> np.ndarray:
     """Samples of any number of bits, most significant bit first, each row from a byte of its own (TIFF 6.0, p. 29)."""
-    bits, planes = page.bitspersample, page.samplesperpixel if page.planarconfig == 2 else 1
+    bits, planes = page.bitspersample, page.samplesperpixel if page.planarconfig == PLANARCONFIG.SEPARATE else 1
     samples = page.imagewidth * (page.samplesperpixel // planes)
     row_bytes = -(-samples * bits // 8)
     strips = zip(page.dataoffsets, page.databytecounts, strict=True)
@@ -189,7 +193,7 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
         turn, further = _orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
         extra = {int(means) for means in page.extrasamples}
         gray16 = page.samplesperpixel == 1 and page.bitspersample == 16 and page.dtype.kind == "u"
-        known = page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and extra in ({2}, set()))
+        known = page.samplesperpixel in (1, 3) or (page.samplesperpixel in (2, 4) and extra in ({2}, set()))
         compression = getattr(page.compression, "name", page.compression)
     if gray16 or (page.bitspersample <= 8 and page.dtype.kind != "i" and known and page.photometric in _READ):
         read = read_with_pillow(data, path, limit_gb)

@@ -2,69 +2,75 @@
 
 import heapq
 import math
-import re
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
-import cv2
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.console import logger
-from dinov2cli.data.decoding import over_background, read_image
+from dinov2cli.data.decoding import USUAL, Reading, over_background
 from dinov2cli.errors import DataError
+from dinov2cli.visualize.video.stills import (
+    AnimatedPicture,
+    Frame,
+    ImageFolder,
+    is_animated_webp,
+    list_images,
+    of_size,
+)
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 UNSPECIFIED_COLORSPACE = 2
 MOST_REORDERED = 4
 """Frames that a time stamp may be off its place; streams reorder by one or two."""
 
 
-class Frame(NamedTuple):
-    """One frame of a source."""
+def check_source(path: Path, fps: float | None = None) -> None:
+    """Raise `DataError` before any work for what is not there, and for --fps of what has its own times."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_dir():
+        list_images(path)
+        if fps is not None and fps <= 0:
+            raise DataError("--fps must be above 0")
+    elif fps is not None:
+        raise DataError(f"--fps: {path} is a video and has its own times; --fps is for folders of images")
 
-    image: NDArray[np.uint8]
-    """RGB [H, W, 3]; every frame of a source has the size of its first."""
-    time: Fraction
-    """Seconds from the first frame."""
-    duration: Fraction
-    """Seconds."""
 
-
-def open_source(path: Path, fps: float | None = None) -> "FrameSource":
-    """Open a video file (anything FFmpeg reads) or a folder of images (in natural order of names).
+def open_source(path: Path, fps: float | None = None, reading: Reading = USUAL) -> "FrameSource":
+    """Open a video file (anything FFmpeg reads), an animated picture or a folder of images (in natural order of names).
 
     Args:
-        fps: frames per second of an image folder (default 10). A video keeps its own times.
+        fps: frames per second of an image folder (default 10). Others keep their own times.
+        reading: how the images of a folder become pixels, and what shows where a frame is transparent.
 
     Raises:
         DataError: nothing there, no video stream, no frame that can be decoded, no images.
     """
+    check_source(path)
     if path.is_dir():
-        return ImageFolder(path, Fraction(fps if fps is not None else 10).limit_denominator(1001))
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if fps is not None:
-        raise DataError(f"--fps: {path} is a video and has its own times; --fps is for folders of images")
-    return VideoFile(path)
+        return ImageFolder(path, Fraction(fps if fps is not None else 10).limit_denominator(1001), reading)
+    if is_animated_webp(path):
+        return AnimatedPicture(path, reading)
+    return VideoFile(path, reading)
 
 
 class VideoFile:
-    """A video file. Rotation metadata is applied; alpha is laid over black; HDR is mapped to the standard range.
+    """A video file. Rotation metadata is applied, the background shows through, HDR is mapped to the standard range.
 
     As of every source, `path`, `size` (height and width in pixels, upright), `pixel_aspect` (width over height of a
     pixel), `rate` (average frames a second), `time_base` (seconds; all times are its multiples) and `start` (the file's
     own time of the first frame in seconds, where the sound is cut).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, reading: Reading = USUAL) -> None:
+        self.path, self.reading = path, reading
         with self._open() as container:
             stream = _video_stream(container, path)
             self.time_base = stream.time_base or Fraction(1, 90000)
@@ -106,9 +112,9 @@ class VideoFile:
                 last = at
                 if index % every:
                     continue
-                image = _upright_rgb(frame, self._turns, converter)
+                image = _upright_rgb(frame, self._turns, converter, self.reading)
                 size = size or image.shape[:2]
-                yield Frame(_of_size(image, size), at * self.time_base, (frame.duration or usual) * self.time_base)
+                yield Frame(of_size(image, size), at * self.time_base, (frame.duration or usual) * self.time_base)
 
     def _open(self) -> Any:
         try:
@@ -134,39 +140,7 @@ class VideoFile:
             logger.warning("%s: %d damaged packets passed over", self.path, damaged)
 
 
-class ImageFolder:
-    """The images of a folder as a video of constant frame rate, at the size of the first one."""
-
-    def __init__(self, path: Path, rate: Fraction) -> None:
-        if rate <= 0:
-            raise DataError("--fps must be above 0")
-        self.path, self.paths = path, list_images(path)
-        self.rate, self.time_base, self.start = rate, 1 / rate, Fraction(0)
-        self.pixel_aspect = Fraction(1)
-        self.size = read_image(self.paths[0]).shape[:2]
-
-    def count(self) -> int:
-        return len(self.paths)
-
-    def frames(self, every: int = 1) -> Iterator[Frame]:
-        for index in range(0, len(self.paths), every):
-            image = _of_size(read_image(self.paths[index]), self.size)
-            yield Frame(image, index * self.time_base, self.time_base)
-
-
-FrameSource = VideoFile | ImageFolder
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Images of a folder in natural order (`frame2` before `frame10`).
-
-    Raises:
-        DataError: there is none.
-    """
-    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-    if not found:
-        raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
-    return sorted(found, key=lambda p: [int(s) if s.isdigit() else s.lower() for s in re.split(r"(\d+)", p.name)])
+FrameSource = VideoFile | ImageFolder | AnimatedPicture
 
 
 def sampling_step(count: int, wanted: int) -> int:
@@ -206,7 +180,7 @@ def _with_ticks(frames: Iterator[Any]) -> Iterator[tuple[Any, int | None]]:
         yield release()
 
 
-def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) -> NDArray[np.uint8]:
+def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter, reading: Reading) -> NDArray[np.uint8]:
     colorspace = None
     if not frame.format.is_rgb and frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
         colorspace = Colorspace.ITU709  # what untagged high-definition video means
@@ -218,16 +192,10 @@ def _upright_rgb(frame: Any, quarter_turns: int, converter: VideoReformatter) ->
         image = tone_map(pixels("rgb48le"), frame.color_trc)
     elif any(component.is_alpha for component in frame.format.components):
         rgba = pixels("rgba")
-        image = over_background(rgba[..., :3], rgba[..., 3:])
+        image = over_background(rgba[..., :3], rgba[..., 3:], reading.images)
     else:
         image = pixels("rgb24")
     return np.ascontiguousarray(np.rot90(image, quarter_turns))
-
-
-def _of_size(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    if image.shape[:2] == size:
-        return image
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
 def _reason(error: Exception) -> str:
