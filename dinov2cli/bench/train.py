@@ -283,12 +283,14 @@ def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repea
 def synthetic_batch(config: Config) -> MultiCropBatch:
     """Random pixels, with masks as in training."""
     batch = config.train.batch_size_per_gpu
-    buffers = CropBuffers(MultiCropAugmentation.from_config(config).recipes, batch)
+    images = config.images()
+    buffers = CropBuffers(MultiCropAugmentation.from_config(config).recipes, batch, images.in_chans)
     generator = torch.Generator().manual_seed(0)
     for views in (buffers.global_crops, buffers.local_crops):
         views.random_(256, generator=generator)
     masks = masks_of_batches(config)(mask_rng(config.train.seed, 0, 0))
-    return collate(buffers, masks, iteration=0, samples=list(range(batch)), bad=[])
+    samples = list(range(batch))
+    return collate(buffers, masks, iteration=0, samples=samples, bad=[], statistics=images.statistics)
 
 
 def _memory(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
-from dinov2cli.requests import bench, eval, export, pictures, tools, train
+from dinov2cli.requests import bench, datasets, eval, export, pictures, tools, train
 from dinov2cli.requests.base import Request
 
 # What can be asked, in the order of --help. Nothing here imports torch.
@@ -33,6 +33,7 @@ REQUESTS: tuple[type[Request], ...] = (
     tools.ShowDatasetRequest,
     tools.AddDatasetRequest,
     tools.ForgetDatasetRequest,
+    datasets.DatasetStatsRequest,
     tools.ListPresetsRequest,
     tools.ShowPresetRequest,
     bench.BenchTrainRequest,
@@ -49,7 +50,8 @@ COMMANDS: dict[str, type[Request]] = {request.command: request for request in RE
 GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
-    "datasets": "Give datasets a name, by which every command takes them, and see what has one.\n\n"
+    "datasets": "Give datasets a name, by which every command takes them; see what has one, and measure what is in it."
+    "\n\n"
     "Example:\n\n    dino2 datasets list",
     "presets": "List the presets that come with dino2, or show what is in one.\n\nExample:\n\n    dino2 presets list",
     "bench": "Measure how fast the parts of dino2 run on this machine.\n\nExample:\n\n    dino2 bench augment",

@@ -4,6 +4,7 @@
           --upright------> turned by EXIF's orientation                                      data.exif_orientation
           --values-------> uint8 where the file's black and white are 0 and 255, else float32 in 0..1  data.value_range
           --to_rgb-------> uint8 [H, W, 3]: grey repeated, transparent parts over one background       data.background
+          or --to_channels-> [H, W, C], where a network takes other channels than red, green and blue    data.channels
 
 `Reading` holds these settings; it is made of a configuration's `data` keys or of a command's options. What is left out
 of an image, a fourth band or further pages, is said once, with the first file's name.
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2cli.config.images import RGB, Images
+from dinov2cli.data.channels import to_channels
 from dinov2cli.data.formats import fast
 from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
@@ -88,26 +90,35 @@ def read_image(path: Path, reading: Reading = USUAL) -> np.ndarray:
 
 
 def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, *, shrink: int = 1) -> np.ndarray:
-    """RGB pixels of an encoded image, uint8 [H, W, 3].
+    """Pixels of an encoded image: RGB, uint8 [H, W, 3]; or what channels are asked for, those as they are stored.
+
+    Channels are uint8 where these are all that the file has between black and white, else float32 in 0..1.
 
     Args:
         path: for messages, and for types that have no signature of their own.
         shrink: with 2, 4 or 8, a JPEG is decoded directly at that fraction of its size.
 
     Raises:
-        UnreadableImage: it is no image, damaged, cut short, too large, or cannot become RGB as `reading` asks.
+        UnreadableImage: it is no image, damaged, cut short, too large, or cannot become what `reading` asks for.
     """
-    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink)
     images = reading.images
+    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink, pages_are_channels=not images.are_rgb)
     if images.exif_orientation and stored.orientation != 1:
         stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
     if stored.left_out:
         warn_once(1, "%s: its first image is read, %s are left out; the same holds for others like it", path,
                   stored.left_out)  # fmt: skip
-    return to_rgb(values(stored, images.value_range, path), stored, images, path)
+    become = to_rgb if images.are_rgb else to_channels
+    return become(values(stored, images.value_range, path), stored, images, path)
 
 
-def read_stored(data: bytes | memoryview, path: str, limit_gb: float = USUAL.max_image_gb, shrink: int = 1) -> Stored:
+def read_stored(
+    data: bytes | memoryview,
+    path: str,
+    limit_gb: float = USUAL.max_image_gb,
+    shrink: int = 1,
+    pages_are_channels: bool = False,
+) -> Stored:
     """An image as its file stores it. Raises `UnreadableImage` as `decode_image` does, but for values and channels."""
     if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
         check_memory(path, jpeg.height // shrink, jpeg.width // shrink, 3, limit_gb)
@@ -118,7 +129,7 @@ def read_stored(data: bytes | memoryview, path: str, limit_gb: float = USUAL.max
         if (image := fast.decode_png(data, png)) is not None:
             return Stored(image, "PNG", (0, 2**png.bits - 1), rgb=image.shape[2] >= 3, alpha=png.color in (4, 6))
     elif bytes(data[:4]) in TIFF_SIGNATURES:
-        return read_tiff(data, path, limit_gb)
+        return read_tiff(data, path, limit_gb, pages_are_channels)
     elif is_dicom(data):
         return read_dicom(data, path, limit_gb)
     elif is_array(data, path):
@@ -232,6 +243,11 @@ class LazyImage:
         return self._header is not None
 
     @property
+    def channels(self) -> int:
+        """How many the file has, opacity apart."""
+        return read_stored(self._data, self._path, self._reading.max_image_gb, pages_are_channels=True).channels
+
+    @property
     def size(self) -> ImageSize:
         if self._header is None:
             return ImageSize(*self.pixels().shape[:2])
@@ -240,7 +256,7 @@ class LazyImage:
             height, width)  # fmt: skip
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 [ceil(H/shrink), ceil(W/shrink), 3]. `shrink` above 1 only where `can_shrink`."""
+        """[ceil(H/shrink), ceil(W/shrink), C], as of `decode_image`. `shrink` above 1 only where `can_shrink`."""
         if self._pixels is None:
             self._pixels = decode_image(self._data, self._path, self._reading, shrink=shrink)
         return self._pixels

@@ -48,8 +48,7 @@ class Subject:
             options["max_bad_fraction"] = self.config.train.max_bad_fraction
         if request.max_bad_fraction is not None:
             options["max_bad_fraction"] = request.max_bad_fraction
-        images = self.config.images() if self.config is not None else self.model.images
-        options["reading"] = Reading.of(images, self.config, request)
+        options["reading"] = Reading.of(self.model.images, self.config, request)
         options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
         return Extractor(self.model, cache=None if request.no_cache else FeatureCache(), **options)
 
@@ -78,6 +77,8 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
     not_shown = [key for key in ("num_heads", *RESIZING) if f"student.{key}" in changed]  # by the weights
     student = {key: getattr(config.student, key) for key in not_shown} if config else {}
     model = load_model(source, config_file=config_file, **student)
+    if config and config.student.in_chans == model.config.in_chans:
+        model.images = config.images()
     return Subject(model, checkpoint, source.files[0], source.run, source.iteration, config)
 
 

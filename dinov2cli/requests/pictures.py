@@ -68,9 +68,17 @@ class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visuali
     Example:
 
         dino2 pca-image dog.jpg other-dog.jpg dogs.png --model RUN
+
+        dino2 pca-image cells/*.tif cells.png --model RUN --layout side-by-side --show-channels 0,3,1
     """
 
     paths: Paths = argument("Images, folders of images or SamplePhotos (built in), then the output.", metavar=INPUTS)
+    show_channels: str | None = option(
+        None,
+        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
+        "from its darkest to its brightest. Default: the first ones.",
+        metavar="R,G,B",
+    )
     save_basis: Path | None = option(None, "Keep the colours for other pictures.", metavar="FILE.npz")
     basis: Path | None = option(None, "Use colours kept by --save-basis.", metavar="FILE.npz")
 
@@ -117,5 +125,11 @@ class AttentionRequest(PicturesRequest, command="attention", run_by="dinov2cli.v
     """
 
     block: int = option(-1, "Index of the block; -1 is the last.")
+    show_channels: str | None = option(
+        None,
+        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
+        "from its darkest to its brightest. Default: the first ones.",
+        metavar="R,G,B",
+    )
     overlay: bool = option(False, "Draw the maps over the photo.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")

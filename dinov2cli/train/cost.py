@@ -167,7 +167,8 @@ def shapes_of_batch(config: Config) -> MultiCropBatch:
     of_global, of_local = (torch.empty(n * batch, size, size, channels, dtype=torch.uint8) for n, size in sizes)
     masks = torch.empty(GLOBAL_CROPS * batch, patches, dtype=torch.bool)
     indices, samples = (torch.empty(number, dtype=torch.int64) for number in (masked, batch))
-    return MultiCropBatch(of_global, of_local, masks, indices, torch.empty(masked), iteration=0, samples=samples)
+    arrays = of_global, of_local, masks, indices, torch.empty(masked)
+    return MultiCropBatch(*arrays, iteration=0, samples=samples, statistics=config.images().statistics)
 
 
 def masked_patches(config: Config) -> int:

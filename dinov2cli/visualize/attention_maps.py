@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinov2cli.console import counted
 from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.data.decoding import read_image
 from dinov2cli.errors import DataError
@@ -19,7 +18,7 @@ from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.pictures import AttentionRequest
 from dinov2cli.visualize.features import PatchFeatures, Picture, resize
 from dinov2cli.visualize.pictures import Written, check_picture_output, expand_inputs, load_picture_model, save_picture
-from dinov2cli.visualize.rendering import sheet
+from dinov2cli.visualize.rendering import places_shown, sheet, shown
 
 
 def run(request: AttentionRequest) -> Written:
@@ -28,11 +27,12 @@ def run(request: AttentionRequest) -> Written:
     pictures = expand_inputs(request.inputs, request.output)
     check_picture_output(output)
     model, _, reading = load_picture_model(request)
+    places_shown(model.images, request.show_channels)
     rows, files = [], 0
     for name, path in pictures:
         photo = read_image(path, reading)
         maps = attention_maps(model, photo, resolution=request.resolution, block=request.block)
-        drawn = draw_attention(maps, photo, overlay=request.overlay)
+        drawn = draw_attention(maps, shown(photo, model.images, request.show_channels), overlay=request.overlay)
         if output.suffix:
             rows += drawn
             continue
@@ -43,7 +43,7 @@ def run(request: AttentionRequest) -> Written:
                 files += 1
     if output.suffix:
         save_picture(output, sheet(rows, width=max(1280, 200 * len(rows[0]))))
-    return Written(((output, counted(files, "file") if files else ""),))
+    return Written(((output, f"{files} files" if files else ""),))
 
 
 class AttentionMaps(NamedTuple):

@@ -157,4 +157,5 @@ def resize(picture: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     if picture.shape[:2] == size:
         return picture
     shrinks = size[0] * size[1] < picture.shape[0] * picture.shape[1]
-    return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    resized = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return resized.reshape(*size, *picture.shape[2:])

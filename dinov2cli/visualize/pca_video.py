@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import counted, interruption, logger, progress
+from dinov2cli.console import interruption, logger, progress
 from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
@@ -38,6 +38,13 @@ def run(request: PcaVideoRequest) -> Written:
     for path in outputs:
         check_output(path)
     extractor, basis, reading = extractor_and_basis(request)
+    images = extractor.model.images
+    if not images.are_rgb:
+        raise DataError(
+            f"a video has red, green and blue, and this model takes {len(images.channels) or images.in_chans} channels "
+            f"({', '.join(images.channels) or 'no colours'}): it cannot be shown one",
+            "dino2 pca-image and dino2 attention draw images with its channels.",
+        )
     sources = [open_source(path, request.fps, reading) for path in request.inputs]
     counts = [source.count() for source in sources]
     with progress() as display:
@@ -53,7 +60,7 @@ def run(request: PcaVideoRequest) -> Written:
         for source, path, count in zip(sources, outputs, counts, strict=True):
             task = display.add_task(f"rendering {path.name}", total=count)
             frames = render_video(extractor, basis, source, path, **style, advance=partial(display.advance, task))
-            written.append((path, counted(frames, "frame")))
+            written.append((path, f"{frames} frames"))
     return Written(tuple(written))
 
 

@@ -4,11 +4,14 @@ Shape legend: H x W pixels, h x w patches, D feature dimension.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2cli.config.images import Images
+from dinov2cli.errors import DataError
 from dinov2cli.visualize.basis import ColorBasis
 from dinov2cli.visualize.features import FeatureMap, Picture, resize
 
@@ -17,6 +20,45 @@ Smoothing = Callable[[NDArray[np.floating]], NDArray[np.floating]]
 
 UPSAMPLING = {"nearest": cv2.INTER_NEAREST, "bicubic": cv2.INTER_CUBIC}
 OVERLAY_STRENGTH = 0.65
+STRETCH = (0.5, 99.5)
+"""Percentiles of a channel that are drawn black and full, where channels are no colours."""
+
+
+def shown(pixels: NDArray[Any], images: Images, channels: str | None = None) -> Picture:
+    """What a network is shown, uint8 or float32 in 0..1 [H, W, C], as RGB to look at: uint8 [H, W, 3].
+
+    `channels` as in `places_shown`; one is drawn grey, two are red and green.
+    """
+    if images.are_rgb:
+        return np.asarray(pixels)
+    planes = []
+    for place in places_shown(images, channels):
+        plane = pixels[..., place].astype(np.float32)
+        low, high = np.percentile(plane, STRETCH)
+        planes.append(np.clip((plane - low) / max(float(high - low), 1e-6), 0, 1))
+    if len(planes) < 3:
+        planes = planes * 3 if len(planes) == 1 else [*planes, np.zeros_like(planes[0])]
+    return (np.stack(planes, axis=-1) * 255 + 0.5).astype(np.uint8)
+
+
+def places_shown(images: Images, channels: str | None) -> list[int]:
+    """Places of the channels that are drawn as red, green and blue.
+
+    Args:
+        channels: "R,G,B", by their names in `images.channels`, or else by number; by default the first three.
+
+    Raises:
+        DataError: no such channel, or a choice for a model of colours.
+    """
+    if channels is None:
+        return list(range(min(images.in_chans, 3)))
+    if images.are_rgb:
+        raise DataError(f"--show-channels {channels}: the model takes red, green and blue, and these are shown")
+    names = list(images.channels) or [str(place) for place in range(images.in_chans)]
+    wanted = [word.strip() for word in channels.split(",")]
+    if not set(wanted) <= set(names) or len(wanted) > 3:
+        raise DataError(f"--show-channels {channels}: must be one to three of {', '.join(names)}, with commas between")
+    return [names.index(word) for word in wanted]
 
 
 def render(

@@ -6,8 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from dinov2cli.data.channels import to_channels
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, decode_image
+from dinov2cli.data.formats.stored import Stored
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import DataError, EnvironmentProblem
 
@@ -60,10 +62,13 @@ class SamplePhotos(ImageDataset):
         side = int(min(tile.shape[:2]) * (SIDE_RANGE[0] + (SIDE_RANGE[1] - SIDE_RANGE[0]) * share))
         top, left = int((tile.shape[0] - side) * down), int((tile.shape[1] - side) * right)
         crop = tile[top : top + side, left : left + side]
-        return cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
+        crop = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
+        if reading.images.are_rgb:
+            return crop
+        return to_channels(crop, Stored(crop, "photo", (0, 255), rgb=True), reading.images, self.path(index))
 
     def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
-        return _Pixels(self.image(index))
+        return _Pixels(self.image(index, reading))
 
     def encoded(self, index: int) -> bytes:
         return cv2.imencode(".png", cv2.cvtColor(self.image(index), cv2.COLOR_RGB2BGR))[1].tobytes()
@@ -84,6 +89,11 @@ class _Pixels(LazyImage):
     def __init__(self, pixels: np.ndarray) -> None:
         self._pixels = pixels
         self._header = None
+
+    @property
+    def channels(self) -> int:
+        assert self._pixels is not None
+        return int(self._pixels.shape[2])
 
 
 def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:

@@ -35,6 +35,7 @@ class Stored:
         alpha: the last channel is opacity, not multiplied into the others.
         orientation: EXIF's number 1 to 8, not applied to `array`.
         left_out: what the file holds beside this image: "2 more pages".
+        names: what the file calls its channels, one each; or none.
     """
 
     array: np.ndarray
@@ -45,6 +46,7 @@ class Stored:
     alpha: bool = False
     orientation: int = 1
     left_out: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -1,13 +1,15 @@
 """TIFF and BigTIFF through tifffile: any sample type, any number of channels, tiles, planes, stacks.
 
-Which samples are channels: those of a page, or the planes along axis C that OME and ImageJ describe. Further pages,
-depths and times are left out, and said to be.
+Which samples are channels: those of a page, or the planes along axis C that OME and ImageJ describe; and, where a
+network takes channels, pages that nothing is said of. Further pages, depths and times are left out, and said to be.
 """
 
 import io
 import logging
 import math
+from dataclasses import replace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile, TiffPageSeries
@@ -16,7 +18,7 @@ from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, turned
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_DNG_VERSION, _ORIENTATION = 50706, 274
+_DNG_VERSION, _ORIENTATION, _GDAL_METADATA = 50706, 274, 42112
 _REMEDY = "pip install 'dinov2cli[tiff]'"
 _READ = {
     PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED,
@@ -26,20 +28,27 @@ _READ = {
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it has to say is said here, with the file's name
 
 
-def read_tiff(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
-    """The first image of a TIFF. Raises `UnreadableImage`: damaged, too large, or of a kind that is not read."""
+def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_channels: bool = False) -> Stored:
+    """The first image of a TIFF. Raises `UnreadableImage`: damaged, too large, or of a kind that is not read.
+
+    Args:
+        pages_are_channels: so are several pages of which the file does not say what they are.
+    """
     try:
         with TiffFile(io.BytesIO(data)) as tif:
             series = tif.series[0]
             page = series.keyframe
+            place = _axis_of_channels(series, pages_are_channels)
             _refuse_what_is_not_read(page, data, path)
-            check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series), limit_gb)
+            check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series, place), limit_gb)
             if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
                 raise NotImplementedError("colours that tifffile gives as stored; with or without imagecodecs")
-            array, planes = _samples(series, data)
+            array, planes = _samples(series, data, place)
             further = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
             left_out = _planes_of(series) - planes + further
-            return _stored(array, page, path, f"{left_out} more pages" if left_out else "")
+            stored = _stored(array, page, path, f"{left_out} more pages" if left_out else "")
+            names = _names(tif)
+            return replace(stored, names=names) if len(names) == stored.channels else stored
     except UnreadableImage:
         raise
     except Exception as error:  # tifffile raises whatever its parsing of a damaged file runs into
@@ -65,18 +74,39 @@ def _planes_of(series: TiffPageSeries) -> int:
     return math.prod(series.shape) // (page.imagelength * page.imagewidth * page.samplesperpixel)
 
 
-def _bytes_of_pixel(series: TiffPageSeries) -> float:
+def _axis_of_channels(series: TiffPageSeries, pages_are_channels: bool) -> int:
+    """The place of the axis of planes that are channels; -1 where there is none."""
+    lead = len(series.shape) - len(series.keyframe.shape)
+    known = series.axes[:lead].find("C")
+    return 0 if known < 0 and lead == 1 and pages_are_channels and series.axes[0] in "QI" else known
+
+
+def _names(tif: TiffFile) -> tuple[str, ...]:
+    """What OME, ImageJ or GDAL call the channels."""
+    if tif.is_ome and tif.ome_metadata:
+        found = [
+            each.get("Name") for each in ElementTree.fromstring(tif.ome_metadata).iter() if each.tag[-8:] == "}Channel"
+        ]
+    elif tif.is_imagej:
+        found = list((tif.imagej_metadata or {}).get("Labels") or [])
+    elif tif.is_gdal and (tag := tif.pages.first.tags.get(_GDAL_METADATA)):
+        found = [each.text for each in ElementTree.fromstring(tag.value) if each.get("role") == "description"]
+    else:
+        found = []
+    return tuple(map(str, found)) if all(found) else ()
+
+
+def _bytes_of_pixel(series: TiffPageSeries, place: int) -> float:
     page: Any = series.keyframe
-    axes = dict(zip(series.axes, series.shape, strict=True))
-    return float(axes.get("C", 1) * page.samplesperpixel * page.dtype.itemsize)
+    planes = series.shape[place] if place >= 0 else 1
+    return float(planes * page.samplesperpixel * page.dtype.itemsize)
 
 
-def _samples(series: TiffPageSeries, data: bytes | memoryview) -> tuple[np.ndarray, int]:
+def _samples(series: TiffPageSeries, data: bytes | memoryview, place: int) -> tuple[np.ndarray, int]:
     """[H, W, C] of the first image, and of how many planes it is made."""
     page = series.keyframe
     lead = len(series.shape) - len(page.shape)
-    axes, shape = series.axes[:lead], series.shape[:lead]
-    place = axes.find("C")
+    shape = series.shape[:lead]
     channels = shape[place] if place >= 0 else 1
     if lead == 0:
         planes = [_read_page(page, data)]

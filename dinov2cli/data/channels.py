@@ -1,0 +1,83 @@
+"""From the channels that a file has to those that a network takes, where these are not red, green and blue."""
+
+import numpy as np
+
+from dinov2cli.config.images import Images
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, span_of_type
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def to_channels(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:
+    """The channels that are asked for, [H, W, C] -> [H, W, images.in_chans], uint8 or float32 in 0..1 as they are.
+
+    Those that `images.channels` names; else all of them, where there are as many. Colours become one channel as their
+    luma. Opacity comes after the last channel: it is one where it is named or counted, else shows the mean behind.
+
+    Raises:
+        UnreadableImage: the file does not have these channels.
+    """
+    wanted, found = images.in_chans, image.shape[2]
+    places = [place_of(name, stored, path) for name in images.channels]
+    if not places and wanted == found + stored.alpha:
+        places = list(range(wanted))
+    if stored.alpha and found in places:
+        opacity = _opacity(stored)
+        image = np.concatenate([image, opacity if image.dtype != np.uint8 else _as_bytes(opacity)], axis=2)
+    elif not places and wanted == 1 and stored.rgb:
+        image, places = _luma(image), [0]
+    if places == list(range(image.shape[2])) or (not places and wanted == found):
+        chosen = image
+    elif places:
+        chosen = image[..., places]
+    else:
+        named = f", {', '.join(stored.names)}" if stored.names else ""
+        raise UnreadableImage(
+            path,
+            f"has {found} channel{'s' * (found > 1)}{named}, and the model takes {wanted}; say which with "
+            f"data.channels, such as [{', '.join(str(i % found) for i in range(wanted))}]",
+        )
+    if stored.alpha and found not in places:
+        chosen = _over_mean(chosen, _opacity(stored), images)
+    return np.ascontiguousarray(chosen)
+
+
+def place_of(name: str, stored: Stored, path: str) -> int:
+    """Which channel of an image a name or number means; raises `UnreadableImage` where it has none such."""
+    if name in stored.names:
+        return stored.names.index(name)
+    if stored.alpha and name == "alpha":
+        return stored.channels
+    colors = ("red", "green", "blue")
+    if stored.rgb and name in colors:
+        return colors.index(name)
+    if name.isdecimal():
+        if (place := int(name)) < stored.channels + stored.alpha:
+            return place
+        raise UnreadableImage(path, f"has no channel {name}: it has {stored.channels + stored.alpha}, the first is 0")
+    names = ", ".join(stored.names or (colors if stored.rgb else ())) or "none"
+    raise UnreadableImage(path, f"has no channel named {name!r} (data.channels); its names: {names}")
+
+
+def _luma(image: np.ndarray) -> np.ndarray:
+    luma = image[..., :3].astype(np.float32) @ LUMA
+    return (luma + np.float32(0.5)).astype(np.uint8)[..., None] if image.dtype == np.uint8 else luma[..., None]
+
+
+def _opacity(stored: Stored) -> np.ndarray:
+    """float32 [H, W, 1] in 0..1."""
+    opacity = stored.array[..., -1:]
+    low, opaque = stored.span if stored.span and opacity.dtype.kind == "u" else span_of_type(opacity.dtype)
+    share: np.ndarray = ((opacity - np.float64(low)) / (opaque - low)).clip(0, 1).astype(np.float32)
+    return share
+
+
+def _as_bytes(share: np.ndarray) -> np.ndarray:
+    return (share * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+def _over_mean(image: np.ndarray, opacity: np.ndarray, images: Images) -> np.ndarray:
+    of_bytes = image.dtype == np.uint8
+    mean = np.array(images.statistics.mean, np.float32) * (255 if of_bytes else 1)
+    laid: np.ndarray = image * opacity + mean * (1 - opacity)
+    return (laid + np.float32(0.5)).astype(np.uint8) if of_bytes else laid

@@ -1,0 +1,45 @@
+"""Requests about what is in a dataset."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from dinov2cli.requests.base import argument, option
+from dinov2cli.requests.images import ImagesRequest
+
+
+class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov2cli.data.statistics:run", logs=True):
+    """Measure mean and standard deviation of each channel of a dataset, for a training on it.
+
+    Images that are no colour photos (microscopy, satellites, X-ray) have other statistics than ImageNet's, by which
+    images are normalised otherwise. What is measured is printed as changes for `dino2 train`, and with `--write` goes
+    into a configuration file. An interrupted measurement goes on where it was when the command is given again.
+
+    Example:
+
+        dino2 datasets stats ~/cells --write cells.yaml
+
+        dino2 datasets stats ~/cells --channels 0 2 4 --value-range '[0, 4095]' --write cells.yaml --preset vits14
+    """
+
+    dataset: str = argument("A folder of images or a dataset string.", metavar="DATASET")
+    channels: tuple[str, ...] = option(
+        (), "Channels to use, in this order: numbers from 0, or the files' names.", default_text="all",
+        metavar="CHANNEL",
+    )  # fmt: skip
+    max_images: int = option(10_000, "Images to look at, drawn at random; 0: all.", ge=0)
+    write: Path | None = option(
+        None, "Write student.in_chans and the data keys into this configuration, a new one or one that is there.",
+        metavar="YAML",
+    )  # fmt: skip
+    preset: str | None = option(None, "Begin the new configuration with this preset.", completes="presets")
+    num_workers: int | None = option(None, "Processes that read images.", default_text="from the cores", ge=0)
+    max_bad_fraction: float = option(0.01, "Share of unreadable images above which to stop.", ge=0, le=1)
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.preset is not None and self.write is None:
+            raise ValueError("--preset goes with --write")
+        return self
