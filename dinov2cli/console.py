@@ -124,6 +124,11 @@ def stoppable(message: str = "stopping") -> Iterator[Callable[[], None]]:
         stop_if_asked()
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 frame`, `2 frames`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def print_json(value: Any) -> None:
     """Print exactly one JSON object on standard output, unwrapped and uncoloured."""
     print(json.dumps(value, allow_nan=False, default=str), flush=True)

@@ -26,9 +26,11 @@ from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
+from dinov2cli.train.display import ending
 from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.trainer import OnlineKnn, Trainer
+from dinov2cli.train.verdicts import collapse_of
 
 
 def run(request: TrainRequest) -> None:
@@ -95,6 +97,11 @@ def _train_in_group(config: Config, request: TrainRequest) -> None:
             print_plan([("on a GPU", short_form(config))], [])
     else:
         trainer.train()
+        if distributed.is_main():
+            if collapse := collapse_of(folder.path):
+                logger.warning("the run looked collapsed %s", collapse)
+            for line in ending(folder, trainer.total):
+                logger.info(line)
 
 
 def make_online_knn(config: Config) -> OnlineKnn | None:

@@ -1,10 +1,17 @@
 """Monitors tell a collapsed teacher from a healthy one."""
 
+import json
+import logging
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY, write_images
 
+from dinov2cli.cli.main import main
+from dinov2cli.launch.status import read_status
 from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health, teacher_numbers
 
 S, D, K = 64, 32, 128
@@ -45,3 +52,61 @@ def test_each_kind_of_collapse_is_named(broken: TeacherView, words: str) -> None
 def test_entropy_counts_zero_as_zero() -> None:
     assert entropy(torch.tensor([0.0, 1.0])).item() == 0
     assert entropy(torch.full((4,), 0.25)).item() == pytest.approx(math.log(4))
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    yield
+    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
+    logger.propagate = True
+    logger.handlers.clear()
+
+
+def train(run: Path, *words: str) -> int:
+    images = run.parent / "images"
+    if not images.exists():
+        write_images(images)
+    # A network that learns nothing stays as it began: all features alike.
+    stuck = ["optim.base_lr=1e-12", "optim.min_lr=0", "student.layerscale=1e-5"]
+    try:
+        main(["train", "--cpu", "--data", str(images), "--output-dir", str(run), *TINY, *stuck, *words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_a_collapse_is_said_again_summed_up_and_shown_by_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    verdicts = [json.loads(line) for line in (run / "verdicts.json").read_text().splitlines()]
+    assert [each["iteration"] for each in verdicts] == list(range(5, 12))
+    assert shown.count("the run has collapsed") == 4 + 1  # in every tenth of the run, and at its end
+    assert "the run looked collapsed since iteration 5, at 7 looks" in shown
+    assert "collapse since iteration 5, at 7 looks: all images get nearly" in " ".join(str(read_status(run)).split())
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_stop_on_collapse_saves_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "train.stop_on_collapse=3") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "3 times in a row (train.stop_on_collapse)" in shown and "Traceback" not in shown
+    assert (run / "checkpoints/iteration_00000008").is_dir()
+    assert train(run, "train.stop_on_collapse=0") == 0
+    assert "resumed after 8 iterations" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_training_ends_with_where_the_weights_are_the_score_and_what_is_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "images"
+    sets = [f"evaluation.knn_{name}_dataset={data}" for name in ("train", "val")]
+    assert train(run, "evaluation.knn_period=6", *sets) == 0
+    shown = "".join(capsys.readouterr().err.split())  # whatever the terminal's width
+    assert f"theweightsarein{run}/eval/training_11/teacher_checkpoint.pth" in shown
+    assert "k-NNtop-1whiletraining:" in shown and f"next:dino2evalknn{run}" in shown

@@ -130,3 +130,19 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
     assert "pip install 'dinov2cli[plots]'" in result.stderr
+
+
+def test_a_collapse_is_in_the_plot(tmp_path: Path) -> None:
+    well, ill = make_run(tmp_path / "well"), make_run(tmp_path / "ill")
+    log = MetricLogger(ill / "verdicts.json")
+    log.write({"iteration": 90, "verdict": "all images get nearly the same feature"})
+    log.close()
+
+    def red(run: Path) -> int:
+        plot_runs([read_run(run)], tmp_path / "plot.png")
+        blue, green, red = (cv2.imread(str(tmp_path / "plot.png"))[..., channel].astype(int) for channel in range(3))
+        return int(((red > 200) & (green < 90) & (blue < 90)).sum())
+
+    assert red(ill) > 2 * red(well) > 0  # both have the threshold
+    plot_runs([read_run(ill)], tmp_path / "plot.html")
+    assert "ill collapsed since iteration 90, at 1 look" in (tmp_path / "plot.html").read_text()

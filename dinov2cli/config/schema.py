@@ -89,6 +89,11 @@ class Train(Group):
     max_nonfinite: int = key(
         3, "(dino2) Consecutive iterations with a non-finite loss after which the run stops.", ge=1
     )
+    stop_on_collapse: int = key(
+        0,
+        "(dino2) Stop, saved, when the monitors have found a collapse so often in a row, each log_period; 0: never.",
+        ge=0,
+    )
     max_bad_fraction: Fraction = key(0.01, "(dino2) Share of unreadable images above which the run stops.")
     activation_checkpointing: bool = key(
         False, "(dino2) Recompute activations in the backward pass: less memory, about a third slower."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2cli import __version__, distributed
-from dinov2cli.console import stoppable
+from dinov2cli.console import counted, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
@@ -47,7 +47,7 @@ class Embedded(NamedTuple):
 
     def __str__(self) -> str:
         marked = f"; {self.unreadable} could not be read: NaN, not readable" if self.unreadable else ""
-        return f"{self.output}: {self.images} images, {self.dim} dimensions{marked}"
+        return f"{self.output}: {counted(self.images, 'image')}, {self.dim} dimensions{marked}"
 
 
 def run(request: EmbedRequest) -> Embedded:

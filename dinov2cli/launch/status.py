@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinov2cli.console import counted
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
 from dinov2cli.requests import tools
+from dinov2cli.train.verdicts import Collapse, collapse_of
 
 STALE_S = 90.0  # a process that trains gives a sign of life every few seconds; after this long it counts as gone
 RECENT = 10  # lines of the metrics that the speed and the loss are taken from
@@ -33,6 +35,7 @@ class Status(NamedTuple):
         silent: ranks without a recent sign of life, while the run should be training.
         restarts, requeues: how often so far; last_restart says why.
         hangs: files with the stacks of processes that hung.
+        collapse: what the monitors found against the run, as a `Collapse`; None if nothing.
         jobs: submitted jobs of the run, each with Slurm's `slurm_state`, None where it no longer knows.
         logs: where to read on.
     """
@@ -55,6 +58,7 @@ class Status(NamedTuple):
     requeues: int
     last_restart: str | None
     hangs: list[str]
+    collapse: dict[str, Any] | None
     jobs: list[dict[str, Any]]
     logs: list[str]
 
@@ -107,6 +111,7 @@ def read_status(run: Path) -> Status:
         requeues=sum(each.kind == "requeue" for each in restarts),
         last_restart=restarts[-1].reason if restarts else None,
         hangs=[str(path) for path in sorted((run / "logs").glob("stacks*/rank_*.txt"))],
+        collapse=found._asdict() if (found := collapse_of(run)) else None,
         jobs=jobs,
         logs=[str(path) for path in [run / "logs" / "train.log"] if path.exists()] + [job["log"] for job in jobs[-1:]],
     )
@@ -202,6 +207,8 @@ def rows(now: Status) -> list[tuple[str, str]]:
         found.append(("left", _duration(now.seconds_left)))
     if now.loss is not None:
         found.append(("loss", f"{now.loss:.4f}"))
+    if now.collapse is not None:
+        found.append(("collapse", str(Collapse(**now.collapse))))
     if now.images_per_s is not None and now.iter_time:
         share = (now.data_time or 0) / now.iter_time
         speed = f"{now.images_per_s:.1f} images/s, {now.iter_time:.3g} s an iteration"
@@ -224,7 +231,12 @@ def rows(now: Status) -> list[tuple[str, str]]:
         found.append(("restarts", f"{now.restarts}, and {now.requeues} requeues; last: {now.last_restart}"))
     found += [("hang", f"stacks of a process that hung: {path}") for path in now.hangs[:4]]
     for job in now.jobs[-1:]:
-        found.append(("job", f"{job['job_id']} on {job['nodes']} machines: {job['slurm_state'] or 'unknown to Slurm'}"))
+        found.append(
+            (
+                "job",
+                f"{job['job_id']} on {counted(job['nodes'], 'machine')}: {job['slurm_state'] or 'unknown to Slurm'}",
+            )
+        )
     found += [("log", path) for path in now.logs]
     return found
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,10 +12,12 @@ from torch import nn
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
-from dinov2cli.console import err, logger
+from dinov2cli.console import counted, err, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import Loader
 from dinov2cli.train.networks import SSLNetwork
+from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.verdicts import json_lines
 
 
 def plan_rows(
@@ -29,7 +31,7 @@ def plan_rows(
         factors += f" x {config.train.gradient_accumulation} accumulated"
     epochs = total * batch / max(len(loader.dataset), 1)
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
-    resumed = f", resumed after {iteration} iterations" if iteration else ""
+    resumed = f", resumed after {counted(iteration, 'iteration')}" if iteration else ""
     shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
     sizes = f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels"
@@ -69,6 +71,17 @@ def duration(seconds: float) -> str:
     days, rest = divmod(int(seconds), 86400)
     clock = f"{rest // 3600:d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days} d {clock}" if days else clock
+
+
+def ending(folder: RunFolder, total: int) -> Iterator[str]:
+    """What to know when training has ended: where the weights are, the score so far, what can be done next."""
+    yield f"trained for {counted(total, 'iteration')}; the weights are in {folder.teacher(total - 1)}"
+    if scores := [(line["iteration"], line["knn_top1"]) for line in json_lines(folder.knn_metrics)]:
+        best = max(scores, key=lambda score: score[1])
+        before = f", {scores[0][1]:.1f} % untrained" if scores[0][0] == 0 else ""
+        peak = f", {best[1]:.1f} % at its best after {best[0]}" if best[1] > scores[-1][1] else ""
+        yield f"k-NN top-1 while training: {scores[-1][1]:.1f} % at the end{before}{peak}"
+    yield f"next: dino2 eval knn {folder.path}; dino2 pca-image PHOTO OUT.png --model {folder.path}"
 
 
 class TrainingDisplay:

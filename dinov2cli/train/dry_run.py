@@ -33,7 +33,7 @@ def rehearse(run: Trainer, steps: int = 3) -> None:
     run.print_plan(loader)
     batches, seconds = iter(loader), []
     for _ in range(min(steps, run.total - start)):
-        micro_batches, _ = next_batches(batches, run.accumulation, signals=(), checkpoint_failed=False)
+        micro_batches, _ = next_batches(batches, run.accumulation, signals=(), checkpoint_failed=False, collapsed=False)
         began = time.perf_counter()
         result = run.train_step([run.on_device(batch) for batch in micro_batches])
         run.record.check(run.record.take(result))

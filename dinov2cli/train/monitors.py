@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2cli.train.verdicts import HIGHEST, LOWEST
+
 
 class TeacherView(NamedTuple):
     """Class tokens [S, D] of the teacher's crops, and their target distributions [S, K]."""
@@ -68,22 +70,22 @@ def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:
     """A plain sentence if the numbers of a batch of S `samples` say collapse, else None."""
     if samples < 8:  # low numbers mean little then
         return None
-    if health.feature_std < 0.02:
+    if health.feature_std < LOWEST["feature_std"]:
         return (
             f"all images get nearly the same feature (feature_std {health.feature_std:.2g}): the run has collapsed. "
             "Lower optim.base_lr, raise optim.warmup_epochs, or raise dino.koleo_loss_weight"
         )
-    if health.effective_rank < 1.5:
+    if health.effective_rank < LOWEST["effective_rank"]:
         return (
             f"features vary along one direction only (effective_rank {health.effective_rank:.2f}): the run is "
             "collapsing. Lower optim.base_lr or raise dino.koleo_loss_weight"
         )
-    if health.prototypes_in_use < 1.5:
+    if health.prototypes_in_use < LOWEST["prototypes_in_use"]:
         return (
             f"the teacher maps all images to one prototype (prototypes_in_use {health.prototypes_in_use:.2f}): the run "
             "has collapsed. Lower teacher.teacher_temp less far, or use train.centering=sinkhorn_knopp"
         )
-    if health.teacher_entropy > 0.9999:
+    if health.teacher_entropy > HIGHEST["teacher_entropy"]:
         return (
             f"the teacher's targets are uniform (teacher_entropy {health.teacher_entropy:.5f} of 1): nothing is "
             "learned. Lower teacher.warmup_teacher_temp and teacher.teacher_temp"

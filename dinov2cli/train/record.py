@@ -76,14 +76,18 @@ class Record:
         self.samples_seen, self.bad_images = 0, 0  # of all processes
         self.last_bad: deque[str] = deque(maxlen=20)
         self.nonfinite = 0  # consecutive iterations that were left out
-        self.collapsed = False  # what the monitors said last, so that they warn once
+        self.collapsed = 0  # looks in a row at which the monitors said so
+        self.warned_at = 0  # iteration of the last warning of it
         self.loggers: list[Tracker] = []
+        self.verdicts: MetricLogger | None = None
 
     def open(self, iteration: int, stack: ExitStack) -> None:
         """Go on with the files and the display after `iteration` iterations; the files close with `stack`."""
         if distributed.is_main():
             trackers = make_trackers(self.config, self.folder.path, resume_at=iteration)
             self.loggers = [MetricLogger(self.folder.metrics, resume_at=iteration), *trackers]
+            self.verdicts = MetricLogger(self.folder.verdicts, resume_at=iteration)
+            stack.callback(self.verdicts.close)
         for each in self.loggers:
             stack.callback(each.close)
         quiet = not distributed.is_main()
@@ -148,6 +152,10 @@ class Record:
             )
         return losses, grad_norms
 
+    def gives_up(self) -> bool:
+        """Whether this process, which looks, has seen a collapse for as long as `train.stop_on_collapse` bears it."""
+        return 0 < self.config.train.stop_on_collapse <= self.collapsed
+
     def count(self, batches: list[MultiCropBatch], bad_images: int) -> None:
         """Count the coming iteration's images and log the unreadable ones; stop above `train.max_bad_fraction`.
 
@@ -171,7 +179,7 @@ class Record:
             refuse_too_many_bad(self.bad_images, self.samples_seen, allowed, last, drawn=True)
 
     def health(self, reading: Reading) -> dict[str, float]:
-        """What the monitors say of the teacher; warns once of a collapse."""
+        """What the monitors say of the teacher; of a collapse they warn again in every tenth of the run."""
         numbers = reading.tensors.read()
         if "cls" not in numbers:
             return {}
@@ -179,7 +187,10 @@ class Record:
         # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.
         begun = reading.iteration > max(self.config.iterations(self.config.optim.warmup_epochs), self.total // 10)
         verdict = collapse_verdict(health, numbers["cls"].shape[0]) if begun else None
-        if verdict and not self.collapsed:
+        if verdict and (not self.collapsed or reading.iteration >= self.warned_at + self.total / 10):
             logger.warning("iteration %d: %s", reading.iteration, verdict)
-        self.collapsed = verdict is not None
+            self.warned_at = reading.iteration
+        if verdict and self.verdicts is not None:
+            self.verdicts.write({"iteration": reading.iteration, "verdict": verdict})
+        self.collapsed = self.collapsed + 1 if verdict else 0
         return health._asdict()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dinov2cli.errors import ConfigError
+from dinov2cli.train.verdicts import VERDICTS_FILE
 
 
 class RunFolder:
@@ -14,6 +15,7 @@ class RunFolder:
         self.log = path / "logs" / "train.log"
         self.metrics = path / "training_metrics.json"
         self.knn_metrics = path / "knn_metrics.json"
+        self.verdicts = path / VERDICTS_FILE
         self.checkpoints = path / "checkpoints"
 
     def teacher(self, iteration: int) -> Path:
@@ -51,7 +53,8 @@ class RunFolder:
         Returns:
             that folder, or None where there was nothing to move.
         """
-        files = [self.config, self.log.parent, self.metrics, self.knn_metrics, self.checkpoints, self.path / "eval"]
+        metrics = self.metrics, self.knn_metrics, self.verdicts
+        files = [self.config, self.log.parent, *metrics, self.checkpoints, self.path / "eval"]
         there = [file for file in files if file.exists()]
         if not there:
             return None

@@ -12,12 +12,12 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer, save_teacher
 from dinov2cli.config import Config
-from dinov2cli.console import Interrupted, MetricLogger, interruption, logger
+from dinov2cli.console import Interrupted, MetricLogger, counted, interruption, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader, make_train_loader
 from dinov2cli.device import Precision, why_not_compile
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, TrainingFailure
 from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
@@ -153,12 +153,16 @@ class Trainer:
         unread: deque[Reading] = deque()
         batches, clock = iter(loader), time.perf_counter()
         while self.iteration < self.total:
-            micro_batches, standing = next_batches(batches, self.accumulation, signals, self.checkpointer.failed())
+            micro_batches, standing = next_batches(
+                batches, self.accumulation, signals, self.checkpointer.failed(), self.record.gives_up()
+            )
             data_time = time.perf_counter() - clock
             if standing.checkpoint_failed:
                 self.checkpointer.finish()
             if standing.signal:
                 self.save_and_stop(standing.signal, unread)
+            if standing.collapsed:
+                self.give_up(unread)
             self.record.count(micro_batches, standing.bad_images)
 
             result = self.train_step([self.on_device(batch) for batch in micro_batches])
@@ -215,6 +219,17 @@ class Trainer:
         logger.info("interrupted: %s at iteration %d; the same command resumes", saved, self.iteration)
         raise Interrupted(signal)
 
+    def give_up(self, unread: deque[Reading]) -> None:
+        """Save, then raise `TrainingFailure` in every process."""
+        for result in unread:
+            self.record.read(result, 0.0, 0.0)
+        self.save_checkpoint(wait=True)
+        raise TrainingFailure(
+            f"iteration {self.iteration}: the run has collapsed, as the monitors have said above "
+            f"{self.config.train.stop_on_collapse} times in a row (train.stop_on_collapse)",
+            f"{self.folder.path} is saved. Start anew with other settings, or go on with train.stop_on_collapse=0.",
+        )
+
     def save_checkpoint(self, *, wait: bool = False) -> None:
         """Write what resuming needs, in the background unless `wait` or at the end.
 
@@ -244,7 +259,7 @@ class Trainer:
             return
         with self.watch.doing("evaluating", endless=True):
             top1 = self.online_knn(self.sharding.teacher_backbone())
-        teacher = f"teacher after {self.iteration} iterations" if self.iteration else "untrained teacher"
+        teacher = f"teacher after {counted(self.iteration, 'iteration')}" if self.iteration else "untrained teacher"
         if distributed.is_main():
             logger.info("k-NN top-1 of the %s: %.1f %%", teacher, top1)
             log = MetricLogger(self.folder.knn_metrics, resume_at=self.iteration)

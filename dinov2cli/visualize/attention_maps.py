@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dinov2cli.console import counted
 from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.data.decoding import read_image
 from dinov2cli.errors import DataError
@@ -43,7 +44,7 @@ def run(request: AttentionRequest) -> Written:
                 files += 1
     if output.suffix:
         save_picture(output, sheet(rows, width=max(1280, 200 * len(rows[0]))))
-    return Written(((output, f"{files} files" if files else ""),))
+    return Written(((output, counted(files, "file") if files else ""),))
 
 
 class AttentionMaps(NamedTuple):

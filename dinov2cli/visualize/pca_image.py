@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 
+from dinov2cli.console import counted
 from dinov2cli.data.decoding import read_image
 from dinov2cli.requests.pictures import PcaImageRequest
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis, parse_foreground
@@ -41,7 +42,7 @@ def run(request: PcaImageRequest) -> Written:
     else:
         for (name, _), picture in zip(photos, drawn, strict=True):
             save_picture(output / f"{name}.png", picture)
-    return Written(((output, f"{len(photos)} photos"),))
+    return Written(((output, counted(len(photos), "photo")),))
 
 
 def fit_image_basis(

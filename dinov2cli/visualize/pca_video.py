@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import interruption, logger, progress
+from dinov2cli.console import counted, interruption, logger, progress
 from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
@@ -60,7 +60,7 @@ def run(request: PcaVideoRequest) -> Written:
         for source, path, count in zip(sources, outputs, counts, strict=True):
             task = display.add_task(f"rendering {path.name}", total=count)
             frames = render_video(extractor, basis, source, path, **style, advance=partial(display.advance, task))
-            written.append((path, f"{frames} frames"))
+            written.append((path, counted(frames, "frame")))
     return Written(tuple(written))
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import write_bytes, writing
 from dinov2cli.requests.tools import PlotRequest
+from dinov2cli.train.verdicts import HIGHEST, LOWEST, Collapse, collapse_of, json_lines
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Iterations and values, both float64 [n]; values that were not finite are nan."""
@@ -34,6 +35,8 @@ class Run:
 
     name: str
     curves: dict[tuple[str, str], Curve]
+    collapse: Collapse | None = None
+    """What the monitors found against it."""
 
 
 def run(request: PlotRequest) -> Path:
@@ -55,14 +58,14 @@ def read_run(path: Path) -> Run:
     if not metrics.is_file():
         raise DataError(f"{path}: not a run folder (it has no training_metrics.json)")
     points: dict[tuple[str, str], dict[float, float]] = {}
-    for line in _json_lines(metrics):
+    for line in json_lines(metrics):
         for key, value in line.items():
             if key != "iteration" and (value is None or isinstance(value, int | float)):
                 number = math.nan if value is None else float(value)
                 points.setdefault((_group(key), key), {})[float(line["iteration"])] = number
     if not points:
         raise DataError(f"{metrics}: no line with metrics")
-    for line in _json_lines(folder / "knn_metrics.json"):
+    for line in json_lines(folder / "knn_metrics.json"):
         if isinstance(line.get("knn_top1"), int | float):
             points.setdefault(("Scores", "k-NN top-1 % (while training)"), {})[line["iteration"]] = line["knn_top1"]
     for results in sorted(folder.rglob("results.json")):
@@ -72,7 +75,7 @@ def read_run(path: Path) -> Run:
     for group_and_name, by_iteration in points.items():
         iterations, values = zip(*sorted(by_iteration.items()), strict=True)
         curves[group_and_name] = np.array(iterations), np.array(values)
-    return Run(folder.resolve().name, curves)
+    return Run(folder.resolve().name, curves, collapse_of(folder))
 
 
 def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
@@ -100,6 +103,9 @@ def _html(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int) ->
         if of_group := [key for key in names if key[0] == group]:
             svg = _draw(runs, of_group, smooth, "svg").decode()
             sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg') :]}\n{_table(runs, of_group)}")
+    for run in runs:
+        if run.collapse:
+            sections.insert(0, f"<p style='color:red'>{html.escape(f'{run.name} collapsed {run.collapse}')}</p>")
     title = html.escape("dino2: " + ", ".join(run.name for run in runs))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -146,11 +152,20 @@ def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int, fi
         for index, run in enumerate(runs):
             if key in run.curves:
                 _draw_curve(axes, *run.curves[key], smooth=smooth, color=f"C{index % 10}", marked=key[0] == "Scores")
+        for bound, where in ((LOWEST.get(key[1]), "below"), (HIGHEST.get(key[1]), "above")):
+            if bound is not None and key[0] == "Monitors":
+                axes.axhline(bound, color="red", linestyle="--", linewidth=0.8)
+                axes.text(0.99, bound, f"collapsed {where} {bound:g}", transform=axes.get_yaxis_transform(),
+                          ha="right", va="bottom", fontsize=7, color="red")  # fmt: skip
         axes.set_title(f"{key[0]}: {key[1]}", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     handles = [figure.axes[0].plot([], [], color=f"C{i % 10}")[0] for i in range(len(runs))]
     figure.legend(handles, [run.name for run in runs], loc="outside upper center", ncols=4)
+    if said := [f"{run.name} collapsed {run.collapse}" for run in runs if run.collapse]:
+        figure.text(0.01, 0.0, "\n".join(said), color="red", fontsize=9, va="bottom")
+        engine: Any = figure.get_layout_engine()
+        engine.set(rect=(0, 0.25 * len(said) / (2.8 * rows + 0.6), 1, 1))  # room for these lines
     drawn = io.BytesIO()
     figure.savefig(drawn, format=file_format, dpi=110)
     return drawn.getvalue()
@@ -189,7 +204,7 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
         name, number = run.name, 2
         while name in named:
             name, number = f"{run.name} ({number})", number + 1
-        named[name] = Run(name, run.curves)
+        named[name] = replace(run, name=name)
     return list(named.values())
 
 
@@ -197,21 +212,6 @@ def _group(key: str) -> str:
     if key.endswith("_loss"):
         return "Losses"
     return "Schedules" if key in SCHEDULES else "Speed" if key in SPEED else "Monitors"
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a line that a kill cut short is passed over."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("iteration"), int | float):
-            lines.append(line)
-    return lines
 
 
 def _evaluations(path: Path) -> list[tuple[str, float, float]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.console import logger
+from dinov2cli.console import counted, logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
 from dinov2cli.data.decoding import read_file
@@ -58,4 +58,4 @@ class FolderDataset(ImageDataset):
         unlabelled = int((self._classes == UNLABELLED).sum())
         if self.class_names and unlabelled:
             classes += f" ({unlabelled} images directly in the folder have no label)"
-        return f"folder {self.root}: {len(self)} images{classes}"
+        return f"folder {self.root}: {counted(len(self), 'image')}{classes}"

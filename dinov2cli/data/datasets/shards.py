@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2cli.console import logger, progress
+from dinov2cli.console import counted, logger, progress
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, require_images
 from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
 from dinov2cli.data.decoding import UnreadableImage
@@ -82,7 +82,7 @@ class ShardsDataset(ImageDataset):
 
     def describe(self) -> str:
         classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
-        return f"{len(self.shards)} shards in {self.root}: {len(self)} images, {classes}"
+        return f"{counted(len(self.shards), 'shard')} in {self.root}: {counted(len(self), 'image')}, {classes}"
 
 
 class ArchiveDataset(ShardsDataset):

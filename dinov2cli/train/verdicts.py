@@ -1,0 +1,62 @@
+"""What the monitors said against a run, beside its metrics: for its end, `status`, `results` and the plot. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dinov2cli.console import counted
+
+VERDICTS_FILE = "verdicts.json"
+"""A line for each look of the monitors that found a collapse: its iteration, and the verdict."""
+
+# Beyond these a teacher is judged to have collapsed.
+LOWEST = {"feature_std": 0.02, "effective_rank": 1.5, "prototypes_in_use": 1.5}
+HIGHEST = {"teacher_entropy": 0.9999}
+
+
+class Collapse(NamedTuple):
+    """What a run's verdicts come to.
+
+    Attributes:
+        first, last: iterations of the first and the last verdict.
+        looks: verdicts in all.
+        lasts: the newest line of the metrics has one.
+        verdict: the last one.
+    """
+
+    first: int
+    last: int
+    looks: int
+    lasts: bool
+    verdict: str
+
+    def __str__(self) -> str:
+        looks = counted(self.looks, "look")
+        if self.lasts:
+            return f"since iteration {self.first}, at {looks}: {self.verdict}"
+        return f"between iterations {self.first} and {self.last}, at {looks}, not since: {self.verdict}"
+
+
+def collapse_of(run: Path) -> Collapse | None:
+    """What the monitors found in a run folder; None if nothing."""
+    verdicts = json_lines(run / VERDICTS_FILE)
+    if not verdicts:
+        return None
+    metrics = run / "training_metrics.json"
+    newest = json_lines(metrics)[-1:] if metrics.exists() else []
+    last = int(verdicts[-1]["iteration"])
+    lasts = not newest or last >= int(newest[0]["iteration"])
+    return Collapse(int(verdicts[0]["iteration"]), last, len(verdicts), lasts, str(verdicts[-1]["verdict"]))
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines with an iteration; one that is being written, or was cut short, is passed over."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("iteration"), int | float):
+            found.append(line)
+    return found
