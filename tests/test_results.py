@@ -1,6 +1,7 @@
 """Result files and tables, and features in files."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -13,18 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_run import write_images
 
+from dinov2cli.console import MetricLogger
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.embed import check_output, embed
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
-from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results, results_table
+from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results, results_blocks
+from dinov2cli.eval.results import run as run_results
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.tools import ResultsRequest
 
 
 def evaluation(iteration: int, top1: float, task: str = "knn", **settings: object) -> Evaluation:
@@ -165,6 +170,65 @@ def test_an_evaluation_may_measure_something_other_than_accuracy(tmp_path: Path)
     assert read_results(tmp_path) == sorted([accuracy, dense], key=lambda each: each.task)
     assert "scores" not in json.loads((tmp_path / "results.json").read_text())["evaluations"][0]["rows"][0]
     assert dense.rows[0].in_words() == "linear: mIoU 44.30 %"
-    columns = [column.header for column in results_table([accuracy, dense]).columns]
-    assert columns[3:] == ["top-1 %", "95 % interval", "top-5 %", "mIoU %", "images"]
-    assert [column.header for column in results_table([accuracy]).columns][3:] == [*columns[3:6], "images"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(results_blocks([accuracy, dense]))
+    shown = console.file.getvalue()
+    assert "44.30" in shown and "mIoU %" in shown and "40.00" in shown
+
+
+def a_run(folder: Path, top1: float, **settings: object) -> Path:
+    for task, train, val in (("knn", "/data/a/train", "/data/a/val"), ("knn", "/data/b/train", "/data/b/val"),
+                             ("linear", "/data/a/train", "/data/a/val")):  # fmt: skip
+        row = Row.of("classifier_4_blocks_avgpool_True_lr_0_00250", Accuracy(top1, 99.0, 1000))
+        one = replace(evaluation(499, top1, task, **settings), train_dataset=train, val_dataset=val, rows=(row,))
+        add_result(folder, one)
+    (folder / "knn_metrics.json").write_text(
+        '{"iteration": 0, "knn_top1": 7.3}\n{"iteration": 500, "knn_top1": 71.25}\n'
+    )
+    (folder / "config.yaml").write_text("evaluation: {knn_train_dataset: /data/c, knn_val_dataset: /data/d}\n")
+    return folder
+
+
+def shown_at_80_columns(*runs: Path, **options: object) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(run_results(ResultsRequest(runs=runs, **options)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
+    return text
+
+
+def test_results_say_what_was_evaluated_on_what_and_how(tmp_path: Path) -> None:
+    shown = shown_at_80_columns(a_run(tmp_path / "run", 71.5))
+    for words in ("/data/a/train", "/data/b/val", "T 0.07", "68.62 to 74.21", "iteration 499", "k-NN while training",
+                  "/data/d", "500: 71.2"):  # fmt: skip
+        assert words in shown, words
+    parts = [line[17:34].strip() for line in shown.splitlines() if "_" in line]
+    assert "".join(parts) == 3 * "classifier_4_blocks_avgpool_True_lr_0_00250"  # folded, not cut off
+
+
+def test_results_of_several_runs_are_compared(tmp_path: Path) -> None:
+    one, two = a_run(tmp_path / "one", 71.5), a_run(tmp_path / "two", 60.0, image_size=112)
+    log = MetricLogger(two / "verdicts.json")
+    log.write({"iteration": 90, "verdict": "all images get nearly the same feature"})
+    log.close()
+    shown = shown_at_80_columns(one, two)
+    assert "71.50 (68.6 to 74.2)" in shown and "60.00 (56.9 to 63.0)" in shown and "of run 2: image_size 112" in shown
+    assert "2 collapsed since iteration 90" in " ".join(shown.split())
+    found = run_results(ResultsRequest(runs=(one, two)))
+    assert [len(each["evaluations"]) for each in found.as_dict()["runs"]] == [3, 3]
+
+
+def test_results_as_csv_and_json(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 71.5)
+    rows = list(csv.DictReader(io.StringIO(str(run_results(ResultsRequest(runs=(run,), as_csv=True))))))
+    assert [row["task"] for row in rows] == ["k-NN while training"] * 2 + ["knn", "knn", "linear"]
+    assert rows[2]["value"] == "71.5" and rows[2]["val_dataset"] == "/data/a/val" and float(rows[2]["low"]) < 71.5
+    content = run_results(ResultsRequest(runs=(run,))).as_dict()
+    assert content["knn_while_training"][1] == {"iteration": 500, "top1": 71.25} and content["collapse"] is None
+
+
+def test_a_run_that_was_only_scored_while_training_has_results(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", 71.5)
+    (run / "results.json").unlink()
+    assert "500: 71.2" in shown_at_80_columns(run)

@@ -14,14 +14,15 @@ from typing import Any
 
 from filelock import FileLock
 from rich import box
-from rich.table import Table
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
 
 from dinov2cli import __version__
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.files import write_text
-from dinov2cli.requests.tools import ResultsRequest
 
 RESULTS_FILE = "results.json"
 
@@ -107,8 +108,8 @@ class Evaluation:
                 del row["scores"]
         return values
 
-    def __rich__(self) -> Table:
-        return results_table([self])
+    def __rich__(self) -> Group:
+        return results_blocks([self])
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Evaluation":
@@ -160,26 +161,6 @@ def read_results(folder: Path) -> list[Evaluation]:
         raise DataError(f"{path} cannot be read as evaluation results: {error}") from None
 
 
-@dataclass(frozen=True)
-class Evaluations:
-    """Several evaluations as one result; the title is that of their table."""
-
-    evaluations: list[Evaluation]
-    title: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"evaluations": [each.as_dict() for each in self.evaluations]}
-
-    def __rich__(self) -> Table:
-        return results_table(self.evaluations, self.title)
-
-
-def run(request: ResultsRequest) -> Evaluations:
-    """The evaluations that `dino2 results` asks for; DataError as from `read_results`."""
-    found = read_results(request.run)
-    return Evaluations([each for each in found if request.task in (None, each.task)], str(request.run))
-
-
 def _read_or_set_aside(path: Path) -> list[Evaluation]:
     """What stands in `path`; a file that cannot be read must not cost the evaluation that has just been made."""
     if not path.exists():
@@ -193,25 +174,57 @@ def _read_or_set_aside(path: Path) -> list[Evaluation]:
         return []
 
 
-def results_table(evaluations: Iterable[Evaluation], title: str | None = None) -> Table:
-    """A table of accuracies with their confidence intervals."""
-    evaluations = list(evaluations)
-    table = Table("checkpoint", "task", "classifier", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+def results_blocks(evaluations: Iterable[Evaluation]) -> Group:
+    """Scores with their confidence intervals, under what was evaluated, on what and how; nothing is cut off."""
+    blocks: dict[tuple[str, ...], list[Evaluation]] = {}
+    for each in evaluations:
+        key = each.task, each.train_dataset, each.val_dataset, settings_in_words(each.settings)
+        blocks.setdefault(key, []).append(each)
+    parts: list[Any] = []
+    for (task, train, val, settings), of_block in blocks.items():
+        parts += [*([""] if parts else []), heading(task, train, val), Text(f"  {settings}", "dim"), _table(of_block)]
+        parts += [Text(f"  {note}") for note in dict.fromkeys(note for each in of_block for note in each.notes)]
+    return Group(*parts)
+
+
+def heading(task: str, train: str, val: str) -> Text:
+    """What was done on which data."""
+    text = Text(overflow="fold")
+    text.append(task, "bold")
+    for name, dataset in (("train", train), ("val", val)):
+        if dataset not in ("", "none"):
+            text.append(f"\n  {name:<5} {dataset}")
+    return text
+
+
+def settings_in_words(settings: dict[str, Any]) -> str:
+    """Those that say something in a line: no long lists, nothing that is off."""
+    said = {key: value for key, value in settings.items() if value not in (None, False, "", [])}
+    short = {key: value for key, value in said.items() if not (isinstance(value, list | tuple) and len(value) > 4)}
+    return ", ".join(f"{key} {_spelled(value)}" for key, value in short.items() if key != "ks")
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "/".join(map(_spelled, value))
+    return "" if value is True else str(value).removeprefix("torch.")
+
+
+def _table(evaluations: list[Evaluation]) -> Table:
     used = {name for evaluation in evaluations for row in evaluation.rows for name in row.cells()}
     accuracy = ("top-1 %", "95 % interval", "top-5 %")
-    columns = [
-        *(name for name in accuracy if name in used or not used),
-        *sorted(used - {*accuracy, "images"}),
-        "images",
-    ]
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    notes = []
+    shown = [name for name in accuracy if name in used or (name != "top-5 %" and not used)]
+    columns = [*shown, *sorted(used - {*accuracy, "images"}), "images"]
+    table = Table(
+        Column("checkpoint", overflow="fold"),
+        Column("classifier", overflow="fold"),
+        *(Column(name, justify="right", no_wrap=True) for name in columns),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for evaluation in evaluations:
         where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
         for row in evaluation.rows:
             cells = row.cells()
-            table.add_row(where, evaluation.task, row.name, *(cells.get(name, "") for name in columns))
-        notes += [f"{evaluation.task}: {note}" for note in evaluation.notes]
-    table.caption = "\n".join(dict.fromkeys(notes)) or None
+            table.add_row(where, row.name, *(cells.get(name, "") for name in columns))
     return table

@@ -84,19 +84,29 @@ class PlotRequest(Request, command="plot", run_by="dinov2cli.visualize.run_plot:
     smooth: AtLeastOne = option(1, "Logged points in the moving mean drawn over the raw curve.")
 
 
-class ResultsRequest(Request, command="results", run_by="dinov2cli.eval.reports:run"):
-    """Show all evaluations of a run's checkpoints, with 95 % confidence intervals.
+class ResultsRequest(Request, command="results", run_by="dinov2cli.eval.results:run"):
+    """Show all scores of a run: what was evaluated, on which data and how, with 95 % confidence intervals.
 
-    The intervals say how sure the accuracy is for the number of images it was measured on.
+    The intervals say how sure the accuracy is for the number of images it was measured on. The k-NN while training is
+    among the scores. Several runs are compared: the newest scores of each, side by side.
 
     Example:
 
         dino2 results runs/demo
+
+        dino2 results runs/baseline runs/larger-lr --csv > scores.csv
     """
 
-    run: Path = argument("A run folder, or a results.json.", metavar="RUN", default_text=False)
+    runs: Paths = argument("Run folders, or results.json files.", metavar="RUN...")
     task: str | None = option(None, "Only knn, logreg or linear.")
     as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
+    as_csv: bool = option(False, "Print a line of CSV for each score.", flags="--csv")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.as_json and self.as_csv:
+            raise ValueError("--json and --csv exclude each other")
+        return self
 
 
 class StatusRequest(Request, command="status", run_by="dinov2cli.launch.status:run"):
