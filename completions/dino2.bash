@@ -131,7 +131,7 @@ _dino2() {
             case "$prev" in
                 --task) :; return ;;
             esac
-            options="--task --json --help -h"
+            options="--task --json --csv --help -h"
             words="" ;;
         "dino2 export")
             case "$prev" in
