@@ -203,7 +203,7 @@ def test_results_say_what_was_evaluated_on_what_and_how(tmp_path: Path) -> None:
     for words in ("/data/a/train", "/data/b/val", "T 0.07", "68.62 to 74.21", "iteration 499", "k-NN while training",
                   "/data/d", "500: 71.2"):  # fmt: skip
         assert words in shown, words
-    parts = [line[17:34].strip() for line in shown.splitlines() if "_" in line]
+    parts = [line[17:34].strip() for line in shown.splitlines() if "_" in line[:40] and line[0] == " "]
     assert "".join(parts) == 3 * "classifier_4_blocks_avgpool_True_lr_0_00250"  # folded, not cut off
 
 
