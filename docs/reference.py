@@ -3,6 +3,7 @@
 python docs/reference.py
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from dinov2cli.config import Config
 from dinov2cli.config.tree import FIELDS, GROUPS, expectation
 
 DOCS = Path(__file__).parent
+NEEDED = {
+    r"--nodes|--partition": "needs a Slurm cluster",
+    r"--gpus [2-9]|nproc-per-node|bench gpu|--attention xformers|--compile on": "needs GPUs",
+    r" /data/|ImageNet": "needs ImageNet",
+    r"embed dinov2_|export dinov2_|pca-video (?!.*--model)": "downloads weights",
+}
+"""What the examples of `--help` need that is not there when tests type them."""
 
 
 def commands_page() -> Iterator[str]:
@@ -45,9 +53,16 @@ def section(command: Command) -> Iterator[str]:
     same = [each.words for each in TREE.walk() if each.request is command.request and each is not command]
     if same:
         yield f"The same: `{'`, `'.join(same)}`.\n"
-    lines = [line.strip() for line in examples.splitlines() if line.strip()]
-    yield "<!-- not run: tests parse these lines; the guides show commands that are run -->\n"
-    yield "\n".join(["```sh", *lines, "```\n"])
+    reasons = {line.strip(): reason_not_to_run(line) for line in examples.splitlines() if line.strip()}
+    for reason in dict.fromkeys(reasons.values()):
+        if reason:
+            yield f"<!-- not run: {reason} -->\n"
+        yield "\n".join(["```sh", *(line for line, its in reasons.items() if its == reason), "```\n"])
+
+
+def reason_not_to_run(line: str) -> str | None:
+    """Why a test cannot type this example."""
+    return next((reason for pattern, reason in NEEDED.items() if re.search(pattern, line)), None)
 
 
 def table(parameters: list[Parameter]) -> Iterator[str]:

@@ -5,6 +5,7 @@ all others and of the examples of `--help`, are given to the real command line, 
 """
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -12,11 +13,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import ready
 from test_pca_video import write_video
 from tiny_run import TINY, write_images
 
@@ -118,7 +121,8 @@ def assert_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(request, ConfiguredRequest) or changes:
         load_config(getattr(request, "preset", None), overrides=changes)
     if isinstance(request, TrainRequest) and request.slurm.is_asked:
-        asked = request.model_copy(update={"dry_run": True, "config_file": None, "output_dir": Path("runs/some")})
+        here = {"config_file": None, "data": "SamplePhotos:split=TRAIN", "output_dir": Path("runs/some")}
+        asked = request.model_copy(update={"dry_run": True, **here})
         assert isinstance(training.launch(asked), Elsewhere)
 
 
@@ -218,14 +222,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(home / name, per_class=6)
     shutil.copytree(home / "photos/class0", home / "album")
     write_video(home / "holiday.mp4")
-    words = ["train", "--data", str(home / "photos"), "--output-dir", str(home / "runs/photos"), "--cpu", *TINY]
-    subprocess.run([sys.executable, "-m", "dinov2cli", *words], check=True, capture_output=True, timeout=300)
+    run, (train, val) = home / "runs/photos", (str(home / "labelled" / split) for split in ("train", "val"))
+    for words in (
+        ["train", "--preset", "demo", "--data", str(home / "photos"), "--output-dir", str(run), "--cpu", *TINY],
+        ["eval", "knn", str(run), "--train-dataset", train, "--val-dataset", val, "--device", "cpu"],
+    ):
+        subprocess.run([sys.executable, "-m", "dinov2cli", *words], check=True, capture_output=True, timeout=300)
     return home
+
+
+@pytest.fixture(scope="module")
+def dino2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The program, ready (`ready.py`), with what makes its commands small."""
+    folder = tmp_path_factory.mktemp("bin")
+    address, program = str(folder / "socket"), folder / "dino2"
+    program.write_text(ready.PROGRAM.format(python=sys.executable, address=address))
+    program.chmod(0o755)
+    with subprocess.Popen([sys.executable, ready.__file__, address, json.dumps(SMALLER)]) as server:
+        while not os.path.exists(address):
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield program
+        server.kill()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
-def test_blocks_of_a_page_run(page: str, data: Path, tmp_path: Path) -> None:
+def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path) -> None:
     """In a folder in which lies what `data` has, but for the model where the page itself trains it."""
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
@@ -234,26 +257,17 @@ def test_blocks_of_a_page_run(page: str, data: Path, tmp_path: Path) -> None:
         (here / name).symlink_to(home / name)
     if not any(re.search(r"dino2 train.* --output-dir runs/photos", block.text) for block in RUN[page]):
         (home / "runs").rename(here / "runs")
+    if page == "docs/commands.md":  # the examples of --help
+        (here / "photos").symlink_to(home / "labelled")
+        for name in ("RUN", "runs/demo", "runs/baseline", "runs/larger-lr"):
+            shutil.copytree(data / "runs/photos", here / name)
     for name, photo in zip(("dog.jpg", "other-dog.jpg"), sorted(home.glob("photos/*/*.png")), strict=False):
         (here / name).symlink_to(photo)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    wrapper = f"#!{sys.executable}\nfrom dinov2cli.cli.main import main\n{SHORTENED}".replace("SMALLER", repr(SMALLER))
-    (programs / "dino2").write_text(wrapper)
-    (programs / "dino2").chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    settings = {**os.environ, "PATH": path, "HOME": str(home), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    settings["DINO2_CACHE"] = str(tmp_path / "cache")
+    path = f"{dino2.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = {**os.environ, "PATH": path, "HOME": str(home), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+                "DINO2_CACHE": str(tmp_path / "cache"), "DINO2_CONFIG": str(tmp_path / "dino2.yaml")}  # fmt: skip
     for block in RUN[page]:
         program = ["bash", "-euo", "pipefail", "-c"] if block.language in SHELL else [sys.executable, "-c"]
         text = re.sub(r"^\$ ", "", block.text, flags=re.MULTILINE)
         done = subprocess.run([*program, text], cwd=here, env=settings, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block.name}\n{block.text}\n{done.stdout}\n{done.stderr}"
-
-
-SHORTENED = """import sys
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    more = next((more for command, more in SMALLER.items() if words[: len(command.split())] == command.split()), [])
-    main(words + more)
-"""
