@@ -95,7 +95,7 @@ def test_colours_frames_and_palettes() -> None:
     np.testing.assert_array_equal(decode_image(dicom(colors, 8, "RGB"), "x"), colors)
     frames = np.stack([bands(0, 255, np.uint8), bands(255, 0, np.uint8)])
     stored = read_stored(dicom(frames, 8), "x")
-    assert stored.left_out == "1 more frames" and levels(dicom(frames, 8)) == pytest.approx(LEVELS, abs=1)
+    assert stored.left_out == "1 more frame" and levels(dicom(frames, 8)) == pytest.approx(LEVELS, abs=1)
     table = {f"{color}PaletteColorLookupTableData": (np.arange(256) * 257 ^ mask).astype("<u2").tobytes()
              for color, mask in (("Red", 0), ("Green", 0xFFFF), ("Blue", 0))}  # fmt: skip
     sizes = {f"{color}PaletteColorLookupTableDescriptor": [256, 0, 16] for color in ("Red", "Green", "Blue")}

@@ -235,7 +235,7 @@ class Data(ImageOptions):
     """(dino2) What is read of image files, and how images reach the device."""
 
     max_image_gb: float = key(
-        2.0, "(dino2) Largest memory in GB that decoding one image may need; larger ones count as unreadable.", gt=0
+        3.0, "(dino2) Largest memory in GB that decoding one image may need; larger ones count as unreadable.", gt=0
     )
     normalize_on_device: bool = key(
         True, "(dino2) Send crops as uint8 and normalise them on the device; the numbers are the same."

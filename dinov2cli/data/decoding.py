@@ -49,7 +49,7 @@ class Reading:
     """
 
     images: Images = RGB
-    max_image_gb: float = 2.0
+    max_image_gb: float = 3.0
 
     @classmethod
     def of(cls, images: Images, config: Any = None, request: Any = None) -> "Reading":
@@ -57,7 +57,9 @@ class Reading:
         said = {name: getattr(request, name, None) for name in ("value_range", "background")}
         if getattr(request, "no_exif_orientation", False):
             said["exif_orientation"] = False
-        limit = getattr(request, "max_image_gb", None) or (config.data.max_image_gb if config is not None else 2.0)
+        limit = getattr(request, "max_image_gb", None) or (
+            config.data.max_image_gb if config is not None else cls.max_image_gb
+        )
         return cls(images.model_copy(update={name: text for name, text in said.items() if text is not None}), limit)
 
     def __str__(self) -> str:
@@ -106,8 +108,7 @@ def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, 
     if images.exif_orientation and stored.orientation != 1:
         stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
     if stored.left_out:
-        warn_once(1, "%s: its first image is read, %s are left out; the same holds for others like it", path,
-                  stored.left_out)  # fmt: skip
+        warn_once(1, "%s: only its first image is read; %s left out, here and of others", path, stored.left_out)
     become = to_rgb if images.are_rgb else to_channels
     return become(values(stored, images.value_range, path), stored, images, path)
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.imagenet import ImageNet, Split
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.decoding import USUAL
+from dinov2cli.data.look import look_at
 from dinov2cli.data.spelling import EXAMPLES, IMAGENETS, complete
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.requests.tools import (
@@ -105,7 +107,8 @@ def show(request: ShowDatasetRequest) -> Parts:
         except DataError as error:
             problems.append(error)
         else:
-            lines.append(dataset.describe())
+            look = look_at(dataset, USUAL)
+            lines += [dataset.describe(), f"  {look}", *(f"  {mixture}" for mixture in look.mixtures())]
     if not lines:
         raise problems[0]
     return Parts(known, lines)

@@ -21,6 +21,7 @@ from dinov2cli.checkpoint import Checkpointer
 from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import Reading
+from dinov2cli.data.look import look_at
 from dinov2cli.device import main_memory_of_a_process
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
 from dinov2cli.doctor.machine import shared_memory
@@ -76,7 +77,13 @@ def _try_images(situation: Situation) -> tuple[ImageDataset | None, Finding | No
         remedy = f"Mend or remove them; a run stops when more than {limit:.0%} are bad (train.max_bad_fraction)."
         return images, (failure if len(bad) > max(wanted * limit, wanted / 2) else warning)(text, remedy)
     if situation.thorough:
-        text = f"{images.describe()}; {wanted} random ones decoded in {milliseconds:.3g} ms each"
+        look = look_at(images, Reading.of(situation.config.images(), situation.config))
+        text = f"{images.describe()}; {look}; {wanted} random ones decoded in {milliseconds:.3g} ms each"
+        if mixtures := list(look.mixtures()):
+            return images, warning(
+                f"{text}; {'; '.join(mixtures)}",
+                "Where they do not show the same range of values, set data.value_range, or train on one kind of them.",
+            )
         return images, ok(text, images=len(images), decode_ms=milliseconds)
     return images, None
 

@@ -90,5 +90,5 @@ class ImagesRequest(Request):
     )
     no_exif_orientation: bool = option(False, "Do not turn images as EXIF says.", last=True)
     max_image_gb: float | None = option(
-        None, "Largest memory for one image, by default data.max_image_gb of the run, or 2.", ge=0.001, last=True
+        None, "Largest memory for one image, by default data.max_image_gb of the run, or 3.", ge=0.001, last=True
     )

@@ -14,7 +14,9 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import counted, err, logger
 from dinov2cli.data.collate import MultiCropBatch
+from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
+from dinov2cli.data.look import look_at
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.verdicts import json_lines
@@ -36,9 +38,13 @@ def plan_rows(
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
     sizes = f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels"
     peak = config.scaled_lr(world)
+    look = look_at(loader.dataset, Reading.of(config.images(), config))
+    for mixture in look.mixtures():
+        logger.warning("%s", mixture)
     return [
         ("run", f"{Path(config.train.output_dir)}{resumed}"),
         ("data", f"{loader.dataset.describe()}; {workers}"),
+        ("images", str(look)),
         ("crops", f"{sizes}, patches of {config.student.patch_size}"),
         ("student", f"{shape}: {count_parameters(student.backbone)} parameters; heads {head_sizes}"),
         ("length", f"{total:,} iterations, {epochs:,.1f} passes over the data"),

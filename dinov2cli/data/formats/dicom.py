@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further
 
 
 def is_dicom(data: bytes | memoryview) -> bool:
@@ -32,7 +32,7 @@ def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
         check_memory(path, header.Rows, header.Columns, channels * header.BitsAllocated / 8 + 8, limit_gb)
         array = pixel_array(header, index=0)
         array = array[..., None] if channels == 1 else array
-        return _stored(array, header, f"{frames - 1} more frames" if frames > 1 else "")
+        return _stored(array, header, further(frames - 1, "frame"))
     except UnreadableImage:
         raise
     except Exception as error:  # pydicom raises whatever its parsing of a damaged file runs into

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2cli.data.formats.fast import exif_orientation
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further
 
 BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
 _ONE_PICTURE = ("MPO", "PSD")  # their further frames are previews, views of the other eye, layers
@@ -42,7 +42,7 @@ def read_with_pillow(data: bytes | memoryview, path: str, limit_gb: float, shrin
                 raise UnreadableImage(path, f"FITS is not read; {_OTHERWISE['.fits']}")
             left_out = ""
             if image.format not in _ONE_PICTURE and getattr(image, "is_animated", False):
-                left_out = f"{getattr(image, 'n_frames', 2) - 1} more frames"
+                left_out = further(getattr(image, "n_frames", 2) - 1, "frame")
                 image.seek(0)
             return _stored(image, path, left_out)
     except Image.UnidentifiedImageError:

@@ -54,6 +54,11 @@ class Stored:
         return int(self.array.shape[2]) - self.alpha
 
 
+def further(count: int, what: str) -> str:
+    """`Stored.left_out` of so many."""
+    return f"{count} more {what}{'s' * (count > 1)}" if count else ""
+
+
 def span_of_type(dtype: np.dtype) -> tuple[float, float]:
     """Black and white where the whole type is used: 0 to 1 for floating point and truth values."""
     if dtype.kind in "fb":

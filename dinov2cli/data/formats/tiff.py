@@ -15,7 +15,7 @@ import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile, TiffPageSeries
 
 from dinov2cli.data.formats.pillow import read_with_pillow
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, turned
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further, turned
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DNG_VERSION, _ORIENTATION, _GDAL_METADATA = 50706, 274, 42112
@@ -44,9 +44,8 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_ch
             if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
                 raise NotImplementedError("colours that tifffile gives as stored; with or without imagecodecs")
             array, planes = _samples(series, data, place)
-            further = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
-            left_out = _planes_of(series) - planes + further
-            stored = _stored(array, page, path, f"{left_out} more pages" if left_out else "")
+            others = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
+            stored = _stored(array, page, path, further(_planes_of(series) - planes + others, "page"))
             names = _names(tif)
             return replace(stored, names=names) if len(names) == stored.channels else stored
     except UnreadableImage:
@@ -220,7 +219,7 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
     with TiffFile(io.BytesIO(data)) as tif:
         page: Any = tif.series[0].keyframe
         white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE
-        turn, further = _orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
+        turn, pages = _orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
         extra = {int(means) for means in page.extrasamples}
         gray16 = page.samplesperpixel == 1 and page.bitspersample == 16 and page.dtype.kind == "u"
         known = page.samplesperpixel in (1, 3) or (page.samplesperpixel in (2, 4) and extra in ({2}, set()))
@@ -237,7 +236,7 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
             rgb=read.rgb,
             alpha=read.alpha,
             orientation=turn,
-            left_out=f"{further} more pages" if further else "",
+            left_out=further(pages, "page"),
         )
     what = f"{page.samplesperpixel} channels of {page.bitspersample} bits, compression {compression}"
     raise UnreadableImage(path, f"a TIFF of {what}, needs imagecodecs: {_REMEDY}") from error

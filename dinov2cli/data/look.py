@@ -1,0 +1,123 @@
+"""A look at a set before a day is spent on it: types, bits, channels, sizes, orientations and opacity of its files."""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.decoding import Reading, read_stored
+from dinov2cli.data.formats import fast
+from dinov2cli.data.formats.stored import UnreadableImage
+
+MOST, SECONDS = 1000, 5.0
+KINDS = ("type", "bits", "channels")
+SOME = {"turned": "turned by EXIF", "alpha": "with transparency", "left_out": "with more images"}
+
+
+class Facts(NamedTuple):
+    """Of one file."""
+
+    type: str
+    bits: str
+    channels: str
+    height: int
+    width: int
+    turned: bool
+    alpha: bool
+    left_out: bool
+
+
+class Look(NamedTuple):
+    """What was seen.
+
+    Args:
+        files: of the images that were looked at, the facts with the path of the file; those unreadable are left out.
+        unreadable: how many could not be read.
+        size: images of the whole set.
+    """
+
+    files: list[tuple[Facts, str]]
+    unreadable: int
+    size: int
+
+    def __str__(self) -> str:
+        """One line."""
+        seen = [facts for facts, _ in self.files]
+        if not seen:
+            return f"none of {self.unreadable} that were looked at can be read"
+        sizes = sorted((facts.height * facts.width, facts) for facts in seen)
+        small, large = sizes[0][1], sizes[-1][1]
+        heights, widths = ([getattr(facts, side) for facts in seen] for side in ("height", "width"))
+        size = f"{small.width} x {small.height}"
+        if small[3:5] != large[3:5]:
+            median = f"{statistics.median_low(widths)} x {statistics.median_low(heights)}"
+            size += f" to {large.width} x {large.height}, median {median}"
+        parts = [
+            *(_counted(Counter(getattr(each, what) for each in seen)) for what in ("type", "bits", "channels")),
+            size,
+        ]
+        for what, name in (
+            ("turned", "turned by EXIF"),
+            ("alpha", "with transparency"),
+            ("left_out", "with more images"),
+        ):
+            if count := sum(getattr(facts, what) for facts in seen):
+                parts.append(f"{count} {name}")
+        if self.unreadable:
+            parts.append(f"{self.unreadable} unreadable")
+        looked = len(seen) + self.unreadable
+        of = "all" if looked == self.size else f"{looked:,} looked at"
+        return f"{of}: {'; '.join(parts)}"
+
+    def mixtures(self) -> Iterator[str]:
+        """What differs within the set and seldom should: bits and channels, each with a file of the rarer kinds."""
+        for what in ("bits", "channels"):
+            kinds = Counter(getattr(facts, what) for facts, _ in self.files)
+            first = {getattr(facts, what): path for facts, path in reversed(self.files)}
+            if len(kinds) > 1:
+                named = ", ".join(f"{count} of {kind} (such as {first[kind]})" for kind, count in kinds.most_common(4))
+                yield f"the images differ in their {what}: {named}"
+
+
+def _counted(kinds: Counter[str]) -> str:
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
+
+
+def look_at(dataset: ImageDataset, reading: Reading) -> Look:
+    """Facts of up to 1,000 files, evenly over the set, as many as take 5 seconds."""
+    started = time.perf_counter()
+    files: list[tuple[Facts, str]] = []
+    unreadable = 0
+    for index in range(0, len(dataset), -(-len(dataset) // MOST)):
+        path = dataset.path(index)
+        try:
+            files.append((_facts(dataset.encoded(index), path, reading), path))
+        except UnreadableImage:
+            unreadable += 1
+        if time.perf_counter() - started > SECONDS:
+            break
+    return Look(files, unreadable, len(dataset))
+
+
+def _facts(data: bytes | memoryview, path: str, reading: Reading) -> Facts:
+    if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
+        height, width, components, orientation = jpeg
+        return Facts("JPEG", "8 bits", _channels(components), height, width, orientation > 1, False, False)
+    stored = read_stored(data, path, reading.max_image_gb, pages_are_channels=not reading.images.are_rgb)
+    array, kind = stored.array, stored.array.dtype
+    bits = f"{kind.itemsize * 8} bits"
+    if kind.kind in "if":
+        bits = f"{'signed' if kind.kind == 'i' else 'floating point'} {bits}"
+    elif stored.span is not None and stored.span[0] == 0 and stored.span[1] < 2 ** (8 * kind.itemsize) - 1:
+        bits = f"white {stored.span[1]:g}"
+    channels = _channels(stored.channels)
+    turned, more = stored.orientation > 1, bool(stored.left_out)
+    return Facts(stored.type, bits, channels, array.shape[0], array.shape[1], turned, stored.alpha, more)
+
+
+def _channels(count: int) -> str:
+    return {1: "gray", 3: "RGB"}.get(count, f"{count} channels")
