@@ -1319,7 +1319,7 @@ complete -c dino2 -n '__dino2_at dino2 datasets stats' -l json -d 'Print one JSO
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l value-range -r -F -d 'Which values are black and white, by default data.value_range of the run, or auto: as the file\'s format says. dtype: all values of its type.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l background -r -F -d 'What transparent parts show, by default data.background of the run, or mean: zeros to the network. drop: colours hidden there.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l no-exif-orientation -d 'Do not turn images as EXIF says.'
-complete -c dino2 -n '__dino2_at dino2 datasets stats' -l max-image-gb -x -d 'Largest memory for one image, by default data.max_image_gb of the run, or 2.'
+complete -c dino2 -n '__dino2_at dino2 datasets stats' -l max-image-gb -x -d 'Largest memory for one image, by default data.max_image_gb of the run, or 3.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l help -s h -d 'Show this message and exit.'
 complete -c dino2 -n '__dino2_at dino2 presets' -f -a list -d 'List the presets, with what each is for.'
 complete -c dino2 -n '__dino2_at dino2 presets' -f -a show -d 'Print a preset as YAML: its difference from the defaults, or everything.'
