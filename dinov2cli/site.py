@@ -95,6 +95,12 @@ def user_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dino2" / NAME
 
 
+def shown(path: Path | str) -> str:
+    """A path for people: `~` for the home folder."""
+    home = str(Path.home())
+    return f"~{str(path).removeprefix(home)}" if str(path).startswith(f"{home}/") else str(path)
+
+
 def read_site() -> Site:
     """What the files say, that of the working folder last, as it wins; without files, nothing.
 

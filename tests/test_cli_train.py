@@ -84,11 +84,6 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
     assert not list(tmp_path.rglob("*.*")), "files were left behind"
 
 
-def test_without_a_run_folder_the_remedy_is_named(images: Path) -> None:
-    result = dino2("train", "--data", images)
-    assert result.returncode == 2 and "--output-dir DIR" in result.stderr
-
-
 def test_no_resume_sets_the_earlier_run_aside_and_says_so(images: Path, tmp_path: Path) -> None:
     short = [*TINY, "optim.epochs=1", "optim.warmup_epochs=0"]
     command = ["train", "--cpu", "--data", images, "--output-dir", tmp_path / "run", *short]

@@ -1,11 +1,23 @@
-"""What the site's file says, who wins, and how it is edited."""
+"""What the site's file says, who wins, how it is edited; and what follows for datasets, run folders and jobs."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
-from dinov2cli.errors import ConfigError
+from dinov2cli.data import known
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets.strings import KINDS
+from dinov2cli.data.spelling import EXAMPLES, complete
+from dinov2cli.errors import ConfigError, DataError
+from dinov2cli.eval.subject import datasets_for
+from dinov2cli.launch.cluster import origins, partitions, wanted_for
+from dinov2cli.launch.training import resolve_config
+from dinov2cli.requests.base import run
+from dinov2cli.requests.launch import Slurm
+from dinov2cli.requests.tools import AddDatasetRequest, ForgetDatasetRequest, PrepareImagenetRequest, ShowDatasetRequest
+from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, forget_dataset, read_site, remember_dataset, user_file
 
 
@@ -135,3 +147,194 @@ def test_one_cache_folder_holds_all(kind: str, tmp_path: Path, monkeypatch: pyte
     assert cache_folder(kind) == Path("/site") / kind
     monkeypatch.setenv("DINO2_CACHE", "~/mine")
     assert cache_folder(kind) == tmp_path / "mine" / kind
+
+
+def write_photos(folder: Path, *names: str) -> Path:
+    for name in names or ("cat/1.png", "dog/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def write_imagenet(root: Path) -> Path:
+    """ImageNet-1k's layout with one class."""
+    for path in ("train/n01440764/n01440764_0.JPEG", "val/n01440764/ILSVRC2012_val_00000001.JPEG"):
+        (root / path).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / path)
+    (root / "labels.txt").write_text("n01440764,tench\n")
+    return root
+
+
+def write_settings(text: str) -> None:
+    user_file().parent.mkdir(parents=True, exist_ok=True)
+    user_file().write_text(text)
+
+
+def test_every_dataset_by_name_has_an_example() -> None:
+    assert {name: kind.example for name, kind in KINDS.items()} == EXAMPLES
+
+
+def test_what_is_prepared_is_known(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, extra = write_imagenet(home / "in: 1k"), home / "extra"
+    run(PrepareImagenetRequest(root=root, extra=extra))
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2] == "known as ImageNet in ~/.config/dino2/dino2.yaml"
+    assert said[-1].startswith("next: dino2 train --preset vitl16_short")
+    place = f'root="{root}":extra={extra}'
+    assert complete("ImageNet:split=VAL") == f"ImageNet:split=VAL:{place}"
+    assert complete("2*ImageNet + SamplePhotos", "TRAIN") == f"2*ImageNet:split=TRAIN:{place} + SamplePhotos"
+    assert len(make_dataset("ImageNet:split=TRAIN")) == len(make_dataset(complete("ImageNet", "VAL"))) == 1
+    assert datasets_for(None, None, None) == (f"ImageNet:split=TRAIN:{place}", f"ImageNet:split=VAL:{place}")
+    config = resolve_config(TrainRequest(preset="vitl16_short"))
+    assert (
+        config.train.dataset_path == f"ImageNet:split=TRAIN:{place}" and config.train.output_dir == "runs/vitl16_short"
+    )
+    shown = str(run(ShowDatasetRequest(name="ImageNet")))
+    assert "TRAIN" in shown and "VAL" in shown and "1 classes" in shown
+
+
+def test_another_imagenet_does_not_take_the_name_by_itself(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_imagenet(home / "first"), write_imagenet(home / "second")
+    run(PrepareImagenetRequest(root=first))
+    run(PrepareImagenetRequest(root=second))
+    command = f"dino2 datasets add ImageNet {second} --extra {second} --force"
+    assert command in capsys.readouterr().out and str(first) in complete("ImageNet", "VAL")
+    with pytest.raises(ConfigError, match="known already"):
+        run(AddDatasetRequest(name="ImageNet", dataset=str(second)))
+    run(AddDatasetRequest(name="ImageNet", dataset=str(second), force=True))
+    assert str(second) in complete("ImageNet", "VAL")
+    second.rename(home / "third")
+    with pytest.raises(DataError, match=r"second, where it lies by ~/.config/dino2/dino2.yaml, is not there"):
+        complete("ImageNet", "VAL")
+    run(PrepareImagenetRequest(root=first))
+    assert str(first) in complete("ImageNet", "VAL"), "what is gone gives its name to what is there"
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "remedy"),
+    [
+        ("ImageNet", "ImageNet needs root=...", "dino2 prepare-imagenet --root ROOT"),
+        ("ImageNet22k", "ImageNet22k needs root=...", "dino2 prepare-imagenet --variant 22k --root ROOT"),
+        ("photso", "did you mean photos?", "photos"),
+        ("photos:split=x", "takes no keys", ""),
+    ],
+)
+def test_what_is_not_known_ends_in_the_line_that_mends_it(data: str, message: str, remedy: str) -> None:
+    write_settings("datasets: {photos: /}")
+    with pytest.raises(DataError) as caught:
+        make_dataset(data)
+    assert message in caught.value.message and remedy in str(caught.value.hint)
+
+
+def test_a_preset_of_22k_where_1k_is_known(home: Path) -> None:
+    run(PrepareImagenetRequest(root=write_imagenet(home / "in")))
+    with pytest.raises(DataError) as caught:
+        resolve_config(TrainRequest(preset="vitl14"))
+    assert "--data ImageNet" in str(caught.value.hint) and "--variant 22k" in str(caught.value.hint)
+    assert resolve_config(TrainRequest(preset="vitl14", data="ImageNet")).train.dataset_path.startswith(
+        "ImageNet:split=TRAIN"
+    )
+
+
+def test_names_of_ones_own(home: Path) -> None:
+    photos = write_photos(home / "photos")
+    assert "2 images, 2 classes" in run(AddDatasetRequest(name="mine", dataset="../photos"))
+    assert complete("mine + 2*mine") == f"{photos} + 2*{photos}" and len(make_dataset("mine")) == 2
+    write_photos(Path("mine"), "1.png")
+    with pytest.raises(DataError, match=r"mine is a folder here, and in .* the name of"):
+        complete("mine")
+    assert complete("./mine") == "./mine"
+    with pytest.raises(ConfigError, match="a kind of dataset"):
+        run(AddDatasetRequest(name="Folder", dataset=str(photos)))
+    with pytest.raises(DataError):
+        run(AddDatasetRequest(name="none", dataset=str(home / "none")))
+    assert "its files stay" in run(ForgetDatasetRequest(name="mine")) and photos.is_dir()
+    with pytest.raises(ConfigError, match="no dataset is known as mine; known: none yet"):
+        known.find("mine")
+
+
+def test_a_run_folder_is_named_after_preset_file_or_data(home: Path) -> None:
+    write_photos(home / "my photos")
+    Path("long.yaml").write_text("optim: {epochs: 200}")
+    photos = str(home / "my photos")
+    for words, name in (
+        ({"preset": "vits14", "data": photos}, "vits14"),
+        ({"config_file": "long.yaml", "data": photos}, "long"),
+        ({"data": photos}, "my-photos"),
+        ({"data": "SamplePhotos:split=TRAIN"}, "SamplePhotos"),
+    ):
+        assert resolve_config(TrainRequest(**words)).train.output_dir == f"runs/{name}"
+    write_settings("runs: /scratch/runs")
+    assert resolve_config(TrainRequest(preset="vits14", data=photos)).train.output_dir == "/scratch/runs/vits14"
+    assert resolve_config(TrainRequest(preset="vits14", data=photos, output_dir="x")).train.output_dir == "x"
+
+
+@pytest.mark.parametrize(("iterations", "state"), [(3750, "a finished run"), (3749, "an unfinished run")])
+def test_another_run_in_the_default_folder_is_not_touched(home: Path, iterations: int, state: str) -> None:
+    data = "SamplePhotos:split=TRAIN"
+    request = TrainRequest(preset="demo", data=data, overrides=("optim.epochs=3", "optim.warmup_epochs=0"))
+    config = resolve_config(request)
+    config = load_config(
+        "demo", overrides=[*request.overrides, f"train.dataset_path={data}", "train.output_dir=runs/demo"]
+    )
+    config.save("runs/demo/config.yaml")
+    (Path("runs/demo/checkpoints") / f"iteration_{iterations * config.iterations(3) // 3750:07d}").mkdir(parents=True)
+    assert resolve_config(request) == config, "the same command goes on"
+    other = request.model_copy(update={"overrides": (*request.overrides, "train.seed=1")})
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(other)
+    assert f"runs/demo holds {state}" in caught.value.message and "train.seed (0 there, 1 here)" in caught.value.message
+    for choice in ("--output-dir runs/demo-2", "--output-dir runs/demo ", "--no-resume"):
+        assert choice in str(caught.value.hint)
+    for chosen in ({"output_dir": Path("runs/demo")}, {"no_resume": True}):
+        assert resolve_config(other.model_copy(update=chosen)).train.seed == 1
+
+
+SINFO = """#!/bin/sh
+printf 'main*|3|idle\\nmain*|1|down*\\nhigh|2|mixed\\n'
+"""
+
+
+@pytest.fixture
+def sinfo(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's answer on a cluster of four machines (`tests/slurm` asks a real one)."""
+    program = home / "bin" / "sinfo"
+    program.parent.mkdir()
+    program.write_text(SINFO)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+
+def test_more_machines_than_there_are(sinfo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, high = partitions()
+    assert (main.name, main.nodes, main.in_service, main.is_default) == ("main", 4, 3, True)
+    assert (high.name, high.nodes, high.is_default) == ("high", 2, False)
+    with pytest.raises(ConfigError) as caught:
+        wanted_for(Slurm(nodes=12), None, cpu=False, usual=8)
+    assert caught.value.message == "--nodes 12: partition main has 4 machines"
+    assert "Type --nodes 4" in str(caught.value.hint) and "fewer_nodes: true" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="partition gpu: Slurm has no such partition here; it has main, high"):
+        wanted_for(Slurm(partition="gpu"), None, cpu=False, usual=8)
+    write_settings("slurm: {partition: high, fewer_nodes: true}")
+    assert wanted_for(Slurm(nodes=12), None, cpu=False, usual=8).slurm.nodes == 2
+    assert wanted_for(Slurm(nodes=12, partition="main"), None, cpu=False, usual=8).slurm.nodes == 4
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert wanted_for(Slurm(nodes=12), None, cpu=False, usual=8).slurm.nodes == 12, "where nobody can tell"
+
+
+def test_what_is_typed_wins_over_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    write_settings(
+        "slurm: {partition: long, timeout_min: 60, setup: [module load a], parameters: [nice=1, reservation=r],\n"
+        "        gpus: 0}"
+    )
+    typed = Slurm(nodes=2, partition="short", parameters=("nice=2",))
+    wanted = wanted_for(typed, None, cpu=False, usual=8)
+    assert (wanted.gpus, wanted.cpu) == (1, True) and wanted_for(typed, 4, cpu=False, usual=8)[1:] == (4, False)
+    slurm = wanted.slurm
+    assert (slurm.nodes, slurm.partition, slurm.timeout_min, slurm.setup) == (2, "short", 60, ("module load a",))
+    assert slurm.parameters == ("nice=1", "reservation=r", "nice=2"), "the last of a name counts"
+    file = "~/.config/dino2/dino2.yaml"
+    assert {name: source for name, _, source in origins(typed)} == {
+        "nodes": "typed", "partition": "typed", "timeout_min": file, "setup": file, "parameters": f"typed and {file}",
+    }  # fmt: skip

@@ -1,5 +1,6 @@
 """`dino2 datasets`: the datasets that have a name here, shown and edited."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from dinov2cli.requests.tools import (
     ListDatasetsRequest,
     ShowDatasetRequest,
 )
-from dinov2cli.site import Place, forget_dataset, read_site, remember_dataset, user_file
+from dinov2cli.site import Place, forget_dataset, read_site, remember_dataset, shown, user_file
 
 
 class Known(NamedTuple):
@@ -45,8 +46,7 @@ class Known(NamedTuple):
     def __str__(self) -> str:
         if isinstance(self.place, str):
             return self.place
-        extra = self.place.extra
-        return self.place.root if extra in (None, self.place.root) else f"{self.place.root}, metadata in {extra}"
+        return self.place.root + (f", metadata in {self.place.extra}" if self.place.extra else "")
 
 
 class KnownDatasets(list[Known]):
@@ -61,7 +61,7 @@ class KnownDatasets(list[Known]):
 
         if not self:
             return (
-                f"No dataset has a name yet; they are kept in {user_file()}.\n"
+                f"No dataset has a name yet; they are kept in {shown(user_file())}.\n"
                 "dino2 prepare-imagenet --root ROOT, or dino2 datasets add NAME FOLDER"
             )
         table = Table("dataset", "where", "", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -81,7 +81,7 @@ class Parts(NamedTuple):
         return {**self.known.as_dict(), "parts": list(self.lines)}
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.known.name}: {self.known}", *self.lines, f"named in {self.known.file}"])
+        return "\n".join([f"{self.known.name}: {self.known}", *self.lines, f"named in {shown(self.known.file)}"])
 
 
 def list_them(request: ListDatasetsRequest) -> KnownDatasets:
@@ -127,10 +127,12 @@ def add(request: AddDatasetRequest) -> str:
         )
     already = read_site().settings.datasets.get(name)
     if already is not None and not request.force:
-        raise ConfigError(f"{name} is known already, as {already}", "Replace it with --force, or choose another name.")
+        raise ConfigError(
+            f"{name} is known already, as {find(name)}", "Replace it with --force, or choose another name."
+        )
     if name in IMAGENETS:
         extra = _absolute(str(request.extra or request.dataset))
-        value: str | dict[str, str] = {"root": place, "extra": extra}
+        value: str | dict[str, str] = _place(place, extra)
         found = _prepared(name, place, extra)
     elif request.extra:
         raise ConfigError(f"--extra goes with {' and '.join(IMAGENETS)}, not with {name}")
@@ -138,8 +140,7 @@ def add(request: AddDatasetRequest) -> str:
         value = complete(place)
         found = [make_dataset(value).describe()]
     file = remember_dataset(name, value)
-    usable = f"use it as --data {name}"
-    return "\n".join([*found, f"known as {name} in {file}; {usable}"])
+    return "\n".join([*found, f"known as {name} in {shown(file)}; use it as --data {name}"])
 
 
 def remove(request: ForgetDatasetRequest) -> str:
@@ -154,7 +155,7 @@ def remove(request: ForgetDatasetRequest) -> str:
             f"{known.name} is named in {known.file}", "Take it out there: dino2 edits your own file only."
         )
     file = forget_dataset(known.name)
-    return f"{known.name} ({known}) is no longer named in {file}; its files stay"
+    return f"{known.name} ({known}) is no longer named in {shown(file)}; its files stay"
 
 
 def find(name: str) -> Known:
@@ -169,19 +170,23 @@ def find(name: str) -> Known:
 
 def register(name: str, root: Path, extra: Path) -> str:
     """Make a prepared ImageNet known under its name, unless another that is still there has it; what to tell of it."""
-    value = {"root": str(root.absolute()), "extra": str(extra.absolute())}
+    place = _place(_absolute(str(root)), _absolute(str(extra)))
     known = read_site().settings.datasets.get(name)
-    if isinstance(known, Place) and known.model_dump() == value:
+    if isinstance(known, Place) and known.model_dump(exclude_none=True) == place:
         return f"known as {name}, as before"
     if isinstance(known, Place) and Path(known.root).is_dir():
-        command = f"dino2 datasets add {name} {value['root']} --extra {value['extra']} --force"
+        command = f"dino2 datasets add {name} {_absolute(str(root))} --extra {_absolute(str(extra))} --force"
         return f"{name} is still the name of the one in {known.root}; to give it to this one: {command}"
-    return f"known as {name} in {remember_dataset(name, value)}"
+    return f"known as {name} in {shown(remember_dataset(name, place))}"
+
+
+def _place(root: str, extra: str) -> dict[str, str]:
+    return {"root": root} if extra == root else {"root": root, "extra": extra}
 
 
 def _absolute(text: str) -> str:
-    path = Path(text).expanduser()
-    return str(path.absolute()) if path.exists() else text
+    path = os.path.abspath(os.path.expanduser(text))
+    return path if os.path.exists(path) else text
 
 
 def _prepared(name: str, root: str, extra: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dinov2cli.errors import DataError
-from dinov2cli.site import Place, Site, read_site
+from dinov2cli.site import Place, Site, read_site, shown
 
 EXAMPLES = {
     "Archive": "Archive:file=/photos.zip",
@@ -64,7 +64,9 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
         if known is None:
             return text
         if rest or isinstance(known, Place):
-            raise DataError(f"{text}: {name}, which {file} knows, is one dataset without keys", f"It is {known}.")
+            raise DataError(
+                f"{text}: {name}, which {shown(file or '')} knows, is one dataset without keys", f"It is {known}."
+            )
         if (folder := Path(text)).is_dir() and folder.absolute() != Path(known):
             raise DataError(
                 f"{name} is a folder here, and {file} knows {known} by that name", f"Write ./{name}, or {known}."
@@ -90,9 +92,9 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
 
 def gone(name: str, place: str, file: Path | None) -> DataError:
     """The error of a known dataset that is not where it was."""
-    mend = f"dino2 datasets add {name} FOLDER --force where it is now, or dino2 datasets remove {name}"
     return DataError(
-        f"{name} is no longer there: {place}, as {file} says, is not a folder", f"Mount it, or type {mend}."
+        f"{name}: {place}, where it lies by {shown(file or '')}, is not there",
+        f"Mount it; or dino2 datasets add {name} FOLDER --force, or dino2 datasets remove {name}.",
     )
 
 

@@ -8,7 +8,7 @@ from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.slurm import Wanted, split_parameter, with_site
 from dinov2cli.requests.launch import Slurm
-from dinov2cli.site import read_site, user_file
+from dinov2cli.site import read_site, shown, user_file
 
 OUT_OF_SERVICE = ("down", "drain", "fail", "maint", "unk", "inval", "power")
 """How the states of machines begin that take no jobs."""
@@ -69,7 +69,7 @@ def origins(typed: Slurm) -> list[tuple[str, str, str]]:
         value, file = getattr(full, name), site.sources.get(f"slurm.{name}")
         if value not in (None, ()):
             text = "; ".join(value) if isinstance(value, tuple) else str(value)
-            said = [*(["typed"] if getattr(typed, name) not in (None, ()) else []), *([str(file)] if file else [])]
+            said = [*(["typed"] if getattr(typed, name) not in (None, ()) else []), *([shown(file)] if file else [])]
             rows.append((name, text, " and ".join(said if name == "parameters" else said[:1])))
     return rows
 
@@ -94,14 +94,14 @@ def _on_this_cluster(slurm: Slurm) -> Slurm:
     if not site.settings.slurm.fewer_nodes:
         raise ConfigError(
             f"--nodes {slurm.nodes}: {at} has {largest} machine{'s' if largest > 1 else ''}",
-            f"Type --nodes {largest}; or with `fewer_nodes: true` below `slurm:` in {user_file()} such commands take "
-            "as many machines as there are.",
+            f"Type --nodes {largest}; or with `fewer_nodes: true` below `slurm:` in {shown(user_file())} such commands "
+            "take as many machines as there are.",
         )
     logger.warning("%s has %d machines: --nodes %d becomes --nodes %d (slurm.fewer_nodes in %s)",
-                   at, largest, slurm.nodes, largest, site.sources["slurm.fewer_nodes"])  # fmt: skip
+                   at, largest, slurm.nodes, largest, shown(site.sources["slurm.fewer_nodes"]))  # fmt: skip
     return slurm.model_copy(update={"nodes": largest})
 
 
 def _where(key: str) -> str | None:
     file = read_site().sources.get(f"slurm.{key}")
-    return f"{file} has slurm.{key}; --{key} wins over it." if file else None
+    return f"{shown(file)} has slurm.{key}; --{key} wins over it." if file else None

@@ -1,5 +1,6 @@
 """A training in other processes, of this machine or of a Slurm job, and the configuration that its request means."""
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.restarts import newest_checkpoint
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.site import cache_folder, read_site
+from dinov2cli.site import cache_folder, read_site, shown
 from dinov2cli.train.resuming import changed_keys
 from dinov2cli.train.run_folder import RunFolder
 
@@ -134,16 +135,17 @@ def print_origins(request: TrainRequest, config: Config) -> None:
     from rich.table import Table
 
     site = read_site()
-    runs = f"below runs of {site.sources['runs']}" if site.settings.runs else "by default, named after preset or data"
+    runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
     typed = "typed" if request.output_dir or "train.output_dir" in "".join(request.overrides) else runs
     plain = load_config(request.preset, request.config_file, request.overrides).train.dataset_path
     name = (request.data or plain).partition(":")[0]
     source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
     known = site.sources.get(f"datasets.{name}")
+    cache_from = "DINO2_CACHE" if os.environ.get("DINO2_CACHE") else shown(site.sources.get("cache", "by default"))
     rows = [
         ("run folder", config.train.output_dir, typed),
-        ("data", config.train.dataset_path, f"{source}; its place from {known}" if known else source),
-        ("cache", str(cache_folder("weights").parent), str(site.sources.get("cache", "DINO2_CACHE, or by default"))),
+        ("data", config.train.dataset_path, f"{source}; its place from {shown(known)}" if known else source),
+        ("cache", str(cache_folder("weights").parent), cache_from),
         *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
     ]
     table = Table("setting", "value", "from", box=box.SIMPLE_HEAD, pad_edge=False)

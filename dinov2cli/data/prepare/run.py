@@ -54,9 +54,10 @@ def _register(names: list[str], root: Path, extra: Path) -> None:
         known = read_site().settings.datasets
     except (ConfigError, EnvironmentProblem) as error:  # what was prepared can be used without a name
         return _warn(f"{names[-1]} gets no name: {error}; write {names[-1]}:root={root}:extra={extra} instead")
-    for name, preset in ((ImageNet.__name__, "vitl16_short --nodes 4"), (ImageNet22k.__name__, "vitl14 --nodes 12")):
-        if name in known:
-            _say(f"next: dino2 train --preset {preset}     # trains on {name}")
+    if ImageNet22k.__name__ in known:
+        _say("next: dino2 train --preset vitl14 --nodes 12")
+    elif ImageNet.__name__ in known:
+        _say("next: dino2 train --preset vitl16_short --nodes 4, or any other preset with --data ImageNet")
 
 
 def _prepare_1k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:
