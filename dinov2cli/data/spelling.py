@@ -64,13 +64,10 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
         if known is None:
             return text
         if rest or isinstance(known, Place):
-            raise DataError(
-                f"{text}: {name}, which {shown(file or '')} knows, is one dataset without keys", f"It is {known}."
-            )
+            raise DataError(f"{text}: {name}, as {shown(file or '')} knows it, takes no keys", f"It is {known}.")
         if (folder := Path(text)).is_dir() and folder.absolute() != Path(known):
-            raise DataError(
-                f"{name} is a folder here, and {file} knows {known} by that name", f"Write ./{name}, or {known}."
-            )
+            problem = f"{name} is a folder here, and in {shown(file or '')} the name of {known}"
+            raise DataError(problem, f"Write ./{name} or {known}.")
         if Path(known).is_absolute() and not Path(known).exists():
             raise gone(name, known, file)
         return known
