@@ -103,7 +103,7 @@ class Checkpointer:
 
     def _write(self, final: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.incomplete"
-        problem = _problem_of(_make_room, aside, _tensor_bytes(state)) if distributed.is_main() else None
+        problem = _problem_of(_make_room, aside, tensor_bytes(state)) if distributed.is_main() else None
         problem = distributed.broadcast_object(problem, self._group)
         if problem is None:
             problem = _problem_of(self._on_disk, dcp.save, state, aside)  # an error in a process is raised by all
@@ -192,11 +192,12 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
 
 
-def _tensor_bytes(value: object) -> int:
+def tensor_bytes(value: object) -> int:
+    """Bytes of all tensors in nested dicts, whole ones of sharded tensors."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
-        return sum(_tensor_bytes(inner) for inner in value.values())
+        return sum(tensor_bytes(inner) for inner in value.values())
     return 0
 
 

@@ -34,8 +34,10 @@ def choose_device(asked: str | torch.device | None = None) -> torch.device:
         device = torch.device(asked)
     except RuntimeError as error:
         raise EnvironmentProblem(f"--device {asked}: unknown; give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type != "cuda":
-        return device
+        raise EnvironmentProblem(f"--device {asked}: dino2 runs on CPUs and CUDA GPUs; give auto, cpu, cuda or cuda:N")
     if there and device.index is None and (own := distributed.local_rank()) >= there:
         raise EnvironmentProblem(
             f"process {own} of this machine has no GPU: {there} can be seen.",
@@ -43,7 +45,8 @@ def choose_device(asked: str | torch.device | None = None) -> torch.device:
         )
     device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
     if device.index >= there:
-        raise EnvironmentProblem(f"--device {asked}: this machine has {there} CUDA devices")
+        has = f"{there} CUDA devices" if there else "no GPU that PyTorch can use; dino2 doctor looks at the driver"
+        raise EnvironmentProblem(f"--device {asked}: this machine has {has}")
     torch.cuda.set_device(device)
     return device
 

@@ -1,5 +1,8 @@
 """The errors that dino2 raises for its users: one clear message each, no traceback."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class Dino2Error(Exception):
     """Something the user can put right. The command line prints the message alone and exits with `exit_code`.
@@ -44,3 +47,51 @@ class TrainingFailure(Dino2Error):
     """Training stopped because it cannot go on (for example losses that stay non-finite)."""
 
     exit_code = 1
+
+
+class Several(Dino2Error):
+    """Several errors as one: a numbered list, each with its remedy."""
+
+    def __init__(self, found: list[Dino2Error]) -> None:
+        lines, hints = [f"{len(found)} things are wrong:"], set()
+        for number, error in enumerate(found, 1):
+            new = error.hint if error.hint not in hints else None  # what mends several is said once
+            hints.add(error.hint)
+            lines.append(f"{number}. {Dino2Error(error.message, new)}".replace("\n", "\n   "))
+        super().__init__("\n".join(lines))
+        self.found = found
+
+
+class Problems:
+    """What several checks find wrong, told at once, in the order of the checks: what to mend first comes first."""
+
+    def __init__(self) -> None:
+        self.found: list[Dino2Error] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around one check: what it raises is kept for `tell`."""
+        try:
+            yield
+        except Several as several:
+            self.found += several.found
+        except Dino2Error as error:
+            if str(error) not in map(str, self.found):
+                self.found.append(error)
+
+    def tell(self) -> None:
+        """Raise what was found: a single error as it is, several as one with a numbered list, remedies included."""
+        if not self.found:
+            return
+        if len(self.found) == 1:
+            raise self.found[0]
+        raise Several(self.found)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make all checks, and raise what they find as `Problems` does."""
+    wrong = Problems()
+    for check in checks:
+        with wrong.noted():
+            check()
+    wrong.tell()

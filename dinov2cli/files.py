@@ -84,6 +84,19 @@ def writing(path: Path) -> Iterator[None]:
         raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Say, without writing, why a folder that an option names cannot be made or written to.
+
+    Raises:
+        EnvironmentProblem: it cannot.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise EnvironmentProblem(f"{option} {path}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"{option} {path}: {there} is not yours to write to")
+
+
 def lock(path: Path) -> AbstractContextManager[object]:
     """A lock that processes take by the name of a file, which they make beside it."""
     from filelock import FileLock

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,15 +16,17 @@ from dinov2cli.device import choose_device
 from dinov2cli.doctor.report import preflight
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval import knn
+from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.eval.protocol import evaluate_teacher
-from dinov2cli.eval.subject import datasets_for
 from dinov2cli.launch import slurm
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.notes import mark, reported
+from dinov2cli.launch.owner import owning
 from dinov2cli.launch.training import resolve_config
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests import sbatch
 from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
@@ -51,6 +54,12 @@ def train(config: Config, request: TrainRequest) -> None:
 
 
 def _train_in_group(config: Config, request: TrainRequest) -> None:
+    with ExitStack() as stack:
+        _train_as_owner(config, request, stack)
+
+
+def _train_as_owner(config: Config, request: TrainRequest, stack: ExitStack) -> None:
+    """`stack` holds what ends with the training: that the run folder is its own."""
     folder = RunFolder(Path(config.train.output_dir))
     # Read first, so that a wrong one is found before anything is written.
     with distributed.same_error_everywhere():
@@ -58,7 +67,11 @@ def _train_in_group(config: Config, request: TrainRequest) -> None:
     with distributed.same_error_everywhere():
         if distributed.is_main():
             folder.make()
-            anew = request.no_resume and not request.dry_run and not is_restart(folder.path)
+            # What is typed holds for the first start, not for those after a crash or a requeue.
+            first = not request.dry_run and (request.no_resume or request.take_over) and not is_restart(folder.path)
+            if not request.dry_run:
+                stack.enter_context(owning(folder.path, take_over=request.take_over and first))
+            anew = request.no_resume and first
             if anew and (moved := folder.set_aside()):
                 logger.info("the earlier run is now in %s", moved)
     if not request.dry_run:
@@ -123,9 +136,9 @@ def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], obje
     datasets_for(config, None, None)
     if not evaluation.tasks_as_jobs:
         return lambda checkpoint: evaluate_teacher(checkpoint, config, evaluation.tasks, device=str(device))
-    slurm.need_slurm()
+    sbatch.need_slurm()
     for word in evaluation.slurm:
-        slurm.split_parameter(word)
+        sbatch.split_parameter(word)
     return lambda checkpoint: submit_tasks(checkpoint, config, cpu=device.type == "cpu")
 
 

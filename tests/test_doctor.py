@@ -136,12 +136,20 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
     assert checkpoint_bytes(config) == pytest.approx(size, rel=0.1)
 
 
-@pytest.mark.parametrize(("gigabytes", "status"), [(100, Status.OK), (0.09, Status.WARNING), (0.01, Status.FAILURE)])
-def test_memory_too_small(gigabytes: float, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2cli.device.main_memory", lambda: int(gigabytes * 1e9))
+@pytest.mark.parametrize(
+    ("gigabytes", "status", "remedy"),
+    [
+        (100, Status.OK, ""),
+        (1.23, Status.WARNING, "This would fit: train.batch_size_per_gpu=16 train.gradient_accumulation=2"),
+        (1.1, Status.FAILURE, "This would fit: train.batch_size_per_gpu=8 train.gradient_accumulation=4"),
+        (0.5, Status.FAILURE, "Choose a smaller student.arch"),
+    ],
+)
+def test_memory_too_small(gigabytes: float, status: Status, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2cli.train.memory.main_memory", lambda: int(gigabytes * 1e9))
     found = memory(Situation(load_config(preset="demo"), CPU))
     assert found.status is status and f"{gigabytes:,.1f} GB are there" in found.text
-    assert ("smaller student.arch" in found.remedy) == (status is Status.FAILURE)
+    assert found.remedy.startswith(remedy)
 
 
 def test_an_attention_backend_that_cannot_run_here() -> None:

@@ -27,15 +27,15 @@ from dinov2cli.requests.train import TrainRequest
 TRAIN = ["train", "--preset", "vitl16_short", "--data", "SamplePhotos:split=TRAIN", "--output-dir"]
 
 
-def run_without_torch(arguments: list[str], path: str) -> subprocess.CompletedProcess[str]:
-    """`dino2 arguments` in a process that fails if it has imported torch at the end."""
+def run(arguments: list[str], path: str, *, torch_too: bool = False) -> subprocess.CompletedProcess[str]:
+    """`dino2 arguments` in a process that fails if it has imported torch at the end, unless `torch_too`."""
     code = (
         "import sys\n"
         "from dinov2cli.cli.main import main\n"
         "try:\n"
         f"    main({arguments!r})\n"
         "finally:\n"
-        "    assert 'torch' not in sys.modules, 'torch was imported'\n"
+        f"    assert {torch_too} or 'torch' not in sys.modules, 'torch was imported'\n"
     )
     environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -52,9 +52,12 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
             "--mem", "900G", "--slurm", "reservation=spring", "--slurm", "exclusive=true",
             "--slurm", "signal_delay_s=300",
             "--setup", "module load cuda", "--setup", "export A=1"]  # fmt: skip
-    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--dry-run", *more], "/nowhere")
+    result = run([*TRAIN, str(tmp_path / "run"), "--dry-run", *more], "/nowhere", torch_too=True)
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir())
+    shown = " ".join(result.stderr.split())
+    assert "batch 2048 images (64 per process x 32 x 1 accumulated)" in shown and "GB a process" in shown
+    assert "on H100s that do as well" in shown
     found = directives(result.stdout)
     expected = {
         "nodes": "4", "ntasks-per-node": "1", "gpus-per-node": "8", "cpus-per-task": "64", "partition": "gpu",
@@ -71,13 +74,13 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_checked_before_anything_is_submitted(tmp_path: Path) -> None:
-    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--nodes", "4", "optim.epoch=3"], "/nowhere")
+    result = run([*TRAIN, str(tmp_path / "run"), "--nodes", "4", "optim.epoch=3"], "/nowhere")
     assert result.returncode == 2
     assert "did you mean optim.epochs?" in result.stderr and not list(tmp_path.iterdir())
 
 
 def test_without_slurm_one_line_says_so_and_names_the_alternative(tmp_path: Path) -> None:
-    result = run_without_torch([*TRAIN, str(tmp_path / "run"), "--nodes", "4"], "/nowhere")
+    result = run([*TRAIN, str(tmp_path / "run"), "--nodes", "4"], "/nowhere")
     assert result.returncode == 2
     first, second = result.stderr.strip().splitlines()
     assert "no Slurm here" in first and "--gpus N" in second
@@ -86,9 +89,9 @@ def test_without_slurm_one_line_says_so_and_names_the_alternative(tmp_path: Path
 
 def test_any_slurm_option_submits(tmp_path: Path) -> None:
     for option in (["--partition", "gpu"], ["--slurm", "nice=3"], ["--timeout-min", "10"]):
-        result = run_without_torch([*TRAIN, str(tmp_path / "run"), *option], "/nowhere")
+        result = run([*TRAIN, str(tmp_path / "run"), *option], "/nowhere")
         assert result.returncode == 2 and "no Slurm here" in result.stderr
-    evaluation = run_without_torch(["eval", "knn", "runs/x", "--partition", "gpu"], "/nowhere")
+    evaluation = run(["eval", "knn", "runs/x", "--partition", "gpu"], "/nowhere")
     assert evaluation.returncode == 2 and "no Slurm here" in evaluation.stderr
 
 

@@ -72,6 +72,8 @@ def perform(request: Request) -> None:
     from dinov2cli.console import set_up_logging
 
     set_up_logging(quiet=not request.logs or worker_rank() > 0)
+    if request.checked_by and not is_worker():
+        function_named(request.checked_by)(request)
     elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
     show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
 

@@ -4,6 +4,7 @@ Every process writes and reads for itself, because what one node sees another ma
 """
 
 import contextlib
+import os
 import random
 import shutil
 import threading
@@ -22,15 +23,13 @@ from dinov2cli.config import Config
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.look import look_at
-from dinov2cli.device import main_memory_of_a_process
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, failure, ok, warning
 from dinov2cli.doctor.machine import shared_memory
 from dinov2cli.errors import Dino2Error, EnvironmentProblem
 from dinov2cli.files import flush_to_disk
-from dinov2cli.train.cost import describe, estimate
+from dinov2cli.train.memory import Need
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.sharding import choose_sharding
 
 T = TypeVar("T")
 
@@ -194,24 +193,14 @@ def checkpoint_bytes(config: Config) -> int:
 
 def memory(situation: Situation) -> Finding:
     """What a process is expected to need at its peak, against what its device has."""
-    config, where, precision, world = situation.config, situation.device, situation.precision, distributed.world_size()
-    sharding, _ = choose_sharding(config, precision, world)
-    expected = estimate(config, world_size=world, sharding=sharding, precision=precision.name)
-    on_gpu = where.type == "cuda"
-    there = (torch.cuda.get_device_properties(where).total_memory if on_gpu else main_memory_of_a_process()) / 1e9
-    text = f"{describe(expected)}; {there:,.1f} GB are there"
-    facts = {"needed_gb": expected.total, "memory_gb": there, "sharding": sharding}
-    if expected.parameters + expected.gradients + expected.optimizer + expected.teacher > there:
-        return failure(
-            f"{text}, less than the networks and their optimizer take",
-            "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp.",
-            **facts,
-        )
-    beside = 0 if on_gpu else 1  # interpreter and loader; a GPU's own part is not in its total
-    if expected.total + beside > there:
-        remedy = "Lower train.batch_size_per_gpu (and raise train.gradient_accumulation), or set "
-        return warning(text, f"{remedy}train.activation_checkpointing=true.", **facts)
-    return ok(text, **facts)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = Need.of(situation.config, situation.device, distributed.world_size(), here)
+    facts = {"needed_gb": need.expected.total, "memory_gb": need.there, "sharding": need.run["sharding"]}
+    if not need.is_tight:
+        return ok(str(need), **facts)
+    # A run that is resumed on more processes takes smaller batches than its configuration says.
+    refused = need.is_too_much and not RunFolder(situation.folder).has_checkpoints()
+    return (failure if refused else warning)(str(need), need.remedy(), **facts)
 
 
 def checkpoint(situation: Situation) -> Finding:

@@ -5,6 +5,7 @@ A table: a row is an image, in the order of the dataset, or, in safetensors, an 
 
 import csv
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import counted, stoppable
-from dinov2cli.data.datasets import ImageDataset
-from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.data.datasets import ImageDataset, check_dataset
+from dinov2cli.device import choose_device
+from dinov2cli.errors import DataError, EnvironmentProblem, check_all
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.images import dataset_of_words
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
+from dinov2cli.models.load.locate import check_there
 from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.requests.eval import EmbedRequest
 
@@ -56,7 +59,7 @@ def run(request: EmbedRequest) -> Embedded:
     Raises:
         Dino2Error: a wrong output, weights or data; a full disk.
     """
-    check_output(request.output, overwrite=request.overwrite)
+    look(request)
     with distributed.process_group():
         images = dataset_of_words(request.data)
         subject = load_subject(request.checkpoint, request.config_file)
@@ -64,6 +67,20 @@ def run(request: EmbedRequest) -> Embedded:
         features = embed(subject.extractor(request, detailed=True, **sizes), images, request.output)
     n, dim = len(images), features.cls.shape[1]
     return Embedded(str(request.output), n, dim, images.describe(), n - features.size)
+
+
+def look(request: EmbedRequest) -> None:
+    """Check what takes no time; nothing is listed, downloaded or written.
+
+    Raises:
+        Dino2Error: all that is wrong, in the order in which to mend it.
+    """
+    check_all(
+        *(partial(check_dataset, word) for word in request.data),
+        lambda: check_there(request.checkpoint),
+        lambda: check_output(request.output, overwrite=request.overwrite),
+        lambda: choose_device(request.device),
+    )
 
 
 def check_output(path: Path, *, overwrite: bool = True) -> None:

@@ -20,10 +20,16 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.errors import Dino2Error
 from dinov2cli.eval.classes import check_labels
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.first_look import Plan, datasets_for, plan
 from dinov2cli.eval.leaks import Overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
-from dinov2cli.eval.subject import Subject, datasets_for, load_subject
+from dinov2cli.eval.subject import Subject, load_subject
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
+
+
+def perform(request: EvalRequest) -> Evaluation | Plan:
+    """Do what an evaluation's request asks, alone or as one of several processes."""
+    return plan(request) if request.dry_run else evaluate(request)
 
 
 def evaluate(request: EvalRequest, subject: Subject | None = None) -> Evaluation:

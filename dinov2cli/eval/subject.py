@@ -7,10 +7,7 @@ from typing import Any
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.vit import RESIZING
-from dinov2cli.console import logger
-from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.decoding import Reading
-from dinov2cli.data.spelling import complete
 from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
@@ -18,7 +15,6 @@ from dinov2cli.models.load import load_model
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.eval import EmbedRequest, EvalRequest
-from dinov2cli.site import read_site
 
 
 @dataclass(frozen=True)
@@ -80,32 +76,3 @@ def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Se
     if config and config.student.in_chans == model.config.in_chans:
         model.images = config.images()
     return Subject(model, checkpoint, source.files[0], source.run, source.iteration, config)
-
-
-def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:
-    """The strings of the train and the val dataset, complete: as given, else from a run's configuration, else ImageNet.
-
-    A run names labelled data for its online k-NN, or else trained on a split TRAIN of a dataset that has a VAL.
-    ImageNet it is where that is known (`dinov2cli.site`) and neither of the two is given.
-
-    Raises:
-        ConfigError: one of them is not known; DataError: a known one is gone.
-    """
-    if config is not None:
-        online = config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset
-        trained_on = config.train.dataset_path
-        if all(online):
-            train, val = train or online[0], val or online[1]
-        elif "split=TRAIN" in trained_on:
-            train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
-    if not val and train in (None, "none") and ImageNet.__name__ in (site := read_site()).settings.datasets:
-        train, val = train or ImageNet.__name__, ImageNet.__name__
-        logger.info("no dataset is given: ImageNet, as %s knows it", site.sources[f"datasets.{ImageNet.__name__}"])
-    if train and val:
-        return train if train == "none" else complete(train, "TRAIN"), complete(val, "VAL")
-    missing = " and ".join(name for name, given in (("--train-dataset", train), ("--val-dataset", val)) if not given)
-    raise ConfigError(
-        f"{missing} missing: evaluation needs labelled images to learn from and labelled images to classify.",
-        hint="For example: --train-dataset photos/train --val-dataset photos/val, folders with a subfolder per class. "
-        "Once dino2 prepare-imagenet has made ImageNet known, it is the default.",
-    )

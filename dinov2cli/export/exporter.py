@@ -13,7 +13,7 @@ from torch import nn
 
 from dinov2cli.config import ViTConfig
 from dinov2cli.data.transforms import usual_size
-from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
 from dinov2cli.export import huggingface
 from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph import ExportGraph
@@ -26,10 +26,10 @@ from dinov2cli.export.weight_files import (
     write_safetensors,
     write_timm,
 )
-from dinov2cli.files import sha256
+from dinov2cli.files import check_folder, sha256
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights
-from dinov2cli.models.load.locate import architecture_file
+from dinov2cli.models.load.locate import architecture_file, check_there
 from dinov2cli.models.load.released import RELEASED
 from dinov2cli.requests.export import ExportRequest
 
@@ -119,7 +119,11 @@ def run(request: ExportRequest) -> ExportResult:
         Dino2Error: bad input, a model that the format cannot hold, or outputs that differ. Nothing is left then.
     """
     chosen, output = FORMATS[request.format], request.output
-    _check_output(request, chosen.suffixes)
+    check_all(
+        lambda: check_there(request.checkpoint),
+        lambda: _check_head(request.linear_head),
+        lambda: _check_output(request, chosen.suffixes),
+    )
     released = RELEASED.get(request.checkpoint)
     name = request.checkpoint.removesuffix("_lc") if released else request.checkpoint
     weights = read_weights(name, config_file=request.config_file)
@@ -216,8 +220,14 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportR
     return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
 
 
+def _check_head(file: Path | None) -> None:
+    if file is not None and not file.is_file():
+        raise WeightsError(f"--linear-head {file}: no such file")
+
+
 def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:
     output, name = request.output, request.format
+    check_folder(output.absolute().parent, "--output")
     if output.exists() and not request.overwrite:
         raise WeightsError(f"{output} exists; --overwrite replaces it")
     if "" not in suffixes and output.is_dir():

@@ -1,32 +1,11 @@
 """What Slurm has here, and what a job is to have of it: typed, said by the site's file, or by default."""
 
-import shutil
-import subprocess
-from typing import NamedTuple
-
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch.slurm import Wanted, split_parameter, with_site
+from dinov2cli.launch.slurm import Wanted, with_site
 from dinov2cli.requests.launch import Slurm
+from dinov2cli.requests.sbatch import partitions, split_parameter
 from dinov2cli.site import read_site, shown, user_file
-
-OUT_OF_SERVICE = ("down", "drain", "fail", "maint", "unk", "inval", "power")
-"""How the states of machines begin that take no jobs."""
-
-
-class Partition(NamedTuple):
-    """A part of the cluster.
-
-    Attributes:
-        nodes: machines that belong to it.
-        in_service: those of them that take jobs now.
-        is_default: where jobs go that name none.
-    """
-
-    name: str
-    nodes: int
-    in_service: int
-    is_default: bool
 
 
 def wanted_for(slurm: Slurm, gpus: int | None, *, cpu: bool, usual: int) -> Wanted:
@@ -41,24 +20,6 @@ def wanted_for(slurm: Slurm, gpus: int | None, *, cpu: bool, usual: int) -> Want
     slurm = with_site(slurm)
     cpu = cpu or (gpus is None and read_site().settings.slurm.gpus == 0)
     return Wanted(_on_this_cluster(slurm), gpus or (1 if cpu else usual), cpu)
-
-
-def partitions() -> list[Partition]:
-    """The cluster's partitions as `sinfo` tells; none where it is not there or does not answer."""
-    if shutil.which("sinfo") is None:
-        return []
-    try:
-        words = ["sinfo", "-h", "-o", "%P|%D|%T"]
-        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found: dict[str, Partition] = {}
-    for line in told.splitlines():
-        name, nodes, state = line.strip().split("|")
-        before = found.get(name, Partition(name.rstrip("*"), 0, 0, name.endswith("*")))
-        serving = 0 if state.startswith(OUT_OF_SERVICE) or state.endswith("*") else int(nodes)
-        found[name] = before._replace(nodes=before.nodes + int(nodes), in_service=before.in_service + serving)
-    return list(found.values())
 
 
 def origins(typed: Slurm) -> list[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dinov2cli.launch.cluster import wanted_for
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
-from dinov2cli.launch.slurm import submit
+from dinov2cli.launch.slurm import script, submit
 from dinov2cli.requests.eval import EvalRequest
 
 
@@ -23,8 +23,10 @@ def launch(request: EvalRequest) -> Elsewhere | None:
         folder = request.output_dir or next(runs, Path())
         wanted = wanted_for(request.slurm, request.gpus, cpu=cpu, usual=1)
         request, name = request.model_copy(update={"device": "cpu"} if wanted.cpu else {}), request.protocol()
+        if request.dry_run:
+            return Elsewhere(script(wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
         return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
-    if gpus == 1:
+    if gpus == 1 or request.dry_run:
         return None
-    launch_local(request, processes_here(gpus, cpu=cpu), None)
+    launch_local(request, processes_here(gpus, cpu=cpu, instead="--device cpu"), None)
     return Elsewhere(None)

@@ -47,7 +47,7 @@ def share_cores(processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
 
 
-def processes_here(gpus: int | None, *, cpu: bool) -> int:
+def processes_here(gpus: int | None, *, cpu: bool, instead: str = "--cpu") -> int:
     """How many processes `--gpus` and `--cpu` ask for on this machine: one on each GPU, or as many as said on the CPU.
 
     Raises:
@@ -62,6 +62,6 @@ def processes_here(gpus: int | None, *, cpu: bool) -> int:
         has = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU that PyTorch can use"
         raise EnvironmentProblem(
             f"--gpus {gpus}: this machine has {has}",
-            f"Lower it, or add --cpu for {gpus} processes on the CPU; dino2 doctor looks at the driver.",
+            f"Lower it, or add {instead} for {gpus} processes on the CPU; dino2 doctor looks at the driver.",
         )
     return gpus or max(1, there)

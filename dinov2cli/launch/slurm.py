@@ -16,6 +16,7 @@ from dinov2cli.launch.environment import NOTES_FOLDER, RUN_TOKEN, SLURM_OPTIONS,
 from dinov2cli.launch.job import NodeTask
 from dinov2cli.requests.base import Request, words_of
 from dinov2cli.requests.launch import Slurm
+from dinov2cli.requests.sbatch import need_slurm, split_parameter
 from dinov2cli.site import read_site
 
 if TYPE_CHECKING:
@@ -169,24 +170,6 @@ def sbatch_parameters(wanted: Wanted, name: str) -> dict[str, Any]:
         **{key: getattr(slurm, key) for key in ("partition", "account", "qos", "constraint", "exclude", "comment")},
         "wckey": None,
     }
-
-
-def split_parameter(word: str) -> tuple[str, Any]:
-    """`KEY=VALUE` as a pair; `true` makes it a flag, `false` takes it away."""
-    key, equals, value = word.partition("=")
-    if not equals or not key.strip("-"):
-        raise ConfigError(f"--slurm {word}: write KEY=VALUE, a parameter of sbatch, such as --slurm reservation=NAME")
-    flags: dict[str, Any] = {"true": True, "false": None, "": True}
-    return key.strip("-"), flags.get(value.lower(), value)
-
-
-def need_slurm() -> None:
-    """Raise EnvironmentProblem where there is no Slurm."""
-    if shutil.which("sbatch") is None:
-        raise EnvironmentProblem(
-            "there is no Slurm here (sbatch is not found), so nothing can be submitted",
-            "On this machine alone, leave out --nodes and the other Slurm options: dino2 train ... --gpus N",
-        )
 
 
 def new_folder(parent: Path) -> Path:

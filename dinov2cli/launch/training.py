@@ -2,16 +2,21 @@
 
 import os
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dinov2cli.config import Config, find_preset, load_config
 from dinov2cli.console import err, logger
+from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import complete
-from dinov2cli.errors import ConfigError
-from dinov2cli.launch import cluster, slurm
+from dinov2cli.errors import ConfigError, Problems
+from dinov2cli.files import check_folder
+from dinov2cli.launch import cluster, owner, slurm
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.restarts import newest_checkpoint
+from dinov2cli.requests import sbatch
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, read_site, shown
@@ -44,10 +49,96 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     request = request.model_copy(update={"cpu": wanted.cpu})
     tell_of_fewer_nodes(request, wanted, config)
     if request.dry_run:
+        from dinov2cli.train.dry_run import print_plan_of_job
+
+        print_plan_of_job(config, processes=wanted.gpus * (wanted.slurm.nodes or 1), cpu=wanted.cpu)
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
-    slurm.need_slurm()
     RunFolder(run).make()
     return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run))
+
+
+def first_look(request: TrainRequest) -> None:
+    """Check all that takes no time; nothing is listed, downloaded or written.
+
+    What the weights say of the model is left to later, and with Slurm to the job: reading them takes torch, and time.
+
+    Raises:
+        Dino2Error: all that is wrong, in the order in which to mend it.
+    """
+    wrong, readable = Problems(), request
+    with wrong.noted():
+        typed_config(request)
+    if wrong.found:
+        readable = what_can_be_read(request)
+    config = typed_config(readable)
+    with wrong.noted():
+        check_dataset(config.train.dataset_path, "TRAIN")
+    for key, split in (("knn_train_dataset", "TRAIN"), ("knn_val_dataset", "VAL")):
+        with wrong.noted():
+            if labelled := getattr(config.evaluation, key):
+                check_dataset(labelled, split)
+    folder = RunFolder(Path(config.train.output_dir))
+    if is_default := config.train.output_dir == ".":
+        folder = RunFolder(default_run_folder(readable, config))
+    resumed = folder.has_checkpoints() and not request.no_resume
+    if config.student.pretrained_weights and not resumed:
+        with wrong.noted():
+            from dinov2cli.models.load.locate import check_there
+
+            check_there(config.student.pretrained_weights)
+    with wrong.noted():
+        check_folder(folder.path, "--output-dir")
+        folder.refuse_foreign()
+        if not request.dry_run and not request.take_over:
+            owner.check_free(folder.path)
+            if request.slurm.is_asked:
+                owner.refuse_jobs_of(folder.path)
+    if is_default and not wrong.found:
+        with wrong.noted():
+            resolve_config(request, read_weights=False)  # whether another run is there
+    if request.slurm.is_asked:
+        with wrong.noted():
+            sbatch.check(request.slurm, submits=not request.dry_run)
+    else:
+        with wrong.noted():
+            processes = processes_here(request.gpus, cpu=request.cpu)
+            as_meant = (readable.preset, readable.config_file) == (request.preset, request.config_file)
+            if as_meant and not resumed:  # a run goes on with smaller batches where there are more processes
+                from dinov2cli.train.memory import check_memory
+
+                check_memory(config, processes, cpu=request.cpu)
+    wrong.tell()
+
+
+def what_can_be_read(request: TrainRequest) -> TrainRequest:
+    """The request without the words that make no configuration, so that the rest can be looked at."""
+    readable = TrainRequest()
+    changes: tuple[dict[str, Any], ...] = (
+        {"preset": request.preset}, {"config_file": request.config_file}, {"data": request.data},
+        {"output_dir": request.output_dir}, {"init_from": request.init_from},
+        *({"overrides": (word,)} for word in request.overrides),
+    )  # fmt: skip
+    for change in changes:
+        with suppress(ConfigError):
+            both = {**change, "overrides": (*readable.overrides, *change.get("overrides", ()))}
+            typed_config(candidate := readable.model_copy(update=both))
+            readable = candidate
+    return readable
+
+
+def typed_config(request: TrainRequest) -> Config:
+    """The configuration as it is typed: datasets and the run folder are not filled in."""
+    return load_config(request.preset, request.config_file, overrides_of(request))
+
+
+def overrides_of(request: TrainRequest) -> list[str]:
+    """The changes of keys, those among them that options stand for."""
+    options = {
+        "train.dataset_path": request.data,
+        "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
+        "student.pretrained_weights": request.init_from,
+    }
+    return [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
 def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Config:
@@ -60,12 +151,7 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
         ConfigError: as `load_config`; or the run folder, which nobody named, holds a run of another configuration.
         DataError: the data is not known, or gone.
     """
-    options = {
-        "train.dataset_path": request.data,
-        "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
-        "student.pretrained_weights": request.init_from,
-    }
-    given = [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    given = overrides_of(request)
     load = partial(load_config, preset=request.preset, config_file=request.config_file)
     config = load(overrides=given)
     is_default = config.train.output_dir == "."

@@ -79,6 +79,8 @@ class Request(Group):
     launched_by: ClassVar[str | None] = None
     """`module:function` of a command that other processes may do: it takes the request, starts these where the request
     says so, and returns a `launch.local.Elsewhere`; or None where the request is to be run here."""
+    checked_by: ClassVar[str | None] = None
+    """`module:function` that takes the request and raises all that is wrong with it, before anything slow is done."""
     logs: ClassVar[bool] = False
     """Whether the terminal shows what is being done, and not only warnings."""
 

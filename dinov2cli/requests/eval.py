@@ -34,7 +34,10 @@ class FeaturesRequest(ImagesRequest, logs=True):
 
 
 class EvalRequest(
-    FeaturesRequest, run_by="dinov2cli.eval.protocol:evaluate", launched_by="dinov2cli.launch.evaluation:launch"
+    FeaturesRequest,
+    run_by="dinov2cli.eval.protocol:perform",
+    launched_by="dinov2cli.launch.evaluation:launch",
+    checked_by="dinov2cli.eval.first_look:look",
 ):
     """What all evaluations share. The words of `command` end with the name of a module of `dinov2cli.eval`."""
 
@@ -62,6 +65,9 @@ class EvalRequest(
     gpus: AtLeastOne | None = option(
         None, "Processes, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True
     )
+    dry_run: bool = option(
+        False, "Check everything and print the plan; evaluate nothing. With Slurm options: print the script.", last=True
+    )
     slurm: Slurm = Slurm()
 
     @classmethod
@@ -78,7 +84,7 @@ class EvalRequest(
         if not values.get("checkpoint"):
             raise WeightsError(
                 "No checkpoint given.",
-                hint="Name a run folder, a weights file or a released model: dino2 eval knn CKPT ...",
+                hint=f"Name a run folder, a weights file or a released model: dino2 {cls.command} CKPT ...",
             )
         return values
 

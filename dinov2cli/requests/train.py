@@ -21,6 +21,7 @@ class TrainRequest(
     command="train",
     run_by="dinov2cli.start:run",
     launched_by="dinov2cli.launch.training:launch",
+    checked_by="dinov2cli.launch.training:first_look",
     logs=True,
 ):
     """Pretrain a vision transformer with DINOv2 on a set of images.
@@ -62,6 +63,9 @@ class TrainRequest(
         metavar="WEIGHTS",
     )
     no_resume: bool = option(False, "Start over; an earlier run's files move to previous_1/ and so on.")
+    take_over: bool = option(
+        False, "Train in a folder that another training owns which is surely gone, and of which nobody here can tell."
+    )
     dry_run: bool = option(
         False, "Check everything, estimate time and memory; do not train. With Slurm options: print the script."
     )

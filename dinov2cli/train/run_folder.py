@@ -2,8 +2,19 @@
 
 from pathlib import Path
 
+import yaml
+
 from dinov2cli.errors import ConfigError
 from dinov2cli.train.verdicts import VERDICTS_FILE
+
+
+def written_by_dino2(config: Path) -> bool:
+    """Whether a config.yaml has the keys that dino2 adds to the reference's, in whatever version."""
+    try:
+        train = yaml.safe_load(config.read_text())["train"]
+        return "keep" in train or "gradient_accumulation" in train
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        return False
 
 
 class RunFolder:
@@ -37,8 +48,28 @@ class RunFolder:
     def has_checkpoints(self) -> bool:
         return any(self.checkpoints.glob("iteration_*"))
 
+    def refuse_foreign(self) -> None:
+        """Refuse a folder with a run that dino2 has not written: nothing in it is ever changed.
+
+        Raises:
+            ConfigError: it holds one.
+        """
+        theirs = [*self.path.glob("model_*.rank_*.pth"), *self.path.glob("last_checkpoint.rank_*")]
+        if self.config.is_file():
+            theirs += [] if written_by_dino2(self.config) else [self.config]
+        else:
+            theirs += [
+                path for path in (self.metrics, self.path / "eval") if path.exists() and not self.has_checkpoints()
+            ]
+        if theirs:
+            raise ConfigError(
+                f"{self.path} holds a run that dino2 has not written ({theirs[0].name}), and is left as it is",
+                f"Start from its teacher in a folder of its own: --init-from {self.path} --output-dir NEW",
+            )
+
     def make(self) -> None:
         """Create the folder, or say why that is not possible."""
+        self.refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".dino2-write-test"

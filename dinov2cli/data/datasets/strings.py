@@ -59,6 +59,26 @@ def make_dataset(dataset_string: str) -> ImageDataset:
     return parts[0][1] if len(parts) == 1 else JoinedDataset([part for _, part in parts], [each for each, _ in parts])
 
 
+def check_dataset(dataset_string: str, split: str | None = None) -> None:
+    """Raise what `make_dataset` would for the string itself and for folders that are not there; nothing is listed.
+
+    Args:
+        split: that of an ImageNet for which none is said.
+    """
+    text = complete(dataset_string, split)
+    for weight, part in [] if os.path.exists(os.path.expanduser(text)) else joined(text):
+        name, _, rest = part.partition(":")
+        if weight is not None and float(weight) <= 0:
+            raise DataError(f"{text!r}: weights are above 0")
+        options = _options(name, rest) if name in KINDS else {"root": rest} if name in SHORT and rest else {}
+        place = options.get("root") or options.get("file")
+        if place and not os.path.exists(os.path.expanduser(unquoted(place))):
+            raise DataError(f"{part}: there is no {place}")
+        is_read_at_once = name in ("ImageNet", "ImageNet22k", "SamplePhotos")
+        if is_read_at_once or not (place or os.path.exists(os.path.expanduser(unquoted(part)))):
+            _one_dataset(part)
+
+
 def _one_dataset(text: str) -> ImageDataset:
     name, _, rest = text.partition(":")
     if name in KINDS:

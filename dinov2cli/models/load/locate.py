@@ -77,6 +77,17 @@ def locate(source: str | Path | Source) -> Source:
     raise WeightsError(f"'{text}' is neither a file or folder nor a released name; released: {known}")
 
 
+def check_there(source: str) -> None:
+    """Raise what `locate` would for a name, a path or a `file://` address; nothing is downloaded.
+
+    Raises:
+        WeightsError: as `locate`.
+    """
+    name = source.removesuffix("_lc")
+    if not (is_url(source) and not source.startswith("file://")) and not (name in RELEASED and not Path(name).exists()):
+        locate(source)
+
+
 def locate_together(source: str | Path | Source) -> Source:
     """`locate` for all processes: the first one looks, the others are told. Collective.
 

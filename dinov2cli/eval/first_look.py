@@ -1,0 +1,124 @@
+"""All that is wrong with an evaluation, told at once, before anything slow; and what `--dry-run` prints of one."""
+
+import re
+from pathlib import Path
+
+from dinov2cli.config import Config, load_config
+from dinov2cli.console import logger
+from dinov2cli.data.datasets import check_dataset, make_dataset
+from dinov2cli.data.spelling import complete
+from dinov2cli.errors import ConfigError, Problems, WeightsError
+from dinov2cli.files import check_folder
+from dinov2cli.requests import sbatch
+from dinov2cli.requests.eval import EvalRequest
+from dinov2cli.site import read_site
+
+
+def look(request: EvalRequest) -> None:
+    """Check what takes no time; nothing is listed, downloaded or written.
+
+    Raises:
+        Dino2Error: all that is wrong, in the order in which to mend it.
+    """
+    wrong, config, sets = Problems(), None, {}
+    with wrong.noted():
+        config = known_config(request)
+    with wrong.noted():
+        train = request.train_dataset or ("none" if getattr(request, "head", None) else None)
+        sets = dict(zip(("train", "val"), datasets_for(config, train, request.val_dataset), strict=True))
+    given = (request.train_dataset, request.val_dataset, getattr(request, "finetune_dataset", None))
+    for dataset in dict.fromkeys((*given, *sets.values(), *getattr(request, "test_datasets", ()))):
+        with wrong.noted():
+            if dataset not in (None, "none"):
+                check_dataset(dataset)
+    with wrong.noted():
+        check_checkpoint(request)
+    if request.output_dir is not None:
+        with wrong.noted():
+            check_folder(request.output_dir, "--output-dir")
+    if request.slurm.is_asked:
+        with wrong.noted():
+            sbatch.check(request.slurm, submits=not request.dry_run)
+    for device in () if request.slurm.is_asked else (request.device, getattr(request, "train_features_device", None)):
+        with wrong.noted():
+            from dinov2cli.device import choose_device
+
+            choose_device(device)
+    wrong.tell()
+
+
+def check_checkpoint(request: EvalRequest) -> None:
+    """Whether there are such weights. For a job, only what its name tells: the rest takes torch, and seconds."""
+    if not request.slurm.is_asked:
+        from dinov2cli.models.load.locate import check_there
+
+        check_there(request.checkpoint)
+    elif not Path(request.checkpoint).expanduser().exists() and not re.match(r"https?://|dinov2_", request.checkpoint):
+        raise WeightsError(f"'{request.checkpoint}' is neither a file or folder nor a released name")
+
+
+def known_config(request: EvalRequest) -> Config | None:
+    """The configuration that belongs to the checkpoint, as far as its path tells; None where there is none."""
+    path = Path(request.checkpoint)
+    run = path if path.is_dir() else path.parent.parent.parent
+    beside = run / "config.yaml" if path.exists() and (run / "config.yaml").is_file() else None
+    file = request.config_file or beside
+    return load_config(config_file=file, overrides=request.overrides) if file else None
+
+
+def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:
+    """The strings of the train and the val dataset, complete: as given, else from a run's configuration, else ImageNet.
+
+    A run names labelled data for its online k-NN, or else trained on a split TRAIN of a dataset that has a VAL.
+    ImageNet it is where that is known (`dinov2cli.site`) and neither of the two is given.
+
+    Raises:
+        ConfigError: one of them is not known; DataError: a known one is gone.
+    """
+    if config is not None:
+        online = config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset
+        trained_on = config.train.dataset_path
+        if all(online):
+            train, val = train or online[0], val or online[1]
+        elif "split=TRAIN" in trained_on:
+            train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
+    if not val and train in (None, "none") and "ImageNet" in (site := read_site()).settings.datasets:
+        train, val = train or "ImageNet", "ImageNet"
+        logger.info("no dataset is given: ImageNet, as %s knows it", site.sources["datasets.ImageNet"])
+    if train and val:
+        return train if train == "none" else complete(train, "TRAIN"), complete(val, "VAL")
+    missing = " and ".join(name for name, given in (("--train-dataset", train), ("--val-dataset", val)) if not given)
+    raise ConfigError(
+        f"{missing} missing: evaluation needs labelled images to learn from and labelled images to classify.",
+        hint="For example: --train-dataset photos/train --val-dataset photos/val, folders with a subfolder per class. "
+        "Once dino2 prepare-imagenet has made ImageNet known, it is the default.",
+    )
+
+
+class Plan(dict[str, str]):
+    """What would be done; as text a line each."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12} {value}" for name, value in self.items())
+
+
+def plan(request: EvalRequest) -> Plan:
+    """What the evaluation would do, once its images have been listed; the weights are not read.
+
+    Raises:
+        Dino2Error: the datasets cannot be read.
+    """
+    from dinov2cli.device import choose_device
+
+    config = known_config(request)
+    trains = not getattr(request, "head", None)
+    train, val = datasets_for(config, request.train_dataset or (None if trains else "none"), request.val_dataset)
+    beside = "beside the run's teacher" if config else "printed only"
+    rows = {"evaluation": request.command}
+    rows["checkpoint"] = request.checkpoint + ("" if Path(request.checkpoint).exists() else " (downloaded if need be)")
+    if trains:
+        rows["train"] = make_dataset(train).describe()
+    rows["val"] = make_dataset(val).describe()
+    rows["device"] = str(choose_device(request.device))
+    rows["results"] = str(request.output_dir or beside)
+    return Plan(rows)

@@ -1,0 +1,81 @@
+"""Whether the memory is enough for a run, and with which batches it would be."""
+
+import bisect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dinov2cli.config import Config
+from dinov2cli.device import Precision, main_memory
+from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.train.cost import GB, MemoryEstimate, describe, estimate
+from dinov2cli.train.sharding import choose_sharding
+
+TOLERANCE = 1.1
+"""Estimates were up to a tenth above what was measured: what is further above the memory than that is refused."""
+BESIDE = 1.0
+"""GB that interpreter and loader take of main memory; a GPU's own part is not in its total."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What each process of a run is expected to need at its peak, what there is, and what a step may take of it, GB."""
+
+    config: Config
+    expected: MemoryEstimate
+    there: float
+    room: float
+    run: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device, world_size: int, processes_here: int) -> "Need":
+        """Of a run of `world_size` processes, so many of which share this machine."""
+        asked = config.compute_precision
+        precision = Precision.resolve(asked.precision, device, grad_scaler=asked.grad_scaler)
+        sharding, _ = choose_sharding(config, precision, world_size)
+        run: dict[str, Any] = {"world_size": world_size, "sharding": sharding, "precision": precision.name}
+        if device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory / GB
+        else:
+            there = main_memory() / processes_here / GB
+        return cls(config, estimate(config, **run), there, there - BESIDE * (device.type == "cpu"), run)
+
+    def __str__(self) -> str:
+        return f"{describe(self.expected)}; {self.there:,.1f} GB are there"
+
+    @property
+    def is_tight(self) -> bool:
+        return self.expected.total > self.room
+
+    @property
+    def is_too_much(self) -> bool:
+        return self.expected.total > TOLERANCE * self.room
+
+    def remedy(self) -> str:
+        """The largest batches that fit, with as many images in a step; in words where none does."""
+        train = self.config.train
+        sizes = [size for size in range(1, train.batch_size_per_gpu) if train.batch_size_per_gpu % size == 0]
+        for changes, further in ({}, ""), ({"activation_checkpointing": True}, " train.activation_checkpointing=true"):
+            fitting = bisect.bisect_right(sizes, self.room, key=lambda size: self._total(size, changes))
+            if fitting:
+                size = sizes[fitting - 1]
+                steps = train.gradient_accumulation * train.batch_size_per_gpu // size
+                return f"This would fit: train.batch_size_per_gpu={size} train.gradient_accumulation={steps}{further}"
+        return "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp."
+
+    def _total(self, batch: int, changes: dict[str, Any]) -> float:
+        train = self.config.train.model_copy(update={"batch_size_per_gpu": batch, **changes})
+        return estimate(self.config.model_copy(update={"train": train}), **self.run).total
+
+
+def check_memory(config: Config, processes: int, *, cpu: bool) -> None:
+    """Refuse a run whose processes, all on this machine, would need clearly more memory than there is.
+
+    Raises:
+        EnvironmentProblem: they do; the message says what would fit.
+    """
+    on_gpu = torch.cuda.is_available() and not cpu
+    need = Need.of(config, torch.device("cuda", 0) if on_gpu else torch.device("cpu"), processes, processes)
+    if need.is_too_much:
+        raise EnvironmentProblem(f"memory: {need}", need.remedy())
