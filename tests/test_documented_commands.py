@@ -34,6 +34,7 @@ from dinov2cli.launch import training
 from dinov2cli.launch.local import Elsewhere
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.train import ConfiguredRequest, TrainRequest
+from dinov2cli.site import read_site
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -193,6 +194,13 @@ def test_commands_options_and_keys_named_in_a_sentence_exist(page: Path) -> None
             assert known_key or group not in GROUPS, f"{page.name}: no key {code}"
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda block: block.name)
+def test_files_of_a_site_are_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dino2.yaml").write_text(block.text)
+    monkeypatch.chdir(tmp_path)
+    assert {key.partition(".")[0] for key in read_site().sources} == {"datasets", "slurm", "runs", "cache"}
+
+
 def messages() -> set[str]:
     """Every text in the package, with ... for what is filled in."""
     found = set()
@@ -257,8 +265,8 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
         (here / name).symlink_to(home / name)
     if not any(re.search(r"dino2 train.* --output-dir runs/photos", block.text) for block in RUN[page]):
         (home / "runs").rename(here / "runs")
+    (here / "photos").symlink_to(home / ("labelled" if page == "docs/commands.md" else "photos"))
     if page == "docs/commands.md":  # the examples of --help
-        (here / "photos").symlink_to(home / "labelled")
         for name in ("RUN", "runs/demo", "runs/baseline", "runs/larger-lr"):
             shutil.copytree(data / "runs/photos", here / name)
     for name, photo in zip(("dog.jpg", "other-dog.jpg"), sorted(home.glob("photos/*/*.png")), strict=False):

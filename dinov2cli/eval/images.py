@@ -29,8 +29,9 @@ def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu
         features = model(model.transform(picture)[None].to("cuda"))  # [1, D]
 
     Args:
-        name_or_path, pretrained, options: as in `dinov2cli.models.load.load_model`: a released name, a run folder, a
-            file, a URL; `config_file`, `in_chans`, `size_policy` and others.
+        name_or_path: as in `dinov2cli.models.load.load_model`: a released name, a run folder, a file, a URL.
+        pretrained: False gives a released name's architecture with random weights.
+        options: `config_file`, `in_chans`, `size_policy` and others of that function's.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or a device.
 
     Returns:
@@ -74,7 +75,8 @@ def embed(
 
     Raises:
         DataError: not images, or one that cannot be read.
-        WeightsError, EnvironmentProblem: as in `load_model`.
+        WeightsError: as in `load_model`.
+        EnvironmentProblem: likewise.
     """
     if isinstance(model, str | Path):
         model = load_model(model, device=device or "auto")
