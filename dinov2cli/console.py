@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,7 +15,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.files import write_text
@@ -24,17 +36,26 @@ out = Console()
 err = Console(stderr=True)
 """Standard error: everything else, so that `--json` output can be piped."""
 logger = logging.getLogger("dino2")
+SPEAK_SECONDS = 15.0
+"""Between lines about work that has no terminal to show a bar on."""
+
+
+class Manner:
+    """How much this process says, as `--quiet` and `--verbose` ask."""
+
+    quiet = False
+    verbose = False
 
 
 def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
     """Send the `dino2` logger to standard error (`quiet`: warnings only) and, where given, append it to `log_file`."""
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG if Manner.verbose else logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     to_terminal = RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False)
-    to_terminal.setLevel(logging.WARNING if quiet else logging.NOTSET)
+    to_terminal.setLevel(logging.WARNING if quiet or Manner.quiet else logging.NOTSET)
     logger.addHandler(to_terminal)
     if log_file is not None:
         to_file = _LateFileHandler(log_file, encoding="utf-8", errors="backslashreplace", delay=True)
@@ -53,10 +74,46 @@ class _LateFileHandler(logging.FileHandler):
         """A log that cannot be written (a full disk) must not cover what is on the terminal with tracebacks."""
 
 
+class Rate(ProgressColumn):
+    """Such as `12.3/s`, of the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g}/s", "progress.data.speed")
+
+
+class Bars(Progress):
+    """Bars that fit into 80 columns; without a terminal, a line in the log every `SPEAK_SECONDS`."""
+
+    def __init__(self) -> None:
+        name = TextColumn("{task.description}", table_column=Column(max_width=26, no_wrap=True, overflow="ellipsis"))
+        left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+        shown = name, BarColumn(bar_width=14), MofNCompleteColumn(), Rate(), left
+        live = err.is_terminal and not Manner.quiet
+        super().__init__(*shown, console=err, disable=not live, auto_refresh=live)
+        self._spoke = time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if not err.is_terminal and time.monotonic() - self._spoke > SPEAK_SECONDS:
+            self._spoke = time.monotonic()
+            task = self._tasks[task_id]
+            left = "" if task.time_remaining is None else f", {clock(task.time_remaining)} left"
+            of = "" if task.total is None else f" of {task.total:.0f}"
+            rate = "" if task.speed is None else f", {task.speed:.3g}/s"
+            logger.info("%s: %.0f%s%s%s", task.description, task.completed, of, rate, left)
+
+
+def clock(seconds: float) -> str:
+    """`1 d 2:03:04`, or without the days."""
+    days, rest = divmod(int(seconds), 86400)
+    shown = f"{rest // 3600:d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days} d {shown}" if days else shown
+
+
 def progress() -> Progress:
-    """A progress display on standard error with count, elapsed and remaining time; silent when not a terminal."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(TextColumn("{task.description}"), *columns, console=err, disable=not err.is_terminal)
+    """A progress display on standard error with count, rate and remaining time."""
+    return Bars()
 
 
 class Interrupted(KeyboardInterrupt):

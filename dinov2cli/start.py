@@ -78,7 +78,7 @@ def _train_as_owner(config: Config, request: TrainRequest, stack: ExitStack) -> 
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
         set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
     with distributed.same_error_everywhere():
-        device = choose_device("cpu" if request.cpu else "auto")
+        device = choose_device("cpu" if request.cpu else request.device)
     preflight(config, device, dataset=dataset)
     with distributed.same_error_everywhere():
         on_teacher = teacher_tasks(config, device)

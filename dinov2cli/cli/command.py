@@ -69,9 +69,10 @@ def _explain(problem: ErrorDetails, names: Mapping[tuple[str, ...], str]) -> str
 
 def perform(request: Request) -> None:
     """Do what a request asks, here or in other processes, and print its result."""
-    from dinov2cli.console import set_up_logging
+    from dinov2cli.console import Manner, set_up_logging
 
-    set_up_logging(quiet=not request.logs or worker_rank() > 0)
+    Manner.quiet, Manner.verbose = request.quiet, request.verbose and not request.quiet
+    set_up_logging(quiet=not (request.logs or Manner.verbose) or worker_rank() > 0)
     if request.checked_by and not is_worker():
         function_named(request.checked_by)(request)
     elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None

@@ -1,7 +1,11 @@
 """The `dino2` executable: the table of commands; errors become one message and an exit code."""
 
+import atexit
+import contextlib
+import os
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -100,12 +104,41 @@ app.callback()(_root)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 2 the user's input, 1 a failure of ours, 130 interrupted.
 
+    As the process's own command (without `argv`) it ends the process, and does not return.
+    """
+    try:
+        run_words(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:
+        if argv is not None:
+            raise
+        leave(stop.code)
+    if argv is None:
+        leave(0)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End this process at once: to take down what PyTorch has set up takes Python one to three seconds.
+
+    Threads that must not be cut off are waited for, and what is registered for the end is done.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a stream that is closed
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
+
+
+def run_words(words: list[str]) -> None:
+    """Do what the words say; SystemExit with the exit code.
+
     `--request JSON`, by which dino2 starts its processes, stands for the words that were typed.
 
     One of several processes says nothing of an error that all of them raise, unless it is the first; started by dino2
     itself, it leaves a note instead, and the command that was typed speaks for all.
     """
-    words = sys.argv[1:] if argv is None else argv
     end_with_supervisor()
     try:
         with reported():
@@ -115,8 +148,10 @@ def main(argv: list[str] | None = None) -> None:
                 app(words)
     except Dino2Error as error:
         if worker_rank() == 0:
-            from dinov2cli.console import err
+            from dinov2cli.console import Manner, err
 
+            if Manner.verbose:
+                err.print_exception()
             err.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
             if error.hint:
                 err.print(error.hint, markup=False, highlight=False, soft_wrap=True)

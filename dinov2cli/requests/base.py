@@ -31,7 +31,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict, Unpack, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -84,12 +84,44 @@ class Request(Group):
     logs: ClassVar[bool] = False
     """Whether the terminal shows what is being done, and not only warnings."""
 
+    quiet: bool = option(False, "Show warnings, errors and results only.", flags="--quiet -q", last=True)
+    verbose: bool = option(False, "Show all that is done, and where an error arose.", last=True)
+
     def __init_subclass__(cls, **said: str | bool) -> None:
         """Keywords of the class statement are the class variables above."""
         super().__init_subclass__()
         for name, value in said.items():
             assert name in Request.__class_vars__, f"{cls.__name__}: {name} is not said of a command"
             setattr(cls, name, value)
+
+
+class DeviceRequest(Request):
+    """What commands share that have a `device`: training's name for the CPU, too."""
+
+    cpu: bool = option(False, "The same as --device cpu.", last=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cpu_is_a_device(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if not values.get("cpu"):
+            return values
+        if (device := values.get("device")) not in (None, "auto", "cpu"):
+            raise ValueError(f"--cpu and --device {device} exclude each other")
+        return {**values, "device": "cpu"}
+
+
+class CheckpointRequest(Request):
+    """What commands share that have CKPT as an argument: the option by which others name it, too."""
+
+    model: str | None = option(None, "Another way to give CKPT.", metavar="CKPT", names_argument=True, last=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_checkpoint_or_other(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = [values[name] for name in ("checkpoint", "model") if values.get(name)]
+        if len(given) != 1:
+            raise ValueError(f"CKPT and --model {given[1]} are both given" if given else "CKPT is missing")
+        return {**values, "checkpoint": given[0], "model": None}
 
 
 def run(request: Request) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import AtLeastOne, argument, option
+from dinov2cli.requests.base import AtLeastOne, CheckpointRequest, DeviceRequest, argument, option
 from dinov2cli.requests.images import ImagesRequest
 from dinov2cli.requests.launch import Slurm
 
@@ -17,7 +17,7 @@ Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy
 """How hits are averaged."""
 
 
-class FeaturesRequest(ImagesRequest, logs=True):
+class FeaturesRequest(ImagesRequest, DeviceRequest, logs=True):
     """What commands share that extract features."""
 
     num_workers: int | None = option(None, "Processes that decode images; by default from the cores.", ge=0, last=True)
@@ -54,11 +54,14 @@ class EvalRequest(
         "Labelled images to learn from: a folder with a subfolder per class, or a string such as "
         "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names.",
         metavar="DATASET",
+        flags="--train-dataset --data",
     )
     val_dataset: str | None = option(None, "Labelled images to classify, likewise.", metavar="DATASET")
     output_dir: Path | None = option(None, "Where results go; by default beside the run's teacher.", metavar="DIR")
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
-    pretrained_weights: str | None = option(None, "Another way to give CKPT.", metavar="CKPT", names_argument=True)
+    pretrained_weights: str | None = option(
+        None, "Another way to give CKPT.", metavar="CKPT", names_argument=True, flags="--model --pretrained-weights"
+    )
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     no_cache: bool = option(False, "Extract features anew and keep none.", last=True)
     as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json", last=True)
@@ -220,7 +223,7 @@ EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnReq
 """What may follow `dino2 eval`, or stand in `evaluation.tasks`."""
 
 
-class EmbedRequest(FeaturesRequest, command="embed", run_by="dinov2cli.eval.embed:run"):
+class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed", run_by="dinov2cli.eval.embed:run"):
     """Write the features of every image to a file.
 
     For each image: the class token, the mean patch token, the class tokens of the last four blocks, label and path;
@@ -233,7 +236,9 @@ class EmbedRequest(FeaturesRequest, command="embed", run_by="dinov2cli.eval.embe
         dino2 embed dinov2_vits14 --data dog.jpg cat.jpg --output pets.csv
     """
 
-    checkpoint: str = argument("A run folder, a weights file, a URL or a released name.", metavar="CKPT")
+    checkpoint: str = argument(
+        "A run folder, a weights file, a URL or a released name.", metavar="CKPT", default="", default_text=False
+    )
     data: tuple[str, ...] = option(..., "Image files, a folder of images or a dataset string.", metavar="DATASET")
     output: Path = option(..., "A .safetensors, .parquet, .csv or .npy file.", metavar="FEATURES")
     overwrite: bool = option(False, "Replace an output that is there already.")

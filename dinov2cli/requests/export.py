@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from dinov2cli.requests.base import Request, argument, option
+from dinov2cli.requests.base import CheckpointRequest, argument, option
 
 
-class ExportRequest(Request, command="export", run_by="dinov2cli.export.exporter:run"):
+class ExportRequest(CheckpointRequest, command="export", run_by="dinov2cli.export.exporter:run"):
     """Write a model in another format, and check that it gives the same features there.
 
     The export is opened by its own ecosystem (transformers, timm, onnxruntime, torch.export), run on random images at
@@ -25,6 +25,8 @@ class ExportRequest(Request, command="export", run_by="dinov2cli.export.exporter
         "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name; a name ending "
         "in _lc brings its linear head.",
         metavar="CKPT",
+        default="",
+        default_text=False,
     )
     format: Literal["safetensors", "official", "hf", "timm", "onnx", "torch-export"] = option(
         ...,

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Paths, argument, option
+from dinov2cli.requests.base import AtLeastOne, DeviceRequest, Paths, argument, option
 from dinov2cli.requests.images import ImagesRequest
 
 DEFAULT_MODEL = "dinov2_vits14_reg"
@@ -14,7 +14,7 @@ Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
 
 
-class PicturesRequest(ImagesRequest):
+class PicturesRequest(ImagesRequest, DeviceRequest):
     """What the commands that draw share: inputs, then the output."""
 
     paths: Paths = argument("Images or folders of images, then the output.", metavar=INPUTS)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Paths, Request, argument, option
+from dinov2cli.requests.base import AtLeastOne, CheckpointRequest, Paths, Request, argument, option
 
 
 class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2cli.data.prepare.run:run"):
@@ -32,7 +32,7 @@ class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2
         None, "ImageNet-1k, or ImageNet-22k as tars.", default_text="what is there, or both"
     )
     check: bool = option(False, "Write nothing; verify layout, labels.txt, counts, and open a sample.")
-    force: bool = option(False, "Write files anew that are there already.")
+    force: bool = option(False, "Write files anew that are there already.", flags="--overwrite --force")
     write_labels: bool = option(False, "Make labels.txt from the class folders' names first.")
     val_labels: Path | None = option(
         None, "Sort a flat val/ into class folders first, by the devkit's ground truth or 'image class-id' lines."
@@ -48,7 +48,7 @@ class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2
         return self
 
 
-class InfoRequest(Request, command="info", run_by="dinov2cli.export.description:run"):
+class InfoRequest(CheckpointRequest, command="info", run_by="dinov2cli.export.description:run"):
     """Say what a checkpoint is: architecture, parameters, layout, training state, provenance.
 
     The weights are read and checked as for loading them; what is no DINOv2 backbone is refused, and named.
@@ -59,7 +59,10 @@ class InfoRequest(Request, command="info", run_by="dinov2cli.export.description:
     """
 
     checkpoint: str = argument(
-        "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name.", metavar="CKPT"
+        "A run folder, teacher checkpoint, weights file, Hugging Face folder, URL or released name.",
+        metavar="CKPT",
+        default="",
+        default_text=False,
     )
     config_file: Path | None = option(None, "The run's config.yaml, if it does not lie beside CKPT.", metavar="YAML")
     digest: bool = option(False, "Also compute the files' SHA-256.", flags="--sha256")

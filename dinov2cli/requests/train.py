@@ -1,6 +1,9 @@
 """The request to train."""
 
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.launch import Slurm
@@ -48,6 +51,7 @@ class TrainRequest(
         "A folder of images, or a string such as ImageNet:split=TRAIN:root=/data:extra=/data. "
         "Short for train.dataset_path.",
         metavar="DATASET",
+        flags="--data --train-dataset",
     )
     output_dir: Path | None = option(None, "The run folder. If it holds a run, that run is resumed.", metavar="DIR")
     gpus: AtLeastOne | None = option(
@@ -56,6 +60,7 @@ class TrainRequest(
         metavar="N",
     )
     cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "cpu is the same as --cpu; cuda: only with a GPU.")
     init_from: str | None = option(
         None,
         "Start student and teacher from these backbone weights: a run, a file, a URL or a released name. "
@@ -70,3 +75,10 @@ class TrainRequest(
         False, "Check everything, estimate time and memory; do not train. With Slurm options: print the script."
     )
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cpu_is_a_device(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("cpu") and values.get("device") == "cuda":
+            raise ValueError("--cpu and --device cuda exclude each other")
+        return {**values, "cpu": True} if values.get("device") == "cpu" else values

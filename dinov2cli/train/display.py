@@ -5,14 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
-from dinov2cli.console import counted, err, logger
+from dinov2cli.console import Manner, clock, counted, err, logger
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
@@ -61,7 +61,9 @@ def count_parameters(module: nn.Module) -> str:
 
 
 def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> None:
-    """Print what will be run, and every switch that departs from the reference."""
+    """Print what will be run, and every switch that departs from the reference; not with `--quiet`."""
+    if Manner.quiet:
+        return
     table = Table.grid("what", Column("value", overflow="fold"), padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(Text(name, "bold"), Text(value))
@@ -70,13 +72,6 @@ def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> No
         err.print("Departures from the reference's published code:")
         for line in listed:
             err.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """`1 d 02:03:04`, or without the days."""
-    days, rest = divmod(int(seconds), 86400)
-    clock = f"{rest // 3600:d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days} d {clock}" if days else clock
 
 
 def ending(folder: RunFolder, total: int) -> Iterator[str]:
@@ -103,18 +98,21 @@ class TrainingDisplay:
     def __init__(self, total: int, done: int, images_per_iteration: int, *, quiet: bool = False) -> None:
         self.total, self.first, self.images_per_iteration, self.quiet = total, done, images_per_iteration, quiet
         self.started, self.waited = time.perf_counter(), 0.0
-        self.live = err.is_terminal and not quiet
+        self.live = err.is_terminal and not quiet and not Manner.quiet
+        # At 80 columns what stands right is cut off first.
+        status = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self.progress = Progress(
             TextColumn("[bold]training"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}  {task.fields[status]}"),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("left {task.fields[left]}"),
+            TextColumn("{task.fields[status]}", table_column=status),
             console=err,
             disable=not self.live,
             refresh_per_second=4,
+            expand=True,
         )
-        self.task = self.progress.add_task("training", total=total, completed=done, status="")
+        self.task = self.progress.add_task("training", total=total, completed=done, status="", left="-:--:--")
 
     def __enter__(self) -> "TrainingDisplay":
         self.progress.start()
@@ -132,12 +130,11 @@ class TrainingDisplay:
         for name, value in losses.items():
             of_terms[name.partition("_")[0]] += value  # what is logged of a term begins with its name
         total = of_terms.pop("total")
-        status = (
-            f"loss {total:.4f}  ({'  '.join(f'{term} {value:.3f}' for term, value in of_terms.items())})  "
-            f"{rate * self.images_per_iteration:.1f} images/s  data wait {self.waited / elapsed:.0%}  "
-            f"left {duration((self.total - iteration) / max(rate, 1e-9))}"
-        )
+        left = clock((self.total - iteration) / max(rate, 1e-9))
+        pace = f"{rate * self.images_per_iteration:.1f} images/s  data wait {self.waited / elapsed:.0%}"
+        terms = f"({'  '.join(f'{term} {value:.3f}' for term, value in of_terms.items())})"
         if self.live:
-            self.progress.update(self.task, completed=iteration, status=status)
+            status = f"loss {total:.4f}  {pace}  {terms}"
+            self.progress.update(self.task, completed=iteration, status=status, left=left)
         elif log and not self.quiet:
-            logger.info("iteration %d/%d  %s", iteration, self.total, status)
+            logger.info("iteration %d/%d  loss %.4f  %s  %s  left %s", iteration, self.total, total, terms, pace, left)

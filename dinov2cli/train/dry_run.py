@@ -11,10 +11,11 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer, tensor_bytes
 from dinov2cli.config import Config
+from dinov2cli.console import clock
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.cost import describe, estimate, step_flops
-from dinov2cli.train.display import duration, print_plan
+from dinov2cli.train.display import print_plan
 from dinov2cli.train.trainer import Trainer
 
 STEPS = 3
@@ -52,7 +53,7 @@ def rehearse(run: Trainer) -> None:
         how, memory = f"reckoned from one with {FEW} images", f"as expected above; {memory_used(run.device)} so far"
     size, written = _checkpoint_there_and_back(run)
     if distributed.is_main():
-        left = duration(step * (run.total - start))
+        left = clock(step * (run.total - start))
         rows = [
             ("step", f"{step:.3g} s {how}, so {left} in all"),
             ("memory", memory),
@@ -111,7 +112,7 @@ def print_plan_of_job(config: Config, *, processes: int, cpu: bool) -> None:
         for way, words in ways.items()
     ]
     train, total = config.train, config.iterations()
-    hours = duration(total * step_flops(config).step * train.gradient_accumulation / H100_FLOPS)
+    hours = clock(total * step_flops(config).step * train.gradient_accumulation / H100_FLOPS)
     factors = f"{train.batch_size_per_gpu} per process x {processes} x {train.gradient_accumulation} accumulated"
     rows = [
         ("run", str(Path(train.output_dir).absolute())),
