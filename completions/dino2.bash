@@ -57,15 +57,16 @@ _dino2() {
                 --variant) COMPREPLY=($(compgen -W "1k 22k" -- "$cur")); return ;;
                 --val-labels) :; return ;;
             esac
-            options="--root --extra --split --variant --check --force --write-labels --val-labels --link --help -h"
+            options="--root --extra --split --variant --check --overwrite --force --write-labels --val-labels --link --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 train")
             case "$prev" in
                 --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
-                --data) :; return ;;
+                --data|--train-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$cur")); return ;;
                 --init-from) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
@@ -105,10 +106,10 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --output-dir --gpus --cpu --init-from --no-resume --take-over --dry-run --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --help -h"
+            options="--preset --config-file --data --train-dataset --output-dir --gpus --cpu --device --init-from --no-resume --take-over --dry-run --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --quiet -q --verbose --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 status")
-            options="--json --help -h"
+            options="--json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 embed")
             case "$prev" in
@@ -122,16 +123,17 @@ _dino2() {
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --model) :; return ;;
                 --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--data --output --overwrite --config-file --batch-size --batch_size --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --resize-ratio --device --no-cache --json --help -h"
+            options="--data --output --overwrite --config-file --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --model --resize-ratio --device --no-cache --json --help -h"
             words="" ;;
         "dino2 results")
             case "$prev" in
                 --task) :; return ;;
             esac
-            options="--task --json --csv --help -h"
+            options="--task --json --csv --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 export")
             case "$prev" in
@@ -142,14 +144,16 @@ _dino2() {
                 --image-size) :; return ;;
                 --opset) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --config-file) :; return ;;
+                --model) :; return ;;
             esac
-            options="--format --output --linear-head --layers --image-size --opset --config-file --overwrite --json --help -h"
+            options="--format --output --linear-head --layers --image-size --opset --config-file --overwrite --json --quiet -q --verbose --model --help -h"
             words="" ;;
         "dino2 info")
             case "$prev" in
                 --config-file) :; return ;;
+                --model) :; return ;;
             esac
-            options="--config-file --sha256 --json --help -h"
+            options="--config-file --sha256 --json --quiet -q --verbose --model --help -h"
             words="" ;;
         "dino2 pca-video")
             case "$prev" in
@@ -169,7 +173,7 @@ _dino2() {
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --foreground --layout --upsampling --format --save-basis --basis --fit-frames --fps --audio --no-audio --steady --no-steady --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --foreground --layout --upsampling --format --save-basis --basis --fit-frames --fps --audio --no-audio --steady --no-steady --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 pca-image")
             case "$prev" in
@@ -187,7 +191,7 @@ _dino2() {
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --foreground --layout --upsampling --show-channels --save-basis --basis --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --foreground --layout --upsampling --show-channels --save-basis --basis --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 attention")
             case "$prev" in
@@ -200,14 +204,14 @@ _dino2() {
                 --background) :; return ;;
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--model --resolution --block --show-channels --overlay --device --value-range --background --no-exif-orientation --max-image-gb --help -h"
+            options="--model --resolution --block --show-channels --overlay --device --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --help -h"
             words="" ;;
         "dino2 plot")
             case "$prev" in
                 --output|-o) :; return ;;
                 --smooth) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--output -o --smooth --help -h"
+            options="--output -o --smooth --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 doctor")
             case "$prev" in
@@ -216,15 +220,15 @@ _dino2() {
                 --data) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
             esac
-            options="--preset --config-file --data --output-dir --cpu --json --help -h"
+            options="--preset --config-file --data --output-dir --cpu --json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 knn")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -276,15 +280,15 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 logreg")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -337,15 +341,15 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 linear")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -406,18 +410,18 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval")
             options="--help -h"
             words="knn logreg linear" ;;
         "dino2 eval knn")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -469,15 +473,15 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --nb-knn --nb_knn --temperature --n-per-class-list --n-per-class --n-tries --gather-on-cpu --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval logreg")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -530,15 +534,15 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --finetune-dataset --finetune-dataset-str --finetune-on-val --metric-type --train-dtype --train-features-device --max-train-iters --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval linear")
             case "$prev" in
-                --train-dataset) :; return ;;
+                --train-dataset|--data) :; return ;;
                 --val-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
                 --config-file) :; return ;;
-                --pretrained-weights) :; return ;;
+                --model|--pretrained-weights) :; return ;;
                 --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --partition) :; return ;;
                 --account) :; return ;;
@@ -599,25 +603,25 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--train-dataset --val-dataset --output-dir --config-file --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 datasets")
             options="--help -h"
             words="list show add remove stats" ;;
         "dino2 datasets list")
-            options="--json --help -h"
+            options="--json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 datasets show")
-            options="--json --help -h"
+            options="--json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 datasets add")
             case "$prev" in
                 --extra) :; return ;;
             esac
-            options="--extra --force --help -h"
+            options="--extra --force --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 datasets remove")
-            options="--help -h"
+            options="--quiet -q --verbose --help -h"
             words="" ;;
         "dino2 datasets stats")
             case "$prev" in
@@ -631,16 +635,16 @@ _dino2() {
                 --background) :; return ;;
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--channels --max-images --write --preset --num-workers --max-bad-fraction --json --value-range --background --no-exif-orientation --max-image-gb --help -h"
+            options="--channels --max-images --write --preset --num-workers --max-bad-fraction --json --quiet -q --verbose --value-range --background --no-exif-orientation --max-image-gb --help -h"
             words="" ;;
         "dino2 presets")
             options="--help -h"
             words="list show" ;;
         "dino2 presets list")
-            options="--json --help -h"
+            options="--json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 presets show")
-            options="--full --help -h"
+            options="--full --quiet -q --verbose --help -h"
             words="adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
         "dino2 bench")
             options="--help -h"
@@ -683,7 +687,7 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --kernels --device --rehearse --card --json --help -h"
+            options="--preset --config-file --data --synthetic --steps --attention --precision --compile --kernels --device --rehearse --card --quiet -q --verbose --json --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench extract")
             case "$prev" in
@@ -720,7 +724,7 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --batch-size --batches --image-size --device --json --help -h"
+            options="--preset --config-file --data --batch-size --batches --image-size --device --quiet -q --verbose --json --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench knn")
             case "$prev" in
@@ -730,7 +734,7 @@ _dino2() {
                 --k) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--queries --keys --dim --k --device --json --help -h"
+            options="--queries --keys --dim --k --device --json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 bench logreg")
             case "$prev" in
@@ -740,7 +744,7 @@ _dino2() {
                 --every) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --limit) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--images --dim --classes --every --limit --json --help -h"
+            options="--images --dim --classes --every --limit --json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 bench linear")
             case "$prev" in
@@ -750,7 +754,7 @@ _dino2() {
                 --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--dim --classes --batch-size --steps --device --json --help -h"
+            options="--dim --classes --batch-size --steps --device --json --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 bench augment")
             case "$prev" in
@@ -786,7 +790,7 @@ _dino2() {
                 data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
-            options="--preset --config-file --data --workers --images --repeats --json --help -h"
+            options="--preset --config-file --data --workers --images --repeats --quiet -q --verbose --json --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench gpu")
             case "$prev" in
@@ -798,7 +802,7 @@ _dino2() {
                 --minutes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--output --preset --others --extract-preset --steps --minutes --device --json --help -h"
+            options="--output --preset --others --extract-preset --steps --minutes --device --json --quiet -q --verbose --help -h"
             words="" ;;
     esac
     if [[ $cur == -* ]]; then words=$options; fi
