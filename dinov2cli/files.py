@@ -1,12 +1,14 @@
 """Files that appear whole or not at all; checksums and locks."""
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinov2cli.errors import EnvironmentProblem
 
@@ -117,3 +119,51 @@ def sha256(*files: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: found)
     return found.hexdigest()
+
+
+MOST_YAML_VALUES = 100_000
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that others have written.
+
+    Raises:
+        ValueError: it is none, not UTF-8, or nested beyond all use.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_yaml(text: str, loader: Any = None) -> Any:
+    """The value of a YAML text that others have written, by a safe loader.
+
+    Raises:
+        yaml.YAMLError: it is none, nested beyond all use, or a few lines whose aliases stand for millions of values.
+    """
+    import yaml
+
+    reader = (loader or yaml.SafeLoader)(text)
+    try:
+        node = reader.get_single_node()
+        if node is not None and _values_in(node, {}) > MOST_YAML_VALUES:
+            raise yaml.YAMLError(f"its aliases make more than {MOST_YAML_VALUES:,} values of it")
+        return None if node is None else reader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a date or number that is none, odd keys
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        reader.dispose()
+
+
+def _values_in(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, its aliases written out; infinite where it holds itself."""
+    if not isinstance(node.value, list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    return known[id(node)]

@@ -19,6 +19,7 @@ from skimage import data
 
 from dinov2cli.cli.main import main
 from dinov2cli.config.images import Images
+from dinov2cli.console import logger
 from dinov2cli.data.decoding import Reading
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -28,7 +29,7 @@ from dinov2cli.visualize.pca_image import fit_image_basis, render_images
 from dinov2cli.visualize.pca_video import fit_video_basis, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
 from dinov2cli.visualize.video.reader import VideoFile, open_source, sampling_step
-from dinov2cli.visualize.video.stills import ImageFolder
+from dinov2cli.visualize.video.stills import ImageFolder, list_images
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer
 
@@ -547,6 +548,25 @@ def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, w
     np.testing.assert_allclose(written.astype(int), sheet([[row] for row in rows]).astype(int), atol=1)
     assert run_command("pca-image", inputs[1], tmp_path / "one.png", *common) == 0
     assert cv2.imread(str(tmp_path / "one.png")).shape == (90, 50, 3)
+
+
+def test_a_folders_own_pictures_are_no_photos(
+    tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), picture(0, 60, 80)[..., ::-1])
+    for command, output in (("pca-image", "out.png"), ("attention", "maps.png"), ("pca-image", "out.png")):
+        assert run_command(command, folder, folder / output, "--model", weights, "--resolution", 4) == 0
+    first = (folder / "out.png").read_bytes()
+    monkeypatch.setattr(logger, "propagate", True)  # which a command has switched off
+    with caplog.at_level("INFO", logger="dino2"):
+        assert list_images(folder) == [folder / "a.png"]
+    assert "maps.png, out.png" in caplog.text
+    assert run_command("pca-image", folder, folder / "out.png", "--model", weights, "--resolution", 4) == 0
+    assert (folder / "out.png").read_bytes() == first
+    (folder / "a.png").unlink()  # where there is nothing else, they are meant
+    assert len(list_images(folder)) == 2
 
 
 @pytest.mark.long

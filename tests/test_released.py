@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from weight_samples import assert_same_state, sample_model, save
 
 from dinov2cli.errors import EnvironmentProblem, WeightsError
@@ -57,7 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.send_error(416)
         body = content[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        if behaviour != "no length":
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", site.etag)
         self.end_headers()
         if behaviour == "cut":
@@ -181,6 +183,22 @@ def test_wrong_content_is_refused_and_not_kept(site: Site, content: bytes, messa
     with pytest.raises(WeightsError, match=message):
         fetch(f"{site.url}/weights.pth", expect_bytes=5_120_000)
     assert not [p for p in cache_folder("weights").rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_cut_by_a_server_that_says_no_length_is_noticed(site: Site, tmp_path: Path, suffix: str) -> None:
+    """Its structure says so where neither size nor digest is known."""
+    whole = tmp_path / f"whole{suffix}"
+    tensors = {"a": torch.ones(1000)}
+    torch.save(tensors, whole) if suffix == ".pth" else save_file(tensors, whole)
+    site.files[f"/m{suffix}"] = whole.read_bytes()[:-500]
+    site.behaviours = ["no length"]
+    with pytest.raises(WeightsError, match=r"wrong content: (cut short|not a complete safetensors)"):
+        fetch(f"{site.url}/m{suffix}")
+    assert leftovers() == []
+    site.files[f"/m{suffix}"] = whole.read_bytes()
+    site.behaviours = ["no length"]
+    assert fetch(f"{site.url}/m{suffix}").read_bytes() == whole.read_bytes()
 
 
 def test_a_checksum_in_the_address_is_checked(site: Site) -> None:

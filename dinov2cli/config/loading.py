@@ -16,6 +16,7 @@ from dinov2cli.config.reference import translate
 from dinov2cli.config.tree import FIELDS, takes_text
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError
+from dinov2cli.files import parse_yaml
 
 Layer = dict[str, Any]
 
@@ -68,7 +69,7 @@ def read_yaml(path: Path) -> Layer:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot read this config file: {reason}") from error
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = parse_yaml(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""

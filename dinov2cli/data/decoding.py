@@ -10,7 +10,10 @@
 of an image, a fourth band or further pages, is said once, with the first file's name.
 """
 
+import errno
 import json
+import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,10 +83,21 @@ class ImageSize(NamedTuple):
 def read_file(path: str) -> bytes:
     """A file's bytes; raises `UnreadableImage` with the operating system's reason."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_file) as file:
             return file.read()
     except OSError as error:
         raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL in the name
+        raise UnreadableImage(path, f"cannot be read ({error})") from error
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open what has an end: at a pipe one would wait for ever, and a device may give bytes without end."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a file")
+    return handle
 
 
 def read_image(path: Path, reading: Reading = USUAL) -> np.ndarray:

@@ -6,6 +6,7 @@ quotes. ImageNet without a root, and names of one's own, are looked up in the si
 torch.
 """
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -50,7 +51,7 @@ def complete(dataset_string: str, split: str | None = None) -> str:
     if not text:
         raise DataError("the dataset is empty; give a folder of images or a dataset string", KNOWN)
     site, parts = read_site(), []
-    if text not in site.settings.datasets and Path(text).expanduser().exists():
+    if text not in site.settings.datasets and os.path.exists(os.path.expanduser(text)):
         return text  # whatever its name holds
     for weight, part in joined(text):
         parts.append(("" if weight is None else f"{weight}*") + _complete_one(part, split, site))
@@ -65,10 +66,10 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
             return text
         if rest or isinstance(known, Place):
             raise DataError(f"{text}: {name}, as {shown(file or '')} knows it, takes no keys", f"It is {known}.")
-        if (folder := Path(text)).is_dir() and folder.absolute() != Path(known):
+        if os.path.isdir(folder := Path(text)) and folder.absolute() != Path(known):
             problem = f"{name} is a folder here, and in {shown(file or '')} the name of {known}"
             raise DataError(problem, f"Write ./{name} or {known}.")
-        if Path(known).is_absolute() and not Path(known).exists():
+        if Path(known).is_absolute() and not os.path.exists(known):
             raise gone(name, known, file)
         return known
     options = options_of(name, rest, IMAGENETS[name], EXAMPLES[name])
@@ -80,7 +81,7 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
     if not options.get("root"):
         if not isinstance(known, Place):
             raise _unknown(name, site)
-        if not Path(known.root).is_dir():
+        if not os.path.isdir(known.root):
             raise gone(name, known.root, file)
         options = {**known.model_dump(exclude_none=True), **options}
     given = (f"{key}={_quoted(options[key])}" for key in IMAGENETS[name] if key in options)

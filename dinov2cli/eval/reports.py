@@ -22,7 +22,7 @@ from dinov2cli import __version__
 from dinov2cli.console import logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
-from dinov2cli.files import write_text
+from dinov2cli.files import parse_json, write_text
 
 RESULTS_FILE = "results.json"
 
@@ -150,14 +150,14 @@ def read_results(folder: Path) -> list[Evaluation]:
     """
     path = folder / RESULTS_FILE if folder.is_dir() else folder
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         return [Evaluation.from_dict(values) for values in content["evaluations"]]
     except FileNotFoundError:
         raise DataError(
             f"{path}: no evaluation has been written there.",
             hint=f"Evaluate a run first, for example: dino2 eval knn {folder}",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as evaluation results: {error}") from None
 
 

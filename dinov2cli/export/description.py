@@ -9,7 +9,7 @@ from rich.table import Table
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import sha256
-from dinov2cli.models.load import RecognisedWeights, read_weights
+from dinov2cli.models.load import RecognisedWeights, read_weights, said_in
 from dinov2cli.models.load.locate import newest_teacher
 from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.requests.tools import InfoRequest
@@ -70,7 +70,7 @@ def run(request: InfoRequest) -> Description:
     if weights.source.released:
         found["released"] = weights.source.released.name
     found["training"] = _training(weights)
-    found["provenance"] = json.loads(weights.metadata.get("dino2.provenance", "{}"))
+    found["provenance"] = said_in(weights.metadata, "dino2.provenance", request.checkpoint)
     return found
 
 

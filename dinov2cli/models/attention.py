@@ -78,7 +78,8 @@ def sdpa_attention(qkv: Tensor, layout: TokenLayout) -> Tensor:
 
 def _split_heads(qkv: Tensor, layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each group as views [b, H, L, C]."""
-    split = _head_views if torch.compiler.is_compiling() else _HeadViews.apply
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    split = _head_views if traced else _HeadViews.apply
     views = split(qkv, layout)
     return zip(views[::3], views[1::3], views[2::3], strict=True)
 

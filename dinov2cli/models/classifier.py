@@ -13,7 +13,7 @@ from dinov2cli.errors import WeightsError
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import IMAGENET_CLASSES, RELEASED
-from dinov2cli.models.load.tensor_files import read_tensors
+from dinov2cli.models.load.tensor_files import read_tensors, refuse_odd_tensors
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 # Blocks and mean of the patch tokens that a head's input is made of, in the order tried: F = (n + avgpool) * D.
@@ -86,6 +86,7 @@ def read_linear_head(source: str | Path, layers: int = 4) -> nn.Linear:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or set(tensors) != {"weight", "bias"}:
         raise WeightsError(f"{file}: no linear head; it would hold 'weight' and 'bias', it holds {sorted(tensors)[:4]}")
+    refuse_odd_tensors({"weight": weight, "bias": bias}, str(file))
     if weight.ndim != 2 or tuple(bias.shape) != (weight.shape[0],):
         raise WeightsError(f"{file}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no linear layer")
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
-from dinov2cli.models.layers import Attention, Block, linear_and_scale
+from dinov2cli.models.layers import Attention, Block, is_plain, linear_and_scale
 from dinov2cli.models.stochastic_depth import KeptSequences, shapes_may_depend_on_data
 
 
@@ -46,7 +46,8 @@ class LastBlock(Block):
 
 def attention_at(attn: Attention, x: Tensor, layout: TokenLayout, places: Tensor, scale: nn.Module) -> Tensor:
     """`attn` where only the tokens at `places` (int64 [U]) ask, while all answer. [T, D] -> [U, D]."""
-    if type(attn) is Attention and attn.backend == "sdpa" and shapes_may_depend_on_data(x):
+    by_weight = type(attn) is Attention and attn.backend == "sdpa" and is_plain(attn.qkv)
+    if by_weight and shapes_may_depend_on_data(x):
         sizes = [x.shape[1], 2 * x.shape[1]]
         weight_q, weight_kv = attn.qkv.weight.split(sizes)
         bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)

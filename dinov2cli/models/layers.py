@@ -16,20 +16,25 @@ from dinov2cli.models.stochastic_depth import KeptSequences
 
 
 class PatchEmbed(nn.Module):
-    """Image to patch tokens by a strided convolution. [B, C, h*p, w*p] -> [B, h*w, D]."""
+    """Image to patch tokens by a strided convolution. [B, C, h*p, w*p] -> [B, h*w, D].
+
+    Sizes are pairs (height, width), as in the reference.
+    """
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.img_size = img_size
-        self.patch_size = patch_size
+        self.img_size = (img_size, img_size)
+        self.patch_size = (patch_size, patch_size)
+        self.patches_resolution = (img_size // patch_size, img_size // patch_size)
         self.num_patches = (img_size // patch_size) ** 2
+        self.in_chans, self.embed_dim = in_chans, embed_dim
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
+        if height % self.patch_size[0] or width % self.patch_size[1]:
             size = f"image of {height}x{width} pixels"
-            raise ValueError(f"{size}: both must be multiples of patch size {self.patch_size}")
+            raise ValueError(f"{size}: both must be multiples of patch size {self.patch_size[0]}")
         tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
         return tokens
 
@@ -49,6 +54,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, proj_bias: bool, backend: str) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
@@ -129,11 +135,18 @@ def linear_and_scale(x: Tensor, layer: nn.Linear, scale: nn.Module | None) -> Te
     The factors go into the layer's weight, which is small beside the stream: neither a scaled stream is made, forward
     or backward, nor the unscaled one kept. A new network's factors of 1e-5 would leave float16's range there.
     """
-    if not isinstance(scale, LayerScale) or (autocast_dtype(x.device.type) or x.dtype) == torch.float16:
-        y: Tensor = scale(layer(x)) if isinstance(scale, LayerScale) else layer(x)
+    half = (autocast_dtype(x.device.type) or x.dtype) == torch.float16
+    if half or not is_plain(layer) or not isinstance(scale, LayerScale) or not is_plain(scale):
+        y: Tensor = layer(x) if scale is None else scale(layer(x))
         return y
     bias = None if layer.bias is None else scale.gamma * layer.bias
     return F.linear(x, scale.gamma[:, None] * layer.weight, bias)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer or LayerScale does what its weights say: nothing hooks it, no adapter took its place."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in (nn.Linear, LayerScale) and not hooked
 
 
 class Block(nn.Module):

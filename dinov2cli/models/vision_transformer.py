@@ -31,7 +31,8 @@ class VisionTransformer(nn.Module):
         drop_path_rate: share of the sequences that a residual branch skips in training.
         drop_path_uniform: the same rate for every block; else it grows linearly from 0 to the rate.
         attention_backend: a key of `attention.ATTENTION_BACKENDS`; `auto` means `sdpa`, which runs everywhere.
-        options: fields of `ViTConfig`.
+        options: fields of `ViTConfig`; also the reference's `init_values` for `layerscale` and `block_chunks`, which is
+            passed over: blocks are flat.
 
     Raises:
         ValueError: options that are unknown, out of bounds, or do not fit each other.
@@ -47,6 +48,9 @@ class VisionTransformer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        options.pop("block_chunks", None)
+        if "init_values" in options:
+            options["layerscale"] = options.pop("init_values")
         config = ViTConfig(**options) if config is None else config.changed(**options)
         self.config = config
         self.images = Images(in_chans=config.in_chans)
@@ -56,6 +60,7 @@ class VisionTransformer(nn.Module):
         self.num_heads = config.num_heads
         self.patch_size = config.patch_size
         self.num_register_tokens = config.num_register_tokens
+        self.num_tokens, self.chunked_blocks = 1, False  # the reference's words: class tokens, and how blocks are kept
         self.prefix_tokens = config.prefix_tokens
         """Tokens of a sequence before its patches, `config.prefix_names`."""
         self.activation_checkpointing = False
@@ -67,8 +72,8 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_chans, config.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim))
-        if self.num_register_tokens:
-            self.register_tokens = nn.Parameter(torch.zeros(1, self.num_register_tokens, self.embed_dim))
+        registers = torch.zeros(1, self.num_register_tokens, self.embed_dim)
+        self.register_tokens = nn.Parameter(registers) if self.num_register_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         self.attention_backend = backend = "sdpa" if attention_backend == "auto" else attention_backend
         self.blocks = nn.ModuleList(kind(config, backend) for kind in [Block] * (self.depth - 1) + [LastBlock])
@@ -85,7 +90,7 @@ class VisionTransformer(nn.Module):
         """Draw fresh weights: truncated normal 0.02 for linear layers and position embeddings, as the reference."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        if self.num_register_tokens:
+        if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -275,7 +280,7 @@ class VisionTransformer(nn.Module):
         cls = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         tokens = torch.cat([cls, patches], dim=1)
         tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
-        if self.num_register_tokens:
+        if self.register_tokens is not None:
             registers = self.register_tokens.expand(patches.shape[0], -1, -1).to(tokens.dtype)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens

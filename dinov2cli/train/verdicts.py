@@ -1,10 +1,10 @@
 """What the monitors said against a run, beside its metrics: for its end, `status`, `results` and the plot. No torch."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2cli.console import counted
+from dinov2cli.files import parse_json
 
 VERDICTS_FILE = "verdicts.json"
 """A line for each look of the monitors that found a collapse: its iteration, and the verdict."""
@@ -54,7 +54,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("iteration"), int | float):

@@ -5,7 +5,6 @@ matplotlib is imported where it is used: it belongs to the optional `plots` pack
 
 import html
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import write_bytes, writing
+from dinov2cli.files import parse_json, write_bytes, writing
 from dinov2cli.requests.tools import PlotRequest
 from dinov2cli.train.verdicts import HIGHEST, LOWEST, Collapse, collapse_of, json_lines
 
@@ -223,10 +222,10 @@ def _evaluations(path: Path) -> list[tuple[str, float, float]]:
     try:
         return [
             (f"{evaluation['task']} {row['name']} {measure}", float(evaluation["iteration"]), float(value))
-            for evaluation in json.loads(path.read_text())["evaluations"]
+            for evaluation in parse_json(path.read_bytes())["evaluations"]
             if evaluation["iteration"] is not None
             for row in evaluation["rows"]
             for measure, value in (row.get("scores") or {"top-1 %": row["top1"]}).items()
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as evaluation results ({error})") from error

@@ -102,7 +102,9 @@ class OpenFiles:
     def read(self, path: str, start: int, size: int) -> bytes:
         """`size` bytes from `start`. Raises `UnreadableImage` if the file is missing or shorter."""
         try:
-            data = os.pread(self._open(path), size, start)
+            file = self._open(path)
+            # Damage may promise more bytes than there are, and as many would be allocated.
+            data = os.pread(file, min(size, max(os.fstat(file).st_size - start, 0)), start)
         except OSError as error:
             raise UnreadableImage(path, f"cannot be read ({error.strerror})") from error
         if len(data) < size:
@@ -129,16 +131,24 @@ class OpenFiles:
             os.close(descriptor)
 
 
+def read_texts(path: Path) -> tuple[str, ...]:
+    """The entries of a `.npy` file of texts; DataError where it is none."""
+    try:
+        return tuple(str(text) for text in np.load(path))
+    except Exception as error:  # numpy raises whatever a damaged header makes it come upon
+        raise DataError(f"{path}: not a .npy file of texts ({error})") from error
+
+
 class RecordFile:
     """A structured `.npy` read record by record: opening it costs nothing, however many records it has.
 
     Memory-mapping would do as well, but every page touched would count as each worker's memory.
 
     Raises:
-        DataError: the file is missing or is not a one-dimensional structured array.
+        DataError: the file is missing or is not a one-dimensional structured array with the fields that are `needed`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *needed: str) -> None:
         self.path = path
         try:
             table = np.load(path, mmap_mode="r")
@@ -148,6 +158,8 @@ class RecordFile:
             raise DataError(f"{path}: not a .npy file ({error})") from error
         if table.dtype.names is None or table.ndim != 1:
             raise DataError(f"{path}: expected a one-dimensional structured array")
+        if missing := [name for name in needed if name not in table.dtype.names]:
+            raise DataError(f"{path}: has no field {missing[0]!r}, but {', '.join(table.dtype.names)}")
         self.dtype, self._length, self._start = table.dtype, len(table), table.offset
         self._files = OpenFiles()
 

@@ -27,8 +27,8 @@ class FolderDataset(ImageDataset):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
+        self.root = Path(os.path.expanduser(root))
+        if not os.path.isdir(self.root):
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
         self._prefix = os.path.join(self.root, "")  # pathlib would take longer than reading a small image

@@ -1,12 +1,13 @@
 """ImageNet-1k by its prepared metadata."""
 
+import os
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, RecordFile
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, RecordFile, read_texts
 from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
@@ -61,18 +62,18 @@ class ImageNet(ImageDataset):
         if split not in Split.__members__:
             raise DataError(f"ImageNet has no split {split!r}; it has TRAIN, VAL and TEST")
         self.split = Split[split]
-        given = Path(root).expanduser()
-        self.root, self.extra = data_root(given), Path(extra).expanduser() if extra else given
+        given = Path(os.path.expanduser(root))
+        self.root, self.extra = data_root(given), Path(os.path.expanduser(extra)) if extra else given
         entries = self.extra / f"entries-{split}.npy"
-        if not entries.is_file():
+        if not os.path.isfile(entries):
             remedy = f"dino2 prepare-imagenet --root {given} --extra {self.extra} --split {split}"
             raise DataError(f"{entries} does not exist: this ImageNet has not been prepared", remedy)
-        self._entries = RecordFile(entries)
+        self._entries = RecordFile(entries, "actual_index", "class_index", "class_id")
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read when asked for
         names = self.extra / f"class-names-{self.split.name}.npy"
-        return tuple(str(name) for name in np.load(names)) if names.is_file() else ()
+        return read_texts(names) if names.is_file() else ()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,12 +1,13 @@
 """ImageNet-22k as released: a tar file a class, read by block without unpacking."""
 
 import gzip
+import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import ImageDataset, OpenFiles, RecordFile
+from dinov2cli.data.datasets.base import ImageDataset, OpenFiles, RecordFile, read_texts
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
 
@@ -26,18 +27,20 @@ class ImageNet22k(ImageDataset):
     """
 
     def __init__(self, root: str, extra: str | None = None) -> None:
-        self.root = Path(root).expanduser()
-        self.extra = Path(extra).expanduser() if extra else self.root
+        self.root = Path(os.path.expanduser(root))
+        self.extra = Path(os.path.expanduser(extra)) if extra else self.root
         for file in (self.extra / "entries.npy", self.extra / "class-ids.npy"):
-            if not file.is_file():
+            if not os.path.isfile(file):
                 remedy = f"dino2 prepare-imagenet --variant 22k --root {self.root} --extra {self.extra}"
                 raise DataError(f"{file} does not exist: this ImageNet-22k has not been prepared", remedy)
-        self._entries = RecordFile(self.extra / "entries.npy")
+        self._entries = RecordFile(
+            self.extra / "entries.npy", "class_index", "class_id", "start_offset", "end_offset", "filename"
+        )
         self._files = OpenFiles()
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read when asked for
-        return tuple(str(name) for name in np.load(self.extra / "class-ids.npy"))
+        return read_texts(self.extra / "class-ids.npy")
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -167,11 +167,18 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
+                elif _blocks(entry):
+                    others["pipes or devices"] += 1
                 elif (suffix := os.path.splitext(entry.name)[1].lower()) in image_extensions():
                     files.append(entry.name)
                 else:
                     others[suffix or "without suffix"] += 1
     return _Folder(sorted(files), sorted(folders), others, status.st_mtime_ns, parents | {identity})
+
+
+def _blocks(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a pipe, socket or device, to which reading may never end; a link to nothing is a damaged file."""
+    return not entry.is_file() and os.path.exists(entry.path)
 
 
 @cache

@@ -43,7 +43,7 @@ class ParquetDataset(ImageDataset):
     def __init__(
         self, root: str | Path, split: str | None = None, image: str | None = None, label: str | None = None
     ) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.files = _files_of(self.root, split)
         self.split = split or next(iter(splits_of(self.files)), "")
         self._open_files: OrderedDict[int, Any] = OrderedDict()
@@ -61,7 +61,11 @@ class ParquetDataset(ImageDataset):
             rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
             ends += [(number, group, count) for group, count in enumerate(rows)]
             if self.label_column:
-                labels += parquet.read(columns=[self.label_column], use_threads=False)[self.label_column].to_pylist()
+                try:
+                    column = parquet.read(columns=[self.label_column], use_threads=False)[self.label_column]
+                except (OSError, ValueError) as error:
+                    raise DataError(f"{file}: damaged in column {self.label_column!r} ({error})") from error
+                labels += column.to_pylist()
         table = np.array(ends, np.int64).reshape(-1, 3)
         self._file, self._group, self._ends = table[:, 0], table[:, 1], np.cumsum(table[:, 2])
         require_images(len(self), str(self.root))

@@ -25,7 +25,7 @@ def recognise(path: Path) -> ImageDataset:
     Raises:
         DataError: it holds none, or looks like one of several things; the message says which, and how to say so.
     """
-    return of_file(path) if path.is_file() else of_folder(path)
+    return of_folder(path) if path.is_dir() else of_file(path)
 
 
 def of_file(file: Path) -> ImageDataset:

@@ -23,6 +23,7 @@ from dinov2cli.errors import DataError
 INDEX_THREADS = 8
 LARGEST = 1 << 30
 """Bytes of an image in a zip: it is decompressed in one piece."""
+MOST_CLASSES = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 """What cannot be read by position."""
 
@@ -38,8 +39,8 @@ class ShardsDataset(ImageDataset):
     """
 
     def __init__(self, root: str | Path) -> None:
-        folder = Path(root).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(root))
+        if not os.path.isdir(folder):
             raise DataError(f"{folder} is not a folder")
         if not (shards := archives_in(folder, ".tar")):
             raise DataError(f"{folder} holds no .tar files")
@@ -96,11 +97,11 @@ class ArchiveDataset(ShardsDataset):
     """
 
     def __init__(self, file: str | Path) -> None:
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         if path.name.lower().endswith(COMPRESSED):
             raise DataError(f"{path}: a compressed tar has to be read from its start to reach an image",
                             "Unpack it, or undo its compression (gunzip): a plain .tar is read as it is.")  # fmt: skip
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{path} is not a file")
         self._open(path.parent, [path.name])
         if (self._class != UNLABELLED).any():
@@ -121,7 +122,9 @@ class ArchiveDataset(ShardsDataset):
 
 def archives_in(folder: Path, *suffixes: str) -> list[str]:
     """Names of the files directly in `folder` that end so, sorted."""
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not name.startswith("."))
+    with os.scandir(folder) as entries:
+        archives = [entry.name for entry in entries if entry.name.lower().endswith(suffixes) and entry.is_file()]
+    return sorted(name for name in archives if not name.startswith("."))
 
 
 class _Index(NamedTuple):
@@ -182,7 +185,7 @@ def _images_in(path: Path) -> list[tuple[str, int, int, int, int]]:
             if "." + extension.lower().rpartition(".")[2] in image_extensions():
                 images.append((f"{folder}/{stem}", member))
             elif extension == "cls":
-                labels[f"{folder}/{stem}"] = int(member.text)
+                labels[f"{folder}/{stem}"] = _label(member.text)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not an uncompressed tar file ({error})", "Shards are read by position: unpack "
                         ".tar.gz to .tar first.") from error  # fmt: skip
@@ -197,8 +200,10 @@ def _tar_members(path: Path) -> Iterator[_Member]:
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             if member.isfile():
+                if not 0 <= member.size < 1 << 62:
+                    raise tarfile.TarError(f"{member.name!r} would have {member.size} bytes")
                 content = tar.extractfile(member) if member.name.endswith(".cls") else None
-                yield _Member(member.name, member.offset_data, member.size, 0, content.read() if content else b"")
+                yield _Member(member.name, member.offset_data, member.size, 0, content.read(64) if content else b"")
 
 
 def _zip_members(path: Path) -> Iterator[_Member]:
@@ -215,5 +220,13 @@ def _zip_members(path: Path) -> Iterator[_Member]:
             file.seek(info.header_offset + 26)
             offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             inflated = info.file_size if info.compress_type else 0
-            text = archive.read(info) if info.filename.endswith(".cls") else b""
+            text = archive.open(info).read(64) if info.filename.endswith(".cls") else b""
             yield _Member(info.filename, offset, info.compress_size, inflated, text)
+
+
+def _label(text: bytes) -> int:
+    """The class in a `.cls` member; ValueError if it is none."""
+    label = int(text)
+    if not UNLABELLED <= label < MOST_CLASSES:  # each class has a name in memory
+        raise ValueError(f"class {label}; classes are 0 to {MOST_CLASSES - 1:,}")
+    return label

@@ -1,5 +1,6 @@
 """What `dino2 prepare-imagenet` does, and says meanwhile: the metadata files through which ImageNet is read."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ def run(request: PrepareImagenetRequest) -> None:
     Raises:
         DataError: images or labels that are not as they must be, or problems that `check` has found.
     """
-    root = request.root.expanduser()
-    extra = request.extra.expanduser() if request.extra else root
+    root = Path(os.path.expanduser(request.root))
+    extra = Path(os.path.expanduser(request.extra)) if request.extra else root
     if not root.is_dir():
         raise DataError(f"--root {root} is not a folder")
     has_folders = any((data_root(root) / split.folder).is_dir() for split in Split)

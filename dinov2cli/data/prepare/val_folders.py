@@ -53,7 +53,8 @@ def read_val_labels(path: Path) -> dict[int, str]:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # Names and numbers are ASCII; what else there is need not be.
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if lines and all(line.isdigit() for line in lines):
         ids = class_ids_of_devkit(path.with_name("meta.mat"))
         if max(map(int, lines)) > len(ids) or min(map(int, lines)) < 1:

@@ -4,7 +4,7 @@ Recognition is strict. Every tensor of the backbone is either used or the load f
 (projection heads, classifiers) is left out and reported.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
+from dinov2cli.files import parse_json
 from dinov2cli.models.adapt import (
     SIZE_POLICIES,
     AnySizeVisionTransformer,
@@ -155,9 +156,9 @@ def read_weights(
         state = timm.restore(state, metadata)
         report.filled = ()
     hints = dict(source.hints)
-    if "dino2.architecture" in metadata:
-        hints |= {"from": f"the metadata of {source.name}", **json.loads(metadata["dino2.architecture"])}
-    if "images" in (how := json.loads(metadata.get("dino2.preprocessing", "{}"))):
+    if said := said_in(metadata, "dino2.architecture", source.name):
+        hints |= {"from": f"the metadata of {source.name}", **said}
+    if "images" in (how := said_in(metadata, "dino2.preprocessing", source.name)):
         hints["images"] = how["images"]
     if config_file is not None:
         hints |= config_yaml_hints(Path(config_file))
@@ -166,13 +167,29 @@ def read_weights(
     architecture = infer_architecture(state, {**hints, **given}, source.name)
     check_complete(state, architecture, source.name)
     try:
-        images = Images(**hints.get("images", {}), in_chans=architecture.in_chans)
-    except ValidationError as error:
-        wrong = ", ".join(f"{'.'.join(map(str, problem['loc']))}" for problem in error.errors())
+        images = Images(**{**hints.get("images", {}), "in_chans": architecture.in_chans})
+    except (ValidationError, TypeError) as error:
+        problems = error.errors() if isinstance(error, ValidationError) else [{"loc": ("images",)}]
+        wrong = ", ".join(f"{'.'.join(map(str, problem['loc']))}" for problem in problems)
         raise WeightsError(
             f"{source.name}: what is said beside the weights of their images cannot be: {wrong}"
         ) from None
     return RecognisedWeights(state, architecture, images, report, source, metadata)
+
+
+def said_in(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any]:
+    """A JSON object that a safetensors file's metadata may have under `key`; empty where they have none.
+
+    Raises:
+        WeightsError: it is something else.
+    """
+    try:
+        said = parse_json(metadata.get(key, "{}"))
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise WeightsError(f"{source}: the metadata under {key!r} are damaged: no readable JSON object")
+    return said
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from dinov2cli.console import err, logger
 from dinov2cli.errors import EnvironmentProblem, WeightsError
 from dinov2cli.files import digest, lock, sha256
 from dinov2cli.models.load.released import RELEASED_URL
-from dinov2cli.models.load.tensor_files import refuse_other_files
+from dinov2cli.models.load.tensor_files import refuse_cut_files, refuse_other_files
 from dinov2cli.site import cache_folder
 
 ATTEMPTS = 5
@@ -112,6 +112,7 @@ def _check(path: Path, expect_bytes: int | None, checksum: str) -> None:
     size = path.stat().st_size
     if expect_bytes is not None and not expect_bytes <= size <= expect_bytes + _OVERHEAD:
         raise WeightsError(f"{path}: {size:,} bytes, but the weights alone are {expect_bytes:,}")
+    refuse_cut_files(path)
     if checksum and (found := sha256(path)) != checksum.lower():
         raise WeightsError(f"{path}: sha256 {found}, expected {checksum}")
 

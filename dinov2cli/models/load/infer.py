@@ -123,7 +123,11 @@ def _heads(dim: int, hints: Hints, source: str) -> int:
             f"its weights (known widths: {known})",
             hint="Put the run's config.yaml beside the file, or pass num_heads=... to load_model.",
         )
-    return int(heads)
+    if not isinstance(heads, int):
+        raise WeightsError(
+            f"{source}: {hints.get('from', 'its description')} says num_heads={heads!r}, which is no whole number"
+        )
+    return heads
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Where weights come from: a run folder, a file, a Hugging Face or timm folder, a URL or a released name."""
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from dinov2cli.config.images import IMAGENET, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
+from dinov2cli.files import parse_json, parse_yaml
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.layouts import huggingface
 from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
@@ -56,7 +57,7 @@ def locate(source: str | Path | Source) -> Source:
     if isinstance(source, Source):
         return source
     text = str(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if is_url(text):
         return _in_file(fetch(text))
     if path.is_dir():
@@ -144,7 +145,12 @@ def _in_folder(folder: Path) -> Source:
 
 
 def _sharded(folder: Path, index: Path) -> Source:
-    files = tuple(folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    weight_map = _mapping(index).get("weight_map")
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    names = {name for name in named if isinstance(name, str) and Path(name).name == name}
+    if not names or len(names) < len(set(map(str, named))):
+        raise WeightsError(f"{index}: not an index of shards; it has a weight_map from tensors to files of its folder")
+    files = tuple(folder / name for name in sorted(names))
     if missing := [file.name for file in files if not file.is_file()]:
         raise WeightsError(f"{folder}: {index.name} names {missing[0]}, which is not there")
     return Source(files, _config_json_hints(folder / "config.json"))
@@ -174,9 +180,9 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
         WeightsError: it is no readable YAML mapping.
     """
     try:
-        groups = yaml.safe_load(path.read_text()) or {}
-        student, data = groups.get("student") or {}, groups.get("data") or {}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        groups = parse_yaml(path.read_text(encoding="utf-8")) or {}
+        student, data = ({**(groups.get(group) or {})} for group in ("student", "data"))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
         raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
     arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
     named = arch._asdict() if arch else {}
@@ -189,15 +195,23 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
     """What a Hugging Face or timm `config.json` says, if there is one."""
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise WeightsError(f"{path}: not readable JSON (it lies beside the weights)") from None
+    config = _mapping(path)
     hints = huggingface.hints(config, str(path))
     processor = path.with_name("preprocessor_config.json")
     if processor.is_file() and "images" not in hints:
-        said = json.loads(processor.read_text())
-        mean, std = tuple(said.get("image_mean") or ()), tuple(said.get("image_std") or ())
-        if mean and len(mean) == len(std) and (mean, std) != IMAGENET:
-            hints["images"] = {"mean": list(mean), "std": list(std)}
+        said = _mapping(processor)
+        mean, std = said.get("image_mean"), said.get("image_std")
+        if isinstance(mean, list) and isinstance(std, list) and (tuple(mean), tuple(std)) != IMAGENET:
+            hints["images"] = {"mean": mean, "std": std}
     return hints
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON object that lies beside weights."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a readable JSON object (it lies beside the weights)")
+    return content

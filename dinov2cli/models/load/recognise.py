@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load.layouts import LAYOUTS
 from dinov2cli.models.load.layouts.layout import State
+from dinov2cli.models.load.tensor_files import refuse_odd_tensors
 
 # Where a checkpoint keeps the weights: the first that is there is taken. A teacher comes before its student.
 _CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "backbone", "student")
@@ -123,6 +124,7 @@ def _strip_prefixes(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor
 
 
 def _as_float32(state: State, source: str, report: LoadReport) -> State:
+    refuse_odd_tensors(state, source)
     others = {tensor.dtype for tensor in state.values()} - {torch.float32}
     for dtype in others:
         if not dtype.is_floating_point or dtype.itemsize < 2:

@@ -78,6 +78,38 @@ def refuse_other_files(path: Path) -> None:
             raise WeightsError(f"{path}: {what}")
 
 
+def refuse_cut_files(path: Path) -> None:
+    """Refuse a file whose structure shows that its end is missing, without reading its tensors.
+
+    Raises:
+        WeightsError: a safetensors file shorter than its header says, or a zip archive without its directory.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.part"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise WeightsError(f"{path}: not a complete safetensors file ({error})") from None
+    elif head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        raise WeightsError(f"{path}: cut short; the directory at the end of the archive is missing")
+
+
+def refuse_odd_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are not plain arrays, or that claim more numbers than the file holds for them.
+
+    Raises:
+        WeightsError: naming the first.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else "without data" if tensor.is_meta else str(tensor.layout)
+            raise WeightsError(f"{source}: '{name}' is no plain tensor ({kind})")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise WeightsError(f"{source}: '{name}' of shape {tuple(tensor.shape)} is larger than its data")
+
+
 def is_complete(path: Path) -> bool:
     """Whether a file written by `torch.save` has its end: a cut zip archive has lost its directory."""
     return path.is_file() and zipfile.is_zipfile(path)
@@ -106,7 +138,7 @@ def _read_pickle(path: Path) -> Any:
             raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise WeightsError(f"{path}: cannot be read as tensors ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except Exception as error:  # the unpickler raises whatever a damaged file makes it come upon
         logger.debug("torch.load of %s: %s", path, error)
         raise WeightsError(f"{path}: not a PyTorch file, or cut short; fetch it again") from None
 
@@ -114,7 +146,7 @@ def _read_pickle(path: Path) -> Any:
 def _unsafe_names(path: Path) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError):  # no zip archive: the old format has no index
+    except Exception:  # no zip archive: the old format has no index; or a damaged one
         return []
 
 

@@ -26,7 +26,7 @@ class AudioTracks:
 
     def __init__(self, path: Path, container: Any, start: Fraction) -> None:
         self._path, self._container, self._start = path, container, start
-        self._input = av.open(str(path))
+        self._input = av.open(str(path), metadata_errors="replace")
         self._tracks = {s.index: _Track(s, container) for s in self._input.streams.audio if s.codec_context}
         streams = [self._input.streams[index] for index in self._tracks]
         self._packets: Iterator[Any] = iter(self._input.demux(streams)) if streams else iter(())

@@ -118,7 +118,10 @@ class VideoFile:
 
     def _open(self) -> Any:
         try:
-            return av.open(str(self.path))
+            # A playlist may name files of this machine, and no address; titles need not be UTF-8.
+            return av.open(
+                str(self.path), metadata_errors="replace", options={"protocol_whitelist": "file,crypto,data"}
+            )
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{self.path}: not a video that can be read ({_reason(error)})") from error
 

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
+from dinov2cli.console import logger
 from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.decoding import Reading, over_background, read_image
 from dinov2cli.errors import DataError
+from dinov2cli.visualize.video.writer import is_drawn_here
 
 USUAL_MILLISECONDS = 100
 """Of a frame that says none, as browsers show it."""
@@ -95,7 +97,7 @@ def is_animated_webp(path: Path) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Images of a folder in natural order (`frame2` before `frame10`).
+    """Images of a folder in natural order (`frame2` before `frame10`), without pictures that dino2 drew of the others.
 
     Raises:
         DataError: there is none.
@@ -104,6 +106,10 @@ def list_images(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
     if not found:
         raise DataError(f"{folder}: no images (.png, .jpg, .tif, ...) in this folder")
+    photos = [path for path in found if not is_drawn_here(path)]
+    if photos and (drawn := sorted(set(found) - set(photos))):
+        logger.info("%s: left out, as dino2 drew them: %s", folder, ", ".join(path.name for path in drawn[:4]))
+        found = photos
     return sorted(found, key=lambda p: [int(s) if s.isdigit() else s.lower() for s in re.split(r"(\d+)", p.name)])
 
 

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import struct
+import zlib
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +23,10 @@ from dinov2cli.visualize.video.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 PNG_NAME = "frame_{:06d}.png"
+_AFTER_HEADER = 33  # bytes: where a PNG file's signature and first chunk end
+_SAYS = b"tEXtSoftware\0dino2"
+DRAWN_HERE = struct.pack(">I", len(_SAYS) - 4) + _SAYS + struct.pack(">I", zlib.crc32(_SAYS))
+"""A chunk of a PNG file that tells our pictures from photos."""
 
 
 def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction = Fraction(1)) -> "Writer":
@@ -289,6 +295,15 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     Raises:
         OSError: the place cannot be written.
     """
-    written, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    written, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert written
-    write_bytes(path, data.tobytes())
+    data = encoded.tobytes()
+    write_bytes(path, data[:_AFTER_HEADER] + DRAWN_HERE + data[_AFTER_HEADER:])
+
+
+def is_drawn_here(path: Path) -> bool:
+    """Whether a file is a PNG picture that `write_png` wrote."""
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(_AFTER_HEADER + len(DRAWN_HERE))[_AFTER_HEADER:] == DRAWN_HERE

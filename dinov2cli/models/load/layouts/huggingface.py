@@ -159,4 +159,6 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         if config.get(key, needed) != needed:
             raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")
-    return {"from": path, "num_heads": config.get("num_attention_heads", 12), **config.get("dino2", {})}
+    if not isinstance(ours := config.get("dino2", {}), dict):
+        raise WeightsError(f"{path}: dino2={ours}: what dino2 writes there is an object")
+    return {"from": path, "num_heads": config.get("num_attention_heads", 12), **ours}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dinov2cli.config.vit import RESIZING, ViTConfig
+from dinov2cli.errors import WeightsError
+from dinov2cli.files import parse_json
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 from dinov2cli.models.load.released import RELEASED
 
@@ -74,14 +76,20 @@ def lost(state: StateView) -> dict[str, str]:
 
 def restore(state: State, metadata: dict[str, str]) -> State:
     """Put back what `lost` saved, bit for bit, unless the weights were changed since (then the state as it is)."""
-    lost = {
-        name: torch.frombuffer(bytearray.fromhex(data), dtype=torch.float32).reshape(shape)
-        for name, (shape, data) in json.loads(metadata["dino2.lost"]).items()
-    }
-    restored = dict(state, mask_token=lost["mask_token"])
+    try:
+        lost = {
+            name: torch.frombuffer(bytearray.fromhex(data), dtype=torch.float32).reshape(shape)
+            for name, (shape, data) in parse_json(metadata["dino2.lost"]).items()
+        }
+        restored = dict(state, mask_token=lost["mask_token"])
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError):
+        raise WeightsError("the metadata under 'dino2.lost' are damaged: no tensors of a timm export") from None
     if "cls_token" in lost:
         restored["cls_token"] = lost["cls_token"]
-        restored["pos_embed"] = torch.cat([lost["cls_position"], state["pos_embed"][:, 1:]], dim=1)
+        cls, position = lost["cls_token"], lost.get("cls_position")
+        if cls.shape != state["cls_token"].shape or position is None or position.shape != cls.shape:
+            return state
+        restored["pos_embed"] = torch.cat([position, state["pos_embed"][:, 1:]], dim=1)
         if not torch.equal(_cls_with_position(restored), state["cls_token"]):
             return state
     return restored
