@@ -43,7 +43,7 @@ class Split(Enum):
 def data_root(root: Path) -> Path:
     """The folder of train/, val/ and test/: `root`, or where Kaggle's download has them below it."""
     places = (root, *(root / below for below in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")))
-    return next((place for place in places if any((place / split.folder).is_dir() for split in Split)), root)
+    return next((place for place in places if any(os.path.isdir(place / split.folder) for split in Split)), root)
 
 
 class ImageNet(ImageDataset):

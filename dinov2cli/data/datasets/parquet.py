@@ -168,7 +168,7 @@ def holds_images(file: Path) -> bool:
 
 
 def _files_of(root: Path, split: str | None) -> list[Path]:
-    files = [root] if root.is_file() else parquet_files(root)
+    files = [root] if os.path.isfile(root) else parquet_files(root)
     if not files:
         raise DataError(f"{root} holds no .parquet files")
     splits = splits_of(files)
