@@ -628,7 +628,8 @@ def work(seed: int, root: Path) -> None:
             outcome, trace = "fault: " + ("; ".join(noted) or "the canary"), trace
             (root / "canary").unlink(missing_ok=True)
         took = round(time.monotonic() - began, 2)
-        answers.write(json.dumps({"outcome": outcome, "seconds": took, "trace": trace[:3000] + trace[3000:][-1000:]}) + "\n")
+        answer = {"outcome": outcome, "seconds": took, "trace": trace[:3000] + trace[3000:][-1000:]}
+        answers.write(json.dumps(answer) + "\n")
 
 
 def _case(seeds: Seeds, kind: str, name: str, root: Path, watching: list[bool] | None = None) -> str:
