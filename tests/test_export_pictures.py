@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage import data
@@ -42,6 +42,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, (width, height) in enumerate(SIZES):
         image = Image.fromarray((data.coffee, data.astronaut, data.camera)[i % 3]())
         image.resize((width, height)).save(folder / f"{i}.{('jpg', 'png')[i % 2]}")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a phone held upright
+    Image.fromarray(data.coffee()).resize((400, 300)).save(folder / "turned.jpg", exif=exif)
     return folder
 
 
@@ -66,7 +69,8 @@ def files_of(photos: Path) -> list[Path]:
 
 def pixels_as_told(file: Path, how: dict[str, Any]) -> Tensor:
     """What the words of an export say, done with Pillow alone."""
-    image = Image.open(file).convert(how["color"])
+    assert how["exif_orientation"] is True
+    image = ImageOps.exif_transpose(Image.open(file)).convert(how["color"])
     assert (how["interpolation"], how["antialias"]) == ("bicubic", True)
     width, height = image.size
     side, crop = how["resize_shorter_side"], how["center_crop"]
@@ -102,8 +106,8 @@ def test_transformers_own_processor_and_model(tmp_path: Path, photos: Path, arch
     transform = EvalTransform.at(int(size))
     shifted = 0
     for file, cls in zip(files_of(photos), ours, strict=True):
-        image = Image.open(file)
-        pixels = processor(image, return_tensors="pt").pixel_values
+        image = ImageOps.exif_transpose(Image.open(file))  # as transformers does with a file's name
+        pixels = processor(str(file), return_tensors="pt").pixel_values
         theirs = model(pixel_values=pixels).last_hidden_state[:, 0]
         size_of = [int(transform.resize * length / min(image.size)) for length in reversed(image.size)]
         resized = resize(np.array(image.convert("RGB")), *size_of)
@@ -128,7 +132,9 @@ def test_timms_own_transform_and_model(tmp_path: Path, photos: Path) -> None:
     for result in (folder, file):
         model = eval(result.notes[-1].removeprefix("open with "), {"timm": timm}).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-        images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files_of(photos)])
+        images = torch.stack(
+            [transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")) for file in files_of(photos)]
+        )
         assert_close(model.forward_features(images)[:, 0], ours, 0.99999)
 
 

@@ -36,7 +36,9 @@ class EvalTransform:
     def as_dict(self) -> dict[str, Any]:
         """All that it does, for files that are used without this package."""
         special = self.images.beside_weights()
+        reading = self.images.model_dump(mode="json", include={"exif_orientation", "background", "value_range"})
         return {
+            **reading,
             "color": "RGB" if self.images.are_rgb else f"{self.images.in_chans} channels",
             "resize_shorter_side": self.resize,
             "interpolation": "bicubic",
