@@ -14,6 +14,7 @@ from dinov2cli.cli.main import TREE
 from dinov2cli.cli.tree import Command, Parameter
 from dinov2cli.config import Config
 from dinov2cli.config.tree import FIELDS, GROUPS, expectation
+from dinov2cli.train.resuming import on_resume
 
 DOCS = Path(__file__).parent
 NEEDED = {
@@ -106,15 +107,21 @@ def configuration_page() -> Iterator[str]:
     yield "of the reference's `vitl16_short` run; presets change some (`dino2 presets show NAME`). Names are the"
     yield "reference's, and what it does not have is marked (dino2). A run's folder holds its own in `config.yaml`.\n"
     yield "`dino2 presets show NAME --full > mine.yaml` writes all of them with these texts.\n"
+    yield "Whether a key may change in a run that goes on stands in the table. `no`: such a run is refused; `named`: it"
+    yield "goes on otherwise from there, and says so; `schedules shown`: with the schedules before and after; `images kept`:"
+    yield "on another number of processes, an iteration has as many images as before. A checkpoint remembers how many"
+    yield "images and classes there were, and a digest of names: data that has changed is told. A run that has gone further"
+    yield "than its new length is refused.\n"
     usual = Config().model_dump(mode="json")
     for name, group in GROUPS.items():
         yield f"## {name}\n\n{(group.__doc__ or '').strip()}\n"
-        yield "| key | takes | default | meaning |\n|---|---|---|---|"
+        yield "| key | takes | default | on resuming | meaning |\n|---|---|---|---|---|"
         for key in group.model_fields:
             value = yaml.safe_dump(usual[name][key], default_flow_style=True, width=10_000)
             field = FIELDS[f"{name}.{key}"]
             shown = value.removesuffix("...\n").strip()
-            yield f"| `{key}` | {cell(expectation(field))} | `{shown}` | {cell(field.description or '')} |"
+            resumed, meaning = on_resume(f"{name}.{key}"), cell(field.description or "")
+            yield f"| `{key}` | {cell(expectation(field))} | `{shown}` | {resumed} | {meaning} |"
         yield ""
 
 

@@ -88,6 +88,28 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
     return ":".join((name, *given))
 
 
+def absolute(text: str) -> str:
+    """The string with its paths from the root on, so that it means the same in every working folder."""
+    if Path(text).expanduser().exists():
+        return os.path.abspath(Path(text).expanduser())
+    return " + ".join(("" if weight is None else f"{weight}*") + _absolute_one(part) for weight, part in joined(text))
+
+
+def _absolute_one(text: str) -> str:
+    def placed(value: str) -> str:
+        path = Path(unquoted(value)).expanduser()
+        return _quoted(os.path.abspath(path)) if path.exists() else value
+
+    name, _, rest = text.partition(":")
+    if name in SHORT and rest:
+        return f"{name}:{placed(rest)}"
+    if name not in EXAMPLES:
+        return placed(text)
+    parts = [part.partition("=") for part in _split(rest, re.compile(r":(?=\w+=)"))] if rest else []
+    given = [f"{key}={placed(value) if key in ('root', 'extra', 'file') else value}" for key, _, value in parts]
+    return ":".join((name, *given))
+
+
 def gone(name: str, place: str, file: Path | None) -> DataError:
     """The error of a known dataset that is not where it was."""
     return DataError(

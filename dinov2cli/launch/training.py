@@ -10,7 +10,7 @@ from typing import Any
 from dinov2cli.config import Config, find_preset, load_config
 from dinov2cli.console import err, logger
 from dinov2cli.data.datasets import check_dataset
-from dinov2cli.data.spelling import complete
+from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder
 from dinov2cli.launch import cluster, owner, slurm
@@ -21,7 +21,7 @@ from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, read_site, shown
 from dinov2cli.train.resuming import changed_keys
-from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.run_folder import RunFolder, written_by_dino2
 
 
 def launch(request: TrainRequest) -> Elsewhere | None:
@@ -128,7 +128,16 @@ def what_can_be_read(request: TrainRequest) -> TrainRequest:
 
 def typed_config(request: TrainRequest) -> Config:
     """The configuration as it is typed: datasets and the run folder are not filled in."""
-    return load_config(request.preset, request.config_file, overrides_of(request))
+    return load_config(request.preset, own_file(request), overrides_of(request))
+
+
+def own_file(request: TrainRequest) -> Path | None:
+    """The configuration file of a request; where it names none and no preset, that of the run it goes on with."""
+    if request.preset is None and request.config_file is None and request.output_dir and not request.no_resume:
+        folder = RunFolder(request.output_dir)
+        if folder.has_checkpoints() and folder.config.is_file() and written_by_dino2(folder.config):
+            return folder.config
+    return request.config_file
 
 
 def overrides_of(request: TrainRequest) -> list[str]:
@@ -152,15 +161,17 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
         DataError: the data is not known, or gone.
     """
     given = overrides_of(request)
-    load = partial(load_config, preset=request.preset, config_file=request.config_file)
+    load = partial(load_config, preset=request.preset, config_file=own_file(request))
     config = load(overrides=given)
     is_default = config.train.output_dir == "."
     if is_default:
         given.append(f"train.output_dir={default_run_folder(request, config)}")
-    given.append(f"train.dataset_path={complete(config.train.dataset_path, 'TRAIN')}")
+    given.append(f"train.dataset_path={absolute(complete(config.train.dataset_path, 'TRAIN'))}")
     for key, split in (("knn_train_dataset", "TRAIN"), ("knn_val_dataset", "VAL")):
         if labelled := getattr(config.evaluation, key):
-            given.append(f"evaluation.{key}={complete(labelled, split)}")
+            given.append(f"evaluation.{key}={absolute(complete(labelled, split))}")
+    if (weights := Path(config.student.pretrained_weights).expanduser()) != Path() and weights.exists():
+        given.append(f"student.pretrained_weights={weights.absolute()}")
     config = load(overrides=given)
     if config.student.pretrained_weights and read_weights:
         config = load(overrides=[*keys_that_follow_weights(config, resume=not request.no_resume), *given])

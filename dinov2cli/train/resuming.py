@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from dinov2cli.config import Config, load_config
-from dinov2cli.config.schema import Dino, Ibot, Student
+from dinov2cli.config.schema import Crops, Data, Dino, Evaluation, Ibot, Student
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.console import logger
+from dinov2cli.data.datasets import ImageDataset
+from dinov2cli.data.spelling import absolute
 from dinov2cli.errors import ConfigError
+from dinov2cli.files import digest
+from dinov2cli.train.schedules import Schedules
 
 # What the tensors of a checkpoint depend on.
 SHAPING_KEYS = {
@@ -17,28 +21,91 @@ SHAPING_KEYS = {
     *(f"ibot.{key}" for key in Ibot.model_fields if key.startswith("head_")),
     "ibot.separate_head", "crops.global_crops_size", "train.centering",
 }  # fmt: skip
-# What may change between two sessions of a run without a word.
-FREE = ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding", "hang_timeout")
-FREE_KEYS = {f"train.{key}" for key in FREE}
+SCHEDULED_KEYS = {
+    "optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "optim.base_lr", "optim.min_lr", "optim.warmup_epochs",
+    "optim.scaling_rule", "optim.freeze_last_layer_epochs", "optim.weight_decay", "optim.weight_decay_end",
+    "student.freeze_backbone_epochs", "teacher.momentum_teacher", "teacher.final_momentum_teacher",
+    "teacher.warmup_teacher_temp", "teacher.teacher_temp", "teacher.warmup_teacher_temp_epochs",
+}  # fmt: skip
+# What may change between two sessions of a run without a word: where and how it runs, what is written and measured.
+FREE_KEYS = {
+    *(f"train.{key}" for key in ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding",
+                                 "hang_timeout", "tensorboard", "wandb", "compile", "activation_checkpointing",
+                                 "max_nonfinite", "max_bad_fraction", "stop_on_collapse")),
+    "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
+    *(f"evaluation.{key}" for key in Evaluation.model_fields),
+}  # fmt: skip
 # What `keep_effective_batch` changes; it says so itself.
 BATCH_KEYS = {"train.batch_size_per_gpu", "train.gradient_accumulation"}
+# All else changes what is learnt from here on, and is named.
+NAMED_KEYS = {
+    "compute_precision.precision", "compute_precision.grad_scaler", "dino.loss_weight", "dino.koleo_loss_weight",
+    "ibot.loss_weight", "ibot.mask_sample_probability", "ibot.mask_ratio_min_max", "train.dataset_path", "train.seed",
+    "student.drop_path_rate", "student.drop_path_uniform", *(f"student.{key}" for key in RESIZING),
+    *(f"student.pretrained_{key}" for key in ("weights", "channels", "patches")), "optim.clip_grad",
+    "optim.patch_embed_lr_mult", "optim.layerwise_decay", "optim.adamw_beta1", "optim.adamw_beta2",
+    *(f"crops.{key}" for key in Crops.model_fields if key != "global_crops_size"),
+    *(f"data.{key}" for key in Data.model_fields if f"data.{key}" not in FREE_KEYS),
+}  # fmt: skip
+DATASETS = ("train.dataset_path", "evaluation.knn_train_dataset", "evaluation.knn_val_dataset")
 
 
-def check_resumable(saved: Path, config: Config) -> None:
-    """Compare the run's own `config.yaml` with the configuration it is to be resumed with.
+def on_resume(key: str) -> str:
+    """Whether a key may change in a run that goes on, and what is said of it then, in few words."""
+    if key in SHAPING_KEYS:
+        return "no"
+    if key in SCHEDULED_KEYS:
+        return "yes, schedules shown"
+    if key in BATCH_KEYS:
+        return "yes, images kept"
+    assert key in FREE_KEYS | NAMED_KEYS, f"{key}: what a change of it means on resuming is not said"
+    return "yes" if key in FREE_KEYS else "yes, named"
+
+
+def check_resumable(saved: Path, config: Config, iteration: int = 0, before: int = 1, world_size: int = 1) -> None:
+    """Compare the run's own `config.yaml` with the configuration it is to be resumed with; say what changes.
+
+    Args:
+        iteration: that many iterations are done.
+        before: processes that did them.
+        world_size: processes of this session.
 
     Raises:
-        ConfigError: keys that shape the networks differ; the message names them.
+        ConfigError: keys that shape the networks differ, or the run is longer already; the message names them.
     """
     changed = changed_keys(saved, config)
-    shaping = [text for key, text in changed.items() if key in SHAPING_KEYS]
-    if shaping:
+    if shaping := [text for key, text in changed.items() if key in SHAPING_KEYS]:
         raise ConfigError(
             f"{saved.parent} holds a run of another shape: it differs in {', '.join(shaping)}",
             "Choose another --output-dir, or start over in this one with --no-resume.",
         )
-    if changed:
-        logger.warning("the run goes on with changed keys: %s", ", ".join(changed.values()))
+    if iteration > config.iterations():
+        needed = -(-iteration // config.train.OFFICIAL_EPOCH_LENGTH)
+        raise ConfigError(
+            f"optim.epochs={config.optim.epochs}: {saved.parent} has done {iteration} iterations, more than these "
+            f"{config.iterations()}",
+            f"At least optim.epochs={needed} goes on; --no-resume starts over, and moves that run's files aside.",
+        )
+    if iteration == config.iterations():  # nothing goes on
+        return
+    if named := [text for key, text in changed.items() if key not in SCHEDULED_KEYS]:
+        logger.warning("the run goes on with changed keys: %s", ", ".join(named))
+    if scheduled := [text for key, text in changed.items() if key in SCHEDULED_KEYS]:
+        drawn = before_and_after(load_config(config_file=saved), config, iteration, before, world_size)
+        logger.warning("the run goes on with other schedules: %s\n%s", ", ".join(scheduled), drawn)
+
+
+def before_and_after(old: Config, new: Config, iteration: int, before: int, world_size: int) -> str:
+    """A table of the schedules that change, at five iterations from the next one to the end."""
+    schedules = [Schedules(old, before), Schedules(new, world_size)]
+    last = new.iterations() - 1
+    points = sorted({iteration + round((last - iteration) * part / 4) for part in range(5)})
+    values = [[each.at(point) for each in schedules] for point in points]
+    names = [name for name in schedules[0].functions if any(f"{a[name]:.3g}" != f"{b[name]:.3g}" for a, b in values)]
+    lines = [f"{'iteration':>12}" + "".join(f"  {name:>22}" for name in names)]
+    for point, (a, b) in zip(points, values, strict=True):
+        lines.append(f"{point:>12}" + "".join(f"  {f'{a[name]:.3g} -> {b[name]:.3g}':>22}" for name in names))
+    return "\n".join(lines)
 
 
 def changed_keys(saved: Path, config: Config) -> dict[str, str]:
@@ -46,6 +113,32 @@ def changed_keys(saved: Path, config: Config) -> dict[str, str]:
     old, new = _flat(load_config(config_file=saved)), _flat(config)
     keys = [key for key in new if old[key] != new[key] and key not in FREE_KEYS | BATCH_KEYS]
     return {key: f"{key} ({old[key]} there, {new[key]} here)" for key in keys}
+
+
+def data_facts(dataset: ImageDataset) -> dict[str, int]:
+    """What a checkpoint remembers of the data: images, classes, and a digest of names, of 4096 images at the most.
+
+    A name is a file's with its folder's: a data set that has moved is the same.
+    """
+    count = len(dataset)
+    some = range(0, count, max(1, count // 4096))
+    names = ["/".join(dataset.path(index).split("/")[-2:]) for index in some]
+    text = "\0".join([*dataset.class_names, "", *names])
+    return {"images": count, "classes": len(dataset.class_names), "names": int(digest(text)[:15], 16)}
+
+
+def tell_of_other_data(facts: dict[str, int], now: dict[str, int]) -> None:
+    """Warn where the data is not what the checkpoint has learnt from; older checkpoints do not say."""
+    changes = [
+        f"{facts[key]} -> {now[key]} {key}" for key in ("images", "classes") if facts.get(key, now[key]) != now[key]
+    ]
+    if not changes and facts.get("names", now["names"]) != now["names"]:
+        changes = ["as many images, and other names"]
+    if changes:
+        logger.warning(
+            "the data has changed since iteration %d: %s. The run goes on with what is there now, in another order",
+            facts["iteration"], ", ".join(changes),
+        )  # fmt: skip
 
 
 def keep_effective_batch(config: Config, facts: dict[str, int], world_size: int) -> Config:
@@ -96,4 +189,5 @@ def batch_facts(given: Config, used: Config, world_size: int) -> dict[str, int]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    return {f"{group}.{key}": value for group, keys in config.model_dump().items() for key, value in keys.items()}
+    flat = {f"{group}.{key}": value for group, keys in config.model_dump().items() for key, value in keys.items()}
+    return flat | {key: absolute(flat[key]) for key in DATASETS if flat[key]}

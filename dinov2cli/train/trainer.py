@@ -27,7 +27,13 @@ from dinov2cli.train.display import plan_rows, print_plan
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
-from dinov2cli.train.resuming import batch_facts, check_resumable, keep_effective_batch
+from dinov2cli.train.resuming import (
+    batch_facts,
+    check_resumable,
+    data_facts,
+    keep_effective_batch,
+    tell_of_other_data,
+)
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import Sharding, choose_sharding
 from dinov2cli.train.step import TrainingStep
@@ -75,10 +81,15 @@ class Trainer:
         resume = distributed.broadcast_object(resume and bool(self.checkpointer.list()))
         with distributed.same_error_everywhere():
             if resume:
+                facts, done = self.checkpointer.newest_facts(), self.checkpointer.list()[0][0]
+                config = keep_effective_batch(config, facts, self.world_size)
                 if self.folder.config.exists():
-                    check_resumable(self.folder.config, config)
-                config = keep_effective_batch(config, self.checkpointer.newest_facts(), self.world_size)
+                    before = facts.get("world_size", self.world_size)
+                    check_resumable(self.folder.config, config, done, before, self.world_size)
             self.dataset = dataset if dataset is not None else make_dataset(config.train.dataset_path)
+            self.data_facts = data_facts(self.dataset)
+            if resume and done < config.iterations():
+                tell_of_other_data(facts, self.data_facts)
             arithmetic = config.compute_precision
             self.precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
             attention, why_attention = choose_attention(config, device, self.precision)
@@ -237,7 +248,8 @@ class Trainer:
         """
         if self.record.nonfinite:
             return
-        facts, wait = batch_facts(self.given_config, self.config, self.world_size), wait or self.iteration == self.total
+        facts = {**batch_facts(self.given_config, self.config, self.world_size), **self.data_facts}
+        wait = wait or self.iteration == self.total
         with self.watch.doing("saving"):
             self.checkpointer.save(self.iteration, self.state(), facts=facts, wait=wait)
 
