@@ -107,11 +107,11 @@ def configuration_page() -> Iterator[str]:
     yield "of the reference's `vitl16_short` run; presets change some (`dino2 presets show NAME`). Names are the"
     yield "reference's, and what it does not have is marked (dino2). A run's folder holds its own in `config.yaml`.\n"
     yield "`dino2 presets show NAME --full > mine.yaml` writes all of them with these texts.\n"
-    yield "Whether a key may change in a run that goes on stands in the table. `no`: such a run is refused; `named`: it"
-    yield "goes on otherwise from there, and says so; `schedules shown`: with the schedules before and after; `images kept`:"
-    yield "on another number of processes, an iteration has as many images as before. A checkpoint remembers how many"
-    yield "images and classes there were, and a digest of names: data that has changed is told. A run that has gone further"
-    yield "than its new length is refused.\n"
+    yield "Whether a key may change in a run that goes on stands in the table. `no`: such a run is refused;"
+    yield "`named`: it goes on otherwise from there, and says so; `schedules shown`: with the schedules before"
+    yield "and after; `images kept`: on another number of processes, an iteration has as many images as before."
+    yield "A checkpoint remembers how many images and classes there were, and a digest of names: data that has"
+    yield "changed is told. A run that has gone further than its new length is refused.\n"
     usual = Config().model_dump(mode="json")
     for name, group in GROUPS.items():
         yield f"## {name}\n\n{(group.__doc__ or '').strip()}\n"

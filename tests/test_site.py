@@ -11,7 +11,7 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.strings import KINDS
 from dinov2cli.data.spelling import EXAMPLES, complete
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.subject import datasets_for
+from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.launch.cluster import origins, partitions, wanted_for
 from dinov2cli.launch.training import resolve_config
 from dinov2cli.requests.base import run
