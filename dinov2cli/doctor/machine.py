@@ -17,6 +17,7 @@ from dinov2cli.data.workers import available_cores, choose_workers
 from dinov2cli.device import main_memory
 from dinov2cli.doctor.finding import Check, Finding, Situation, failure, ok, warning
 from dinov2cli.errors import ConfigError
+from dinov2cli.site import read_site, shown, user_file
 from dinov2cli.train.trainer import choose_attention
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
@@ -209,8 +210,21 @@ def driver_version() -> str | None:
     return found[0] if found else None
 
 
+def site(situation: Situation) -> Finding:
+    """What is known of this site without being typed, and which file says it."""
+    try:
+        rows = read_site().rows()
+    except ConfigError as error:
+        return failure(error.message, "Mend this file, or move it away.")
+    if not rows:
+        return ok(f"nothing is said of it; {shown(user_file())} may name datasets and defaults")
+    facts = {key: {"value": value, "file": str(file)} for key, value, file in rows}
+    return ok("\n".join(f"{key}: {value} ({shown(file)})" for key, value, file in rows), **facts)
+
+
 MACHINE = {
     "versions": Check(versions),
+    "site": Check(site),
     "device": Check(device),
     "precision": Check(precision, after=("device",)),
     "attention": Check(attention, after=("precision",)),

@@ -11,7 +11,7 @@ from dinov2cli.errors import ConfigError, Problems, WeightsError
 from dinov2cli.files import check_folder
 from dinov2cli.requests import sbatch
 from dinov2cli.requests.eval import EvalRequest
-from dinov2cli.site import read_site
+from dinov2cli.site import read_site, shown
 
 
 def look(request: EvalRequest) -> None:
@@ -84,7 +84,7 @@ def datasets_for(config: Config | None, train: str | None, val: str | None) -> t
             train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
     if not val and train in (None, "none") and "ImageNet" in (site := read_site()).settings.datasets:
         train, val = train or "ImageNet", "ImageNet"
-        logger.info("no dataset is given: ImageNet, as %s knows it", site.sources["datasets.ImageNet"])
+        logger.info("no dataset is given: ImageNet, as %s knows it", shown(site.sources["datasets.ImageNet"]))
     if train and val:
         return train if train == "none" else complete(train, "TRAIN"), complete(val, "VAL")
     missing = " and ".join(name for name, given in (("--train-dataset", train), ("--val-dataset", val)) if not given)

@@ -17,9 +17,9 @@ def wanted_for(slurm: Slurm, gpus: int | None, *, cpu: bool, usual: int) -> Want
     Raises:
         ConfigError: there is no such partition, or it has fewer machines than asked for.
     """
-    slurm = with_site(slurm)
+    slurm, typed = with_site(slurm), slurm
     cpu = cpu or (gpus is None and read_site().settings.slurm.gpus == 0)
-    return Wanted(_on_this_cluster(slurm), gpus or (1 if cpu else usual), cpu)
+    return Wanted(_on_this_cluster(slurm, typed), gpus or (1 if cpu else usual), cpu)
 
 
 def origins(typed: Slurm) -> list[tuple[str, str, str]]:
@@ -35,7 +35,7 @@ def origins(typed: Slurm) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _on_this_cluster(slurm: Slurm) -> Slurm:
+def _on_this_cluster(slurm: Slurm, typed: Slurm) -> Slurm:
     there = partitions()
     if not there:
         return slurm
@@ -44,9 +44,9 @@ def _on_this_cluster(slurm: Slurm) -> Slurm:
     chosen = [each for each in there if each.name in names]
     if unknown := [name for name in names if name not in {each.name for each in there}]:
         known = ", ".join(each.name for each in there)
-        raise ConfigError(
-            f"partition {unknown[0]}: Slurm has no such partition here; it has {known}", _where("partition")
-        )
+        file = read_site().sources.get("slurm.partition") if typed.partition is None else None
+        hint = f"{shown(file)} has slurm.partition; --partition wins over it." if file else None
+        raise ConfigError(f"partition {unknown[0]}: Slurm has no such partition here; it has {known}", hint)
     largest = max((each.nodes for each in chosen), default=slurm.nodes or 1)
     if (slurm.nodes or 1) <= largest:
         return slurm
@@ -61,8 +61,3 @@ def _on_this_cluster(slurm: Slurm) -> Slurm:
     logger.warning("%s has %d machines: --nodes %d becomes --nodes %d (slurm.fewer_nodes in %s)",
                    at, largest, slurm.nodes, largest, shown(site.sources["slurm.fewer_nodes"]))  # fmt: skip
     return slurm.model_copy(update={"nodes": largest})
-
-
-def _where(key: str) -> str | None:
-    file = read_site().sources.get(f"slurm.{key}")
-    return f"{shown(file)} has slurm.{key}; --{key} wins over it." if file else None

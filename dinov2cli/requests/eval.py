@@ -52,7 +52,7 @@ class EvalRequest(
     train_dataset: str | None = option(
         None,
         "Labelled images to learn from: a folder with a subfolder per class, or a string such as "
-        "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names.",
+        "ImageNet:split=TRAIN:root=/data:extra=/data. By default what the run's config names, else ImageNet.",
         metavar="DATASET",
         flags="--train-dataset --data",
     )

@@ -53,7 +53,11 @@ class TrainRequest(
         metavar="DATASET",
         flags="--data --train-dataset",
     )
-    output_dir: Path | None = option(None, "The run folder. If it holds a run, that run is resumed.", metavar="DIR")
+    output_dir: Path | None = option(
+        None,
+        "The run folder [runs/ and the name of the preset, file or data]. If it holds a run, that run is resumed.",
+        metavar="DIR",
+    )
     gpus: AtLeastOne | None = option(
         None,
         "GPUs to use on each machine, a process for each [all; with Slurm 8]; with --cpu, processes [1].",

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.launch.restarts import read_restarts
@@ -198,10 +201,88 @@ def test_an_error_of_the_user_ends_the_job_with_one_message(submit: Callable[...
 
 
 def test_slurm_own_refusal_is_said(submit: Callable[..., Job], images: Path, tmp_path: Path) -> None:
-    result = dino2(*training(images, tmp_path / "refused"), "--nodes", "2", "--partition", "nowhere")
+    result = dino2(*training(images, tmp_path / "refused"), "--nodes", "2", "--slurm", "reservation=nobodys")
     assert result.returncode == 2
-    assert "Slurm did not take the job" in result.stderr and "partition" in result.stderr
+    assert "Slurm did not take the job" in result.stderr and "reservation" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nodes", "12"], "--nodes 12: partition main has 2 machines"),
+        (
+            ["--nodes", "2", "--partition", "nowhere"],
+            "partition nowhere: Slurm has no such partition here",
+        ),
+    ],
+)
+def test_what_the_cluster_has_not(cluster: Path, images: Path, tmp_path: Path, options: list[str], says: str) -> None:
+    result = dino2(*training(images, tmp_path / "refused"), *options)
+    assert result.returncode == 2 and says in result.stderr and not (tmp_path / "refused").exists()
+
+
+SITE = """# Two machines without GPUs.
+slurm: {partition: main, timeout_min: 20, gpus: 0, fewer_nodes: true}
+"""
+# The preset's own size takes a hundred GPUs and days.
+SMALL = ["student.arch=vit_tiny", "train.batch_size_per_gpu=4", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=3",
+         "optim.warmup_epochs=1", "teacher.warmup_teacher_temp_epochs=1", "crops.local_crops_number=2",
+         "crops.global_crops_size=98", "crops.local_crops_size=42", "train.num_workers=0", "train.log_period=1",
+         *(f"{head}.{key}" for head in ("dino", "ibot")
+           for key in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16"))]  # fmt: skip
+
+
+def write_imagenets(root: Path) -> None:
+    """ImageNet-1k's folders and ImageNet-22k's tars, in one place: two classes of six and of eight images."""
+    rng = np.random.default_rng(0)
+    ids = ("n01440764", "n01443537")
+    root.mkdir()
+    (root / "labels.txt").write_text("".join(f"{wnid},class {wnid}\n" for wnid in ids))
+    for wnid in ids:
+        for number in range(8):
+            name = f"{wnid}_{number}" if number < 6 else f"ILSVRC2012_val_{ids.index(wnid) * 8 + number:08d}"
+            path = root / ("train" if number < 6 else "val") / wnid / f"{name}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)).save(path)
+        with tarfile.open(root / f"{wnid}.tar", "w") as tar:
+            for path in sorted(root.glob(f"*/{wnid}/*.JPEG")):
+                tar.add(path, path.name)
+
+
+def test_the_first_three_lines(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed one after the other by somebody who has told dino2 of the machines, and of nothing else."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    (home / ".config" / "dino2").mkdir(parents=True)
+    (home / ".config" / "dino2" / "dino2.yaml").write_text(SITE)
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(home))
+    for variable in ("DINO2_CONFIG", "DINO2_CACHE", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delitem(ENVIRONMENT, variable, raising=False)
+    write_imagenets(tmp_path / "imagenet")
+
+    prepared = dino2("prepare-imagenet", "--root", tmp_path / "imagenet")
+    assert prepared.returncode == 0 and prepared.stdout.endswith("next: dino2 train --preset vitl14 --nodes 12\n")
+    train = ["train", "--preset", "vitl14", "--nodes", "12"]
+    planned = dino2(*train, "--dry-run")
+    assert planned.returncode == 0 and "#SBATCH --nodes=2\n" in planned.stdout and not list(work.iterdir())
+    assert f"ImageNet22k:root={tmp_path / 'imagenet'}" in planned.stderr
+
+    job = Job(work / "runs" / "vitl14", *train, *SMALL)
+    job.finish()
+    assert len(metrics_of(job.run)) == 12
+    assert f"dataset_path: ImageNet22k:root={tmp_path / 'imagenet'}\n" in (job.run / "config.yaml").read_text()
+    evaluated = dino2("eval", "knn", "runs/vitl14")
+    assert evaluated.returncode == 0, evaluated.stderr
+    (evaluation,) = json.loads(dino2("results", "runs/vitl14", "--json").stdout)["evaluations"]
+    assert evaluation["train_dataset"] == f"ImageNet:split=TRAIN:root={tmp_path / 'imagenet'}"
+
+    other = dino2(*train)
+    assert other.returncode == 2 and "holds a finished run of another configuration" in other.stderr
+    again = Job(job.run, *train, *SMALL)
+    again.finish()
+    assert "finished already: 12 of 12 iterations" in again.logs()
 
 
 def test_an_evaluation_as_a_job(cluster: Path, images: Path, tmp_path: Path) -> None:
