@@ -48,6 +48,8 @@ def complete(dataset_string: str, split: str | None = None) -> str:
         ConfigError: the site's file is wrong.
     """
     text = dataset_string.strip()
+    if "\0" in text:
+        raise DataError(f"{text!r}: no folder or dataset has a NUL in its name", KNOWN)
     if not text:
         raise DataError("the dataset is empty; give a folder of images or a dataset string", KNOWN)
     site, parts = read_site(), []

@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from tokenize import TokenError
 
 import numpy as np
 
@@ -31,7 +30,9 @@ def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
         start = file.tell()
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, TokenError) as error:
+    except UnreadableImage:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever damage makes them come upon
         raise UnreadableImage(path, f"damaged array ({error})") from error
     if dtype.kind not in "buif":
         raise UnreadableImage(path, f"an array of {dtype}, not of numbers")
