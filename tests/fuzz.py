@@ -587,6 +587,11 @@ def work(seed: int, root: Path) -> None:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     seeds = Seeds()
+    if os.environ.get("FUZZ_UNGUARDED"):  # to see that the fuzz sees it
+        import torch
+
+        guarded = torch.load
+        torch.load = lambda *given, **keys: guarded(*given, **{**keys, "weights_only": False})
     noted: list[str] = []
     watching = [False]
 
