@@ -6,11 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
+from tiny_run import TINY
 
+from dinov2cli.config import load_config
 from dinov2cli.config.images import Images
+from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_image
 from dinov2cli.data.formats.fast import decode_png, png_header
+from dinov2cli.data.loaders import make_train_loader
+from dinov2cli.eval.subject import load_subject
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.eval import EmbedRequest, KnnRequest
+from dinov2cli.requests.pictures import PcaImageRequest
+from dinov2cli.visualize.pictures import load_picture_model
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 29, 3), dtype=np.uint8)
@@ -116,3 +126,37 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, content: bytes |
         path.write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"a\.png: (cannot be read|the file is empty|damaged image)"):
         read_image(path)
+
+
+def test_every_command_reads_a_file_alike(tmp_path: Path) -> None:
+    config = load_config(overrides=[*TINY, "data.value_range=[0, 4000]", "data.background=[9, 8, 7]",
+                                    "data.exif_orientation=false", "data.max_image_gb=1.5"])  # fmt: skip
+    config.save(tmp_path / "run" / "config.yaml")
+    weights = tmp_path / "run" / "eval" / "training_9" / "teacher_checkpoint.pth"
+    weights.parent.mkdir(parents=True)
+    model = VisionTransformer(config.vit())
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in model.state_dict().items()}}, weights)
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        Image.fromarray(RGB).save(tmp_path / "images" / f"{number}.png")
+    run, images = str(tmp_path / "run"), str(tmp_path / "images")
+
+    def readings(**options: object) -> list[Reading]:
+        """Of features, of an evaluation, and of pictures."""
+        embed = EmbedRequest(checkpoint=run, data=images, output=tmp_path / "a.safetensors", device="cpu", **options)
+        knn = KnnRequest(checkpoint=run, device="cpu", **options)
+        picture = PcaImageRequest(paths=(tmp_path / "a.png", tmp_path / "b.png"), model=run, device="cpu", **options)
+        subject = load_subject(run)
+        of_subject = [subject.extractor(request).reading for request in (embed, knn)]
+        return [*of_subject, load_picture_model(picture)[2]]
+
+    of_training = make_train_loader(config, start=0, stop=1, dataset=make_dataset(images))
+    trained = of_training._loader.dataset.batch.__self__.reading
+    assert trained == Reading(config.images(), 1.5) and set(map(str, readings())) == {str(trained)}
+    assert [reading.max_image_gb for reading in readings()] == [1.5] * 3
+    options = {"value_range": "percentile [1, 99]", "background": "drop", "max_image_gb": 0.5}
+    for reading in readings(**options):
+        assert (reading.images.value_range, reading.images.background, reading.max_image_gb) == tuple(options.values())
+        assert not reading.images.exif_orientation
+    with pytest.raises(ValueError, match=r"must be auto, dtype, \[LOW, HIGH\] or percentile \[P, Q\]"):
+        readings(value_range="[3, 1]")

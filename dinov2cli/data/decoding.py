@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from dinov2cli.config.images import RGB, Images
@@ -170,10 +171,12 @@ def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         warn_once(2, "%s: samples that are no finite number become black; the same holds for others like it", path)
         samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
-    if samples.dtype.itemsize > 2:
-        samples = samples.astype(np.float64)  # float32 would not tell large whole numbers apart
-    scaled = ((samples - np.float64(black)) / (white - black)).clip(0, 1).astype(np.float32)
-    return 1 - scaled if stored.inverted else scaled
+    # float32 would not tell large whole numbers apart.
+    scaled = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
+    scaled -= black
+    scaled /= white - black
+    shown = np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)
+    return np.subtract(1, shown, out=shown) if stored.inverted else shown
 
 
 def _black_and_white(samples: np.ndarray, stored: Stored, value_range: str, path: str) -> tuple[float, float]:
@@ -218,7 +221,7 @@ def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.n
         image = image[..., :3]
     elif channels not in (1, 3):
         raise UnreadableImage(path, f"has {channels} channels, and gray (1) or RGB (3) is asked for")
-    levels = image if image.dtype == np.uint8 else (image * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    levels = image if image.dtype == np.uint8 else cv2.convertScaleAbs(image, alpha=255).reshape(image.shape)
     if channels == 1:
         levels = np.repeat(levels, 3, axis=2)
     if stored.alpha and images.background != "drop":
