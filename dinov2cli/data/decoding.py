@@ -172,9 +172,9 @@ def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
         warn_once(2, "%s: samples that are no finite number become black; the same holds for others like it", path)
         samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
     # float32 would not tell large whole numbers apart.
-    scaled = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
-    scaled -= black
-    scaled /= white - black
+    scaled: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
+    np.subtract(scaled, black, out=scaled)
+    np.divide(scaled, white - black, out=scaled)
     shown = np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)
     return np.subtract(1, shown, out=shown) if stored.inverted else shown
 
