@@ -10,7 +10,7 @@ from tiny_run import write_images
 
 import dinov2cli
 from dinov2cli.data.datasets import make_dataset
-from dinov2cli.errors import Dino2Error, EnvironmentProblem
+from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.models.vision_transformer import VisionTransformer
 
@@ -74,7 +74,7 @@ def test_a_folder_a_stack_and_a_name_of_a_model(model: VisionTransformer, weight
         (np.full((8, 8, 3), 200.0), "floats from 200 to 200.*divide by 255"),
         (np.zeros((8, 8, 3), np.int64), "int64 values; give uint8"),
         (np.zeros((3, 8, 8), np.uint8), r"\[3, 8, 8\] is no picture's shape; give \[H, W, 3\]"),
-        (torch.full((2, 3, 32, 32), 128.0), "up to 128 is not normalised"),
+        (torch.full((2, 3, 32, 32), 128.0), "float32 images with values up to 128 are not normalised"),
         (torch.zeros(32, 32), r"\[32, 32\] is no batch of images; give \[N, 3, H, W\], or \[3, H, W\] of one"),
         (torch.zeros(2, 1, 3, 32, 32), "is no batch of images"),
         ([], "no images"),
@@ -97,3 +97,12 @@ def test_dir_shows_the_public_names() -> None:
     names = dir(dinov2cli)
     assert {"load_model", "embed", "run", "KnnRequest", "TrainRequest", "__version__"} <= set(names)
     assert "import_module" not in names and all(getattr(dinov2cli, name) for name in names)
+
+
+def test_the_model_says_what_it_takes(model: VisionTransformer) -> None:
+    with pytest.raises(ValueError, match=r"these are float32 \[3, 32, 32\]; for one image give images\[None\]"):
+        model(torch.zeros(3, 32, 32))
+    with pytest.raises(DataError, match="values up to 255 are not normalised"):
+        model(torch.full((1, 3, 32, 32), 255.0))
+    with pytest.raises(DataError, match="uint8 images with values up to 255 are not normalised"):
+        model(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))

@@ -1,5 +1,6 @@
 """Streaming PCA equals full PCA, and colours do not depend on what they should not depend on."""
 
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 import torch
 from skimage import data
 from sklearn.decomposition import PCA
+from tiny_run import write_images
 
 from dinov2cli.errors import DataError
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import PatchFeatures
 from dinov2cli.visualize.pca import StreamingCovariance, StreamingHistogram
+from dinov2cli.visualize.pictures import expand_inputs
 
 
 def features_with_spectrum(n: int = 3000, dim: int = 48, offset: float = 50.0) -> np.ndarray:
@@ -215,3 +218,14 @@ def test_foreground_option() -> None:
     for wrong in ("some", "1.5", "-1", "nan"):
         with pytest.raises(DataError, match="auto, none or a number from 0 to 1"):
             parse_foreground(wrong)
+
+
+def test_the_output_in_an_input_folder_is_not_read_the_next_time(tmp_path) -> None:
+    folder = write_images(tmp_path / "photos", classes=1) / "class0"
+    names = [name for name, _ in expand_inputs([folder], folder / "out.png")]
+    shutil.copy(folder / "0.png", folder / "out.png")
+    assert [name for name, _ in expand_inputs([folder], folder / "out.png")] == names and "out" not in names
+    for file in folder.glob("[0-9].png"):
+        file.unlink()
+    with pytest.raises(DataError, match="no image but the output itself"):
+        expand_inputs([folder], folder / "out.png")

@@ -41,10 +41,13 @@ def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu
     Raises:
         WeightsError: no such weights, or they do not fit.
         EnvironmentProblem: no such device.
+
+    On a CPU the model refuses images that are not normalised (DataError); a GPU would have to be waited for.
     """
     where = choose_device(device)  # before anything is downloaded
     model = load.load_model(name_or_path, pretrained, **options).to(where)
     model.transform = PictureTransform(model)  # type: ignore[assignment]  # no module, no tensor
+    model.register_forward_pre_hook(_refuse_levels)
     return model
 
 
@@ -200,12 +203,22 @@ def _of_normalised(images: Tensor, extract: Extractor, batch_size: int) -> Tenso
         raise DataError(
             f"a float tensor of {list(images.shape)} is no batch of images; give [N, 3, H, W], or [3, H, W] of one."
         )
-    if (highest := float(images.abs().max())) > HIGHEST_NORMALISED:
-        raise DataError(
-            f"a float tensor with values up to {highest:.4g} is not normalised.",
-            hint="Give pictures as uint8, or what model.transform makes of them.",
-        )
+    _refuse_levels(extract.model, (images,))
     batch = images if images.dim() == 4 else images[None]
     with torch.no_grad():
         features = torch.cat([extract.features_of(part)["cls"].cpu() for part in batch.split(batch_size)])
     return features if images.dim() == 4 else features[0]
+
+
+def _refuse_levels(model: Any, arguments: tuple[Any, ...]) -> None:
+    """Raise DataError for images that are plainly not normalised, such as levels from 0 to 255."""
+    images = arguments[0] if arguments else None
+    if not isinstance(images, Tensor) or images.device.type != "cpu" or not images.numel():
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if (highest := float(images.detach().abs().max())) > HIGHEST_NORMALISED:
+        raise DataError(
+            f"{images.dtype} images with values up to {highest:.4g} are not normalised.".removeprefix("torch."),
+            hint="Give pictures to dinov2cli.embed, or what model.transform makes of them.",
+        )

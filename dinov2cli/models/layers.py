@@ -31,6 +31,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or not images.is_floating_point():
+            what = f"{images.dtype} {list(images.shape)}".removeprefix("torch.")
+            hint = "; for one image give images[None]" if images.dim() == 3 else ""
+            raise ValueError(f"the model takes normalised floating-point images [B, C, H, W]; these are {what}{hint}")
         height, width = images.shape[-2:]
         if height % self.patch_size[0] or width % self.patch_size[1]:
             size = f"image of {height}x{width} pixels"
