@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov2cli.config.images import IMAGENET, Statistics
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, Jitter, draw_crops
+from dinov2cli.data.regions import LargeImage, power_of_two
 
 GLOBAL_CROPS = 2
 
@@ -91,6 +92,28 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
     for step in (*GEOMETRIC_STEPS.values(), *(COLOR_STEPS.values() if color else ())):
         views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
     return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
+
+
+def render_regions(image: LargeImage, drawn: list[CropParameters], *, color: bool = True) -> Crops:
+    """The views that were drawn, as `render_crops` makes them, of what they need of a large image.
+
+    Each is read by itself, or, where they lie over each other, all at once.
+    """
+    top, left = min(p.box.top for p in drawn), min(p.box.left for p in drawn)
+    bottom = max(p.box.top + p.box.height for p in drawn)
+    right = max(p.box.left + p.box.width for p in drawn)
+    together = Box(top, left, bottom - top, right - left)
+    if sum(p.box.height * p.box.width for p in drawn) >= together.height * together.width:
+        return render_crops(*_part(image, together, drawn), color=color)
+    views = [render_crops(*_part(image, p.box, [p]), color=color).global_crops[0] for p in drawn]
+    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
+
+
+def _part(image: LargeImage, box: Box, drawn: list[CropParameters]) -> tuple[np.ndarray, list[CropParameters]]:
+    shrink = power_of_two(min(min(p.box.height, p.box.width) / p.size for p in drawn))
+    pixels = image.region(box, shrink)
+    moved = [p._replace(box=p.box._replace(top=p.box.top - box.top, left=p.box.left - box.left)) for p in drawn]
+    return pixels, [shrunk(p, shrink, *pixels.shape[:2]) for p in moved]
 
 
 def color_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:

@@ -118,8 +118,14 @@ def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, 
     Raises:
         UnreadableImage: it is no image, damaged, cut short, too large, or cannot become what `reading` asks for.
     """
+    as_channels = not reading.images.are_rgb
+    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink, pages_are_channels=as_channels)
+    return pixels_of(stored, path, reading)
+
+
+def pixels_of(stored: Stored, path: str, reading: Reading) -> np.ndarray:
+    """What `decode_image` makes of what a file stores. Raises `UnreadableImage`."""
     images = reading.images
-    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink, pages_are_channels=not images.are_rgb)
     if images.exif_orientation and stored.orientation != 1:
         stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
     if stored.left_out:

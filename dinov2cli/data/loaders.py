@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2cli.data import workers
-from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_crops, shrink_for, shrunk
+from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_crops, render_regions, shrink_for, shrunk
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
 from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
+from dinov2cli.data.regions import LargeImage
 from dinov2cli.data.sampler import Order
 from dinov2cli.errors import DataError, Dino2Error
 
@@ -155,6 +156,8 @@ class _TrainBatches:
         encoded = self.dataset.open(index, self.reading)
         height, width = encoded.size
         parameters = self.augmentation.draw(height, width, sample_rng(self.seed, k))
+        if isinstance(encoded, LargeImage):
+            return _Sample(index, render_regions(encoded, parameters, color=not self.device_augment), parameters)
         shrink = shrink_for(parameters) if self.scaled_decode and encoded.can_shrink else 1
         image = encoded.pixels(shrink)
         if shrink > 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dinov2cli import __version__, distributed
 from dinov2cli.console import counted, stoppable
 from dinov2cli.data.datasets import ImageDataset, check_dataset
+from dinov2cli.data.datasets.tiles import TiledDataset
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, check_all
 from dinov2cli.eval.extract import Extractor
@@ -63,8 +64,12 @@ def run(request: EmbedRequest) -> Embedded:
     with distributed.process_group():
         images = dataset_of_words(request.data)
         subject = load_subject(request.checkpoint, request.config_file)
-        sizes = {"batch_size": request.batch_size, "resize_ratio": request.resize_ratio}
-        features = embed(subject.extractor(request, detailed=True, **sizes), images, request.output)
+        whole_tiles = request.tiles is not None and "resize_ratio" not in request.model_fields_set
+        ratio = 1.0 if whole_tiles else request.resize_ratio
+        extract = subject.extractor(request, detailed=True, batch_size=request.batch_size, resize_ratio=ratio)
+        if request.tiles is not None:
+            images = TiledDataset(images, request.tiles, request.overlap)
+        features = embed(extract, images, request.output)
     n, dim = len(images), features.cls.shape[1]
     return Embedded(str(request.output), n, dim, images.describe(), n - features.size)
 
@@ -113,7 +118,8 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
     their metadata name weights, dataset, transform, precision and classes. In safetensors, paths are their bytes one
     after the other, and `path_ends` int64 [N] tells where each ends; Parquet has columns `label` and `path`, and lists
     of fixed sizes. CSV has a row of path, label, readable and the class token for each image, `.npy` the class tokens
-    alone, float32 [N, D].
+    alone, float32 [N, D]. Of a `TiledDataset` a row is a tile, and all but `.npy` hold `tiles`, int64 [N, 4]: top,
+    left, height and width in pixels.
     """
     check_output(output)
     part = extract(dataset, "features")
@@ -125,6 +131,8 @@ def embed(extract: Extractor, dataset: ImageDataset, output: Path) -> Features:
         for name, rows in tensors.items() if len(positions) < len(dataset) else ():
             tensors[name] = rows.new_full((len(dataset), *rows.shape[1:]), torch.nan)
             tensors[name][positions] = rows
+        if isinstance(dataset, TiledDataset):
+            tensors["tiles"] = torch.as_tensor(dataset.boxes)
         labels = torch.as_tensor(dataset.targets())
         metadata = {
             "dino2.version": __version__,
@@ -182,11 +190,14 @@ def _lists(rows: np.ndarray) -> Any:
 def _write_csv(table: FeatureTable, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
-        writer.writerow(["path", "label", "readable", *(f"cls_{i}" for i in range(table.tensors["cls"].shape[1]))])
-        labels, readable = table.labels.tolist(), table.readable.tolist()
-        for path, label, is_readable, values in zip(table.paths, labels, readable, table.tensors["cls"], strict=True):
+        tiles = table.tensors.get("tiles", torch.empty(len(table.paths), 0))
+        places = ["top", "left", "height", "width"][: tiles.shape[1]]
+        dims = range(table.tensors["cls"].shape[1])
+        writer.writerow(["path", "label", "readable", *places, *(f"cls_{i}" for i in dims)])
+        columns = table.labels.tolist(), table.readable.tolist(), tiles.tolist()
+        for path, label, is_readable, tile, values in zip(table.paths, *columns, table.tensors["cls"], strict=True):
             numbers = map(np.format_float_scientific, values.numpy())  # the fewest digits that give the value back
-            writer.writerow([printable(path), label, int(is_readable), *numbers])
+            writer.writerow([printable(path), label, int(is_readable), *tile, *numbers])
 
 
 def _write_npy(table: FeatureTable, file: Path) -> None:

@@ -234,6 +234,8 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
         dino2 embed runs/demo --data photos --output photos.safetensors
 
         dino2 embed dinov2_vits14 --data dog.jpg cat.jpg --output pets.csv
+
+        dino2 embed dinov2_vits14 --data slides --tiles 224 --output slides.parquet
     """
 
     checkpoint: str = argument(
@@ -242,6 +244,10 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
     data: tuple[str, ...] = option(..., "Image files, a folder of images or a dataset string.", metavar="DATASET")
     output: Path = option(..., "A .safetensors, .parquet, .csv or .npy file.", metavar="FEATURES")
     overwrite: bool = option(False, "Replace an output that is there already.")
+    tiles: AtLeastOne | None = option(
+        None, "Cut each image into tiles of this side in pixels; a row is a tile, with its place.", metavar="SIZE"
+    )
+    overlap: int = option(0, "Pixels that neighbouring tiles share.", ge=0, metavar="N")
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
     batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
     resize_ratio: float = option(
@@ -249,12 +255,18 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
         "Short side to resize to, as a multiple of the image size: 256/224 as in eval knn and linear, 1 as in "
         "eval logreg.",
         ge=1,
-        default_text="256/224",
+        default_text="256/224, tiles 1",
         last=True,
     )
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     no_cache: bool = option(False, "Extract features anew and keep none.", last=True)
     as_json: bool = option(False, "Print one JSON object about the file.", flags="--json", last=True)
+
+    @model_validator(mode="after")
+    def _tiles_advance(self) -> Self:
+        if self.overlap and (self.tiles is None or self.overlap >= self.tiles):
+            raise ValueError(f"--overlap {self.overlap} goes with --tiles SIZE, and is less than SIZE")
+        return self
 
     @field_validator("data", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage
+from dinov2cli.data.regions import open_image
 from dinov2cli.data.sampler import Order, SampleOrder
 from dinov2cli.errors import DataError
 
@@ -69,8 +70,8 @@ class ImageDataset(ABC):
         return int(self._targets[index])
 
     def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
-        """The image, not decoded yet. Raises `UnreadableImage` if the file cannot be read."""
-        return LazyImage(self.encoded(index), self.path(index), reading)
+        """The image, not decoded yet; of a large TIFF its header alone is read. Raises `UnreadableImage`."""
+        return open_image(self.path(index), reading) or LazyImage(self.encoded(index), self.path(index), reading)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.image(index), self.target(index)

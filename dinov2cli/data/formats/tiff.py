@@ -39,15 +39,14 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_ch
             series = tif.series[0]
             page = series.keyframe
             place = _axis_of_channels(series, pages_are_channels)
-            _refuse_what_is_not_read(page, data, path)
+            refuse_what_is_not_read(page, data, path)
             check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series, place), limit_gb)
             if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
                 raise NotImplementedError("colours that tifffile gives as stored; with or without imagecodecs")
             array, planes = _samples(series, data, place)
             others = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
-            stored = _stored(array, page, path, further(_planes_of(series) - planes + others, "page"))
-            names = _names(tif)
-            return replace(stored, names=names) if len(names) == stored.channels else stored
+            left_out = further(_planes_of(series) - planes + others, "page")
+            return named(stored_samples(array, page, path, left_out), tif)
     except UnreadableImage:
         raise
     except Exception as error:  # tifffile raises whatever its parsing of a damaged file runs into
@@ -56,7 +55,8 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_ch
         raise UnreadableImage(path, f"damaged TIFF ({str(error) or type(error).__name__})") from error
 
 
-def _refuse_what_is_not_read(page: Any, data: bytes | memoryview, path: str) -> None:
+def refuse_what_is_not_read(page: Any, data: bytes | memoryview, path: str) -> None:
+    """Raise `UnreadableImage` for a page of a kind that is not read; `data` begins as the file does."""
     if _DNG_VERSION in page.tags or page.is_reduced or bytes(data[8:10]) == b"CR":
         raise UnreadableImage(path, "a camera's raw file or a preview alone; develop it to a 16-bit TIFF")
     if page.photometric not in _READ:
@@ -78,6 +78,12 @@ def _axis_of_channels(series: TiffPageSeries, pages_are_channels: bool) -> int:
     lead = len(series.shape) - len(series.keyframe.shape)
     known = series.axes[:lead].find("C")
     return 0 if known < 0 and lead == 1 and pages_are_channels and series.axes[0] in "QI" else known
+
+
+def named(stored: Stored, tif: TiffFile) -> Stored:
+    """With the names that the file gives its channels, if it names all."""
+    names = _names(tif)
+    return replace(stored, names=names) if len(names) == stored.channels else stored
 
 
 def _names(tif: TiffFile) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ def _unpacked(page: Any, data: bytes | memoryview) -> np.ndarray:
     return (single @ weights).astype(page.dtype.newbyteorder("=")).reshape(page.shape)
 
 
-def _stored(array: np.ndarray, page: Any, path: str, left_out: str) -> Stored:
+def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> Stored:
     """The samples with the meaning that the page's tags give them."""
     if array.dtype.kind == "b" or page.bitspersample == 1:
         array = array.astype(np.uint8)
