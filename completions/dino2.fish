@@ -206,6 +206,8 @@ complete -c dino2 -n '__dino2_at dino2 status' -l help -s h -d 'Show this messag
 complete -c dino2 -n '__dino2_at dino2 embed' -l data -r -F -d 'Image files, a folder of images or a dataset string.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l output -r -F -d 'A .safetensors, .parquet, .csv or .npy file.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l overwrite -d 'Replace an output that is there already.'
+complete -c dino2 -n '__dino2_at dino2 embed' -l tiles -x -d 'Cut each image into tiles of this side in pixels; a row is a tile, with its place.'
+complete -c dino2 -n '__dino2_at dino2 embed' -l overlap -x -d 'Pixels that neighbouring tiles share.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l config-file -r -F -d 'Configuration instead of the run\'s own.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l batch-size -l batch_size -x -d 'Images at a time.'
 complete -c dino2 -n '__dino2_at dino2 embed' -l quiet -s q -d 'Show warnings, errors and results only.'

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_run import TINY, write_images
@@ -135,6 +136,22 @@ def test_one_bad_file_ends_no_evaluation_and_is_in_its_message(
     assert "1 of 40 images are unreadable" in said and "--max-bad-fraction" in said
     assert dino2("embed", run, "--data", photos, "--output", tmp_path / "f.safetensors", *many) == 0
     assert "40 images, 24 dimensions; 1 could not be read" in " ".join(capsys.readouterr().out.split())
+
+
+def test_embed_tiles(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_images(tmp_path / "photos", per_class=1)  # 40 x 40 pixels
+    assert dino2("embed", run, "--data", photos, "--tiles", "24", "--overlap", "8", "--output", tmp_path / "t.csv") == 0
+    rows = [line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines()]
+    assert rows[0][:8] == ["path", "label", "readable", "top", "left", "height", "width", "cls_0"]
+    assert [row[1:7] for row in rows[1:]] == [
+        [label, "1", top, left, "24", "24"] for label in "01" for top in ("0", "16") for left in ("0", "16")
+    ]
+    assert dino2("embed", run, "--data", photos, "--tiles", "24", "--output", tmp_path / "t.parquet") == 0
+    table = pq.read_table(tmp_path / "t.parquet")
+    assert table["tiles"].to_pylist()[:3] == [[0, 0, 24, 24], [0, 16, 24, 24], [16, 0, 24, 24]] and len(table) == 8
+    capsys.readouterr()
+    assert dino2("embed", run, "--data", photos, "--overlap", "8", "--output", tmp_path / "u.csv") == 2
+    assert "--overlap 8 goes with --tiles SIZE" in capsys.readouterr().err
 
 
 def test_logreg_linear_results_and_embed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

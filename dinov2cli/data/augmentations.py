@@ -110,7 +110,8 @@ def render_regions(image: LargeImage, drawn: list[CropParameters], *, color: boo
 
 
 def _part(image: LargeImage, box: Box, drawn: list[CropParameters]) -> tuple[np.ndarray, list[CropParameters]]:
-    shrink = power_of_two(min(min(p.box.height, p.box.width) / p.size for p in drawn))
+    # Twice the crops' own size at least: a box is rounded to whole pixels of what is read.
+    shrink = power_of_two(min(min(p.box.height, p.box.width) / p.size for p in drawn) / 2)
     pixels = image.region(box, shrink)
     moved = [p._replace(box=p.box._replace(top=p.box.top - box.top, left=p.box.left - box.left)) for p in drawn]
     return pixels, [shrunk(p, shrink, *pixels.shape[:2]) for p in moved]

@@ -68,7 +68,7 @@ def run(request: EmbedRequest) -> Embedded:
         ratio = 1.0 if whole_tiles else request.resize_ratio
         extract = subject.extractor(request, detailed=True, batch_size=request.batch_size, resize_ratio=ratio)
         if request.tiles is not None:
-            images = TiledDataset(images, request.tiles, request.overlap)
+            images = TiledDataset(images, request.tiles, request.overlap, extract.reading)
         features = embed(extract, images, request.output)
     n, dim = len(images), features.cls.shape[1]
     return Embedded(str(request.output), n, dim, images.describe(), n - features.size)
