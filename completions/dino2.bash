@@ -115,6 +115,8 @@ _dino2() {
             case "$prev" in
                 --data) :; return ;;
                 --output) :; return ;;
+                --tiles) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --overlap) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --config-file) :; return ;;
                 --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --value-range) :; return ;;
@@ -127,7 +129,7 @@ _dino2() {
                 --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--data --output --overwrite --config-file --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --model --resize-ratio --device --no-cache --json --help -h"
+            options="--data --output --overwrite --tiles --overlap --config-file --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --model --resize-ratio --device --no-cache --json --help -h"
             words="" ;;
         "dino2 results")
             case "$prev" in

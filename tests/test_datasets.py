@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2cli.data.datasets import UnreadableImage, base, listing, make_dataset
+from dinov2cli.data.datasets import UnreadableImage, base, check_dataset, listing, make_dataset
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.joined import JoinedDataset
@@ -377,6 +377,9 @@ class TestTables:
         assert make_dataset(str(photos / "t.csv")).path(0).endswith("/a.png")
         other = make_dataset(f"csv:{photos / 't.csv'}:path=view:label=species")
         assert other.path(0).endswith("/c.png") and other.class_names == ("x", "y")
+        check_dataset(f"csv:{photos / 't.csv'}:path=view:label=species")
+        with pytest.raises(DataError, match=r"there is no .*/nowhere\.csv"):
+            check_dataset(f"csv:{photos / 'nowhere.csv'}:label=species")
         table = pa.table({"path": ["a.png", str(photos / "c.png")], "label": [3, None]})
         pq.write_table(table, photos / "t.parquet")
         from_parquet = make_dataset(str(photos / "t.parquet"))

@@ -67,10 +67,10 @@ def check_dataset(dataset_string: str, split: str | None = None) -> None:
     """
     text = complete(dataset_string, split)
     for weight, part in [] if os.path.exists(os.path.expanduser(text)) else joined(text):
-        name, _, rest = part.partition(":")
+        name = part.partition(":")[0]
         if weight is not None and float(weight) <= 0:
             raise DataError(f"{text!r}: weights are above 0")
-        options = _options(name, rest) if name in KINDS else {"root": rest} if name in SHORT and rest else {}
+        _, options = _kind_of(part) or ("", {})
         place = options.get("root") or options.get("file")
         if place and not os.path.exists(os.path.expanduser(unquoted(place))):
             raise DataError(f"{part}: there is no {place}")
@@ -80,19 +80,27 @@ def check_dataset(dataset_string: str, split: str | None = None) -> None:
 
 
 def _one_dataset(text: str) -> ImageDataset:
-    name, _, rest = text.partition(":")
-    if name in KINDS:
-        return KINDS[name].build(**_options(name, rest))
-    if name in SHORT and rest:
-        first, *_ = inspect.signature(KINDS[SHORT[name]].build).parameters
-        return KINDS[SHORT[name]].build(**_options(SHORT[name], f"{first}={rest}"))
+    if found := _kind_of(text):
+        kind, options = found
+        return KINDS[kind].build(**options)
     if os.path.exists(path := os.path.expanduser(unquoted(text))):
         return recognise(Path(path))
+    name = text.partition(":")[0]
     own = read_site().settings.datasets.keys() - KINDS.keys()
     close = get_close_matches(name, [*KINDS, *own], n=1)
     meant = f"; did you mean {close[0]}?" if close else ""
     known = "".join(f", {each}" for each in sorted(own))
     raise DataError(f"{unquoted(text)!r} is neither a folder nor a known dataset{meant}", KNOWN + known)
+
+
+def _kind_of(text: str) -> tuple[str, dict[str, str]] | None:
+    """The kind of dataset that a string names, with its options."""
+    name, _, rest = text.partition(":")
+    if name in SHORT and rest:
+        name = SHORT[name]
+        first, *_ = inspect.signature(KINDS[name].build).parameters
+        rest = f"{first}={rest}"
+    return (name, _options(name, rest)) if name in KINDS else None
 
 
 def _options(name: str, text: str) -> dict[str, str]:
