@@ -142,7 +142,8 @@ class _Tiles:
             row_items = page.imagewidth * page.samplesperpixel
             self.file.seek(page.dataoffsets[0] + top * row_items * page.dtype.itemsize)
             rows = self.file.read_array(page.parent.byteorder + page.dtype.char, (bottom - top) * row_items)
-            return rows.reshape(bottom - top, page.imagewidth, page.samplesperpixel)[:, left:right]
+            area[:] = rows.reshape(bottom - top, page.imagewidth, page.samplesperpixel)[:, left:right]
+            return area
         needed = {}
         for row in range(top // self.height, -(-bottom // self.height)):
             for column in range(left // self.width, -(-right // self.width)):
