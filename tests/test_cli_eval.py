@@ -261,3 +261,16 @@ def test_no_top_5_where_fewer_than_five_classes_can_have_a_vote(run: Path, capsy
     one, ten = result["rows"]
     assert one["top5"] is None and 0 < ten["top5"] <= 100
     assert any("filled up as in the reference" in note and "k=10" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("protocol", ["knn", "logreg", "linear"])
+def test_a_dry_run_prints_the_plan_and_evaluates_nothing(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert dino2("eval", protocol, run, *DATA, "--device", "cpu", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert f"eval {protocol}" in shown and "1200 crops" in shown and "300 crops" in shown and "cpu" in shown
+    assert dino2("eval", protocol, run, *DATA, "--dry-run", "--partition", "gpu", "--mem", "4G") == 0
+    assert "#SBATCH --mem=4G" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before

@@ -208,11 +208,23 @@ def test_training_without_ibot_and_without_local_crops(make_trainer: Callable[..
     assert last["ibot_loss"] == 0 == last["dino_local_crops_loss"] and last["dino_global_crops_loss"] > 0
 
 
-def test_a_rehearsal_leaves_no_trace(make_trainer: Callable[..., Trainer]) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1e6, "s without waiting for data"), (0.0, "s reckoned from one with 2")]
+)
+def test_a_rehearsal_leaves_no_trace(
+    make_trainer: Callable[..., Trainer],
+    seconds: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("dinov2cli.train.dry_run.SECONDS", seconds)
     trainer = make_trainer()
     trainer.folder.path.mkdir()
     rehearse(trainer)
     assert list(trainer.folder.path.iterdir()) == []
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert trainer.iteration == (3 if seconds else 0), "of a slow machine only a small step is asked"
 
 
 def test_an_earlier_run_is_set_aside(make_trainer: Callable[..., Trainer]) -> None:

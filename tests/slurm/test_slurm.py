@@ -305,3 +305,25 @@ def test_evaluations_during_training_as_jobs(submit: Callable[..., Job], images:
         assert time.monotonic() < until, "\n".join(p.read_text() for p in job.run.rglob("slurm/*/*_log.out"))
         time.sleep(1)
     assert run_results
+
+
+def test_a_folder_with_a_job_takes_no_second_training(submit: Callable[..., Job], images: Path) -> None:
+    job = submit("optim.epochs=300")
+    job.wait_for_line(2)
+    for more in (["--nodes", "2"], []):
+        second = dino2(*training(images, job.run), *more)
+        assert second.returncode == 2, second.stderr
+        assert f"is being trained by process {worker(job.run, 0)}" in second.stderr and f"job {job.id}" in second.stderr
+    unknown = dino2(*training(images, job.run.with_name("other")), "--nodes", "2", "--partition", "mian")
+    assert unknown.returncode == 2 and "Slurm has no partition mian; did you mean main?" in unknown.stderr
+    subprocess.run(["scancel", job.id], check=True)
+    job.wait("CANCELLED")
+    assert dino2(*training(images, job.run), "--gpus", "2", "--dry-run").returncode == 0
+
+
+def test_a_folder_with_a_job_in_the_queue_takes_no_second_one(submit: Callable[..., Job], images: Path) -> None:
+    job = submit("--slurm", "hold=true")
+    assert job.state() == "PENDING"
+    second = dino2(*training(images, job.run), "--nodes", "2")
+    assert second.returncode == 2 and f"has a job already: {job.id} is pending" in second.stderr, second.stderr
+    subprocess.run(["scancel", job.id], check=True)
