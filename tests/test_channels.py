@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from tiny_run import TINY
 
 import dinov2cli
+from dinov2cli.config import load_config
 from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.decoding import Reading, read_image
+from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.errors import DataError, WeightsError
 from dinov2cli.eval.embed import run as embed
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.models.load import load_model
-from dinov2cli.requests.eval import EmbedRequest, KnnRequest
+from dinov2cli.requests.eval import EmbedRequest, KnnRequest, LinearRequest, LogregRequest
 from dinov2cli.requests.export import ExportRequest
 from dinov2cli.requests.pictures import AttentionRequest, PcaImageRequest, PcaVideoRequest
 from dinov2cli.requests.train import TrainRequest
@@ -121,6 +123,28 @@ def five_channel_run(five_channel_set: Path, tmp_path_factory: pytest.TempPathFa
     return run
 
 
+def test_batches_of_sixteen_bits(five_channel_set: Path) -> None:
+    """Normalised by the set's statistics, the same on the device as in the workers, and without what is left out."""
+    mean, std = (0.25, 0.2, 0.25, 0.2, 0.2), (0.1, 0.05, 0.1, 0.05, 0.05)
+    keys = [f"data.mean={list(mean)}", f"data.std={list(std)}", "student.in_chans=5", "crops.channel_dropout_prob=0.3",
+            f"train.dataset_path={five_channel_set}"]  # fmt: skip
+    batches = {}
+    for device in ("false", "true"):
+        config = load_config(overrides=[*TINY, *keys, f"data.device_augment={device}"])
+        (batch,) = make_train_loader(config, start=1, stop=2)
+        batches[device] = batch.to("cpu").normalized()
+    ours, theirs = batches["false"], batches["true"]
+    assert ours.global_crops.shape == (16, 5, 32, 32) and ours.local_crops.shape == (16, 5, 16, 16)
+    assert ours.global_crops.dtype == theirs.global_crops.dtype == torch.float32
+    for name in ("global_crops", "local_crops"):
+        difference = (getattr(ours, name) - getattr(theirs, name)).abs()
+        assert difference.mean() < 1e-3 and difference.max() < 0.05, name
+    left_out = (ours.global_crops.abs().amax((2, 3)) < 1e-5).sum(1)
+    assert 5 < left_out.sum() < 45 and left_out.max() <= 4
+    kept = ours.global_crops[ours.global_crops.abs().amax((2, 3)) >= 1e-5]
+    assert kept.mean().abs() < 1 and 0.3 < kept.std() < 3
+
+
 @pytest.mark.parametrize("format_name", ["safetensors", "official", "hf", "onnx", "torch-export"])
 def test_exports_of_five_channels(five_channel_run: Path, tmp_path: Path, format_name: str) -> None:
     """Equal features, in their own ecosystem; and read back, the same statistics and the same features of files."""
@@ -143,7 +167,10 @@ def test_every_command_takes_a_model_of_five_channels(
 ) -> None:
     sets = {"train_dataset": str(five_channel_set), "val_dataset": str(five_channel_set)}
     scores = dinov2cli.run(KnnRequest(checkpoint=str(five_channel_run), nb_knn=(3,), no_cache=True, **sets))
-    assert scores.evaluations[0].rows if hasattr(scores, "evaluations") else scores.rows
+    assert scores.rows[0].images == 24
+    dinov2cli.run(LogregRequest(checkpoint=str(five_channel_run), no_cache=True, **sets))
+    short = {"epochs": 1, "epoch_length": 2, "batch_size": 4, "num_workers": 0}
+    dinov2cli.run(LinearRequest(checkpoint=str(five_channel_run), no_cache=True, **short, **sets))
     embed(EmbedRequest(checkpoint=str(five_channel_run), data=str(five_channel_set), output=tmp_path / "f.safetensors"))
     features = load_file(tmp_path / "f.safetensors")["cls"]
     model = load_model(five_channel_run)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dinov2cli.config.images import Images
+from dinov2cli.config.images import IMAGENET, Images
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
@@ -174,6 +174,12 @@ def read_weights(
         raise WeightsError(
             f"{source.name}: what is said beside the weights of their images cannot be: {wrong}"
         ) from None
+    if images.mean is None and images.in_chans != len(IMAGENET.mean):
+        mean, std = (levels[0] for levels in images.statistics)
+        report.notes.append(
+            f"mean and standard deviation of its {images.in_chans} channels are said nowhere: ImageNet's averages, "
+            f"{mean} and {std}, stand for them; data.mean and data.std of a --config-file would count"
+        )
     return RecognisedWeights(state, architecture, images, report, source, metadata)
 
 
