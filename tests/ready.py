@@ -55,6 +55,10 @@ def do(connection: socket.socket, more: dict[str, list[str]]) -> int:
     os.environ.update(what["environment"])
     words = what["words"]
     behind = next((added for command, added in more.items() if words[: len(command.split())] == command.split()), [])
+    for option in (word for word in behind if word.startswith("--")):
+        while option in words:  # an option is given once
+            place = words.index(option)
+            del words[place : place + 2]
     code = 0
     try:
         main(words + behind)

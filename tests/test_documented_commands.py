@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import ready
+import tifffile
 from test_pca_video import write_video
 from tiny_run import TINY, write_images
 
@@ -30,8 +32,7 @@ from dinov2cli.config import load_config
 from dinov2cli.config.reference import WITHOUT_EFFECT
 from dinov2cli.config.tree import FIELDS, GROUPS
 from dinov2cli.errors import Dino2Error
-from dinov2cli.launch import training
-from dinov2cli.launch.local import Elsewhere
+from dinov2cli.launch import slurm
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.train import ConfiguredRequest, TrainRequest
 from dinov2cli.site import read_site
@@ -122,9 +123,8 @@ def assert_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(request, ConfiguredRequest) or changes:
         load_config(getattr(request, "preset", None), overrides=changes)
     if isinstance(request, TrainRequest) and request.slurm.is_asked:
-        here = {"config_file": None, "data": "SamplePhotos:split=TRAIN", "output_dir": Path("runs/some")}
-        asked = request.model_copy(update={"dry_run": True, **here})
-        assert isinstance(training.launch(asked), Elsewhere)
+        wanted = slurm.Wanted(request.slurm, request.gpus or 8, request.cpu)
+        assert "#SBATCH" in slurm.script(wanted, folder=Path("slurm"), name="job")
 
 
 @pytest.mark.parametrize(("where", "line"), EXAMPLES, ids=[f"{where} {line}"[:80] for where, line in EXAMPLES])
@@ -230,6 +230,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(home / name, per_class=6)
     shutil.copytree(home / "photos/class0", home / "album")
     write_video(home / "holiday.mp4")
+    (home / "cells").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 4096, (5, 40, 40), dtype=np.uint16)
+        tifffile.imwrite(home / "cells" / f"{number}.tif", pixels, photometric="minisblack")
     run, (train, val) = home / "runs/photos", (str(home / "labelled" / split) for split in ("train", "val"))
     for words in (
         ["train", "--preset", "demo", "--data", str(home / "photos"), "--output-dir", str(run), "--cpu", *TINY],
@@ -267,6 +271,7 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
         (home / "runs").rename(here / "runs")
     (here / "photos").symlink_to(home / ("labelled" if page == "docs/commands.md" else "photos"))
     if page == "docs/commands.md":  # the examples of --help
+        (tmp_path / "dino2.yaml").write_text(f"datasets: {{photos: {home}/photos}}")
         for name in ("RUN", "runs/demo", "runs/baseline", "runs/larger-lr"):
             shutil.copytree(data / "runs/photos", here / name)
     for name, photo in zip(("dog.jpg", "other-dog.jpg"), sorted(home.glob("photos/*/*.png")), strict=False):

@@ -20,7 +20,7 @@ class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov
 
         dino2 datasets stats ~/cells --write cells.yaml
 
-        dino2 datasets stats ~/cells --channels 0 2 4 --value-range '[0, 4095]' --write cells.yaml --preset vits14
+        dino2 datasets stats ~/cells --channels 0 2 4 --value-range '[0, 4095]' --write nuclei.yaml --preset vits14
     """
 
     dataset: str = argument("A folder of images or a dataset string.", metavar="DATASET")

@@ -231,7 +231,7 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
 
     Example:
 
-        dino2 embed runs/demo --data photos --output photos.safetensors
+        dino2 embed runs/demo --data ~/photos --output photos.safetensors
 
         dino2 embed dinov2_vits14 --data dog.jpg cat.jpg --output pets.csv
 
