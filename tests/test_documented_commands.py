@@ -269,7 +269,9 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
         (here / name).symlink_to(home / name)
     if not any(re.search(r"dino2 train.* --output-dir runs/photos", block.text) for block in RUN[page]):
         (home / "runs").rename(here / "runs")
-    (here / "photos").symlink_to(home / ("labelled" if page == "docs/commands.md" else "photos"))
+        shutil.copytree(data / "runs/photos", here / "runs/other")
+    if page != "docs/site-file.md":  # there it is the name of a dataset
+        (here / "photos").symlink_to(home / ("labelled" if page == "docs/commands.md" else "photos"))
     if page == "docs/commands.md":  # the examples of --help
         (tmp_path / "dino2.yaml").write_text(f"datasets: {{photos: {home}/photos}}")
         for name in ("RUN", "runs/demo", "runs/baseline", "runs/larger-lr"):
