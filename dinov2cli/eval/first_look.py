@@ -11,7 +11,7 @@ from dinov2cli.errors import ConfigError, Problems, WeightsError
 from dinov2cli.files import check_folder
 from dinov2cli.requests import sbatch
 from dinov2cli.requests.eval import EvalRequest
-from dinov2cli.site import read_site, shown
+from dinov2cli.site import read_site
 
 
 def look(request: EvalRequest) -> None:
@@ -26,6 +26,7 @@ def look(request: EvalRequest) -> None:
     with wrong.noted():
         train = request.train_dataset or ("none" if getattr(request, "head", None) else None)
         sets = dict(zip(("train", "val"), datasets_for(config, train, request.val_dataset), strict=True))
+        logger.info("train %s, val %s", sets["train"], sets["val"])
     given = (request.train_dataset, request.val_dataset, getattr(request, "finetune_dataset", None))
     for dataset in dict.fromkeys((*given, *sets.values(), *getattr(request, "test_datasets", ()))):
         with wrong.noted():
@@ -82,9 +83,8 @@ def datasets_for(config: Config | None, train: str | None, val: str | None) -> t
             train, val = train or online[0], val or online[1]
         elif "split=TRAIN" in trained_on:
             train, val = train or trained_on, val or trained_on.replace("split=TRAIN", "split=VAL")
-    if not val and train in (None, "none") and "ImageNet" in (site := read_site()).settings.datasets:
+    if not val and train in (None, "none") and "ImageNet" in read_site().settings.datasets:
         train, val = train or "ImageNet", "ImageNet"
-        logger.info("no dataset is given: ImageNet, as %s knows it", shown(site.sources["datasets.ImageNet"]))
     if train and val:
         return train if train == "none" else complete(train, "TRAIN"), complete(val, "VAL")
     missing = " and ".join(name for name, given in (("--train-dataset", train), ("--val-dataset", val)) if not given)

@@ -213,7 +213,7 @@ def test_slurm_own_refusal_is_said(submit: Callable[..., Job], images: Path, tmp
         (["--nodes", "12"], "--nodes 12: partition main has 2 machines"),
         (
             ["--nodes", "2", "--partition", "nowhere"],
-            "partition nowhere: Slurm has no such partition here",
+            "--partition nowhere: Slurm has no partition nowhere",
         ),
     ],
 )
