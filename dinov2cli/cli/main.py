@@ -106,14 +106,15 @@ def main(argv: list[str] | None = None) -> None:
 
     As the process's own command (without `argv`) it ends the process, and does not return.
     """
+    code: str | int | None = 0
     try:
         run_words(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
         if argv is not None:
             raise
-        leave(stop.code)
-    if argv is None:
-        leave(0)
+        code = stop.code
+    if argv is None:  # not above: there the exception still holds what the command was using, loaders among it
+        leave(code)
 
 
 def leave(code: str | int | None) -> NoReturn:
@@ -124,6 +125,10 @@ def leave(code: str | int | None) -> NoReturn:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
+    if multiprocessing := sys.modules.get("multiprocessing"):
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()  # loader processes leave SIGTERM to us, and multiprocessing would wait for them for ever
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a stream that is closed
