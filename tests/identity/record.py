@@ -399,7 +399,7 @@ def run_record(run: Path) -> Record:
     teachers = sorted(run.glob("eval/training_*/teacher_checkpoint.pth"), key=lambda path: int(path.parts[-2][9:]))
     return {
         "files": sorted({str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith(".")}),
-        "config": (run / "config.yaml").read_text().splitlines(),
+        "config": (run / "config.yaml").read_text().replace(f"{run.parent.resolve()}/", "").splitlines(),
         "metrics": [without_times(line) for line in lines],
         "teacher": tensors_record(teachers[-1]),
     }
