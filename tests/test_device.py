@@ -24,7 +24,10 @@ def test_the_cpu_computes_in_float32_whatever_is_asked_for(asked: str, frozen: b
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("asked, message", [("tpu", "unknown; give auto, cpu"), ("cuda:99", "this machine has no GPU|this machine has . CUDA")])
+@pytest.mark.parametrize(
+    "asked, message",
+    [("tpu", "unknown; give auto, cpu"), ("cuda:99", "this machine has no GPU|this machine has . CUDA")],
+)
 def test_a_device_that_is_not_there_is_named(asked: str, message: str) -> None:
     with pytest.raises(EnvironmentProblem, match=f"--device {asked}: ({message})"):
         choose_device(asked)
@@ -81,5 +84,7 @@ def test_pictures_of_a_run_are_made_in_its_precision(tmp_path: Path) -> None:
     weights = tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth"
     save({"teacher": {f"backbone.{name}": tensor for name, tensor in sample_state(PLAIN).items()}}, weights)
     (tmp_path / "config.yaml").write_text("student: {num_heads: 2}\ncompute_precision: {precision: fp16}")
-    requests = [PcaImageRequest(input="photos", output="out.png", model=str(at), device="cpu") for at in (tmp_path, weights)]
+    requests = [
+        PcaImageRequest(input="photos", output="out.png", model=str(at), device="cpu") for at in (tmp_path, weights)
+    ]
     assert [load_picture_model(request)[1] for request in requests] == ["fp16", "fp16"]

@@ -123,7 +123,8 @@ class _Measured(NamedTuple):
 def _measure(config: Config, depth: int, precision: str) -> _Measured:
     """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice."""
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
-    options = config.student.model_copy(update={"depth": depth, "drop_path_rate": rate, "drop_path_uniform": True})
+    size = {"arch": "vit", **config.arch()._asdict(), "depth": depth}
+    options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
     once = config.train.model_copy(update={"activation_checkpointing": False})
     config = config.model_copy(update={"student": options, "train": once})
     counter = FlopCounterMode(display=False)
