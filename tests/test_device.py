@@ -84,7 +84,5 @@ def test_pictures_of_a_run_are_made_in_its_precision(tmp_path: Path) -> None:
     weights = tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth"
     save({"teacher": {f"backbone.{name}": tensor for name, tensor in sample_state(PLAIN).items()}}, weights)
     (tmp_path / "config.yaml").write_text("student: {num_heads: 2}\ncompute_precision: {precision: fp16}")
-    requests = [
-        PcaImageRequest(input="photos", output="out.png", model=str(at), device="cpu") for at in (tmp_path, weights)
-    ]
+    requests = [PcaImageRequest(paths=("photos", "out.png"), model=str(at), device="cpu") for at in (tmp_path, weights)]
     assert [load_picture_model(request)[1] for request in requests] == ["fp16", "fp16"]
