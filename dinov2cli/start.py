@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dinov2cli import distributed
+from dinov2cli import cluster, distributed
 from dinov2cli.config import Config
 from dinov2cli.console import logger, set_up_logging
 from dinov2cli.data.datasets import make_dataset
@@ -26,7 +26,6 @@ from dinov2cli.launch.training import resolve_config
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests import sbatch
 from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
@@ -48,18 +47,13 @@ def run(request: TrainRequest) -> None:
 def train(config: Config, request: TrainRequest) -> None:
     """Train with this configuration; of the request, `cpu`, `no_resume` and `dry_run` count."""
     mark("joining")
-    with distributed.process_group(alone=config.train.sharding in ("ddp", "fsdp")), reported():
+    alone = config.train.sharding in ("ddp", "fsdp")
+    with distributed.process_group(alone=alone), reported(), ExitStack() as until_the_end:
         mark("joined")
-        _train_in_group(config, request)
+        _train_in_group(config, request, until_the_end)
 
 
-def _train_in_group(config: Config, request: TrainRequest) -> None:
-    with ExitStack() as stack:
-        _train_as_owner(config, request, stack)
-
-
-def _train_as_owner(config: Config, request: TrainRequest, stack: ExitStack) -> None:
-    """`stack` holds what ends with the training: that the run folder is its own."""
+def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitStack) -> None:
     folder = RunFolder(Path(config.train.output_dir))
     # Read first, so that a wrong one is found before anything is written.
     with distributed.same_error_everywhere():
@@ -70,7 +64,7 @@ def _train_as_owner(config: Config, request: TrainRequest, stack: ExitStack) -> 
             # What is typed holds for the first start, not for those after a crash or a requeue.
             first = not request.dry_run and (request.no_resume or request.take_over) and not is_restart(folder.path)
             if not request.dry_run:
-                stack.enter_context(owning(folder.path, take_over=request.take_over and first))
+                until_the_end.enter_context(owning(folder.path, take_over=request.take_over and first))
             anew = request.no_resume and first
             if anew and (moved := folder.set_aside()):
                 logger.info("the earlier run is now in %s", moved)
@@ -136,9 +130,9 @@ def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], obje
     datasets_for(config, None, None)
     if not evaluation.tasks_as_jobs:
         return lambda checkpoint: evaluate_teacher(checkpoint, config, evaluation.tasks, device=str(device))
-    sbatch.need_slurm()
+    cluster.need_slurm()
     for word in evaluation.slurm:
-        sbatch.split_parameter(word)
+        cluster.split_parameter(word)
     return lambda checkpoint: submit_tasks(checkpoint, config, cpu=device.type == "cpu")
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dinov2cli"
 FLOORS = {
     "errors": 1.0, "files": 1.1, "distributed": 1.1, "console": 1.2, "device": 1.2,
     "requests": 2,
-    "config": 3.0, "site": 3.1,
+    "config": 3.0, "site": 3.1, "cluster": 3.2,
     "data": 4, "models": 4, "losses": 4,
     "checkpoint": 5.0, "train": 5.1,
     "eval": 6, "export": 6, "visualize": 6, "launch": 6,

@@ -6,13 +6,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from dinov2cli.cluster import check, origins, partitions
 from dinov2cli.data import known
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.strings import KINDS
 from dinov2cli.data.spelling import EXAMPLES, complete
-from dinov2cli.errors import ConfigError, DataError
+from dinov2cli.errors import ConfigError, DataError, Several
 from dinov2cli.eval.first_look import datasets_for
-from dinov2cli.launch.cluster import origins, partitions, wanted_for
+from dinov2cli.launch.slurm import wanted_for
 from dinov2cli.launch.training import resolve_config
 from dinov2cli.requests.base import run
 from dinov2cli.requests.launch import Slurm
@@ -287,7 +288,7 @@ def test_another_run_in_the_default_folder_is_not_touched(missing: int, state: s
 
 
 SINFO = """#!/bin/sh
-printf 'main*|3|idle\\nmain*|1|down*\\nhigh|2|mixed\\n'
+printf 'main*|3\\nmain*|1\\nhigh|2\\n'
 """
 
 
@@ -303,14 +304,22 @@ def sinfo(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_machines_than_there_are(sinfo: None, monkeypatch: pytest.MonkeyPatch) -> None:
     main, high = partitions()
-    assert (main.name, main.nodes, main.in_service, main.is_default) == ("main", 4, 3, True)
+    assert (main.name, main.nodes, main.is_default) == ("main", 4, True)
     assert (high.name, high.nodes, high.is_default) == ("high", 2, False)
     with pytest.raises(ConfigError) as caught:
         wanted_for(Slurm(nodes=12), None, cpu=False, usual=8)
     assert caught.value.message == "--nodes 12: partition main has 4 machines"
     assert "Type --nodes 4" in str(caught.value.hint) and "fewer_nodes: true" in str(caught.value.hint)
-    with pytest.raises(ConfigError, match="partition gpu: Slurm has no such partition here; it has main, high"):
+    with pytest.raises(ConfigError, match="--partition gpu: Slurm has no partition gpu\nThere are: main, high"):
         wanted_for(Slurm(partition="gpu"), None, cpu=False, usual=8)
+    write_settings("slurm: {partition: gpu, mem: plenty}")
+    with pytest.raises(Several) as several:
+        check(Slurm(nodes=12), submits=False)
+    said = "slurm.{0} in ~/.config/dino2/dino2.yaml {1}: "
+    assert [each.message.startswith(said.format(*start)) for each, start in zip(
+        several.value.found, [("mem", "plenty"), ("partition", "gpu")], strict=True)] == [True, True]  # fmt: skip
+    with pytest.raises(ConfigError, match="--nodes 12: partition high has 2 machines"):
+        check(Slurm(nodes=12, partition="high", mem="9G"), submits=False)
     write_settings("slurm: {partition: high, fewer_nodes: true}")
     assert wanted_for(Slurm(nodes=12), None, cpu=False, usual=8).slurm.nodes == 2
     assert wanted_for(Slurm(nodes=12, partition="main"), None, cpu=False, usual=8).slurm.nodes == 4

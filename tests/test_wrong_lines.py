@@ -68,6 +68,7 @@ LINES: list[tuple[str, list[str]]] = [
     (f"{TINY_RUN} train.batch_size_per_gpu=16777216",
      ["GB are there", "This would fit: train.batch_size_per_gpu=", "train.gradient_accumulation="]),
     # Slurm
+    (f"{TINY_RUN} --nodes 12 optim.epoch=3", ["2 things are wrong", "2. --nodes 12: partition gpu has 2 machines"]),
     (f"{TINY_RUN} --nodes 2 --partition gpuu", ["--partition gpuu: Slurm has no partition gpuu; did you mean gpu?"]),
     (f"{TINY_RUN} --nodes 2 --slurm foo=bar --slurm array= --mem plenty",
      ["3 things", "sbatch has no parameter foo", "--slurm array=: the jobs of an array", "--mem plenty: give memory"]),
@@ -116,7 +117,7 @@ def place(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> It
     (tmp_path / "file").write_text("no folder")
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, script in {"sinfo": "echo 'gpu*|2|idle'; echo 'cpu|1|idle'", "sbatch": "touch submitted; exit 1"}.items():
+    for name, script in {"sinfo": "echo 'gpu*|2'; echo 'cpu|1'", "sbatch": "touch submitted; exit 1"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)

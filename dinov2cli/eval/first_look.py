@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
+from dinov2cli import cluster
 from dinov2cli.config import Config, load_config
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import check_dataset, make_dataset
 from dinov2cli.data.spelling import complete
 from dinov2cli.errors import ConfigError, Problems, WeightsError
 from dinov2cli.files import check_folder
-from dinov2cli.requests import sbatch
 from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.site import read_site
 
@@ -39,7 +39,7 @@ def look(request: EvalRequest) -> None:
             check_folder(request.output_dir, "--output-dir")
     if request.slurm.is_asked:
         with wrong.noted():
-            sbatch.check(request.slurm, submits=not request.dry_run)
+            cluster.check(request.slurm, submits=not request.dry_run)
     for device in () if request.slurm.is_asked else (request.device, getattr(request, "train_features_device", None)):
         with wrong.noted():
             from dinov2cli.device import choose_device

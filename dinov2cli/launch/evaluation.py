@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from dinov2cli.launch.cluster import wanted_for
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
-from dinov2cli.launch.slurm import script, submit
+from dinov2cli.launch.slurm import script, submit, wanted_for
 from dinov2cli.requests.eval import EvalRequest
 
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dinov2cli.cluster import need_slurm, on_this_cluster, split_parameter, with_site
+from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, RUN_TOKEN, SLURM_OPTIONS, SUPERVISOR_PID
 from dinov2cli.launch.job import NodeTask
 from dinov2cli.requests.base import Request, words_of
 from dinov2cli.requests.launch import Slurm
-from dinov2cli.requests.sbatch import need_slurm, split_parameter
-from dinov2cli.site import read_site
+from dinov2cli.site import read_site, shown
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -33,6 +34,24 @@ class Wanted(NamedTuple):
     slurm: Slurm
     gpus: int  # on each machine; with `cpu` as many processes, and no GPUs
     cpu: bool
+
+
+def wanted_for(typed: Slurm, gpus: int | None, *, cpu: bool, usual: int) -> Wanted:
+    """What a job is to have, with what the site's file says where nothing is typed.
+
+    Args:
+        gpus: GPUs of each machine as typed; else, where the site has GPUs, `usual`.
+
+    Raises:
+        ConfigError: as `on_this_cluster`.
+    """
+    slurm, site = on_this_cluster(typed), read_site()
+    if slurm.nodes != typed.nodes:
+        file = shown(site.sources["slurm.fewer_nodes"])
+        logger.warning("--nodes %d becomes --nodes %d, all there are (slurm.fewer_nodes in %s)",
+                       typed.nodes, slurm.nodes, file)  # fmt: skip
+    cpu = cpu or (gpus is None and site.settings.slurm.gpus == 0)
+    return Wanted(slurm, gpus or (1 if cpu else usual), cpu)
 
 
 @dataclass(frozen=True)
@@ -110,13 +129,6 @@ def slurm_of_this_job(*parameters: str) -> Slurm:
     own = Slurm.model_validate_json(options) if options else with_site(Slurm())
     changed = {"nodes": None, "cpus_per_task": None, "mem": None, "parameters": (*own.parameters, *parameters)}
     return own.model_copy(update=changed)
-
-
-def with_site(typed: Slurm) -> Slurm:
-    """What is typed, else what the site's file says; `--slurm KEY=VALUE` of both, the file's first."""
-    site = read_site().settings.slurm
-    missing = {name: getattr(site, name) for name in Slurm.model_fields if getattr(typed, name) in (None, ())}
-    return typed.model_copy(update={**missing, "parameters": (*site.parameters, *typed.parameters)})
 
 
 def script(wanted: Wanted, *, folder: Path, name: str) -> str:

@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dinov2cli import cluster
 from dinov2cli.config import Config, find_preset, load_config
 from dinov2cli.console import err, logger
 from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder
-from dinov2cli.launch import cluster, owner, slurm
+from dinov2cli.launch import owner, slurm
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.restarts import newest_checkpoint
-from dinov2cli.requests import sbatch
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, read_site, shown
@@ -45,7 +45,7 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         return Elsewhere(None)
     name, folder = f"dino2-{run.absolute().name}", run.absolute() / "slurm"
     usual = read_site().settings.slurm.gpus or GPUS_PER_NODE
-    wanted = cluster.wanted_for(request.slurm, request.gpus, cpu=request.cpu, usual=usual)
+    wanted = slurm.wanted_for(request.slurm, request.gpus, cpu=request.cpu, usual=usual)
     request = request.model_copy(update={"cpu": wanted.cpu})
     tell_of_fewer_nodes(request, wanted, config)
     if request.dry_run:
@@ -98,7 +98,7 @@ def first_look(request: TrainRequest) -> None:
             resolve_config(request, read_weights=False)  # whether another run is there
     if request.slurm.is_asked:
         with wrong.noted():
-            sbatch.check(request.slurm, submits=not request.dry_run)
+            cluster.check(request.slurm, submits=not request.dry_run)
     else:
         with wrong.noted():
             processes = processes_here(request.gpus, cpu=request.cpu)
