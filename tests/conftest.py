@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,14 @@ import pytest
 # before torch is imported, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the person who runs the tests has told dino2 of the site is nothing to them, and they write nothing there.
-os.environ["DINO2_CONFIG"] = os.path.join(tempfile.mkdtemp(prefix="dino2-tests-"), "dino2.yaml")
+SITE_FILE = Path(tempfile.mkdtemp(prefix="dino2-tests-")) / "dino2.yaml"
+os.environ["DINO2_CONFIG"] = str(SITE_FILE)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known_yet() -> None:
+    """What one test has made known, such as a prepared ImageNet, the next does not know."""
+    SITE_FILE.unlink(missing_ok=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -567,7 +567,7 @@ class TestStrings:
             ("SamplePhotos:spilt=TRAIN", "no key 'spilt'; it has split"),
             ("SamplePhotos:split=TRAIN:split=VAL", "given twice"),
             ("SamplePhotos:split=train", "no split 'train'"),
-            ("ImageNet22k:root=", "ImageNet22k"),
+            ("ImageNet:split=TRAIN", "ImageNet needs root=..."),
             ("ImageNet:root=/x:split=TRAIN", "entries-TRAIN.npy does not exist"),
             ("ImageNet22k:root=/x", "has not been prepared"),
             ("0*SamplePhotos", "weights are above 0"),
