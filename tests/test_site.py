@@ -16,8 +16,9 @@ from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.launch.slurm import wanted_for
 from dinov2cli.launch.training import resolve_config
 from dinov2cli.requests.base import run
+from dinov2cli.requests.datasets import AddDatasetRequest, ForgetDatasetRequest, ShowDatasetRequest
 from dinov2cli.requests.launch import Slurm
-from dinov2cli.requests.tools import AddDatasetRequest, ForgetDatasetRequest, PrepareImagenetRequest, ShowDatasetRequest
+from dinov2cli.requests.tools import PrepareImagenetRequest
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, forget_dataset, read_site, remember_dataset, user_file
 

@@ -12,7 +12,7 @@ from dinov2cli.data.decoding import USUAL
 from dinov2cli.data.look import look_at
 from dinov2cli.data.spelling import EXAMPLES, IMAGENETS, complete
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.requests.tools import (
+from dinov2cli.requests.datasets import (
     AddDatasetRequest,
     ForgetDatasetRequest,
     ListDatasetsRequest,

@@ -1,12 +1,62 @@
-"""Requests about what is in a dataset."""
+"""`dino2 datasets`: requests about datasets that have a name, and what is in them."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from dinov2cli.requests.base import argument, option
+from dinov2cli.requests.base import Request, argument, option
 from dinov2cli.requests.images import ImagesRequest
+
+
+class ListDatasetsRequest(Request, command="datasets list", run_by="dinov2cli.data.known:list_them"):
+    """List the datasets that have a name, with where they lie.
+
+    Example:
+
+        dino2 datasets list
+    """
+
+    as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
+
+
+class ShowDatasetRequest(Request, command="datasets show", run_by="dinov2cli.data.known:show"):
+    """Show what is in a known dataset: folder, images, classes.
+
+    Example:
+
+        dino2 datasets show ImageNet
+    """
+
+    name: str = argument("A name that `dino2 datasets list` prints.")
+    as_json: bool = option(False, "Print one JSON object.", flags="--json")
+
+
+class AddDatasetRequest(Request, command="datasets add", run_by="dinov2cli.data.known:add"):
+    """Give a dataset a name, by which every command then takes it. Nothing is copied.
+
+    Example:
+
+        dino2 datasets add photos /data/photos
+
+        dino2 datasets add ImageNet /data/imagenet --extra /data/imagenet-extra
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*$")] = argument("Letters, digits, '_', '-' and '.'.")
+    dataset: str = argument("A folder of images or a dataset string; for ImageNet and ImageNet22k its root.")
+    extra: Path | None = option(None, "Folder of ImageNet's metadata files.", default_text="the root")
+    force: bool = option(False, "Replace what has the name now.")
+
+
+class ForgetDatasetRequest(Request, command="datasets remove", run_by="dinov2cli.data.known:remove"):
+    """Take a dataset's name away. The images stay where they are.
+
+    Example:
+
+        dino2 datasets remove photos
+    """
+
+    name: str = argument("A name that `dino2 datasets list` prints.")
 
 
 class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov2cli.data.statistics:run", logs=True):
