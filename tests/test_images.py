@@ -1,5 +1,6 @@
 """The Python door: a model with its preprocessing, features of whatever people hold, and what is refused in words."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import dinov2cli
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.images import dataset_of_words
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
@@ -66,6 +68,15 @@ def test_a_folder_a_stack_and_a_name_of_a_model(model: VisionTransformer, weight
     stack = np.stack([np.asarray(Image.open(file)) for file in sorted(photos.rglob("*.png"))])
     assert dinov2cli.embed(stack, model).shape == (16, 24)
     assert dinov2cli.embed(torch.as_tensor(stack).permute(0, 3, 1, 2), model).shape == (16, 24)
+
+
+def test_an_archive_is_a_dataset_and_not_an_image(model: VisionTransformer, photos: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
+    features, expected = dinov2cli.embed(archive, model), dinov2cli.embed(photos, model)
+    assert features.shape == (16, 24) and torch.cdist(features, expected).min(1).values.max() < 1e-4  # in any order
+    (photo,) = photos.glob("class0/0.png")
+    with pytest.raises(DataError, match=r"photos\.zip is no image; give image files, or one folder or dataset"):
+        dataset_of_words([str(photo), str(archive)])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ A table: a row is an image, in the order of the dataset, or, in safetensors, an 
 
 import csv
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from dinov2cli import __version__, distributed
 from dinov2cli.console import counted, stoppable
-from dinov2cli.data.datasets import ImageDataset, check_dataset
+from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.datasets.tiles import TiledDataset
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, check_all
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.images import dataset_of_words
+from dinov2cli.eval.images import check_words, dataset_of_words
 from dinov2cli.eval.subject import load_subject
 from dinov2cli.files import replacing, writing
 from dinov2cli.models.load.locate import check_there
@@ -81,7 +80,7 @@ def look(request: EmbedRequest) -> None:
         Dino2Error: all that is wrong, in the order in which to mend it.
     """
     check_all(
-        *(partial(check_dataset, word) for word in request.data),
+        lambda: check_words(request.data),
         lambda: check_there(request.checkpoint),
         lambda: check_output(request.output, overwrite=request.overwrite),
         lambda: choose_device(request.device),

@@ -1,5 +1,6 @@
 """Images as people have them in Python, and their features: `dinov2cli.load_model` and `dinov2cli.embed`."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dinov2cli.config.images import RGB
-from dinov2cli.data.datasets import UNLABELLED, ImageDataset, make_dataset
+from dinov2cli.data.datasets import UNLABELLED, ImageDataset, check_dataset, make_dataset
+from dinov2cli.data.datasets.recognise import is_dataset_file
 from dinov2cli.data.decoding import USUAL, Reading, read_file, read_image
 from dinov2cli.data.transforms import EvalTransform, usual_size
 from dinov2cli.device import choose_device
@@ -168,17 +170,29 @@ def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL)
 
 
 def dataset_of_words(words: Sequence[str]) -> ImageDataset:
-    """What `--data` names: image files, or else one folder or dataset string.
+    """What `--data` names: image files, or else one folder, archive, table or dataset string.
 
     Raises:
-        DataError: several words that are not all files, or no such dataset.
+        DataError: several words that are not all image files, or no such dataset.
     """
-    if all(Path(word).expanduser().is_file() for word in words):
-        return GivenImages([str(Path(word).expanduser()) for word in words])
-    if len(words) > 1:
-        missing = next(word for word in words if not Path(word).expanduser().is_file())
-        raise DataError(f"--data: {missing} is no file; give image files, or one folder or dataset string.")
-    return make_dataset(words[0])
+    files = _image_files(words)
+    return GivenImages(files) if files else make_dataset(words[0])
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise what `dataset_of_words` would, as far as nothing has to be listed for it."""
+    if not _image_files(words):
+        check_dataset(words[0])
+
+
+def _image_files(words: Sequence[str]) -> list[str]:
+    """All of the words, or none where the only one is something else. Raises DataError where one of several is."""
+    paths = [os.path.expanduser(word) for word in words]
+    others = [path for path in paths if not os.path.isfile(path) or is_dataset_file(path)]
+    if others and len(words) > 1:
+        what = "image" if os.path.isfile(others[0]) else "file"
+        raise DataError(f"--data: {others[0]} is no {what}; give image files, or one folder or dataset string.")
+    return [] if others else paths
 
 
 def _dataset_of(images: Any) -> tuple[ImageDataset, bool]:
@@ -186,7 +200,8 @@ def _dataset_of(images: Any) -> tuple[ImageDataset, bool]:
     if isinstance(images, ImageDataset):
         return images, False
     if isinstance(images, str | Path):
-        return dataset_of_words([str(images)]), Path(images).expanduser().is_file()
+        dataset = dataset_of_words([str(images)])
+        return dataset, isinstance(dataset, GivenImages)
     if isinstance(images, np.ndarray | Tensor):
         one = images.ndim < 4
         return GivenImages([images] if one else list(images)), one

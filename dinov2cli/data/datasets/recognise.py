@@ -1,7 +1,6 @@
 """What a path holds: folders, archives, tables or Parquet files of images, and what only looks like classes."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from dinov2cli.console import logger
@@ -17,6 +16,8 @@ from dinov2cli.errors import DataError
 TRAIN = {"train", "training"}
 OTHERS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 """Names of folders that, beside one of `TRAIN`, are parts of a dataset and not classes."""
+FILES = (".tar", ".zip", ".parquet", *DELIMITERS)
+"""Of files that hold a dataset."""
 
 
 def recognise(path: Path) -> ImageDataset:
@@ -28,20 +29,19 @@ def recognise(path: Path) -> ImageDataset:
     return of_folder(path) if path.is_dir() else of_file(path)
 
 
+def is_dataset_file(file: str | Path) -> bool:
+    """Whether a file, by its name, holds a dataset and not one image."""
+    return str(file).lower().endswith((*FILES, *COMPRESSED))
+
+
 def of_file(file: Path) -> ImageDataset:
     """The dataset in an archive, a table or a Parquet file."""
-    kinds: dict[str, Callable[[str], ImageDataset]] = {
-        ".tar": ArchiveDataset,
-        ".zip": ArchiveDataset,
-        ".parquet": ParquetDataset if file.suffix == ".parquet" and holds_images(file) else TableDataset,
-        **dict.fromkeys(DELIMITERS, TableDataset),
-    }
+    if not is_dataset_file(file):
+        raise DataError(f"{file} is a file that is no dataset; datasets are folders and {', '.join(FILES)} files")
     suffix = file.suffix.lower()
-    if file.name.lower().endswith(COMPRESSED):
-        return ArchiveDataset(file)  # which says what to do
-    if suffix not in kinds:
-        raise DataError(f"{file} is a file that is no dataset; datasets are folders and {', '.join(kinds)} files")
-    return kinds[suffix](str(file))
+    if suffix == ".parquet" and holds_images(file):
+        return ParquetDataset(str(file))
+    return TableDataset(str(file)) if suffix in (".parquet", *DELIMITERS) else ArchiveDataset(file)
 
 
 def of_folder(folder: Path) -> ImageDataset:
