@@ -224,14 +224,18 @@ def test_training_evaluates_each_of_its_teachers(tmp_path: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["rows"] == gathered[-2]["rows"]
 
 
-def test_tasks_of_a_training(run: Path) -> None:
+def test_tasks_of_a_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinov2cli.config import load_config
+    from dinov2cli.eval import leaks
     from dinov2cli.eval.protocol import evaluate_teacher
 
+    looked, compare = [], leaks._compare
+    monkeypatch.setattr(leaks, "_compare", lambda *sets: (looked.append(sets), compare(*sets))[1])
     data = "evaluation.knn_train_dataset=SamplePhotos:split=TRAIN", "evaluation.knn_val_dataset=SamplePhotos:split=VAL"
-    config = load_config(config_file=run / "config.yaml", overrides=[*data, "evaluation.tasks=[knn]"])
-    (done,) = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, config.evaluation.tasks)
-    assert (done.task, done.iteration) == ("knn", 9)
+    config = load_config(config_file=run / "config.yaml", overrides=[*data, "evaluation.tasks=[knn,logreg]"])
+    done, other = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, config.evaluation.tasks)
+    assert (done.task, done.iteration, other.task) == ("knn", 9, "logreg")
+    assert done.extra["val_in_train"] == other.extra["val_in_train"] and len(looked) == 1  # for both of them
     assert json.loads((run / "results.json").read_text())["evaluations"][0]["rows"][0]["top1"] == done.rows[0].top1
 
 

@@ -1,5 +1,6 @@
 """Feature extraction: order, detail, cache; classes of two datasets brought to one numbering."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -103,6 +104,16 @@ def test_cache_is_used_and_equal(images: Path, tmp_path: Path, caplog: pytest.Lo
         second = Extractor(tiny_model(), num_workers=0, cache=cache, device="cpu")(dataset)
     assert "from the cache" in caplog.text
     assert torch.equal(first.cls, second.cls) and torch.equal(first.targets, second.targets)
+
+
+def test_the_cache_looks_at_each_file_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network file system it is a question to the server, for each of a million."""
+    dataset, asked = make_dataset(str(images)), collections.Counter[int]()
+    kind = type(dataset)
+    monkeypatch.setattr(kind, "container", lambda self, index: (asked.update([index]), self.path(index))[1])
+    Extractor(tiny_model(), num_workers=0, cache=FeatureCache(tmp_path / "cache"), device="cpu")(dataset)
+    assert len(list((tmp_path / "cache").rglob("entry.json"))) == 1
+    assert asked == collections.Counter(range(len(dataset)))
 
 
 def test_class_tokens_come_from_detailed_features_too(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +45,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or cache_folder("features")
+        self._fingerprints: WeakKeyDictionary[ImageDataset, str] = WeakKeyDictionary()
 
     def load(self, recipe: Recipe, dataset: ImageDataset) -> Features | None:
         """This process's part of an entry, or None where there is none that still holds; then the log says why.
@@ -51,8 +53,8 @@ class FeatureCache:
         Class tokens alone are also taken from an entry that holds more.
         """
         for kept in dict.fromkeys((recipe, replace(recipe, detailed=True))):
-            entry = self._entry(kept, dataset)
-            reason = _why_not(entry, _identity(kept, dataset)) if distributed.is_main() else None
+            entry, identity = self._entry(kept, dataset), self._identity(kept, dataset)
+            reason = _why_not(entry, identity) if distributed.is_main() else None
             reason = distributed.broadcast_object(reason)
             if reason is None:
                 logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
@@ -64,7 +66,7 @@ class FeatureCache:
     @stoppable("stopping once the features are in the cache")
     def save(self, recipe: Recipe, dataset: ImageDataset, features: Features) -> None:
         """Keep `features`; a disk that is full or read-only costs the cache, not the evaluation."""
-        entry = self._entry(recipe, dataset)
+        entry, identity = self._entry(recipe, dataset), self._identity(recipe, dataset)
         part = entry / f"part-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
         tensors = {**features.tensors, "targets": features.targets, "indices": features.indices}
         try:
@@ -82,15 +84,32 @@ class FeatureCache:
         if problems and distributed.is_main():
             logger.warning("features not cached in %s: %s", self.folder, problems[0])
         elif distributed.is_main():
-            write_text(entry / "entry.json", json.dumps({**_identity(recipe, dataset), "parts": parts}, indent=1))
+            write_text(entry / "entry.json", json.dumps({**identity, "parts": parts}, indent=1))
 
     def unfinished(self, recipe: Recipe, dataset: ImageDataset) -> Gathered:
         """What this process had extracted when it was interrupted, to go on from; empty where there is nothing."""
-        return Gathered(_place_of_unfinished(self._entry(recipe, dataset)), _identity(recipe, dataset))
+        return Gathered(_place_of_unfinished(self._entry(recipe, dataset)), self._identity(recipe, dataset))
 
     def _entry(self, recipe: Recipe, dataset: ImageDataset) -> Path:
         name = json.dumps([recipe.weights, dataset.describe(), _transform(recipe)])
         return self.folder / digest(name)[:24]
+
+    def _identity(self, recipe: Recipe, dataset: ImageDataset) -> dict[str, Any]:
+        """What an entry has to say to hold. Collective.
+
+        The dataset is looked at once, and before its images are read: they may change meanwhile.
+        """
+        if dataset not in self._fingerprints:
+            found = dataset_fingerprint(dataset) if distributed.is_main() else ""
+            self._fingerprints[dataset] = distributed.broadcast_object(found)
+        return {
+            "version": __version__,
+            "weights": recipe.weights,
+            "dataset": self._fingerprints[dataset],
+            "precision": recipe.precision,
+            "transform": _transform(recipe),
+            "of": dataset.describe(),
+        }
 
 
 def _place_of_unfinished(entry: Path) -> Path:
@@ -111,17 +130,6 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
             continue  # an image that is made: its label and name are all there is
         found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
-
-
-def _identity(recipe: Recipe, dataset: ImageDataset) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "weights": recipe.weights,
-        "dataset": dataset_fingerprint(dataset),
-        "precision": recipe.precision,
-        "transform": _transform(recipe),
-        "of": dataset.describe(),
-    }
 
 
 def _transform(recipe: Recipe) -> str:

@@ -19,7 +19,7 @@ from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.leaks import overlap, same_images
+from dinov2cli.eval.leaks import same_images
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
 from dinov2cli.eval.protocol import Trial, labelled
@@ -61,7 +61,7 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     leave_one_out = same_images(train_images, val_images)
     if leave_one_out:
         logger.info("k-NN: %s", LEAVE_ONE_OUT)
-    leak = None if leave_one_out else overlap(train_images, val_images)
+    leak = None if leave_one_out else trial.overlap(train_images, val_images)
     extract = trial.extractor(request.batch_size)
     val = train = extract(train_images, "train features")
     if not leave_one_out:

@@ -24,7 +24,6 @@ from dinov2cli.errors import CheckpointError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.leaks import overlap
 from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, best_head, measure_heads
 from dinov2cli.eval.metrics import Accuracy, MetricType
 from dinov2cli.eval.protocol import Trial, labelled
@@ -110,7 +109,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
     leak = None
     if request.head is None:
         train_images = labelled(trial.train_dataset, "train", "a linear probe")
-        leak = overlap(train_images, val_images)
+        leak = trial.overlap(train_images, val_images)
         n_classes, names = int(torch.as_tensor(train_images.targets()).max()) + 1, train_images.class_names
         val = extract(val_images, "val features").with_classes(align_classes(train_images, val_images))
         resume = not request.no_resume

@@ -18,7 +18,6 @@ from dinov2cli.console import logger, stoppable
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.leaks import overlap
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
@@ -68,7 +67,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
     train_images = labelled(trial.train_dataset, "train", "logistic regression")
     val_images = labelled(trial.val_dataset, "val", "logistic regression")
     mapping = align_classes(train_images, val_images)
-    leak = overlap(train_images, val_images)
+    leak = trial.overlap(train_images, val_images)
     extract = trial.extractor(request.batch_size, resize_ratio=1.0)
     finetune = None
     if request.finetune_dataset is not None:

@@ -21,7 +21,7 @@ from dinov2cli.errors import Dino2Error
 from dinov2cli.eval.classes import check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.first_look import Plan, datasets_for, plan
-from dinov2cli.eval.leaks import Overlap
+from dinov2cli.eval.leaks import Overlap, overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, load_subject
 from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
@@ -63,6 +63,13 @@ class Trial:
     def extractor(self, batch_size: int, **options: Any) -> Extractor:
         """An extractor of the model's features as the request wants them."""
         return self.subject.extractor(self.request, batch_size=batch_size, **options)
+
+    def overlap(self, train: ImageDataset, val: ImageDataset) -> Overlap:
+        """`leaks.overlap` of the two datasets, looked for once however many protocols the subject goes through."""
+        known, pair = self.subject.leaks, (self.train_dataset, self.val_dataset)
+        if pair not in known:
+            known[pair] = overlap(train, val)
+        return known[pair]
 
     @property
     def folder(self) -> Path | None:

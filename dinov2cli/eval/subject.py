@@ -1,7 +1,7 @@
 """What is evaluated: a model, where its weights came from, and the data that its configuration names."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dinov2cli.data.decoding import Reading
 from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.leaks import Overlap
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -28,6 +29,7 @@ class Subject:
         run: the run folder that the weights belong to, if any.
         iteration: the training iteration, if known.
         config: the run's, or the one given; None for weights without one.
+        leaks: what `overlap` has found, by the strings of train and val.
     """
 
     model: VisionTransformer
@@ -36,6 +38,7 @@ class Subject:
     run: Path | None = None
     iteration: int | None = None
     config: Config | None = None
+    leaks: dict[tuple[str, str], Overlap] = field(default_factory=dict)
 
     def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
