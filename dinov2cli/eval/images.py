@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov2cli.config.images import RGB
 from dinov2cli.data.datasets import UNLABELLED, ImageDataset, check_dataset, make_dataset
 from dinov2cli.data.datasets.recognise import is_dataset_file
-from dinov2cli.data.decoding import USUAL, Reading, read_file, read_image
+from dinov2cli.data.decoding import USUAL, Reading, read_image
 from dinov2cli.data.transforms import EvalTransform, usual_size
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError
@@ -116,9 +116,6 @@ class GivenImages(ImageDataset):
 
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         return pixels_of(self.images[index], f"image {index}", reading)
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         each = self.images[index]

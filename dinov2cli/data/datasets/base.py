@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage
+from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage, read_file
 from dinov2cli.data.regions import open_image
 from dinov2cli.data.sampler import Order, SampleOrder
 from dinov2cli.errors import DataError
@@ -30,9 +30,9 @@ class ImageDataset(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def encoded(self, index: int) -> bytes | memoryview:
         """The image file's bytes. Raises `UnreadableImage` if the file cannot be read."""
+        return read_file(self.path(index))
 
     @abstractmethod
     def path(self, index: int) -> str:
@@ -71,7 +71,8 @@ class ImageDataset(ABC):
 
     def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         """The image, not decoded yet; of a large TIFF its header alone is read. Raises `UnreadableImage`."""
-        return open_image(self.path(index), reading) or LazyImage(self.encoded(index), self.path(index), reading)
+        path = self.path(index)
+        return open_image(path, reading) or LazyImage(self.encoded(index), path, reading)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.image(index), self.target(index)

@@ -8,7 +8,6 @@ import numpy as np
 from dinov2cli.console import counted, logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
-from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
 _told: set[Path] = set()
@@ -42,9 +41,6 @@ class FolderDataset(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._paths)
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         self._check_index(index)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, RecordFile, read_texts
-from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
 NO_CLASS = 2**32 - 1
@@ -77,9 +76,6 @@ class ImageNet(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         return self._path(index, self._layout)

@@ -11,7 +11,6 @@ import numpy as np
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import PathTable, image_extensions
 from dinov2cli.data.datasets.parquet import open_parquet
-from dinov2cli.data.decoding import read_file
 from dinov2cli.errors import DataError
 
 PATH_COLUMNS = (
@@ -66,9 +65,6 @@ class TableDataset(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._paths)
-
-    def encoded(self, index: int) -> bytes:
-        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         self._check_index(index)
