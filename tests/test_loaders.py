@@ -18,7 +18,7 @@ from dinov2cli.data.augmentations import normalize
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
-from dinov2cli.data.decoding import Reading
+from dinov2cli.data.decoding import LazyImage, Reading
 from dinov2cli.data.loaders import make_eval_loader, make_train_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -164,9 +164,9 @@ def test_too_many_bad_images_are_named_once() -> None:
 
 def test_a_worker_that_dies_is_explained() -> None:
     class Dying(SamplePhotos):
-        def image(self, index: int, *reading: Reading) -> np.ndarray:
+        def open(self, index: int, *reading: Reading) -> LazyImage:
             os.kill(os.getpid(), signal.SIGKILL)
-            return super().image(index, *reading)
+            return super().open(index, *reading)
 
     loader = make_train_loader(small_config("train.num_workers=1"), start=0, stop=1, dataset=Dying())
     with pytest.raises(EnvironmentProblem, match="killed by the system") as caught:

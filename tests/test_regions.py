@@ -16,7 +16,9 @@ from dinov2cli.data.augmentations import render_crops, render_regions
 from dinov2cli.data.crop_parameters import Box, CropRecipe, draw_crops
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.tiles import TiledDataset, starts
-from dinov2cli.data.decoding import Reading, UnreadableImage, read_image
+from dinov2cli.data.decoding import USUAL, Reading, UnreadableImage, read_image
+from dinov2cli.data.look import look_at
+from dinov2cli.data.statistics import usual_channels
 
 COLORS = np.random.default_rng(0).integers(0, 256, (700, 513, 3), dtype=np.uint8)
 GRAY = COLORS[..., 0]
@@ -82,6 +84,24 @@ def test_crops_are_those_of_the_whole_image(tmp_path: Path, scale: tuple[float, 
     assert [len(views) for views in found] == [2, 3]
     for ours, whole in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         assert ours.shape == whole.shape and np.abs(ours.astype(int) - whole).mean() < 3
+
+
+def test_of_a_large_image_the_header_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((700, 513, 5), np.float32), tile=(128, 64), photometric="minisblack",
+                     planarconfig="contig")  # fmt: skip
+    dataset = make_dataset(str(tmp_path))
+    monkeypatch.setattr(type(dataset), "encoded", None)  # the file as a whole
+    assert str(look_at(dataset, USUAL)) == "all: TIFF; floating point 32 bits; 5 channels; 513 x 700"
+    assert usual_channels(dataset, USUAL) == 5
+
+
+def test_half_floats_are_averaged(tmp_path: Path) -> None:
+    tifffile.imwrite(path := tmp_path / "a.tif", (GRAY / 255).astype(np.float16), tile=(128, 128),
+                     photometric="minisblack")  # fmt: skip
+    image = regions.open_image(str(path), WHOLE_TYPE)
+    assert image is not None
+    expected = GRAY[:696, :512].reshape(87, 8, 64, 8).mean((1, 3))
+    assert np.abs(image.region(Box(0, 0, 696, 512), 8)[..., 0] - expected).max() <= 1
 
 
 def test_what_has_no_regions_is_read_at_once(tmp_path: Path) -> None:

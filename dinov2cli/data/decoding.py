@@ -118,9 +118,7 @@ def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, 
     Raises:
         UnreadableImage: it is no image, damaged, cut short, too large, or cannot become what `reading` asks for.
     """
-    as_channels = not reading.images.are_rgb
-    stored = read_stored(data, path, reading.max_image_gb, shrink=shrink, pages_are_channels=as_channels)
-    return pixels_of(stored, path, reading)
+    return LazyImage(data, path, reading).pixels(shrink)
 
 
 def pixels_of(stored: Stored, path: str, reading: Reading) -> np.ndarray:
@@ -269,7 +267,18 @@ class LazyImage:
     @property
     def channels(self) -> int:
         """How many the file has, opacity apart."""
-        return read_stored(self._data, self._path, self._reading.max_image_gb, pages_are_channels=True).channels
+        return self._stored(pages_are_channels=True).channels
+
+    def described(self) -> Stored:
+        """What the file says of the image. Of a JPEG only its header is read: the samples are zeros."""
+        if self._header is not None and self._header.components in (1, 3):
+            height, width, channels, orientation = self._header
+            zeros = np.broadcast_to(np.uint8(0), (height, width, channels))
+            return Stored(zeros, "JPEG", (0, 255), orientation=orientation)
+        return self._stored(pages_are_channels=not self._reading.images.are_rgb)
+
+    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
+        return read_stored(self._data, self._path, self._reading.max_image_gb, shrink, pages_are_channels)
 
     @property
     def size(self) -> ImageSize:
@@ -282,5 +291,6 @@ class LazyImage:
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """[ceil(H/shrink), ceil(W/shrink), C], as of `decode_image`. `shrink` above 1 only where `can_shrink`."""
         if self._pixels is None:
-            self._pixels = decode_image(self._data, self._path, self._reading, shrink=shrink)
+            stored = self._stored(pages_are_channels=not self._reading.images.are_rgb, shrink=shrink)
+            self._pixels = pixels_of(stored, self._path, self._reading)
         return self._pixels

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dinov2cli.data.datasets.base import ImageDataset
-from dinov2cli.data.decoding import Reading, read_stored
-from dinov2cli.data.formats import fast
-from dinov2cli.data.formats.stored import UnreadableImage
+from dinov2cli.data.decoding import Reading
+from dinov2cli.data.formats.stored import Stored, UnreadableImage
 
 MOST, SECONDS = 1000, 5.0
 KINDS = ("type", "bits", "channels")
@@ -54,15 +53,8 @@ class Look(NamedTuple):
         if small[3:5] != large[3:5]:
             median = f"{statistics.median_low(widths)} x {statistics.median_low(heights)}"
             size += f" to {large.width} x {large.height}, median {median}"
-        parts = [
-            *(_counted(Counter(getattr(each, what) for each in seen)) for what in ("type", "bits", "channels")),
-            size,
-        ]
-        for what, name in (
-            ("turned", "turned by EXIF"),
-            ("alpha", "with transparency"),
-            ("left_out", "with more images"),
-        ):
+        parts = [*(_counted(Counter(getattr(each, what) for each in seen)) for what in KINDS), size]
+        for what, name in SOME.items():
             if count := sum(getattr(facts, what) for facts in seen):
                 parts.append(f"{count} {name}")
         if self.unreadable:
@@ -88,14 +80,14 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def look_at(dataset: ImageDataset, reading: Reading) -> Look:
-    """Facts of up to 1,000 files, evenly over the set, as many as take 5 seconds."""
+    """Facts of up to 1,000 images, evenly over the set, as many as take 5 seconds."""
     started = time.perf_counter()
     files: list[tuple[Facts, str]] = []
     unreadable = 0
     for index in range(0, len(dataset), -(-len(dataset) // MOST)):
         path = dataset.path(index)
         try:
-            files.append((_facts(dataset.encoded(index), path, reading), path))
+            files.append((_facts(dataset.open(index, reading).described()), path))
         except UnreadableImage:
             unreadable += 1
         if time.perf_counter() - started > SECONDS:
@@ -103,21 +95,13 @@ def look_at(dataset: ImageDataset, reading: Reading) -> Look:
     return Look(files, unreadable, len(dataset))
 
 
-def _facts(data: bytes | memoryview, path: str, reading: Reading) -> Facts:
-    if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
-        height, width, components, orientation = jpeg
-        return Facts("JPEG", "8 bits", _channels(components), height, width, orientation > 1, False, False)
-    stored = read_stored(data, path, reading.max_image_gb, pages_are_channels=not reading.images.are_rgb)
+def _facts(stored: Stored) -> Facts:
     array, kind = stored.array, stored.array.dtype
     bits = f"{kind.itemsize * 8} bits"
     if kind.kind in "if":
         bits = f"{'signed' if kind.kind == 'i' else 'floating point'} {bits}"
     elif stored.span is not None and stored.span[0] == 0 and stored.span[1] < 2 ** (8 * kind.itemsize) - 1:
         bits = f"white {stored.span[1]:g}"
-    channels = _channels(stored.channels)
+    channels = {1: "gray", 3: "RGB"}.get(stored.channels, f"{stored.channels} channels")
     turned, more = stored.orientation > 1, bool(stored.left_out)
     return Facts(stored.type, bits, channels, array.shape[0], array.shape[1], turned, stored.alpha, more)
-
-
-def _channels(count: int) -> str:
-    return {1: "gray", 3: "RGB"}.get(count, f"{count} channels")

@@ -4,6 +4,7 @@ H, W: of the image; s: how many times smaller a region is read, a power of two.
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -12,7 +13,8 @@ from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, TiffFile
 
 from dinov2cli.data.crop_parameters import Box
 from dinov2cli.data.decoding import USUAL, ImageSize, LazyImage, Reading, UnreadableImage, pixels_of
-from dinov2cli.data.formats.tiff import named, refuse_what_is_not_read, stored_samples
+from dinov2cli.data.formats.stored import Stored
+from dinov2cli.data.formats.tiff import REMEDY, named, orientation, refuse_what_is_not_read, stored_samples
 from dinov2cli.data.workers import warn_once
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn")
@@ -49,8 +51,8 @@ class LargeImage(LazyImage):
         self._file = TiffFile(path)
         series = self._file.series[0]
         page: Any = series.keyframe
-        with open(path, "rb") as file:
-            refuse_what_is_not_read(page, file.read(10), path)
+        self._file.filehandle.seek(0)
+        refuse_what_is_not_read(page, self._file.filehandle.read(10), path)
         self._levels: dict[int, Any] = {}
         for level in series.levels:
             factor = round(page.imagewidth / level.keyframe.imagewidth)
@@ -58,14 +60,13 @@ class LargeImage(LazyImage):
             if factor & (factor - 1) == 0 and same and level.keyframe.samplesperpixel == page.samplesperpixel:
                 self._levels.setdefault(factor, level.keyframe)
         self._page = page
-        tag = page.tags.get("Orientation")
         self.has_regions = (
             len(series.shape) == len(page.shape)  # no stack
             and page.bitspersample % 8 == 0
             and page.imagedepth == 1
             and page.photometric not in (PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED)  # which cannot be averaged
             and (page.photometric != PHOTOMETRIC.YCBCR or page.compression == COMPRESSION.JPEG)
-            and (tag is None or tag.value == 1)
+            and orientation(page) == 1
             and (page.is_tiled or _is_plain(page) or page.rowsperstrip <= 2 * ROWS)
         )
 
@@ -76,6 +77,15 @@ class LargeImage(LazyImage):
     @property
     def size(self) -> ImageSize:
         return ImageSize(self._page.imagelength, self._page.imagewidth)
+
+    @property
+    def channels(self) -> int:
+        return self.described().channels
+
+    def described(self) -> Stored:
+        """What the file says of the image; the samples are all the first one."""
+        first = self._read(Box(0, 0, 1, 1))
+        return replace(first, array=np.broadcast_to(first.array, (*self.size, first.array.shape[2])))
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """The whole, [ceil(H/s), ceil(W/s), C]; by default so much smaller that its short side has `SHOWN_SIDE`."""
@@ -97,6 +107,9 @@ class LargeImage(LazyImage):
             raise UnreadableImage(self._path, f"of {self._page.dtype} samples in a large image, read in parts, "
                                   "black and white have to be said: data.value_range=[LOW, HIGH] (dtype: 0 to 1 for "
                                   "floating point)")  # fmt: skip
+        return pixels_of(self._read(box, shrink), self._path, self._reading)
+
+    def _read(self, box: Box, shrink: int = 1) -> Stored:
         factor = max(factor for factor in self._levels if factor <= shrink)
         page = self._levels[factor]
         top, left = box.top // factor, box.left // factor
@@ -109,13 +122,12 @@ class LargeImage(LazyImage):
             rows = max(1, tiles.height // step) * step
             for start in range(top, bottom, rows):
                 parts.append(_smaller(tiles.read(start, min(start + rows, bottom), left, right), step))
-            stored = named(stored_samples(np.concatenate(parts), page, self._path, ""), self._file)
+            return named(stored_samples(np.concatenate(parts), page, self._path, ""), self._file)
         except UnreadableImage:
             raise
         except Exception as error:
-            needs = ": pip install 'dinov2cli[tiff]'" if "imagecodecs" in str(error) else ""
+            needs = f": {REMEDY}" if "imagecodecs" in str(error) else ""
             raise UnreadableImage(self._path, f"damaged TIFF ({str(error) or type(error).__name__}){needs}") from error
-        return pixels_of(stored, self._path, self._reading)
 
 
 def power_of_two(limit: float) -> int:
@@ -184,11 +196,10 @@ def _smaller(area: np.ndarray, step: int) -> np.ndarray:
         return area
     height, width, channels = area.shape
     area = np.pad(area, ((0, -height % step), (0, -width % step), (0, 0)), "edge")
-    if area.dtype.kind == "b" or area.dtype.itemsize > 4 or area.dtype in (np.int8, np.int32, np.uint32):
-        area_type, area = area.dtype, area.astype(np.float64)
-    else:
-        area_type = area.dtype
+    kept = area.dtype
+    if kept not in (np.uint8, np.uint16, np.int16, np.float32):  # which OpenCV takes
+        area = area.astype(np.float64)
     size = area.shape[1] // step, area.shape[0] // step
     planes = [cv2.resize(area[..., c], size, interpolation=cv2.INTER_AREA) for c in range(channels)]
     mean = np.stack(planes, axis=2)
-    return mean if area_type.kind == "f" or mean.dtype == area_type else np.rint(mean).astype(area_type)
+    return mean if kept.kind == "f" or mean.dtype == kept else np.rint(mean).astype(kept)

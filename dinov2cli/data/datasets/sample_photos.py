@@ -6,7 +6,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dinov2cli.data.channels import to_channels
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, decode_image
 from dinov2cli.data.formats.stored import Stored
@@ -53,7 +52,7 @@ class SamplePhotos(ImageDataset):
     def __len__(self) -> int:
         return len(PHOTOS) * self.per_class
 
-    def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
+    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         self._check_index(index)
         tiles = self.tiles[index // self.per_class]
         rng = keyed_rng(0, Stream.SAMPLE_PHOTOS, index, list(SPLITS).index(self.split))
@@ -63,12 +62,7 @@ class SamplePhotos(ImageDataset):
         top, left = int((tile.shape[0] - side) * down), int((tile.shape[1] - side) * right)
         crop = tile[top : top + side, left : left + side]
         crop = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
-        if reading.images.are_rgb:
-            return crop
-        return to_channels(crop, Stored(crop, "photo", (0, 255), rgb=True), reading.images, self.path(index))
-
-    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
-        return _Pixels(self.image(index, reading))
+        return _Crop(crop, self.path(index), reading)
 
     def encoded(self, index: int) -> bytes:
         return cv2.imencode(".png", cv2.cvtColor(self.image(index), cv2.COLOR_RGB2BGR))[1].tobytes()
@@ -83,17 +77,15 @@ class SamplePhotos(ImageDataset):
         return f"SamplePhotos {self.split}: {len(self)} crops of {len(PHOTOS)} photos"
 
 
-class _Pixels(LazyImage):
+class _Crop(LazyImage):
     """Pixels that were never a file of their own."""
 
-    def __init__(self, pixels: np.ndarray) -> None:
-        self._pixels = pixels
-        self._header = None
+    def __init__(self, crop: np.ndarray, path: str, reading: Reading) -> None:
+        super().__init__(b"", path, reading)
+        self._crop = Stored(crop, "PNG", (0, 255), rgb=True)
 
-    @property
-    def channels(self) -> int:
-        assert self._pixels is not None
-        return int(self._pixels.shape[2])
+    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
+        return self._crop
 
 
 def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:

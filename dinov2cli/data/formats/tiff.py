@@ -19,7 +19,7 @@ from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory,
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DNG_VERSION, _ORIENTATION, _GDAL_METADATA = 50706, 274, 42112
-_REMEDY = "pip install 'dinov2cli[tiff]'"
+REMEDY = "pip install 'dinov2cli[tiff]'"
 _READ = {
     PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED,
     PHOTOMETRIC.YCBCR,
@@ -42,7 +42,7 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_ch
             refuse_what_is_not_read(page, data, path)
             check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series, place), limit_gb)
             if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
-                raise NotImplementedError("colours that tifffile gives as stored; with or without imagecodecs")
+                return _without_codec(data, path, limit_gb)  # tifffile would give these colours as stored
             array, planes = _samples(series, data, place)
             others = sum(_planes_of(other) for other in tif.series[1:] if not other.keyframe.is_reduced)
             left_out = further(_planes_of(series) - planes + others, "page")
@@ -169,7 +169,7 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
             "TIFF",
             (0, 255 if table.max() < 256 else 65535),
             rgb=True,
-            orientation=_orientation(page),
+            orientation=orientation(page),
             left_out=left_out,
         )
     rgb = kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.SEPARATED)
@@ -196,12 +196,13 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
         inverted=kind == PHOTOMETRIC.MINISWHITE,
         rgb=rgb,
         alpha=bool(opacity),
-        orientation=_orientation(page),
+        orientation=orientation(page),
         left_out=left_out,
     )
 
 
-def _orientation(page: Any) -> int:
+def orientation(page: Any) -> int:
+    """EXIF's number, 1 to 8; 1 where the tag is not there or damaged."""
     tag = page.tags.get(_ORIENTATION)
     return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
 
@@ -220,12 +221,12 @@ def _not_multiplied(array: np.ndarray, alpha: np.ndarray, opaque: float) -> np.n
     return np.asarray(straight, array.dtype)
 
 
-def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: Exception) -> Stored:
+def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: Exception | None = None) -> Stored:
     """What Pillow decodes to the same values; the rest needs imagecodecs."""
     with TiffFile(io.BytesIO(data)) as tif:
         page: Any = tif.series[0].keyframe
         white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE
-        turn, pages = _orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
+        turn, pages = orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
         extra = {int(means) for means in page.extrasamples}
         gray16 = page.samplesperpixel == 1 and page.bitspersample == 16 and page.dtype.kind == "u"
         known = page.samplesperpixel in (1, 3) or (page.samplesperpixel in (2, 4) and extra in ({2}, set()))
@@ -245,4 +246,4 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
             left_out=further(pages, "page"),
         )
     what = f"{page.samplesperpixel} channels of {page.bitspersample} bits, compression {compression}"
-    raise UnreadableImage(path, f"a TIFF of {what}, needs imagecodecs: {_REMEDY}") from error
+    raise UnreadableImage(path, f"a TIFF of {what}, needs imagecodecs: {REMEDY}") from error
