@@ -5,15 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from tiny_run import write_images
 
 import dinov2cli
+from dinov2cli.config.images import Images
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.eval.images import dataset_of_words
+from dinov2cli.eval.images import GivenImages, PictureTransform, dataset_of_words
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
@@ -59,6 +61,48 @@ def test_the_same_features_from_a_path_a_picture_an_array_a_tensor_and_the_trans
     torch.testing.assert_close(dinov2cli.embed(normalised[None], model), expected[:1], rtol=0, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model(normalised[None]), expected[:1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rgba.png", "gray16.png", "palette.png", "cmyk.jpg", "turned.jpg"])
+def test_a_picture_in_memory_is_what_its_file_is(model: VisionTransformer, kind: str, tmp_path: Path) -> None:
+    y, x = np.mgrid[:48, :40]
+    rgb, exif = np.stack([x * 6, y * 5, (x + y) * 2], -1).astype(np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    pictures = {
+        "rgba.png": (Image.fromarray(np.dstack([rgb, rgb[..., 0]])), {}),
+        "gray16.png": (Image.fromarray((x * 1600).astype(np.uint16)), {}),
+        "palette.png": (Image.fromarray(rgb).quantize(16), {"transparency": 0}),
+        "cmyk.jpg": (Image.fromarray(rgb).convert("CMYK"), {}),
+        "turned.jpg": (Image.fromarray(rgb), {"exif": exif}),
+    }
+    picture, options = pictures[kind]
+    picture.save(tmp_path / kind, **options)
+    opened = Image.open(tmp_path / kind)
+    torch.testing.assert_close(
+        dinov2cli.embed(opened, model), dinov2cli.embed(tmp_path / kind, model), rtol=0, atol=1e-6
+    )
+    assert torch.equal(model.transform(opened), model.transform(tmp_path / kind))
+
+
+def test_a_large_file_given_by_name_is_read_by_region_as_one_in_a_folder_is(
+    model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinov2cli.data.regions.LARGE_FILE", 0)
+    monkeypatch.setattr("dinov2cli.data.regions.SHOWN_SIDE", 64)
+    levels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "slide.tif", levels, photometric="rgb", tile=(64, 64))
+    assert GivenImages([str(tmp_path / "slide.tif")]).image(0).shape == (64, 64, 3)
+    assert torch.equal(dinov2cli.embed(tmp_path / "slide.tif", model), dinov2cli.embed(tmp_path, model)[0])
+
+
+def test_a_model_of_five_channels_takes_arrays_of_five(photos: Path) -> None:
+    five = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, in_chans=5).eval()
+    five.images = Images(in_chans=5)
+    array = np.random.default_rng(0).integers(0, 256, (40, 40, 5), dtype=np.uint8)
+    assert dinov2cli.embed(array, five).shape == (24,)
+    assert PictureTransform(five)(array).shape == (5, 32, 32)
+    with pytest.raises(DataError, match="has 3 channels, and the model takes 5"):
+        dinov2cli.embed(photos / "class0/0.png", five)
 
 
 def test_a_folder_a_stack_and_a_name_of_a_model(model: VisionTransformer, weights: Path, photos: Path) -> None:

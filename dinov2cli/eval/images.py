@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2cli.config.images import RGB
+from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.datasets import UNLABELLED, ImageDataset, check_dataset, make_dataset
 from dinov2cli.data.datasets.recognise import is_dataset_file
-from dinov2cli.data.decoding import USUAL, Reading, read_image
+from dinov2cli.data.decoding import USUAL, Reading, pixels_of
+from dinov2cli.data.formats.pillow import of_picture
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, span_of_type
 from dinov2cli.data.transforms import EvalTransform, usual_size
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError
@@ -66,13 +68,14 @@ def embed(
 
         features = dinov2cli.embed(["dog.jpg", "cat.jpg"], "dinov2_vits14")  # [2, 384]
 
-    They are those of `dino2 embed`: resized, centre crop, normalised.
+    They are those of `dino2 embed`: resized, centre crop, normalised. A picture in memory becomes what a file of it
+    would: turned as EXIF says, transparent parts over the mean, 16 bits as 16 bits.
 
     Args:
         images: one image or a sequence of them: paths, PIL images, arrays [H, W] or [H, W, 3] of uint8 or of floats
-            from 0 to 1, uint8 tensors [3, H, W]. Also an array [N, H, W, 3], a uint8 tensor [N, 3, H, W], a folder or
-            a dataset string (all its images), or a dataset. A float tensor [3, S, S] or [N, 3, S, S] is taken as it
-            is: normalised, as `model.transform` gives it.
+            from 0 to 1, uint8 tensors [3, H, W] (C for 3 where the model takes others). Also an array [N, H, W, 3], a
+            uint8 tensor [N, 3, H, W], a folder or a dataset string (all its images), or a dataset. A float tensor
+            [3, S, S] or [N, 3, S, S] is taken as it is: normalised, as `model.transform` gives it.
         model: from `load_model`, or what that takes.
         device: as in `load_model`; by default where the model is, or for a name a GPU if there is one.
         image_size: side in pixels; by default the model's, at most 224.
@@ -98,11 +101,12 @@ class PictureTransform:
     """The preprocessing of evaluations of a model, for pictures as `embed` takes them."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        self.evaluation = EvalTransform.at(usual_size(model.config), getattr(model, "images", RGB))
+        images = getattr(model, "images", RGB)
+        self.evaluation, self.reading = EvalTransform.at(usual_size(model.config), images), Reading(images)
 
     def __call__(self, picture: Any) -> Tensor:
-        """Normalised float32 [3, S, S]. Raises DataError where it is no picture."""
-        return self.evaluation(pixels_of(picture))
+        """Normalised float32 [C, S, S]. Raises DataError where it is no picture."""
+        return self.evaluation(GivenImages([picture]).image(0, self.reading))
 
 
 class GivenImages(ImageDataset):
@@ -115,7 +119,11 @@ class GivenImages(ImageDataset):
         return len(self.images)
 
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
-        return pixels_of(self.images[index], f"image {index}", reading)
+        each = self.images[index]
+        if isinstance(each, str | Path):
+            return super().image(index, reading)
+        name = self.path(index)
+        return pixels_of(stored_in(each, name, reading.images), name, reading)
 
     def path(self, index: int) -> str:
         each = self.images[index]
@@ -128,42 +136,42 @@ class GivenImages(ImageDataset):
         return f"{len(self)} given images" if len(self) > 1 else self.path(0)
 
 
-def pixels_of(picture: Any, name: str = "the picture", reading: Reading = USUAL) -> np.ndarray:
-    """RGB pixels, uint8 [H, W, 3], of a path, a PIL image, an array or a uint8 tensor.
+def stored_in(picture: Any, name: str, images: Images) -> Stored:
+    """What a PIL image, an array or a uint8 tensor holds, as a file of it would store it.
 
     Raises:
-        DataError: something else, or values that are neither uint8 nor floats from 0 to 1.
-        UnreadableImage: a file that cannot be read.
+        DataError: something else, or values that are neither uint8 nor floats from 0 to 1, where `images.value_range`
+            does not say which are black and white.
+        UnreadableImage: a PIL image that cannot be read.
     """
-    if isinstance(picture, str | Path):
-        return read_image(Path(picture), reading)
-    if hasattr(picture, "convert"):  # of PIL
-        from PIL import ImageOps
-
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    if hasattr(picture, "convert"):
+        try:
+            return of_picture(picture, name)
+        except (OSError, ValueError, SyntaxError) as error:  # PIL reads a file's pixels when they are asked for
+            raise UnreadableImage(name, f"damaged image ({error})") from error
     if isinstance(picture, Tensor):
         if picture.is_floating_point():
             raise DataError(
                 f"{name}: a float tensor is taken for one that is normalised; as a picture give uint8 [3, H, W]."
             )
         picture = picture.cpu().movedim(-3, -1).numpy() if picture.dim() > 2 else picture.cpu().numpy()
-    array = np.asarray(picture)
+    array = np.array(picture, order="C")  # a copy: torch takes no array that is read-only
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3):
-        raise DataError(
-            f"{name}: {list(array.shape)} is no picture's shape; give [H, W, 3] (tensors [3, H, W]) or [H, W]."
-        )
+    if array.ndim != 3 or 0 in array.shape or (images.are_rgb and array.shape[2] not in (1, 3)):
+        given, n = [*array.shape], images.in_chans
+        raise DataError(f"{name}: {given} is no picture's shape; give [H, W, {n}] (tensors [{n}, H, W]) or [H, W].")
+    is_said = images.value_range != "auto"
     if array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):
+        if not is_said and not (array.min() >= 0 and array.max() <= 1):
             raise DataError(
                 f"{name}: floats from {array.min():.4g} to {array.max():.4g}, and pictures of floats are from 0 to 1.",
                 hint="Give uint8 for levels from 0 to 255, or divide by 255.",
             )
-        array = np.rint(array * 255).astype(np.uint8)  # as it would be in a file: the same features
-    elif array.dtype != np.uint8:
+    elif array.dtype != np.uint8 and not (is_said and array.dtype.kind in "ui"):
         raise DataError(f"{name}: {array.dtype} values; give uint8 from 0 to 255, or floats from 0 to 1.")
-    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
+    span = span_of_type(array.dtype) if array.dtype == np.uint8 else None
+    return Stored(array, "array", span, rgb=array.shape[2] == 3)
 
 
 def dataset_of_words(words: Sequence[str]) -> ImageDataset:

@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def read_with_pillow(data: bytes | memoryview, path: str, limit_gb: float, shrin
             if image.format not in _ONE_PICTURE and getattr(image, "is_animated", False):
                 left_out = further(getattr(image, "n_frames", 2) - 1, "frame")
                 image.seek(0)
-            return _stored(image, path, left_out)
+            return replace(of_picture(image, path), left_out=left_out)
     except Image.UnidentifiedImageError:
         remedy = _OTHERWISE.get(Path(path).suffix.lower(), "")
         reason = "not an image of any type that Pillow reads"
@@ -74,7 +75,8 @@ def _know_heif(data: bytes | memoryview) -> None:
             register_heif_opener()
 
 
-def _stored(image: Image.Image, path: str, left_out: str) -> Stored:
+def of_picture(image: Image.Image, path: str) -> Stored:
+    """What an image of Pillow's holds. Raises `UnreadableImage` for colours that are not read, else as Pillow does."""
     kind = str(image.format)
     turn = exif_orientation(image.info.get("exif") or b"")
     mode = image.mode
@@ -97,4 +99,4 @@ def _stored(image: Image.Image, path: str, left_out: str) -> Stored:
     array = np.array(image)
     array = array[..., None] if array.ndim == 2 else array
     rgb = array.shape[2] >= 3
-    return Stored(array, kind, (0, 255), rgb=rgb, alpha=alpha, orientation=turn, left_out=left_out)
+    return Stored(array, kind, (0, 255), rgb=rgb, alpha=alpha, orientation=turn)
