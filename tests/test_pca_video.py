@@ -28,7 +28,7 @@ from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
 from dinov2cli.visualize.pca_image import fit_image_basis, render_images
 from dinov2cli.visualize.pca_video import fit_video_basis, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
-from dinov2cli.visualize.video.reader import VideoFile, open_source, sampling_step
+from dinov2cli.visualize.video.reader import VideoFile, check_source, open_source, sampling_step
 from dinov2cli.visualize.video.stills import ImageFolder, list_images
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer
@@ -563,6 +563,11 @@ def test_a_folders_own_pictures_are_no_photos(
     with caplog.at_level("INFO", logger="dino2"):
         assert list_images(folder) == [folder / "a.png"]
     assert "maps.png, out.png" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="dino2"):
+        check_source(folder, 5.0)
+        assert open_source(folder, 5.0).count() == 1
+    assert caplog.text.count("left out") == 1  # and each picture opened once to tell
     assert run_command("pca-image", folder, folder / "out.png", "--model", weights, "--resolution", 4) == 0
     assert (folder / "out.png").read_bytes() == first
     (folder / "a.png").unlink()  # where there is nothing else, they are meant

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dinov2cli.errors import DataError
 from dinov2cli.eval.reports import RESULTS_FILE, Evaluation, heading, read_results, results_blocks, settings_in_words
+from dinov2cli.files import parse_yaml
 from dinov2cli.requests.tools import ResultsRequest
 from dinov2cli.train.verdicts import Collapse, collapse_of, json_lines
 
@@ -159,9 +160,9 @@ def _cells(evaluation: Evaluation) -> dict[str, str]:
 def _online_data(run: Path) -> tuple[str, str]:
     """Train and val of the k-NN while training, by the run's configuration."""
     try:
-        evaluation = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("evaluation") or {}
+        evaluation = (parse_yaml((run / "config.yaml").read_text()) or {}).get("evaluation") or {}
     except FileNotFoundError:
         return "", ""
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"{run / 'config.yaml'} cannot be read ({error})") from None
     return evaluation.get("knn_train_dataset") or "", evaluation.get("knn_val_dataset") or ""

@@ -20,8 +20,8 @@ from dinov2cli.visualize.video.stills import (
     AnimatedPicture,
     Frame,
     ImageFolder,
+    images_in,
     is_animated_webp,
-    list_images,
     of_size,
 )
 from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
@@ -36,7 +36,7 @@ def check_source(path: Path, fps: float | None = None) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
-        list_images(path)
+        images_in(path)
         if fps is not None and fps <= 0:
             raise DataError("--fps must be above 0")
     elif fps is not None:

@@ -102,15 +102,21 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    known = image_extensions()
-    found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
-    if not found:
-        raise DataError(f"{folder}: no images (.png, .jpg, .tif, ...) in this folder")
+    found = images_in(folder)
     photos = [path for path in found if not is_drawn_here(path)]
     if photos and (drawn := sorted(set(found) - set(photos))):
         logger.info("%s: left out, as dino2 drew them: %s", folder, ", ".join(path.name for path in drawn[:4]))
         found = photos
     return sorted(found, key=lambda p: [int(s) if s.isdigit() else s.lower() for s in re.split(r"(\d+)", p.name)])
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Images of a folder by their names alone, none of which is opened. Raises DataError where there is none."""
+    known = image_extensions()
+    found = [path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith(".")]
+    if not found:
+        raise DataError(f"{folder}: no images (.png, .jpg, .tif, ...) in this folder")
+    return found
 
 
 def of_size(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
