@@ -1,7 +1,9 @@
 """`dino2 bench augment` measures every stage of the real loader."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinov2cli.cli.main import main
@@ -30,3 +32,12 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, *SMALL, *OVERRIDES)
     assert "SamplePhotos TRAIN" in text and "images/s" in text and "solarize" in text
+
+
+def test_images_of_five_channels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.full((40, 40, 5), 60 * i, np.uint8))
+    levels = "[0.5,0.5,0.5,0.5,0.5]"
+    five = ["student.in_chans=5", f"data.mean={levels}", f"data.std={levels}"]
+    result = json.loads(run(capsys, "--data", str(tmp_path), *SMALL, "--json", *OVERRIDES, *five))
+    assert {"decode", "resized crop", "collate"} <= set(result["stages_ms"])

@@ -72,6 +72,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
     augmentation = MultiCropAugmentation.from_config(config)
     make_masks, order = masks_of_batches(config), dataset.order(config.train.seed)
     batch_size, reading = config.train.batch_size_per_gpu, Reading.of(config.images(), config)
+    channels = reading.images.in_chans
     total: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -80,7 +81,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
         yield
         total[stage] += time.perf_counter() - started
 
-    buffers = CropBuffers(augmentation.recipes, batch_size)
+    buffers = CropBuffers(augmentation.recipes, batch_size, channels)
     for k in range(-min(images, 10), images):  # the first few warm caches up
         if k == 0:
             total.clear()
@@ -102,8 +103,10 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
             with timed("masks"):
                 masks = make_masks(mask_rng(0, abs(k), 0))
             with timed("collate"):
-                collate(buffers, masks, iteration=0, samples=[0] * batch_size, bad=[])
-                buffers = CropBuffers(augmentation.recipes, batch_size)
+                collate(
+                    buffers, masks, iteration=0, samples=[0] * batch_size, bad=[], statistics=reading.images.statistics
+                )
+                buffers = CropBuffers(augmentation.recipes, batch_size, channels)
     return {stage: 1000 * seconds / images for stage, seconds in total.items()}
 
 
