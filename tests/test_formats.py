@@ -33,7 +33,7 @@ MEAN = (124, 116, 104)
 @pytest.fixture(autouse=True)
 def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     """Warnings of this test, as if none had been said before."""
-    monkeypatch.setattr(workers, "_SAID", bytearray(16))
+    monkeypatch.setattr(workers, "_SAID", [0] * 16)
     monkeypatch.setattr(logging.getLogger("dinov2cli"), "propagate", True)
     warnings: list[str] = []
     monkeypatch.setattr(workers.logger, "warning", lambda text, *of: warnings.append(text % of))

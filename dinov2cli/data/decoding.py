@@ -127,7 +127,7 @@ def pixels_of(stored: Stored, path: str, reading: Reading) -> np.ndarray:
     if images.exif_orientation and stored.orientation != 1:
         stored = replace(stored, array=turned(stored.array, stored.orientation), orientation=1)
     if stored.left_out:
-        warn_once(1, "%s: only its first image is read; %s left out, here and of others", path, stored.left_out)
+        warn_once("%s: only its first image is read; %s left out, here and of others", path, stored.left_out)
     become = to_rgb if images.are_rgb else to_channels
     return become(values(stored, images.value_range, path), stored, images, path)
 
@@ -173,7 +173,7 @@ def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
     if samples.dtype == np.uint8 and (black, white) == (0, 255):
         return 255 - samples if stored.inverted else samples
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-        warn_once(2, "%s: samples that are no finite number become black; the same holds for others like it", path)
+        warn_once("%s: samples that are no finite number become black; the same holds for others like it", path)
         samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
     # float32 would not tell large whole numbers apart.
     scaled: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
@@ -199,7 +199,7 @@ def _black_and_white(samples: np.ndarray, stored: Stored, value_range: str, path
              "[1, 99]' of each image"  # fmt: skip
     if stored.span is not None:
         if stored.span == (0, 65535) and samples.dtype == np.uint16 and 0 < (most := int(samples.max())) < 65536 // DIM:
-            warn_once(0, "%s: its largest value is %d, but white is 65535 in a file of 16 bits, so it is nearly black; "
+            warn_once("%s: its largest value is %d, but white is 65535 in a file of 16 bits, so it is nearly black; "
                       "where white is less (4095 for 12 bits), say data.value_range=[0, 4095] (--value-range)",
                       path, most)  # fmt: skip
         return stored.span
@@ -220,7 +220,7 @@ def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.n
     """
     channels = image.shape[2]
     if channels > 3 and stored.rgb:
-        warn_once(3, "%s: of its %d channels red, green and blue are read; the same holds for others like it", path,
+        warn_once("%s: of its %d channels red, green and blue are read; the same holds for others like it", path,
                   channels)  # fmt: skip
         image = image[..., :3]
     elif channels not in (1, 3):

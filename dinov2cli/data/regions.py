@@ -92,7 +92,7 @@ class LargeImage(LazyImage):
         height, width = self.size
         if shrink == 1:
             shrink = power_of_two(min(height, width) / SHOWN_SIDE)
-            warn_once(5, "%s: %d x %d pixels; as a whole it is read at 1/%d of its size, and so are others like it",
+            warn_once("%s: %d x %d pixels; as a whole it is read at 1/%d of its size, and so are others like it",
                       self._path, width, height, shrink)  # fmt: skip
         return self.region(Box(0, 0, height, width), shrink)
 

@@ -4,6 +4,7 @@ import mmap
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -107,11 +108,14 @@ def loader_errors() -> Iterator[None]:
         ) from error
 
 
-_SAID = mmap.mmap(-1, 16)  # shared with the loader processes, which are forked
+_SAID = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("I")
+"""Checksums of the warnings that were logged, then zeros; shared with the loader processes, which are forked."""
 
 
-def warn_once(matter: int, text: str, *arguments: object) -> None:
-    """Log a warning unless one about the same `matter`, 0 to 15, was logged before, by whichever loader process."""
-    if not _SAID[matter]:
-        _SAID[matter] = 1
+def warn_once(text: str, *arguments: object) -> None:
+    """Log a warning unless one with this `text` was logged before, by whichever loader process."""
+    matter = zlib.crc32(text.encode())
+    place = next(i for i, said in enumerate(_SAID) if said in (0, matter))
+    if not _SAID[place]:
+        _SAID[place] = matter
         logger.warning(text, *arguments)
