@@ -61,6 +61,7 @@ def levels(data: bytes, **images: Any) -> list[int]:
         pytest.param(
             dicom(bands(0, 4095, np.uint16), 12, RescaleSlope=2, RescaleIntercept=-1024), LEVELS, id="rescaled"
         ),
+        pytest.param(dicom(bands(0, 4095, np.uint16), 12, WindowCenter=None, WindowWidth=None), LEVELS, id="no window"),
         # CT of the abdomen: 40 +- 200 HU; what lies outside is black or white.
         pytest.param(
             dicom(bands(-1000, 3000, np.int16), 16, WindowCenter=40, WindowWidth=400), [0, 102, 255, 255], id="window"

@@ -68,17 +68,19 @@ def _stored(array: np.ndarray, header: Any, left_out: str) -> Stored:
             array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
         span = (ends[0] * slope + intercept, ends[1] * slope + intercept) if array.dtype.kind != "f" or (
             "PixelData" in header) else None  # fmt: skip
-    if "VOILUTSequence" in header and "WindowCenter" not in header:
+    has_window = header.get("WindowCenter") is not None and header.get("WindowWidth") is not None
+    if "VOILUTSequence" in header and not has_window:
         array = apply_voi_lut(array[..., 0], header)[..., None]
         span = (0, 2 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1)
-    elif "WindowCenter" in header and "WindowWidth" in header:
+    elif has_window:
         array, span = _windowed(array, header)
     return Stored(array, "DICOM", span, inverted=kind == "MONOCHROME1", left_out=left_out)
 
 
 def _windowed(array: np.ndarray, header: Any) -> tuple[np.ndarray, tuple[float, float]]:
     """The first window: the values at its ends, or for a sigmoid, which has no ends, its values 0 to 1."""
-    center, width = (_first(header[name].value) for name in ("WindowCenter", "WindowWidth"))
+    both = header["WindowCenter"], header["WindowWidth"]
+    center, width = (float(each.value if each.VM == 1 else each.value[0]) for each in both)
     function = str(header.get("VOILUTFunction") or "LINEAR").upper()
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (array.astype(np.float32) - center) / width)), (0, 1)
@@ -86,7 +88,3 @@ def _windowed(array: np.ndarray, header: Any) -> tuple[np.ndarray, tuple[float, 
         return array, (center - width / 2, center + width / 2)
     low = center - 0.5 - (width - 1) / 2
     return array, (low, low + max(width - 1, 1e-3))  # PS3.3 C.11.2.1.2.1; a width of 1 is a threshold
-
-
-def _first(value: Any) -> float:
-    return float(value if isinstance(value, (int, float)) else value[0]) if not isinstance(value, str) else float(value)
