@@ -125,6 +125,7 @@ def test_what_is_remembered_of_data_does_not_depend_on_where_it_lies(tmp_path: P
         ),
         ("ImageNet:split=TRAIN", "ImageNet:split=TRAIN"),
         ("/gone", "/gone"),
+        ("~nobody-is-called-so/photos", "~nobody-is-called-so/photos"),
     ],
 )
 def test_paths_in_dataset_strings_become_absolute(

@@ -242,6 +242,9 @@ def test_names_of_ones_own(home: Path) -> None:
     photos = write_photos(home / "photos")
     assert "2 images, 2 classes" in run(AddDatasetRequest(name="mine", dataset="../photos"))
     assert complete("mine + 2*mine") == f"{photos} + 2*{photos}" and len(make_dataset("mine")) == 2
+    run(AddDatasetRequest(name="joined", dataset="2*folder:../photos + Folder:root=../photos"))
+    assert complete("joined") == f"2*folder:{photos} + Folder:root={photos}"
+    run(ForgetDatasetRequest(name="joined"))
     write_photos(Path("mine"), "1.png")
     with pytest.raises(DataError, match=r"mine is a folder here, and in .* the name of"):
         complete("mine")

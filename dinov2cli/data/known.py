@@ -1,6 +1,5 @@
 """`dino2 datasets`: the datasets that have a name here, shown and edited."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from dinov2cli.data.datasets.imagenet import ImageNet, Split
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.decoding import USUAL
 from dinov2cli.data.look import look_at
-from dinov2cli.data.spelling import EXAMPLES, IMAGENETS, complete
+from dinov2cli.data.spelling import EXAMPLES, IMAGENETS, absolute, complete
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.requests.datasets import (
     AddDatasetRequest,
@@ -120,7 +119,7 @@ def add(request: AddDatasetRequest) -> str:
     Raises:
         ConfigError: the name is taken, or cannot be one; DataError: it cannot be read.
     """
-    name, place = request.name, _absolute(request.dataset)
+    name, place = request.name, absolute(request.dataset)
     if name in EXAMPLES.keys() - IMAGENETS.keys():
         raise ConfigError(
             f"{name} is a kind of dataset", f"Choose another name; by this one only {' and '.join(IMAGENETS)}."
@@ -131,7 +130,7 @@ def add(request: AddDatasetRequest) -> str:
             f"{name} is known already, as {find(name)}", "Replace it with --force, or choose another name."
         )
     if name in IMAGENETS:
-        extra = _absolute(str(request.extra or request.dataset))
+        extra = absolute(str(request.extra or request.dataset))
         value: str | dict[str, str] = _place(place, extra)
         found = _prepared(name, place, extra)
     elif request.extra:
@@ -170,23 +169,18 @@ def find(name: str) -> Known:
 
 def register(name: str, root: Path, extra: Path) -> str:
     """Make a prepared ImageNet known under its name, unless another that is still there has it; what to tell of it."""
-    place = _place(_absolute(str(root)), _absolute(str(extra)))
+    place = _place(absolute(str(root)), absolute(str(extra)))
     known = read_site().settings.datasets.get(name)
     if isinstance(known, Place) and known.model_dump(exclude_none=True) == place:
         return f"known as {name}, as before"
     if isinstance(known, Place) and Path(known.root).is_dir():
-        command = f"dino2 datasets add {name} {_absolute(str(root))} --extra {_absolute(str(extra))} --force"
+        command = f"dino2 datasets add {name} {absolute(str(root))} --extra {absolute(str(extra))} --force"
         return f"{name} is still the name of the one in {known.root}; to give it to this one: {command}"
     return f"known as {name} in {shown(remember_dataset(name, place))}"
 
 
 def _place(root: str, extra: str) -> dict[str, str]:
     return {"root": root} if extra == root else {"root": root, "extra": extra}
-
-
-def _absolute(text: str) -> str:
-    path = os.path.abspath(os.path.expanduser(text))
-    return path if os.path.exists(path) else text
 
 
 def _prepared(name: str, root: str, extra: str) -> list[str]:

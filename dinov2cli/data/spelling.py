@@ -92,15 +92,15 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
 
 def absolute(text: str) -> str:
     """The string with its paths from the root on, so that it means the same in every working folder."""
-    if Path(text).expanduser().exists():
-        return os.path.abspath(Path(text).expanduser())
+    if os.path.exists(path := os.path.expanduser(text)):
+        return os.path.abspath(path)
     return " + ".join(("" if weight is None else f"{weight}*") + _absolute_one(part) for weight, part in joined(text))
 
 
 def _absolute_one(text: str) -> str:
     def placed(value: str) -> str:
-        path = Path(unquoted(value)).expanduser()
-        return _quoted(os.path.abspath(path)) if path.exists() else value
+        path = os.path.expanduser(unquoted(value))
+        return _quoted(os.path.abspath(path)) if os.path.exists(path) else value
 
     name, _, rest = text.partition(":")
     if name in SHORT and rest:
