@@ -1,8 +1,11 @@
 """`dino2 datasets stats`: what it measures is what training normalises by."""
 
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -12,6 +15,7 @@ from PIL import Image
 import dinov2cli
 from dinov2cli.config import load_config
 from dinov2cli.data import statistics
+from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.statistics import with_settings
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.requests.datasets import DatasetStatsRequest
@@ -73,6 +77,16 @@ def test_workers_and_a_restart_change_nothing(
     before = sum(measured)
     assert dinov2cli.run(asked(tmp_path, max_images=290)) == whole
     assert sum(measured) == 290 and before == 160, "what was added up is not read again"
+
+
+def test_another_archive_is_another_set(tmp_path: Path) -> None:
+    seen = set()
+    for color in (3, 200):
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            archive.writestr("a.png", cv2.imencode(".png", np.full((4, 4, 3), color, np.uint8))[1].tobytes())
+        dataset = make_dataset(str(tmp_path / "set.zip"))
+        seen.add(json.dumps(statistics._fingerprint(dataset)))
+    assert len(seen) == 2
 
 
 def test_colours_and_grey_are_rgb_and_damage_is_counted(tmp_path: Path) -> None:

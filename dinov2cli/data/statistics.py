@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,9 +56,7 @@ class ChannelStatistics(NamedTuple):
         lines += [f"{name:{width}}" + "".join(f"{number:8.4f}" for number in numbers) for name, *numbers in rows]
         bad = f", {self.unreadable} unreadable" if self.unreadable else ""
         words = [
-            shlex.quote(
-                f"{group}.{key}={value}".replace("'", "") if isinstance(value, list) else f"{group}.{key}={value}"
-            )
+            shlex.quote(f"{group}.{key}={str(value).replace(chr(39), '') if isinstance(value, list) else value}")
             for group, keys in self.settings.items()
             for key, value in keys.items()
         ]
@@ -257,10 +256,14 @@ def _kept(state: Path) -> Sums | None:
 
 
 def _fingerprint(dataset: ImageDataset) -> list[Any]:
-    """Of the set: how many, and the names, sizes and times of some."""
-    paths = [dataset.path(i) for i in range(0, len(dataset), max(1, len(dataset) // 1000))]
-    known = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
-    return [dataset.describe(), len(dataset), paths, known]
+    """Of the set: how many, and of some the names, and sizes and times of the files that hold them."""
+    found: list[Any] = [dataset.describe(), len(dataset)]
+    for i in range(0, len(dataset), max(1, len(dataset) // 1000)):
+        found.append(dataset.path(i))
+        with suppress(OSError):  # an image that is made: its name is all there is
+            status = os.stat(dataset.container(i))
+            found.append([status.st_size, status.st_mtime_ns])
+    return found
 
 
 def _names(images: Images) -> list[str]:
