@@ -42,10 +42,11 @@ class ShardsDataset(ImageDataset):
         folder = Path(os.path.expanduser(root))
         if not os.path.isdir(folder):
             raise DataError(f"{folder} is not a folder")
-        if not (shards := archives_in(folder, ".tar")):
+        with os.scandir(folder) as entries:
+            tars = [entry.name for entry in entries if entry.name.lower().endswith(".tar") and entry.is_file()]
+        if not (shards := sorted(name for name in tars if not name.startswith("."))):
             raise DataError(f"{folder} holds no .tar files")
         self._open(folder, shards)
-        self.class_names = tuple(str(i) for i in range(int(self._class.max()) + 1))
 
     def _open(self, folder: Path, shards: list[str]) -> None:
         self.root, self.shards = folder, shards
@@ -53,6 +54,7 @@ class ShardsDataset(ImageDataset):
         self._shard, self._offset, self._size, self._inflated, self._class, self._names = index
         require_images(len(self._size), ", ".join(shards[:3]) + f" in {folder}")
         self._files = OpenFiles()
+        self.class_names = tuple(map(str, range(int(self._class.max()) + 1)))
 
     def __len__(self) -> int:
         return len(self._size)
@@ -104,8 +106,7 @@ class ArchiveDataset(ShardsDataset):
         if not os.path.isfile(path):
             raise DataError(f"{path} is not a file")
         self._open(path.parent, [path.name])
-        if (self._class != UNLABELLED).any():
-            self.class_names = tuple(str(i) for i in range(int(self._class.max()) + 1))
+        if self.class_names:
             return
         folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in self._names]
         ends = zip_longest(min(folders), max(folders))
@@ -118,13 +119,6 @@ class ArchiveDataset(ShardsDataset):
     def describe(self) -> str:
         classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
         return f"archive {self.root / self.shards[0]}: {len(self)} images, {classes}"
-
-
-def archives_in(folder: Path, *suffixes: str) -> list[str]:
-    """Names of the files directly in `folder` that end so, sorted."""
-    with os.scandir(folder) as entries:
-        archives = [entry.name for entry in entries if entry.name.lower().endswith(suffixes) and entry.is_file()]
-    return sorted(name for name in archives if not name.startswith("."))
 
 
 class _Index(NamedTuple):

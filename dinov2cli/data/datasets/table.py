@@ -80,7 +80,7 @@ class TableDataset(ImageDataset):
 
 def read_columns(file: Path, *wanted: str | None) -> dict[str, Sequence[str]]:
     """The columns of a table as text, by name; of Parquet only those that may be of use. Raises `DataError`."""
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         parquet = open_parquet(file)
         known = {*PATH_COLUMNS, *LABEL_COLUMNS, *wanted}
         names = [name for name in parquet.schema_arrow.names if name in known or name.lower() in known]
