@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import write_images
+from tiny_run import write_images, write_weights
 
 from dinov2cli.cli.main import main
 from dinov2cli.console import Interrupted, interruption, stoppable
@@ -19,7 +19,6 @@ from dinov2cli.eval.linear import CHECKPOINT
 from dinov2cli.eval.linear_heads import HeadTrainer
 from dinov2cli.eval.nearest import KeyBank
 from dinov2cli.eval.softmax_regression import _Problem
-from dinov2cli.models.vision_transformer import VisionTransformer
 
 DATA = ["--train-dataset", "SamplePhotos:split=TRAIN", "--val-dataset", "SamplePhotos:split=VAL"]
 
@@ -37,13 +36,7 @@ def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, layerscale=1.0)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    size = "arch: vit_tiny, embed_dim: 24, depth: 4, num_heads: 2, patch_size: 8, layerscale: 1.0"
-    crops = "global_crops_size: 32, local_crops_size: 16"
-    (tmp_path / "config.yaml").write_text(f"student: {{{size}}}\ncrops: {{{crops}}}")
-    return tmp_path / "weights.pth"
+    return write_weights(tmp_path)
 
 
 def dino2(*words: str | Path) -> int:

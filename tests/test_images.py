@@ -8,7 +8,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from tiny_run import write_images
+from tiny_run import write_images, write_weights
 
 import dinov2cli
 from dinov2cli.config.images import Images
@@ -21,14 +21,7 @@ from dinov2cli.models.vision_transformer import VisionTransformer
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, layerscale=1.0)
-    torch.save(model.state_dict(), folder / "weights.pth")
-    size = "arch: vit_tiny, embed_dim: 24, depth: 3, num_heads: 2, patch_size: 8, layerscale: 1.0"
-    crops = "global_crops_size: 32, local_crops_size: 16"
-    (folder / "config.yaml").write_text(f"student: {{{size}}}\ncrops: {{{crops}}}")
-    return folder / "weights.pth"
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

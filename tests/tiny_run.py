@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from dinov2cli.models.vision_transformer import VisionTransformer
 
 TINY = [
     "student.arch=vit_tiny", "student.embed_dim=24", "student.depth=2", "student.num_heads=2", "student.patch_size=8",
@@ -26,6 +29,17 @@ def write_images(folder: Path, classes: int = 2, per_class: int = 8, size: int =
             pixels = np.clip(base + rng.normal(0, 25, base.shape), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"class{number}" / f"{image}.png")
     return folder
+
+
+def write_weights(folder: Path) -> Path:
+    """Weights of four small blocks, and the config.yaml of their run beside them."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, layerscale=1.0)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    size = "arch: vit_tiny, embed_dim: 24, depth: 4, num_heads: 2, patch_size: 8, layerscale: 1.0"
+    crops = "global_crops_size: 32, local_crops_size: 16"
+    (folder / "config.yaml").write_text(f"student: {{{size}}}\ncrops: {{{crops}}}")
+    return folder / "weights.pth"
 
 
 TIMES = {"iter_time", "data_time"}
