@@ -15,13 +15,12 @@ Relative paths are relative to the file; `~` and `$VARIABLES` are filled in.
 import difflib
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 
+from dinov2cli.config.editing import with_entry
 from dinov2cli.config.loading import read_yaml
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import lock, write_text, writing
@@ -129,12 +128,12 @@ def remember_dataset(name: str, value: str | dict[str, str]) -> Path:
     Raises:
         ConfigError: the file is wrong, or too unusual to be edited; EnvironmentProblem: it cannot be written.
     """
-    return _edit(partial(_with_entry, name=name, value=value))
+    return _edit(name, value)
 
 
 def forget_dataset(name: str) -> Path:
     """Take a name out of the user's file. Errors as of `remember_dataset`."""
-    return _edit(partial(_with_entry, name=name, value=None))
+    return _edit(name, None)
 
 
 def cache_folder(kind: str) -> Path:
@@ -184,54 +183,16 @@ def _in_words(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _edit(change: Any) -> Path:
+def _edit(name: str, value: str | dict[str, str] | None) -> Path:
     path = user_file().absolute()
     with writing(path), lock(path):
         text = path.read_text(encoding="utf-8") if path.exists() else HEADER
         if path.exists():
             _read(path)  # a file that is wrong is not made worse
-        write_text(path, change(text, path=path))
+        try:
+            edited = with_entry(text, "datasets", name, value)
+        except ValueError:
+            problem, hint = f"{path}: this file is too unusual to be edited", f"Write below datasets: {name}: {value}"
+            raise ConfigError(problem, hint) from None
+        write_text(path, edited)
     return path
-
-
-def _with_entry(text: str, *, name: str, value: Any, path: Path) -> str:
-    """`text` with this entry of `datasets`, or (None) without it; every other line as it was."""
-    before = yaml.safe_load(text) or {}
-    entries = dict(before.get("datasets") or {})
-    entries.pop(name, None)
-    wanted = {**before, "datasets": entries if value is None else {**entries, name: value}}
-    root = yaml.compose(text)
-    lines = [line if line.endswith("\n") else f"{line}\n" for line in text.splitlines(keepends=True)]
-    known = {key.value: (key, node) for key, node in root.value}.get("datasets") if root else None
-    if known is None:
-        lines += _dumped({"datasets": wanted["datasets"]}, 0)
-    elif not known[1].value or known[1].flow_style:  # nothing there yet, or all on one line
-        lines[known[0].start_mark.line : _last_line(known[1]) + 1] = _dumped({"datasets": wanted["datasets"]}, 0)
-    else:
-        column = known[1].value[0][0].start_mark.column
-        place = _last_line(known[1]) + 1
-        start, end = next(
-            ((key.start_mark.line, _last_line(node) + 1) for key, node in known[1].value if key.value == name),
-            (place, place),
-        )
-        lines[start:end] = [] if value is None else _dumped({name: value}, column)
-    changed = "".join(lines)
-    if (after := yaml.safe_load(changed) or {}) != wanted and {
-        **after,
-        "datasets": after.get("datasets") or {},
-    } != wanted:
-        raise ConfigError(f"{path}: this file is too unusual to be edited", f"Write below datasets: {name}: {value}")
-    return changed
-
-
-def _dumped(content: dict[str, Any], column: int) -> list[str]:
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
-    return [" " * column + line for line in text.splitlines(keepends=True)]
-
-
-def _last_line(node: Any) -> int:
-    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
-        ends_before = node.end_mark.column == 0 and node.end_mark.line > node.start_mark.line
-        return int(node.end_mark.line) - int(ends_before)
-    last = node.value[-1]
-    return _last_line(last[1] if isinstance(last, tuple) else last)

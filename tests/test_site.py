@@ -117,14 +117,18 @@ def test_editing_leaves_every_other_line() -> None:
     assert read_site().settings.datasets == {} and read_site().settings.runs == "/runs"
 
 
-@pytest.mark.parametrize("text", ["", "runs: /r", "datasets:\n", "datasets: {a: /a}\nruns: /r\n", "# only this"])
+@pytest.mark.parametrize(
+    "text", ["", "runs: /r", "datasets:  # mine\n", "datasets: ~\n", "datasets: {a: /a}\nruns: /r\n", "# only this"]
+)
 def test_a_name_is_added_to_whatever_is_there(text: str) -> None:
     user_file().parent.mkdir(parents=True)
     user_file().write_text(text)
     remember_dataset("b", "/b")
     before = yaml.safe_load(text) or {}
     expected = {**before, "datasets": {**(before.get("datasets") or {}), "b": "/b"}}
-    assert yaml.safe_load(user_file().read_text()) == expected
+    assert yaml.safe_load(user_file().read_text()) == expected and ("# mine" in text) == (
+        "# mine" in user_file().read_text()
+    )
     forget_dataset("b")
     assert (yaml.safe_load(user_file().read_text()).get("datasets") or {}) == (before.get("datasets") or {})
 

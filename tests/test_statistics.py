@@ -122,6 +122,8 @@ def test_a_channel_without_contrast_is_named(tmp_path: Path) -> None:
         "",
         "# mine\noptim:\n  epochs: 3  # few\n",
         "student:\n  arch: vit_small\n  in_chans: 3\n\ndata:\n  mean: [0.5, 0.5, 0.5]\n  scaled_decode: true\n",
+        "student: {in_chans: 3}\n",
+        "student:  # to be told\n",
         "data:  # images\n  # a comment\n  scaled_decode: true\noptim:\n  epochs: 3\n",
     ],
 )
@@ -130,7 +132,7 @@ def test_a_configuration_keeps_what_else_it_holds(text: str) -> None:
     edited = with_settings(text, settings, Path("cells.yaml"))
     before, after = yaml.safe_load(text) or {}, yaml.safe_load(edited)
     for group, keys in settings.items():
-        assert after[group] == {**before.get(group, {}), **keys}
+        assert after[group] == {**(before.get(group) or {}), **keys}
     assert {key: value for key, value in after.items() if key not in settings} == {
         key: value for key, value in before.items() if key not in settings
     }
@@ -142,6 +144,6 @@ def test_a_configuration_keeps_what_else_it_holds(text: str) -> None:
 
 def test_a_configuration_in_another_form_is_refused() -> None:
     settings: dict[str, dict[str, object]] = {"student": {"in_chans": 2}}
-    refused: Callable[[], str] = lambda: with_settings("student: {in_chans: 3}\n", settings, Path("c.yaml"))  # noqa: E731
+    refused: Callable[[], str] = lambda: with_settings("student: {in_chans: 3}  # cells\n", settings, Path("c.yaml"))  # noqa: E731
     with pytest.raises(ConfigError, match=r"c.yaml: is not written as one key a line; write these keys into it"):
         refused()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
+from dinov2cli.config.editing import with_entry
 from dinov2cli.config.images import Images
-from dinov2cli.config.loading import merge, read_yaml
+from dinov2cli.config.loading import read_yaml
 from dinov2cli.config.presets import find_preset
 from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
@@ -206,31 +206,14 @@ def with_settings(text: str, settings: dict[str, dict[str, Any]], where: Path) -
     Raises:
         ConfigError: it holds one of the groups in another form than a line a key.
     """
-    lines, before = text.splitlines(), yaml.safe_load(text) or {}
-    for group, keys in settings.items():
-        heads = [i for i, line in enumerate(lines) if line.split("#")[0].rstrip() == f"{group}:"]
-        if not heads and group in before:
-            raise _not_edited(where, settings)
-        if not heads:
-            lines += [f"{group}:"]
-            heads = [len(lines) - 1]
-        end = next((i for i in range(heads[0] + 1, len(lines)) if lines[i][:1].strip(" #")), len(lines))
-        for key, value in reversed(keys.items()):
-            line = f"  {key}: {yaml.safe_dump(value, default_flow_style=True, width=10_000).split(chr(10))[0]}"
-            same = [i for i in range(heads[0] + 1, end) if lines[i].strip().startswith(f"{key}:")]
-            if same:
-                lines[same[0]] = line
-            else:
-                lines.insert(heads[0] + 1, line)
-                end += 1
-    edited = "\n".join(lines) + "\n"
-    if yaml.safe_load(edited) != merge(before, settings):
-        raise _not_edited(where, settings)
-    return edited
-
-
-def _not_edited(where: Path, settings: dict[str, dict[str, Any]]) -> ConfigError:
-    return ConfigError(f"{where}: is not written as one key a line; write these keys into it yourself: {settings}")
+    try:
+        for group, keys in settings.items():
+            for key, value in keys.items():
+                text = with_entry(text, group, key, value)
+    except ValueError:
+        what = f"is not written as one key a line; write these keys into it yourself: {settings}"
+        raise ConfigError(f"{where}: {what}") from None
+    return text
 
 
 def _text_of(request: DatasetStatsRequest) -> str:
