@@ -26,7 +26,6 @@ def look(request: EvalRequest) -> None:
     with wrong.noted():
         train = request.train_dataset or ("none" if getattr(request, "head", None) else None)
         sets = dict(zip(("train", "val"), datasets_for(config, train, request.val_dataset), strict=True))
-        logger.info("train %s, val %s", sets["train"], sets["val"])
     given = (request.train_dataset, request.val_dataset, getattr(request, "finetune_dataset", None))
     for dataset in dict.fromkeys((*given, *sets.values(), *getattr(request, "test_datasets", ()))):
         with wrong.noted():
@@ -46,6 +45,7 @@ def look(request: EvalRequest) -> None:
 
             choose_device(device)
     wrong.tell()
+    logger.info("train %s, val %s", sets["train"], sets["val"])
 
 
 def check_checkpoint(request: EvalRequest) -> None:

@@ -210,7 +210,7 @@ def texts(session: Session) -> Record:
         session.small("wrong", "crops.global_crops_size=30"),
         session.train("wrong", "--preset", "dem"),
         session.train("wrong", "--preset", "demo", "--data", "nowhere"),
-        session.train("wrong", "--data", "ImageNets:split=TRAIN"),
+        session.train("wrong", "--preset", "demo", "--data", "ImageNets:split=TRAIN"),
         session.train("wrong", "--config-file", "nowhere.yaml"),
         ["eval", "knn", "nowhere", *PHOTOS],
         ["eval", "knn", "dinov2_vits15", *PHOTOS],
