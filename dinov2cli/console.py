@@ -28,8 +28,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.files import write_text
+from dinov2cli.files import write_text, writing
 
 out = Console()
 """Standard output: results."""
@@ -213,13 +212,8 @@ class MetricLogger:
             EnvironmentProblem: the disk is full.
         """
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
-        try:
+        with writing(self.path):
             self._file.write(json.dumps(clean) + "\n")
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"{self.path}: cannot be written: {error.strerror or error}",
-                "Make space (or make the folder writable) and run the same command again: it resumes.",
-            ) from error
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written is still in its buffer

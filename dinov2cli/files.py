@@ -83,7 +83,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise EnvironmentProblem(
+            f"{path}: cannot be written ({error.strerror or error})",
+            "Make space (or make the folder writable) and run the same command again.",
+        ) from error
 
 
 def check_folder(path: Path, option: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 from dinov2cli.config import ARCHITECTURES, Config, list_presets, load_config
 from dinov2cli.config.messages import suggest
 from dinov2cli.config.tree import FIELDS, annotated_yaml, expectation
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, EnvironmentProblem
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,7 +65,7 @@ def test_saved_file_is_complete(tmp_path: Path) -> None:
 
 def test_save_to_an_impossible_place_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/config\.yaml: cannot write"):
+    with pytest.raises(EnvironmentProblem, match=r"file/config\.yaml: cannot write"):
         Config().save(tmp_path / "file" / "config.yaml")
 
 

@@ -14,8 +14,7 @@ from pydantic import model_validator
 from dinov2cli.config import schema
 from dinov2cli.config.images import IMAGENET_MEAN, ImageOptions, Images
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
-from dinov2cli.errors import ConfigError
-from dinov2cli.files import write_text
+from dinov2cli.files import write_text, writing
 
 
 class Config(schema.Groups):
@@ -75,15 +74,10 @@ class Config(schema.Groups):
         """Write `to_yaml()` to `path`, creating its folder. The file appears complete or not at all.
 
         Raises:
-            ConfigError: the file cannot be written.
+            EnvironmentProblem: the file cannot be written.
         """
-        try:
+        with writing(Path(path)):
             write_text(Path(path), self.to_yaml())
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot write the configuration: {error.strerror or error}",
-                "Make space (or make the folder writable) and run the same command again.",
-            ) from error
 
 
 def _contradictions(config: Config) -> Iterator[str]:

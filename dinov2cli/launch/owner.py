@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dinov2cli.console import logger
-from dinov2cli.errors import ConfigError, EnvironmentProblem
+from dinov2cli.errors import ConfigError
+from dinov2cli.files import writing
 from dinov2cli.launch.environment import RUN_TOKEN
 from dinov2cli.launch.status import read_jobs, slurm_state
 
@@ -134,20 +135,19 @@ def owning(run: Path, *, take_over: bool = False) -> Iterator[None]:
 def _take(path: Path, mine: Owner, *, take_over: bool) -> None:
     aside = path.with_name(f"{NAME}.{mine.token}")
     try:
-        aside.write_text(json.dumps(asdict(mine)))
-        for _ in range(3):
-            if _linked(aside, path):
-                return
-            found = owner_of(path.parent)
-            if found and not take_over and not found[0].is_gone(mine, found[1]):
-                raise _taken(path.parent, *found)
-            if found:
-                logger.warning("%s was trained by %s, which %s; this training goes on there",
-                               path.parent, found[0], "is told to yield" if take_over else "is gone")  # fmt: skip
-            _remove(path, found[0].token if found else None)
-        raise ConfigError(f"{path.parent}: another training has just begun there", "See dino2 status.")
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: cannot be written ({error.strerror or error})") from error
+        with writing(path):
+            aside.write_text(json.dumps(asdict(mine)))
+            for _ in range(3):
+                if _linked(aside, path):
+                    return
+                found = owner_of(path.parent)
+                if found and not take_over and not found[0].is_gone(mine, found[1]):
+                    raise _taken(path.parent, *found)
+                if found:
+                    logger.warning("%s was trained by %s, which %s; this training goes on there",
+                                   path.parent, found[0], "is told to yield" if take_over else "is gone")  # fmt: skip
+                _remove(path, found[0].token if found else None)
+            raise ConfigError(f"{path.parent}: another training has just begun there", "See dino2 status.")
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
