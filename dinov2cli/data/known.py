@@ -33,14 +33,13 @@ class Known(NamedTuple):
         path = Path(self.place.root if isinstance(self.place, Place) else self.place)
         return path if path.is_absolute() else None
 
+    @property
+    def is_there(self) -> bool:
+        return self.folder is None or self.folder.exists()
+
     def as_dict(self) -> dict[str, Any]:
         place = self.place.model_dump() if isinstance(self.place, Place) else {"dataset": self.place}
-        return {
-            "name": self.name,
-            **place,
-            "file": str(self.file),
-            "there": self.folder is None or self.folder.exists(),
-        }
+        return {"name": self.name, **place, "file": str(self.file), "there": self.is_there}
 
     def __str__(self) -> str:
         if isinstance(self.place, str):
@@ -66,7 +65,7 @@ class KnownDatasets(list[Known]):
         table = Table("dataset", "where", "", box=box.SIMPLE_HEAD, pad_edge=False)
         table.columns[1].overflow = "fold"
         for each in self:
-            table.add_row(each.name, str(each), "" if each.as_dict()["there"] else "gone")
+            table.add_row(each.name, str(each), "" if each.is_there else "gone")
         return table
 
 

@@ -202,7 +202,7 @@ def refuse_too_many_bad(bad: int, seen: int, allowed: float, named: Iterable[str
 class EvalBatch(NamedTuple):
     """The images of a batch that can be read, B of them, and the messages of those that cannot."""
 
-    images: Tensor  # float32 [B, 3, H, W]
+    images: Tensor  # float32 [B, C, H, W]
     targets: Tensor  # int64 [B]
     indices: Tensor  # int64 [B], in the dataset
     bad: list[str]

@@ -86,7 +86,7 @@ def read_linear_head(source: str | Path, layers: int = 4) -> nn.Linear:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or set(tensors) != {"weight", "bias"}:
         raise WeightsError(f"{file}: no linear head; it would hold 'weight' and 'bias', it holds {sorted(tensors)[:4]}")
-    refuse_odd_tensors({"weight": weight, "bias": bias}, str(file))
+    refuse_odd_tensors(tensors, str(file))
     if weight.ndim != 2 or tuple(bias.shape) != (weight.shape[0],):
         raise WeightsError(f"{file}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no linear layer")
     with torch.device("meta"):

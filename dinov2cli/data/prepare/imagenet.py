@@ -56,7 +56,8 @@ def list_split(root: Path, split: Split, val_labels: Mapping[int, str] | None = 
     with progress() as bar, ThreadPoolExecutor(SCAN_THREADS) as pool:
         found = pool.map(lambda name: [name + inside for inside in _names_in(folder / name)], folders)
         inside = list(bar.track(found, total=len(folders), description=f"Listing {split.folder}"))
-    loose = [name for name in names if name not in {*folders}]
+    read = frozenset(folders)
+    loose = [name for name in names if name not in read]
     paths = [*loose, *(path for listed in inside for path in listed)]
     listing = max((_sort_out(split, layout, paths) for layout in split.layouts), key=lambda found: found.images)
     if listing.layout == FLAT_VAL and listing.images:

@@ -85,7 +85,9 @@ def check_there(source: str) -> None:
         WeightsError: as `locate`.
     """
     name = source.removesuffix("_lc")
-    if not (is_url(source) and not source.startswith("file://")) and not (name in RELEASED and not Path(name).exists()):
+    is_released = name in RELEASED and not Path(name).exists()
+    is_far = is_url(source) and not source.startswith("file://")
+    if not is_released and not is_far:
         locate(source)
 
 
