@@ -22,8 +22,8 @@ def to_channels(image: np.ndarray, stored: Stored, images: Images, path: str) ->
     if not places and wanted == found + stored.alpha:
         places = list(range(wanted))
     if stored.alpha and found in places:
-        opacity = _opacity(stored)
-        image = np.concatenate([image, opacity if image.dtype != np.uint8 else _as_bytes(opacity)], axis=2)
+        opacity = opacity_of(stored)
+        image = np.concatenate([image, opacity if image.dtype != np.uint8 else as_bytes(opacity)], axis=2)
     elif not places and wanted == 1 and stored.rgb:
         image, places = _luma(image), [0]
     if places == list(range(image.shape[2])) or (not places and wanted == found):
@@ -38,7 +38,7 @@ def to_channels(image: np.ndarray, stored: Stored, images: Images, path: str) ->
             f"data.channels, such as [{', '.join(str(i % found) for i in range(wanted))}]",
         )
     if stored.alpha and found not in places:
-        chosen = _over_mean(chosen, _opacity(stored), images)
+        chosen = _over_mean(chosen, opacity_of(stored), images)
     return np.ascontiguousarray(chosen)
 
 
@@ -64,15 +64,16 @@ def _luma(image: np.ndarray) -> np.ndarray:
     return (luma + np.float32(0.5)).astype(np.uint8)[..., None] if image.dtype == np.uint8 else luma[..., None]
 
 
-def _opacity(stored: Stored) -> np.ndarray:
-    """float32 [H, W, 1] in 0..1."""
+def opacity_of(stored: Stored) -> np.ndarray:
+    """That of an image that has it: float32 [H, W, 1] in 0..1."""
     opacity = stored.array[..., -1:]
     low, opaque = stored.span if stored.span and opacity.dtype.kind == "u" else span_of_type(opacity.dtype)
     share: np.ndarray = ((opacity - np.float64(low)) / (opaque - low)).clip(0, 1).astype(np.float32)
     return share
 
 
-def _as_bytes(share: np.ndarray) -> np.ndarray:
+def as_bytes(share: np.ndarray) -> np.ndarray:
+    """0..1 as uint8."""
     return (share * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 

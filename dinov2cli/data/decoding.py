@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from dinov2cli.config.images import RGB, Images
-from dinov2cli.data.channels import to_channels
+from dinov2cli.data.channels import as_bytes, opacity_of, to_channels
 from dinov2cli.data.formats import fast
 from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
@@ -229,10 +229,8 @@ def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.n
     if channels == 1:
         levels = np.repeat(levels, 3, axis=2)
     if stored.alpha and images.background != "drop":
-        opacity = stored.array[..., -1:]
-        opaque = stored.span[1] if stored.span and stored.array.dtype.kind == "u" else span_of_type(opacity.dtype)[1]
-        if opaque != 255 or opacity.dtype != np.uint8:
-            opacity = (opacity / opaque * 255 + 0.5).clip(0, 255).astype(np.uint8)
+        are_bytes = stored.array.dtype == np.uint8 and stored.span == (0, 255)
+        opacity = stored.array[..., -1:] if are_bytes else as_bytes(opacity_of(stored))
         levels = over_background(levels, opacity, images)
     return np.ascontiguousarray(levels)
 
