@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import TINY, write_images
+from tiny_run import TINY, write_images, write_weights
 
 from dinov2cli.cli.main import main
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -278,3 +278,13 @@ def test_a_dry_run_prints_the_plan_and_evaluates_nothing(
     assert dino2("eval", protocol, run, *DATA, "--dry-run", "--partition", "gpu", "--mem", "4G") == 0
     assert "#SBATCH --mem=4G" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_says_beside_what_results_will_be(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(write_weights(tmp_path / "other").parent)  # a config.yaml beside weights makes no run of them
+    for checkpoint, where in (("weights.pth", "printed only"), (run, "beside the run's teacher")):
+        assert dino2("eval", "knn", checkpoint, *DATA, "--device", "cpu", "--dry-run") == 0
+        assert where in capsys.readouterr().out

@@ -56,6 +56,8 @@ LINES: list[tuple[str, list[str]]] = [
     ("train --cpu --preset demo --output-dir run --init-from no.pth", ["'no.pth' is neither a file or folder"]),
     ("train --cpu --preset demo --output-dir run --init-from dinov3_vits16", ["a model of another generation"]),
     ("eval knn imgs --train-dataset imgs --val-dataset imgs", ["imgs: no weights in this folder"]),
+    ("eval linear dinov2_vits14 --head no.pth --val-dataset imgs", ["--head no.pth: no such file"]),
+    ("export dinov2_vits14 --format onnx --output x.onnx --linear-head no.pth", ["--linear-head no.pth: no such file"]),
     ("info dinov2_vitx14", ["'dinov2_vitx14' is neither a file or folder nor a released name", "dinov2_vits14"]),
     # folders and outputs
     ("train --cpu --preset demo --output-dir file/run", ["--output-dir file/run:", "file is a file, not a folder"]),

@@ -33,6 +33,11 @@ def look(request: EvalRequest) -> None:
                 check_dataset(dataset)
     with wrong.noted():
         check_checkpoint(request)
+    if (head := getattr(request, "head", None)) and not request.slurm.is_asked:
+        with wrong.noted():
+            from dinov2cli.models.classifier import check_head
+
+            check_head(head, "--head")
     if request.output_dir is not None:
         with wrong.noted():
             check_folder(request.output_dir, "--output-dir")
@@ -60,11 +65,18 @@ def check_checkpoint(request: EvalRequest) -> None:
 
 def known_config(request: EvalRequest) -> Config | None:
     """The configuration that belongs to the checkpoint, as far as its path tells; None where there is none."""
-    path = Path(request.checkpoint)
-    run = path if path.is_dir() else path.parent.parent.parent
-    beside = run / "config.yaml" if path.exists() and (run / "config.yaml").is_file() else None
+    run = run_of(request.checkpoint)
+    beside = run / "config.yaml" if run and (run / "config.yaml").is_file() else None
     file = request.config_file or beside
     return load_config(config_file=file, overrides=request.overrides) if file else None
+
+
+def run_of(checkpoint: str) -> Path | None:
+    """The run folder of a checkpoint, by its path; `models.load.locate` finds the same, but takes torch."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return path if (path / "eval").is_dir() or (path / "checkpoints").is_dir() else None
+    return path.parent.parent.parent if path.parent.parent.name == "eval" else None
 
 
 def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:
@@ -113,7 +125,7 @@ def plan(request: EvalRequest) -> Plan:
     config = known_config(request)
     trains = not getattr(request, "head", None)
     train, val = datasets_for(config, request.train_dataset or (None if trains else "none"), request.val_dataset)
-    beside = "beside the run's teacher" if config else "printed only"
+    beside = "beside the run's teacher" if run_of(request.checkpoint) else "printed only"
     rows = {"evaluation": request.command}
     rows["checkpoint"] = request.checkpoint + ("" if Path(request.checkpoint).exists() else " (downloaded if need be)")
     if trains:

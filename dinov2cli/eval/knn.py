@@ -211,7 +211,7 @@ def online_knn(model: nn.Module, train_dataset: ImageDataset, val_dataset: Image
     try:
         extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, **options)
         train = extract(train_dataset)
-        same = train_dataset.describe() == val_dataset.describe()
+        same = same_images(train_dataset, val_dataset)
         val = train if same else extract(val_dataset).with_classes(mapping)
     finally:
         model.train(was_training)

@@ -27,7 +27,7 @@ from dinov2cli.export.weight_files import (
     write_timm,
 )
 from dinov2cli.files import check_folder, sha256
-from dinov2cli.models.classifier import head_input, read_linear_head
+from dinov2cli.models.classifier import check_head, head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights
 from dinov2cli.models.load.locate import architecture_file, check_there
 from dinov2cli.models.load.released import RELEASED
@@ -121,7 +121,7 @@ def run(request: ExportRequest) -> ExportResult:
     chosen, output = FORMATS[request.format], request.output
     check_all(
         lambda: check_there(request.checkpoint),
-        lambda: _check_head(request.linear_head),
+        lambda: check_head(request.linear_head, "--linear-head") if request.linear_head else None,
         lambda: _check_output(request, chosen.suffixes),
     )
     released = RELEASED.get(request.checkpoint)
@@ -218,11 +218,6 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportR
     }
     model = build_from(weights).eval().requires_grad_(False)
     return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
-
-
-def _check_head(file: Path | None) -> None:
-    if file is not None and not file.is_file():
-        raise WeightsError(f"--linear-head {file}: no such file")
 
 
 def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:

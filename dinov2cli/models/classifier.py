@@ -95,6 +95,12 @@ def read_linear_head(source: str | Path, layers: int = 4) -> nn.Linear:
     return head.requires_grad_(False)
 
 
+def check_head(source: str | Path, option: str) -> None:
+    """Raise WeightsError where there is no file that `read_linear_head` could read; nothing is downloaded."""
+    if str(source) not in RELEASED and not is_url(str(source)) and not Path(source).is_file():
+        raise WeightsError(f"{option} {source}: no such file")
+
+
 def load_classifier(
     name_or_path: str | Path,
     head: str | Path | None = None,
