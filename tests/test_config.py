@@ -65,7 +65,7 @@ def test_saved_file_is_complete(tmp_path: Path) -> None:
 
 def test_save_to_an_impossible_place_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match=r"file/config\.yaml: cannot write"):
+    with pytest.raises(EnvironmentProblem, match=r"file/config\.yaml: cannot be written"):
         Config().save(tmp_path / "file" / "config.yaml")
 
 
