@@ -191,11 +191,13 @@ def test_cancelled_is_cancelled(submit: Callable[..., Job]) -> None:
     assert job.state() == "CANCELLED", "it came back"
 
 
-def test_an_error_of_the_user_ends_the_job_with_one_message(submit: Callable[..., Job]) -> None:
-    job = submit("--data", "/no/such/folder")
+def test_an_error_of_the_user_ends_the_job_with_one_message(submit: Callable[..., Job], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pth"  # is there, so that only the job, which reads it, can tell
+    broken.write_text("no weights")
+    job = submit("--init-from", str(broken))
     assert job.wait() == "FAILED"
     said = [line for line in job.logs().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "/no/such/folder" in said[0], job.logs()
+    assert len(said) == 1 and str(broken) in said[0], job.logs()
     assert "Traceback" not in job.logs()
     assert read_restarts(job.run) == []
 
