@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dinov2cli.eval.images import load_model as load_model
     from dinov2cli.requests.base import run as run
     from dinov2cli.requests.bench import *  # noqa: F403
+    from dinov2cli.requests.datasets import *  # noqa: F403
     from dinov2cli.requests.eval import *  # noqa: F403
     from dinov2cli.requests.export import *  # noqa: F403
     from dinov2cli.requests.pictures import *  # noqa: F403
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 
 _PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base"}
-_REQUESTS = ("bench", "eval", "export", "pictures", "tools", "train")
+_REQUESTS = ("bench", "datasets", "eval", "export", "pictures", "tools", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_run import write_images, write_weights
 
 import dinov2cli
+from dinov2cli.cli.main import REQUESTS
 from dinov2cli.config.images import Images
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
@@ -143,7 +144,7 @@ def test_an_unknown_device_is_named_before_weights_are_sought() -> None:
 
 def test_dir_shows_the_public_names() -> None:
     names = dir(dinov2cli)
-    assert {"load_model", "embed", "run", "KnnRequest", "TrainRequest", "__version__"} <= set(names)
+    assert {"load_model", "embed", "run", "__version__", *(each.__name__ for each in REQUESTS)} <= set(names)
     assert "import_module" not in names and all(getattr(dinov2cli, name) for name in names)
 
 

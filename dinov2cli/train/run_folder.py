@@ -5,13 +5,14 @@ from pathlib import Path
 import yaml
 
 from dinov2cli.errors import ConfigError
+from dinov2cli.files import parse_yaml
 from dinov2cli.train.verdicts import VERDICTS_FILE
 
 
 def written_by_dino2(config: Path) -> bool:
     """Whether a config.yaml has the keys that dino2 adds to the reference's, in whatever version."""
     try:
-        train = yaml.safe_load(config.read_text())["train"]
+        train = parse_yaml(config.read_text())["train"]
         return "keep" in train or "gradient_accumulation" in train
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
         return False
