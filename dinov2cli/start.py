@@ -1,5 +1,6 @@
 """What a request to train does: the configuration, the checks, the trainer, and evaluations on the way."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval import knn
 from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.eval.protocol import evaluate_teacher
+from dinov2cli.files import write_text, writing
 from dinov2cli.launch import slurm
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.notes import mark, reported
@@ -112,14 +114,24 @@ def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitSt
 
 
 def make_online_knn(config: Config) -> OnlineKnn | None:
-    """The score that `evaluation.knn_period` asks for."""
+    """The score that `evaluation.knn_period` asks for; the first one leaves the baselines in the run folder, too."""
     evaluation, precision = config.evaluation, config.compute_precision.precision
     if not evaluation.knn_period:
         return None
     train_images, val_images = make_dataset(evaluation.knn_train_dataset), make_dataset(evaluation.knn_val_dataset)
     bad = config.train.max_bad_fraction
     options = {"precision": precision, "max_bad_fraction": bad, "reading": Reading.of(config.images(), config)}
-    return lambda backbone: knn.online_knn(backbone, train_images, val_images, **options)
+    baselines = RunFolder(Path(config.train.output_dir)).knn_baselines
+
+    def score(backbone: VisionTransformer) -> float:
+        if not distributed.broadcast_object(baselines.exists()):
+            found = knn.online_baselines(backbone, train_images, val_images, **options)
+            if distributed.is_main():
+                with writing(baselines):
+                    write_text(baselines, json.dumps(found))
+        return knn.online_knn(backbone, train_images, val_images, **options)
+
+    return score
 
 
 def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], object] | None:

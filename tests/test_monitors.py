@@ -1,16 +1,21 @@
 """Monitors tell a collapsed teacher from a healthy one."""
 
+import io
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console, RenderableType
 from tiny_run import TINY, write_images
 
 from dinov2cli.cli.main import main
+from dinov2cli.eval.baselines import names
+from dinov2cli.eval.results import RunResults
 from dinov2cli.launch.status import read_status
 from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health, teacher_numbers
 
@@ -52,6 +57,12 @@ def test_each_kind_of_collapse_is_named(broken: TeacherView, words: str) -> None
 def test_entropy_counts_zero_as_zero() -> None:
     assert entropy(torch.tensor([0.0, 1.0])).item() == 0
     assert entropy(torch.full((4,), 0.25)).item() == pytest.approx(math.log(4))
+
+
+def said(shown: RenderableType) -> str:
+    console = Console(width=100, file=io.StringIO())
+    console.print(shown)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -101,7 +112,7 @@ def test_stop_on_collapse_saves_and_stops(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_training_ends_with_where_the_weights_are_the_score_and_what_is_next(
+def test_training_ends_with_where_the_weights_are_the_score_beside_baselines_and_what_is_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "images"
@@ -110,3 +121,9 @@ def test_training_ends_with_where_the_weights_are_the_score_and_what_is_next(
     shown = "".join(capsys.readouterr().err.split())  # whatever the terminal's width
     assert f"theweightsarein{run}/eval/training_11/teacher_checkpoint.pth" in shown
     assert "k-NNtop-1whiletraining:" in shown and f"next:dino2evalknn{run}" in shown
+    found = json.loads((run / "knn_baselines.json").read_text())
+    assert tuple(found["top1"]) == names(3) and found["k"] == 8 and found["train_images"] == 16
+    assert "rawpixels100.0%" in shown and "randomnetwork100.0%" in shown and re.search(r"trained[0-9.]+%", shown)
+    results = RunResults.of(run)
+    assert results.baselines == found["top1"]
+    assert "without training: raw pixels 100.0, colour histogram 100.0" in said(results)

@@ -6,6 +6,7 @@ Shapes: B images of a batch.
 import hashlib
 from collections import deque
 from collections.abc import Iterator
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -79,6 +80,13 @@ class Extractor:
         self.max_bad_fraction = max_bad_fraction
         self.reading = reading or Reading(self.images)
         self.notes: list[str] = []
+
+    def with_model(self, model: nn.Module) -> "Extractor":
+        """One that does the same with another model, which has the patches and channels of this one's."""
+        other = copy(self)
+        vars(other).pop("weights_hash", None)
+        other.model, other.notes = model.to(self.device), []
+        return other
 
     def __call__(self, dataset: ImageDataset, description: str = "features") -> Features:
         """Features of all images of `dataset` that can be read, or of this process's part of them.

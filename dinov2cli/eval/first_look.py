@@ -131,6 +131,10 @@ def plan(request: EvalRequest) -> Plan:
     if trains:
         rows["train"] = make_dataset(train).describe()
     rows["val"] = make_dataset(val).describe()
+    if getattr(request, "baselines", False):
+        from dinov2cli.eval.baselines import names
+
+        rows["beside it"] = ", ".join(names(config.student.in_chans if config else 3))
     rows["device"] = str(choose_device(request.device))
     rows["results"] = str(request.output_dir or beside)
     return Plan(rows)

@@ -4,7 +4,7 @@ The neighbours of an image vote for their classes with weights softmax(similarit
 the `cls` features. Shapes: Q queries, N train images, D features, C classes, k neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from dinov2cli import distributed
 from dinov2cli.console import logger, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
+from dinov2cli.eval.baselines import Compared, compared, drawn_in_words
 from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
@@ -29,6 +30,8 @@ from dinov2cli.requests.eval import KnnRequest
 
 LEAVE_ONE_OUT = "train and val are the same images; each is classified by the others (leave-one-out)"
 FILLED_UP = "top-5 of fewer than five classes with a vote, filled up as in the reference implementation"
+ONLINE_LARGEST = 512 << 20
+"""Bytes of the baselines' features while a training has its own memory."""
 KnnResults = dict[tuple[str, int], Accuracy]
 """(`full` or `<n> per class`, k) -> accuracy."""
 
@@ -69,6 +72,10 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     device = "cpu" if request.gather_on_cpu else extract.device
     results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
     rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
+    extra: dict[str, Any] = {}
+    if request.baselines:
+        beside = compared(extract, train_images, None if leave_one_out else val_images, mapping, (train, val))
+        extra["baselines"] = knn_beside(beside, settings, results, leave_one_out=leave_one_out, device=device)
     n_classes = len(set(train_images.targets().tolist()))
     five = [min(k, n_classes) >= 5 for _, k in results]  # else fewer than five classes can have a vote
     rows = [row if enough else replace(row, top5=None) for row, enough in zip(rows, five, strict=True)]
@@ -78,11 +85,15 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
         if row.top5 is not None and accuracy.filled
     ]
     notes = [LEAVE_ONE_OUT] if leave_one_out else []
+    if "baselines" in extra and (drawn := drawn_in_words(extra["baselines"], train.size, val.size)):
+        notes.append(drawn)
     if filled:
         notes.append(f"{FILLED_UP}: {', '.join(filled)} of the images")
     lines = [{f"{key} Top {n}": getattr(results[key], f"top{n}")} for key in results for n in (1, 5)]
-    short = short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
-    return trial.report(extract, settings, rows, lines, notes=(*notes, *short), leak=leak, leave_one_out=leave_one_out)
+    notes += short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
+    return trial.report(
+        extract, settings, rows, lines, notes=tuple(notes), extra=extra, leak=leak, leave_one_out=leave_one_out
+    )
 
 
 def evaluate_knn(
@@ -92,6 +103,7 @@ def evaluate_knn(
     *,
     leave_one_out: bool = False,
     device: torch.device | str = "cpu",
+    warn: bool = True,
 ) -> KnnResults:
     """Accuracy of k-NN for every number of train images per class and every k; few-shot numbers are means over tries.
 
@@ -100,6 +112,7 @@ def evaluate_knn(
         val: features of the images to classify, likewise.
         leave_one_out: `val` is the train set itself, and no image may be its own neighbour.
         device: where similarities are computed. The features may lie elsewhere, and move chunk by chunk.
+        warn: say what is left out; not again for other features of the same images.
 
     Raises:
         DataError: the two sets share no classes, or no k is at most the number of train images.
@@ -107,7 +120,7 @@ def evaluate_knn(
     settings = settings or KnnSettings()
     labels, positions = distributed.all_gather_rows(train.targets), train.positions()
     val_labels = distributed.all_gather_rows(val.targets)
-    _check_labels(labels, val_labels)
+    _check_labels(labels, val_labels, warn)
     n_classes = 1 + int(max(labels.max(), val_labels.max()))
     exclude = val.indices if leave_one_out else None
     keys, queries = F.normalize(train.cls, dim=1), F.normalize(val.cls, dim=1)
@@ -117,7 +130,7 @@ def evaluate_knn(
         tries = []
         for seed in range(1 if n_per_class < 0 else settings.n_tries):
             chosen = choose_images(labels, n_per_class, seed)
-            ks = usable_ks(settings.ks, n_per_class, len(chosen) - leave_one_out)
+            ks = usable_ks(settings.ks, n_per_class, len(chosen) - leave_one_out, warn)
             here = torch.isin(train.indices, positions[chosen])
             bank = KeyBank(keys[here], train.targets[here], train.indices[here], device)
             meter = AccuracyMeter(n_classes, n_heads=len(ks), device=str(bank.device))
@@ -132,6 +145,29 @@ def evaluate_knn(
             tries.append(dict(zip(ks, (each._replace(filled=share) for each, share in measured), strict=True)))
         results |= {(name, k): _mean([accuracies[k] for accuracies in tries]) for k in tries[0]}
     return results
+
+
+def knn_beside(
+    beside: Iterable[Compared],
+    settings: KnnSettings,
+    results: KnnResults,
+    *,
+    leave_one_out: bool,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The same with other features of the same images, as it stands in `results.json` under `baselines`.
+
+    Returns:
+        `top1`: by row (`full, k=10`) and name of the features, percent; `train_images` and `val_images`: how many.
+    """
+    top1: dict[str, dict[str, float]] = {f"{name}, k={k}": {} for name, k in results}
+    for name, train, val in beside:
+        logger.info("k-NN of %s", name)
+        found = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device, warn=False)
+        for group, k in results:
+            top1[f"{group}, k={k}"][name] = found[group, k].top1
+        sizes = {"train_images": train.size, "val_images": val.size}
+    return {"top1": top1, **sizes}
 
 
 def knn_scores(neighbours: Neighbours, ks: Sequence[int], temperature: float, n_classes: int) -> Tensor:
@@ -180,7 +216,7 @@ def short_classes(labels: Tensor, names: Sequence[str], n_per_class: Sequence[in
     return tuple(notes)
 
 
-def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, ...]:
+def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int, warn: bool = True) -> tuple[int, ...]:
     """The k that make sense for `n_images`; in few-shot runs those up to n per class, and that number itself.
 
     A k above the number of train images is left out with a warning.
@@ -193,7 +229,7 @@ def usable_ks(ks: Sequence[int], n_per_class: int, n_images: int) -> tuple[int, 
             f"but there are {n_images}.",
             hint="Give a smaller k (--nb-knn) or a larger train dataset.",
         )
-    if len(usable) < len(wanted):
+    if warn and len(usable) < len(wanted):
         dropped = ", ".join(str(k) for k in wanted if k not in usable)
         logger.warning("k-NN: left out k = %s, more than the %d train images", dropped, n_images)
     return usable
@@ -215,9 +251,32 @@ def online_knn(model: nn.Module, train_dataset: ImageDataset, val_dataset: Image
         val = train if same else extract(val_dataset).with_classes(mapping)
     finally:
         model.train(was_training)
-    k = max(1, min(20, train.size // 2))
-    results = evaluate_knn(train, val, KnnSettings(ks=(k,)), leave_one_out=same, device=extract.device)
-    return results["full", k].top1
+    results = evaluate_knn(train, val, _online_settings(train), leave_one_out=same, device=extract.device)
+    return next(iter(results.values())).top1
+
+
+def online_baselines(
+    model: nn.Module, train_dataset: ImageDataset, val_dataset: ImageDataset, **options: Any
+) -> dict[str, Any]:
+    """What `online_knn` finds with features that nobody has learned, as it stands in `knn_baselines.json`.
+
+    Returns:
+        `k`; `top1` by name, percent; `train_images` and `val_images`, drawn so that they take `ONLINE_LARGEST`.
+    """
+    extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, **options)
+    same = same_images(train_dataset, val_dataset)
+    mapping = align_classes(train_dataset, val_dataset)
+    beside = list(compared(extract, train_dataset, None if same else val_dataset, mapping, largest=ONLINE_LARGEST))
+    top1 = {}
+    for name, train, val in beside:
+        settings = _online_settings(train)
+        (found,) = evaluate_knn(train, val, settings, leave_one_out=same, device=extract.device, warn=False).values()
+        top1[name] = found.top1
+    return {"k": settings.ks[0], "top1": top1, "train_images": train.size, "val_images": val.size}
+
+
+def _online_settings(train: Features) -> KnnSettings:
+    return KnnSettings(ks=(max(1, min(20, train.size // 2)),))
 
 
 def _neighbours(
@@ -244,7 +303,7 @@ def _mean(accuracies: Sequence[Accuracy]) -> Accuracy:
     return Accuracy(top1, top5, accuracies[0].images, filled=filled)
 
 
-def _check_labels(train: Tensor, val: Tensor) -> None:
+def _check_labels(train: Tensor, val: Tensor, warn: bool) -> None:
     check_labels(train, "train dataset", "k-NN")
     check_labels(val, "val dataset", "k-NN")
     unknown = sorted(set(val.unique().tolist()) - set(train.unique().tolist()))
@@ -253,5 +312,5 @@ def _check_labels(train: Tensor, val: Tensor) -> None:
             f"The train and the val dataset have no class in common (val has the classes {unknown[:5]}...), "
             "so nothing can be classified."
         )
-    if unknown:
+    if unknown and warn:
         logger.warning("k-NN: %d classes of val are not in train and count as misses: %s", len(unknown), unknown[:10])

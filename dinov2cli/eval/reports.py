@@ -183,8 +183,21 @@ def results_blocks(evaluations: Iterable[Evaluation]) -> Group:
     parts: list[Any] = []
     for (task, train, val, settings), of_block in blocks.items():
         parts += [*([""] if parts else []), heading(task, train, val), Text(f"  {settings}", "dim"), _table(of_block)]
+        parts += [_beside(each) for each in of_block if each.extra.get("baselines")]
         parts += [Text(f"  {note}") for note in dict.fromkeys(note for each in of_block for note in each.notes)]
     return Group(*parts)
+
+
+def _beside(evaluation: Evaluation) -> Group:
+    """The baselines of an evaluation, and the model's own scores beside them."""
+    found: dict[str, dict[str, float]] = evaluation.extra["baselines"]["top1"]
+    names = dict.fromkeys(name for scores in found.values() for name in scores)
+    columns = [Column(name, justify="right", min_width=max(6, *map(len, name.split()))) for name in names]
+    table = Table(Column("top-1 %", no_wrap=True), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row, scores in found.items():
+        table.add_row(row, *(f"{scores[name]:.2f}" if name in scores else "" for name in names))
+    where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
+    return Group(Text(f"  {where} beside what takes no training", overflow="fold"), table)
 
 
 def heading(task: str, train: str, val: str) -> Text:

@@ -17,7 +17,7 @@ from dinov2cli.errors import DataError
 from dinov2cli.eval.reports import RESULTS_FILE, Evaluation, heading, read_results, results_blocks, settings_in_words
 from dinov2cli.files import parse_yaml
 from dinov2cli.requests.tools import ResultsRequest
-from dinov2cli.train.verdicts import Collapse, collapse_of, json_lines
+from dinov2cli.train.verdicts import Collapse, baselines_of, collapse_of, json_lines
 
 WHILE_TRAINING = "k-NN while training"
 
@@ -29,6 +29,7 @@ class RunResults:
     Args:
         online: (iteration, top-1 in percent) of the k-NN while training, on `online_data`: train and val.
         collapse: what the monitors found against it.
+        baselines: top-1 in percent of the same k-NN, by the name of features that nobody has learned.
     """
 
     run: Path
@@ -36,6 +37,7 @@ class RunResults:
     online: list[tuple[int, float]]
     online_data: tuple[str, str]
     collapse: Collapse | None
+    baselines: dict[str, float]
 
     @staticmethod
     def of(run: Path, task: str | None = None) -> "RunResults":
@@ -45,15 +47,17 @@ class RunResults:
         there = (run / RESULTS_FILE if run.is_dir() else run).exists()
         evaluations = read_results(run) if there or not online else []
         evaluations = [each for each in evaluations if task in (None, each.task)]
-        return RunResults(
-            run, evaluations, online if task in (None, "knn") else [], _online_data(folder), collapse_of(folder)
-        )
+        if task not in (None, "knn"):
+            online = []
+        baselines = baselines_of(folder) if online else {}
+        return RunResults(run, evaluations, online, _online_data(folder), collapse_of(folder), baselines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "evaluations": [each.as_dict() for each in self.evaluations],
             "knn_while_training": [{"iteration": iteration, "top1": top1} for iteration, top1 in self.online],
+            "knn_baselines": self.baselines,
             "collapse": self.collapse and self.collapse._asdict(),
         }
 
@@ -66,6 +70,9 @@ class RunResults:
             parts.append(
                 Text("  top-1 % after iterations: " + "  ".join(f"{i}: {top1:.1f}" for i, top1 in self.online))
             )
+            if self.baselines:
+                beside = ", ".join(f"{name} {top1:.1f}" for name, top1 in self.baselines.items())
+                parts.append(Text(f"  without training: {beside}"))
         return Group(*parts, *([""] if self.evaluations else []), results_blocks(self.evaluations))
 
 

@@ -124,6 +124,10 @@ class KnnRequest(EvalRequest, command="eval knn"):
         default_text=False,
     )
     n_tries: AtLeastOne = option(1, "Random choices of these to average over.")
+    baselines: bool = option(
+        False,
+        "Score raw pixels, histograms of colours and greys, HOG and a random network of the same shape beside it.",
+    )
     gather_on_cpu: bool = option(False, "Search on the CPU. Features never need to fit on a GPU.")
     batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
 

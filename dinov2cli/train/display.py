@@ -19,7 +19,7 @@ from dinov2cli.data.loaders import Loader
 from dinov2cli.data.look import look_at
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.verdicts import json_lines
+from dinov2cli.train.verdicts import baselines_of, json_lines
 
 
 def plan_rows(
@@ -82,6 +82,9 @@ def ending(folder: RunFolder, total: int) -> Iterator[str]:
         before = f", {scores[0][1]:.1f} % untrained" if scores[0][0] == 0 else ""
         peak = f", {best[1]:.1f} % at its best after {best[0]}" if best[1] > scores[-1][1] else ""
         yield f"k-NN top-1 while training: {scores[-1][1]:.1f} % at the end{before}{peak}"
+        if baselines := baselines_of(folder.path):
+            rows = [*baselines.items(), ("trained", scores[-1][1])]
+            yield "beside what takes no training:" + "".join(f"\n  {name:<17}{top1:5.1f} %" for name, top1 in rows)
     yield f"next: dino2 eval knn {folder.path}; dino2 pca-image PHOTO OUT.png --model {folder.path}"
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import parse_yaml
-from dinov2cli.train.verdicts import VERDICTS_FILE
+from dinov2cli.train.verdicts import BASELINES_FILE, VERDICTS_FILE
 
 
 def written_by_dino2(config: Path) -> bool:
@@ -27,6 +27,7 @@ class RunFolder:
         self.log = path / "logs" / "train.log"
         self.metrics = path / "training_metrics.json"
         self.knn_metrics = path / "knn_metrics.json"
+        self.knn_baselines = path / BASELINES_FILE
         self.verdicts = path / VERDICTS_FILE
         self.checkpoints = path / "checkpoints"
 
@@ -85,7 +86,7 @@ class RunFolder:
         Returns:
             that folder, or None where there was nothing to move.
         """
-        metrics = self.metrics, self.knn_metrics, self.verdicts
+        metrics = self.metrics, self.knn_metrics, self.knn_baselines, self.verdicts
         files = [self.config, self.log.parent, *metrics, self.checkpoints, self.path / "eval"]
         there = [file for file in files if file.exists()]
         if not there:

@@ -9,6 +9,9 @@ from dinov2cli.files import parse_json
 VERDICTS_FILE = "verdicts.json"
 """A line for each look of the monitors that found a collapse: its iteration, and the verdict."""
 
+BASELINES_FILE = "knn_baselines.json"
+"""What the k-NN while training finds with features that nobody has learned: one object, `top1` by their names."""
+
 # Beyond these a teacher is judged to have collapsed.
 LOWEST = {"feature_std": 0.02, "effective_rank": 1.5, "prototypes_in_use": 1.5}
 HIGHEST = {"teacher_entropy": 0.9999}
@@ -47,6 +50,15 @@ def collapse_of(run: Path) -> Collapse | None:
     last = int(verdicts[-1]["iteration"])
     lasts = not newest or last >= int(newest[0]["iteration"])
     return Collapse(int(verdicts[0]["iteration"]), last, len(verdicts), lasts, str(verdicts[-1]["verdict"]))
+
+
+def baselines_of(run: Path) -> dict[str, float]:
+    """Top-1 in percent of the k-NN while training, by the name of what has learned nothing; empty if unknown."""
+    try:
+        top1 = parse_json((run / BASELINES_FILE).read_text())["top1"]
+        return {str(name): float(value) for name, value in top1.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
