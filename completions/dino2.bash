@@ -61,7 +61,7 @@ _dino2() {
             words="" ;;
         "dino2 train")
             case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
                 --data|--train-dataset) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
@@ -217,7 +217,7 @@ _dino2() {
             words="" ;;
         "dino2 doctor")
             case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
                 --data) :; return ;;
                 --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
@@ -630,7 +630,7 @@ _dino2() {
                 --channels) :; return ;;
                 --max-images) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --write) :; return ;;
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --value-range) :; return ;;
@@ -647,13 +647,13 @@ _dino2() {
             words="" ;;
         "dino2 presets show")
             options="--full --quiet -q --verbose --help -h"
-            words="adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
+            words="adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" ;;
         "dino2 bench")
             options="--help -h"
             words="train extract knn logreg linear augment gpu" ;;
         "dino2 bench train")
             case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
                 --data) :; return ;;
                 --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -693,7 +693,7 @@ _dino2() {
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.pretrained_channels= student.pretrained_patches= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 bench extract")
             case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
                 --data) :; return ;;
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -760,7 +760,7 @@ _dino2() {
             words="" ;;
         "dino2 bench augment")
             case "$prev" in
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --config-file) :; return ;;
                 --data) :; return ;;
                 --workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
@@ -797,9 +797,9 @@ _dino2() {
         "dino2 bench gpu")
             case "$prev" in
                 --output) :; return ;;
-                --preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
-                --others) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
-                --extract-preset) COMPREPLY=($(compgen -W "adapt_518 demo single_gpu vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --others) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
+                --extract-preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitg14 vitl14 vitl16_short vits14 vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
                 --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --minutes) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;

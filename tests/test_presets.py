@@ -1,6 +1,7 @@
 """Presets: complete, valid, documented, and shown by `dino2 presets`."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from dinov2cli.errors import ConfigError
 
 NAMES = {
     "vitl16_short", "vitl14", "vitg14", "vits14", "vitb14", "single_gpu", "demo",
+    "small_1k", "small_10k", "small_100k", "small_pictures", "continue_from_weights",
     *(f"vit{size}14{registers}_pretrain" for size in "sblg" for registers in ("", "_reg4")),
 }  # fmt: skip
 
@@ -46,6 +48,22 @@ def test_preset_states_only_differences_and_is_documented(preset: Preset) -> Non
     assert any("xpected" in line for line in preset.comment)
     assert len(preset.summary) <= 80
     assert config.crops.global_crops_size % config.student.patch_size == 0
+
+
+@pytest.mark.parametrize("name", ["small_1k", "small_10k", "small_100k", "small_pictures", "continue_from_weights"])
+def test_recipes_for_small_data_scale_with_their_length_and_batch(name: str) -> None:
+    config = load_config(preset=name)
+    dino, teacher, optim, crops = config.dino, config.teacher, config.optim, config.crops
+    class_tokens = crops.global_crops_number * config.train.batch_size_per_gpu
+    assert dino.head_n_prototypes <= class_tokens  # else Sinkhorn-Knopp's targets are nearly uniform
+    halved_in = math.log(0.5) / math.log(teacher.momentum_teacher)
+    assert 1 / 20 < halved_in / config.iterations() < 1 / 5
+    assert optim.warmup_epochs <= 0.1 * optim.epochs and teacher.warmup_teacher_temp_epochs <= 0.2 * optim.epochs
+    if name.startswith("small_"):
+        assert config.student.layerscale == 1.0 or config.arch().depth > 6
+        assert min(crops.global_crops_size, crops.local_crops_size) >= 4 * config.student.patch_size
+    if name == "small_pictures":
+        assert not any(crops.blur_prob)
 
 
 def test_training_recipes_of_the_paper() -> None:
