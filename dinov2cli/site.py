@@ -8,6 +8,7 @@ Read are the user's file and, laid over it key by key, `dino2.yaml` in the worki
     slurm: {partition: gpu, account: vision, timeout_min: 1440, setup: [module load cuda], gpus: 4}
     runs: /scratch/me/runs
     cache: $SCRATCH/dino2
+    overrides: {train.num_workers: 12, train.wandb: true}            # keys of the configuration, over a preset's
 
 Relative paths are relative to the file; `~` and `$VARIABLES` are filled in.
 """
@@ -28,7 +29,8 @@ from dinov2cli.requests.base import Group
 from dinov2cli.requests.launch import Slurm
 
 NAME = "dino2.yaml"
-HEADER = "# What dino2 knows of this site: datasets by name, and defaults (slurm, runs, cache).\n"
+GROUPS = ("datasets", "slurm", "overrides")
+HEADER = "# What dino2 knows of this site: datasets by name, and defaults (slurm, runs, cache, overrides).\n"
 
 
 def _from_the_file(text: str, info: ValidationInfo) -> str:
@@ -38,6 +40,15 @@ def _from_the_file(text: str, info: ValidationInfo) -> str:
 
 def _if_path(text: str, info: ValidationInfo) -> str:
     return text if set(":+*") & set(text) else _from_the_file(text, info)
+
+
+def _of_single_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    for key, value in keys.items():
+        if key.count(".") != 1 or isinstance(value, dict):
+            raise ValueError(f"write single keys, such as train.num_workers: 8, instead of {key}")
+        if key == "train.output_dir":
+            raise ValueError("train.output_dir would be the one folder of all runs; `runs:` says where theirs are made")
+    return keys
 
 
 PathText = Annotated[str, AfterValidator(_from_the_file)]
@@ -68,6 +79,7 @@ class Settings(Group):
     slurm: SlurmDefaults = SlurmDefaults()
     runs: PathText | None = None
     cache: PathText | None = None
+    overrides: Annotated[dict[str, Any], AfterValidator(_of_single_keys)] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,12 @@ class Site:
 
     settings: Settings
     sources: dict[str, Path]
+
+    def keys(self) -> list[tuple[dict[str, Any], str]]:
+        """The keys of the configuration that are said, and where, as `load_config` takes them."""
+        said = self.settings.overrides.items()
+        pairs = [(key.split("."), value, self.sources[f"overrides.{key}"]) for key, value in said]
+        return [({group: {key: value}}, shown(file)) for (group, key), value, file in pairs]
 
     def rows(self) -> list[tuple[str, str, Path]]:
         """(key, value, file) of all that is said."""
@@ -148,7 +166,7 @@ def cache_folder(kind: str) -> Path:
 
 def _read(path: Path) -> Settings:
     content = read_yaml(path)
-    filled = {key: {} if value is None and key in ("datasets", "slurm") else value for key, value in content.items()}
+    filled = {key: {} if value is None and key in GROUPS else value for key, value in content.items()}
     try:
         return Settings.model_validate(filled, context=path.parent)
     except ValidationError as error:
@@ -163,6 +181,8 @@ def _problem(problem: Any) -> str:
         return f"{key}: must be a folder, a dataset string, or the root: and extra: of an ImageNet"
     if path == ["slurm", "nodes"]:
         return f"{key}: the number of machines is said with each command, as --nodes N"
+    if path == ["overrides"] and problem["type"] == "value_error":
+        return f"overrides: {problem['ctx']['error']}"
     if problem["type"] == "extra_forbidden":
         names = [name for name in (SlurmDefaults if path[1:] else Settings).model_fields if name != "nodes"]
         close = difflib.get_close_matches(path[-1], names, n=1)

@@ -198,7 +198,8 @@ def test_commands_options_and_keys_named_in_a_sentence_exist(page: Path) -> None
 def test_files_of_a_site_are_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dino2.yaml").write_text(block.text)
     monkeypatch.chdir(tmp_path)
-    assert {key.partition(".")[0] for key in read_site().sources} == {"datasets", "slurm", "runs", "cache"}
+    assert {key.partition(".")[0] for key in read_site().sources} == {"datasets", "slurm", "runs", "cache", "overrides"}
+    load_config(site=read_site().keys())
 
 
 def messages() -> set[str]:

@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from dinov2cli.cluster import check, origins, partitions
+from dinov2cli.config import load_config
 from dinov2cli.data import known
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.strings import KINDS
@@ -14,7 +15,7 @@ from dinov2cli.data.spelling import EXAMPLES, complete
 from dinov2cli.errors import ConfigError, DataError, Several
 from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.launch.slurm import wanted_for
-from dinov2cli.launch.training import resolve_config
+from dinov2cli.launch.training import print_origins, resolve_config
 from dinov2cli.requests.base import run
 from dinov2cli.requests.datasets import AddDatasetRequest, ForgetDatasetRequest, ShowDatasetRequest
 from dinov2cli.requests.launch import Slurm
@@ -73,6 +74,12 @@ def test_the_working_folders_file_wins_key_by_key(home: Path, monkeypatch: pytes
         ("rnus: /x", "rnus: no such key; did you mean runs?"),
         ("datasets: {a: 5}", "datasets.a: must be a folder, a dataset string, or the root: and extra: of an ImageNet"),
         ("datasets: {a: {rot: /x}}", "datasets.a: must be a folder, a dataset string"),
+        (
+            "overrides: {train: {keep: 1}}",
+            "overrides: write single keys, such as train.num_workers: 8, instead of train",
+        ),
+        ("overrides: {train.output_dir: /r}", "overrides: train.output_dir would be the one folder of all runs"),
+        ("overrides: [train.keep=1]", "overrides=['train.keep=1']: must be a valid dictionary"),
         ("runs: [1]", "runs=[1]: must be a valid string"),
         ("runs: [", "not valid YAML"),
     ],
@@ -276,6 +283,40 @@ def test_a_run_folder_is_named_after_preset_file_or_data(home: Path) -> None:
     write_settings("runs: /scratch/runs")
     assert resolve_config(TrainRequest(preset="vits14", data=photos)).train.output_dir == "/scratch/runs/vits14"
     assert resolve_config(TrainRequest(preset="vits14", data=photos, output_dir="x")).train.output_dir == "x"
+
+
+def test_keys_of_the_site_stand_between_preset_and_file(capsys: pytest.CaptureFixture[str]) -> None:
+    write_settings("overrides: {train.keep: 7, optim.epochs: 30, train.batch_size_per_gpu: 16, train.wandb: false}")
+    Path("dino2.yaml").write_text("overrides: {train.keep: 8}")
+    Path("mine.yaml").write_text("optim: {epochs: 40}")
+    photos = str(write_photos(Path("photos")))
+    of_preset = TrainRequest(preset="vitb14", data=photos, overrides=("train.batch_size_per_gpu=2",))
+    config = resolve_config(of_preset)
+    assert (config.train.keep, config.optim.epochs, config.train.batch_size_per_gpu) == (8, 30, 2)
+    assert load_config("vitb14").optim.epochs != 30, "the preset says another number"
+    config.save("run/config.yaml")
+    of_file = resolve_config(TrainRequest(config_file=Path("mine.yaml"), data=photos))
+    assert (of_file.train.keep, of_file.optim.epochs) == (8, 40)
+    print_origins(of_preset, config)
+    said = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert f"train.keep 8 {Path('dino2.yaml').absolute()}".replace(str(Path.home()), "~") in said
+    assert "optim.epochs 30 ~/.config/dino2/dino2.yaml" in said and "batch_size" not in str(said)
+    write_settings("overrides: {train.keep: 9}")
+    assert resolve_config(TrainRequest(config_file=Path("run/config.yaml"))) == config, "config.yaml alone says all"
+
+
+def test_a_wrong_key_of_the_site_is_named_with_its_file() -> None:
+    write_settings("overrides: {optim.epoch: 3, train.keep: 0, optim.warmup_epochs: 200, optim.epochs: 100}")
+    photos = str(write_photos(Path("photos")))
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(TrainRequest(data=photos))
+    file = "(in ~/.config/dino2/dino2.yaml)"
+    assert f"optim.epoch=3: no such key; did you mean optim.epochs? {file}" in caught.value.message
+    assert f"train.keep=0: must be a whole number, at least 1 {file}" in caught.value.message
+    write_settings("overrides: {optim.warmup_epochs: 200, optim.epochs: 100}")
+    with pytest.raises(ConfigError, match=r"optim.warmup_epochs=200: .* \(in ~/.config/dino2/dino2.yaml\)"):
+        resolve_config(TrainRequest(data=photos))
+    assert resolve_config(TrainRequest(data=photos, overrides=("optim.warmup_epochs=1",))).optim.epochs == 100
 
 
 @pytest.mark.parametrize(("missing", "state"), [(0, "a finished run"), (1, "an unfinished run")])

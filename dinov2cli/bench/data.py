@@ -20,6 +20,7 @@ from dinov2cli.data.masking import masks_of_batches
 from dinov2cli.data.randomness import mask_rng, sample_rng
 from dinov2cli.data.workers import available_cores, opencv_on_one_thread
 from dinov2cli.requests.bench import BenchAugmentRequest
+from dinov2cli.site import read_site
 
 
 def run(request: BenchAugmentRequest) -> Measured:
@@ -28,7 +29,7 @@ def run(request: BenchAugmentRequest) -> Measured:
     The stages are timed one by one in this process (`stages_ms`, milliseconds an image); the rates are of whole epochs
     of the training's own loader: the median of the repeats and each of them, by number of processes.
     """
-    config = load_config(request.preset, request.config_file, request.overrides)
+    config = load_config(request.preset, request.config_file, request.overrides, read_site().keys())
     cores, dataset = available_cores(), make_dataset(request.data)
     workers = request.workers or (0, *(2**i for i in range(cores.bit_length()) if 2**i <= cores))
     with _one_thread():

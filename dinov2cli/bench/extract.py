@@ -11,6 +11,7 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.device import choose_device
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.requests.bench import BenchExtractRequest
+from dinov2cli.site import read_site
 from dinov2cli.train.allocator import keep_freed_memory
 from dinov2cli.train.cost import class_token_flops
 from dinov2cli.train.networks import build_backbone
@@ -27,7 +28,7 @@ def run(request: BenchExtractRequest) -> Measured:
         ConfigError: the image size does not fit the model's patches.
     """
     preset = request.preset if "preset" in request.model_fields_set or not request.config_file else None
-    config = load_config(preset=preset, config_file=request.config_file, overrides=request.overrides)
+    config = load_config(preset, request.config_file, request.overrides, read_site().keys())
     device, image_size, batch_size = choose_device(request.device), request.image_size, request.batch_size
     dataset = None if request.data is None else make_dataset(request.data)
     model = build_backbone(config).eval()

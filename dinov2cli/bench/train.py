@@ -25,6 +25,7 @@ from dinov2cli.data.randomness import mask_rng
 from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
 from dinov2cli.requests.bench import BenchTrainRequest
+from dinov2cli.site import read_site
 from dinov2cli.train.allocator import keep_freed_memory
 from dinov2cli.train.cost import estimate, masked_patches, room_for_gaps, step_flops
 from dinov2cli.train.networks import SSLNetwork
@@ -120,7 +121,8 @@ def variants_of(request: BenchTrainRequest) -> list[Config]:
         [f"train.compile={'true' if word == 'on' else 'false'}" for word in request.compiled],
     )
     combinations = product(*filter(None, choices))
-    return [load_config(request.preset, request.config_file, [*request.overrides, *each]) for each in combinations]
+    words, site = [[*request.overrides, *each] for each in combinations], read_site().keys()
+    return [load_config(request.preset, request.config_file, each, site) for each in words]
 
 
 def rows_of(results: Sequence[TrainBenchmark]) -> Iterator[list[str]]:

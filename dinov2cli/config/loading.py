@@ -22,7 +22,10 @@ Layer = dict[str, Any]
 
 
 def load_config(
-    preset: str | None = None, config_file: str | Path | None = None, overrides: Iterable[str] = ()
+    preset: str | None = None,
+    config_file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    site: Iterable[tuple[Layer, str]] = (),
 ) -> Config:
     """The defaults, changed by a preset or a file, changed by overrides; checked as a whole.
 
@@ -31,28 +34,43 @@ def load_config(
         config_file: a YAML file with any of the keys; a `config.yaml` written by dino2 or by the DINOv2 reference
             loads as it is, and so does a run folder that holds one.
         overrides: `group.key=value` each. Values are YAML, except that keys of text take what follows the `=` as it is.
+        site: what holds at this site (`site.Site.keys`), with the name of the file that says it: it changes defaults
+            and presets, and gives way to the config file, whose keys reproduce a run.
 
     Raises:
         ConfigError: with one line for each problem, naming the key, the value, its source and what would be right.
     """
-    if preset is not None and config_file is not None:
-        raise ConfigError("--preset and --config-file are both given; choose one and change single keys with a.b=value")
-    source, base = "", {}
-    if preset is not None:
-        found = find_preset(preset)
-        source, base = f"preset {found.name}", read_yaml(found.path)
-    elif config_file is not None:
-        path = _locate(Path(config_file))
-        source, base = str(path), read_yaml(path)
-    given = parse_overrides(overrides)
-    base, given = translate(base, source), translate(given, "overrides")
-    tree = merge(base, given)
+    layers = read_layers(preset, config_file, overrides, site)
+    tree: Layer = {}
+    for layer, _ in layers:
+        tree = merge(tree, layer)
     _refuse_unresolved(tree)
     try:
         # A group that is written without keys ("optim:") is empty, not null.
         return Config.model_validate({group: {} if keys is None else keys for group, keys in tree.items()})
     except ValidationError as error:
-        raise explain(error, base=base, given=given, source=source) from None
+        raise explain(error, layers) from None
+
+
+def read_layers(
+    preset: str | None, config_file: str | Path | None, overrides: Iterable[str], site: Iterable[tuple[Layer, str]]
+) -> list[tuple[Layer, str]]:
+    """What `load_config` lays over the defaults, the later over the earlier, each with its source; none if typed.
+
+    Raises:
+        ConfigError: a file cannot be read, or an override is none.
+    """
+    if preset is not None and config_file is not None:
+        raise ConfigError("--preset and --config-file are both given; choose one and change single keys with a.b=value")
+    said = list(site)
+    if preset is not None:
+        found = find_preset(preset)
+        said.insert(0, (read_yaml(found.path), f"preset {found.name}"))
+    elif config_file is not None:
+        path = _locate(Path(config_file))
+        said.append((read_yaml(path), str(path)))
+    said.append((parse_overrides(overrides), ""))
+    return [(translate(layer, source or "overrides"), source) for layer, source in said]
 
 
 def read_yaml(path: Path) -> Layer:

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,21 +33,21 @@ _OTHER_NAMES = {
 }
 
 
-def explain(error: ValidationError, *, base: dict[str, Any], given: dict[str, Any], source: str = "") -> ConfigError:
+def explain(error: ValidationError, layers: Sequence[tuple[dict[str, Any], str]]) -> ConfigError:
     """All problems of a failed validation in one `ConfigError`, one line each.
 
     Args:
-        base: the layer that came from a file or preset, named by `source`.
-        given: the layer of overrides, which wins over `base`.
+        layers: of keys, each with its source, a file or preset; the later win. What was typed has no source.
     """
     lines: list[str] = []
     unknown = False
     for problem in error.errors(include_url=False):
         path = [str(part) for part in problem["loc"] if not isinstance(part, int)]
         unknown = unknown or problem["type"] == "extra_forbidden"
-        for line in _lines(problem, path, base, given):
-            from_file = _lookup(given, path) is _ABSENT and _lookup(base, path) is not _ABSENT
-            line = f"{line} (in {source})" if from_file and path and source else line
+        for line in _lines(problem, path, said_by(layers, path)[0]):
+            about = path or line.partition("=")[0].split(".")  # a contradiction names its first key
+            source = said_by(layers, about)[1]
+            line = f"{line} (in {source})" if source else line
             if line not in lines:
                 lines.append(line)
     hint = "Every key, with its default: dino2 presets show vitl16_short --full" if unknown else None
@@ -67,13 +67,17 @@ def suggest(key: str) -> str | None:
 _ABSENT = object()
 
 
-def _lines(problem: Any, path: list[str], base: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+def said_by(layers: Sequence[tuple[dict[str, Any], str]], path: list[str]) -> tuple[Any, str]:
+    """The value of a key, and the source that says it, of those of `explain`."""
+    found = ((_lookup(layer, path), source) for layer, source in reversed(layers))
+    return next((each for each in found if each[0] is not _ABSENT), (_ABSENT, ""))
+
+
+def _lines(problem: Any, path: list[str], value: Any) -> Iterator[str]:
     key = ".".join(path)
     if not path:  # contradictions between keys, already in words
         yield from str(problem["ctx"]["error"]).splitlines()
         return
-    value = _lookup(given, path)
-    value = _lookup(base, path) if value is _ABSENT else value
     if problem["type"] == "extra_forbidden":
         yield _unknown_key(key, value)
     elif key in FIELDS:

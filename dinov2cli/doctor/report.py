@@ -22,6 +22,7 @@ from dinov2cli.doctor.machine import MACHINE
 from dinov2cli.doctor.run import DATA, MODEL, OUTPUT
 from dinov2cli.errors import ConfigError, Dino2Error
 from dinov2cli.requests.tools import DoctorRequest
+from dinov2cli.site import read_site
 
 ALL = {**MACHINE, **DATA, **MODEL, **OUTPUT}
 COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
@@ -116,7 +117,7 @@ def configuration(request: DoctorRequest) -> Config:
         words = [f"train.output_dir={run}", *words]
     words += [f"train.dataset_path={request.data}"] if request.data is not None else []
     words += [f"train.output_dir={request.output_dir}"] if request.output_dir is not None else []
-    return load_config(request.preset, config_file, words)
+    return load_config(request.preset, config_file, words, read_site().keys())
 
 
 def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check], list[str]]:

@@ -199,9 +199,10 @@ def slurm_state(job_id: str) -> str | None:
 def rows(now: Status) -> list[tuple[str, str]]:
     """Lines to print, as (name, text); what is not known is left out."""
     of = f" of {now.total} ({now.iteration / now.total:.0%})" if now.total else ""
+    newest = f"newest checkpoint at {now.checkpoint}" if now.checkpoint else "no checkpoint yet"
     found = [
         ("run", f"{now.run}: {now.state}"),
-        ("iteration", f"{now.iteration}{of}, newest checkpoint at {now.checkpoint or 'none yet'}"),
+        ("iteration", f"{now.iteration}{of}, {newest}"),
     ]
     if now.seconds_left is not None:
         found.append(("left", _duration(now.seconds_left)))

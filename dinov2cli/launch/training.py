@@ -1,5 +1,6 @@
 """A training in other processes, of this machine or of a Slurm job, and the configuration that its request means."""
 
+import json
 import os
 import re
 from contextlib import suppress
@@ -9,17 +10,20 @@ from typing import Any
 
 from dinov2cli import cluster
 from dinov2cli.config import Config, find_preset, load_config
+from dinov2cli.config.loading import Layer, read_layers
+from dinov2cli.config.messages import said_by
 from dinov2cli.console import err, logger
 from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder
 from dinov2cli.launch import owner, slurm
+from dinov2cli.launch.environment import is_supervised
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.restarts import newest_checkpoint
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.site import cache_folder, read_site, shown
+from dinov2cli.site import cache_folder, read_site, shown, user_file
 from dinov2cli.train.resuming import changed_keys
 from dinov2cli.train.run_folder import RunFolder, written_by_dino2
 
@@ -35,8 +39,13 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     run = Path(config.train.output_dir)
     if request.dry_run:
         print_origins(request, config)
+    keys = keys_of_site(request)
+    for said_by_file in [] if request.dry_run else sorted({file for *_, file in keys}):
+        words = " ".join(f"{key}={value}" for key, value, file in keys if file == said_by_file)
+        logger.info("from %s: %s", said_by_file, words)
     # A restart in a week means the same, whatever is known by then in the site's file.
-    request = request.model_copy(update={"output_dir": run, "data": config.train.dataset_path})
+    overrides = (*(f"{key}={value}" for key, value, _ in keys), *request.overrides)
+    request = request.model_copy(update={"output_dir": run, "data": config.train.dataset_path, "overrides": overrides})
     if not request.slurm.is_asked:
         if (processes := processes_here(request.gpus, cpu=request.cpu)) == 1:
             return None
@@ -128,7 +137,22 @@ def what_can_be_read(request: TrainRequest) -> TrainRequest:
 
 def typed_config(request: TrainRequest) -> Config:
     """The configuration as it is typed: datasets and the run folder are not filled in."""
-    return load_config(request.preset, own_file(request), overrides_of(request))
+    return load_config(request.preset, own_file(request), overrides_of(request), said_here())
+
+
+def said_here() -> list[tuple[Layer, str]]:
+    """The site's keys, for a command that is typed; those that dino2 starts have been told, once for all restarts."""
+    return [] if is_supervised() else read_site().keys()
+
+
+def keys_of_site(request: TrainRequest) -> list[tuple[str, str, str]]:
+    """(key, value as in an override, file) of those of the site's keys that hold for a run."""
+    site = said_here()
+    layers, files = read_layers(request.preset, own_file(request), overrides_of(request), site), {f for _, f in site}
+    pairs = [(group, key) for layer, _ in site for group, keys in layer.items() for key in keys]
+    found = [(f"{group}.{key}", *said_by(layers, [group, key])) for group, key in pairs]
+    return [(key, value if isinstance(value, str) else json.dumps(value), file) for key, value, file in found
+            if file in files]  # fmt: skip
 
 
 def own_file(request: TrainRequest) -> Path | None:
@@ -161,7 +185,7 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
         DataError: the data is not known, or gone.
     """
     given = overrides_of(request)
-    load = partial(load_config, preset=request.preset, config_file=own_file(request))
+    load = partial(load_config, preset=request.preset, config_file=own_file(request), site=said_here())
     config = load(overrides=given)
     is_default = config.train.output_dir == "."
     if is_default:
@@ -234,7 +258,7 @@ def print_origins(request: TrainRequest, config: Config) -> None:
     site = read_site()
     runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
     typed = "typed" if request.output_dir or "train.output_dir" in "".join(request.overrides) else runs
-    plain = load_config(request.preset, request.config_file, request.overrides).train.dataset_path
+    plain = load_config(request.preset, request.config_file, request.overrides, said_here()).train.dataset_path
     name = (request.data or plain).partition(":")[0]
     source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
     known = site.sources.get(f"datasets.{name}")
@@ -243,11 +267,15 @@ def print_origins(request: TrainRequest, config: Config) -> None:
         ("run folder", config.train.output_dir, typed),
         ("data", config.train.dataset_path, f"{source}; its place from {shown(known)}" if known else source),
         ("cache", str(cache_folder("weights").parent), cache_from),
+        *keys_of_site(request),
         *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
     ]
     table = Table("setting", "value", "from", box=box.SIMPLE_HEAD, pad_edge=False)
     for each in table.columns:
         each.overflow = "fold"
+    names, file = max(len(row[0]) for row in rows), len(shown(user_file()))
+    table.columns[1].max_width = max(err.width - names - file - 8, 16)  # values are folded first
+    table.columns[2].max_width = max(file, 16)
     for row in rows:
         table.add_row(*row)
     err.print(table, markup=False, highlight=False)

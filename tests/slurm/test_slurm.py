@@ -224,15 +224,24 @@ def test_what_the_cluster_has_not(cluster: Path, images: Path, tmp_path: Path, o
     assert result.returncode == 2 and says in result.stderr and not (tmp_path / "refused").exists()
 
 
+# What two small machines can bear of a preset that takes a hundred GPUs and days.
 SITE = """# Two machines without GPUs.
 slurm: {partition: main, timeout_min: 20, gpus: 0, fewer_nodes: true}
+overrides:
+  student.arch: vit_tiny
+  train.batch_size_per_gpu: 4
+  train.OFFICIAL_EPOCH_LENGTH: 4
+  train.num_workers: 0
+  train.log_period: 1
+  optim.epochs: 3
+  optim.warmup_epochs: 1
+  teacher.warmup_teacher_temp_epochs: 1
+  crops.global_crops_size: 98
+  crops.local_crops_size: 42
+  crops.local_crops_number: 2
+  dino.head_n_prototypes: 64
+  ibot.head_n_prototypes: 64
 """
-# The preset's own size takes a hundred GPUs and days.
-SMALL = ["student.arch=vit_tiny", "train.batch_size_per_gpu=4", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=3",
-         "optim.warmup_epochs=1", "teacher.warmup_teacher_temp_epochs=1", "crops.local_crops_number=2",
-         "crops.global_crops_size=98", "crops.local_crops_size=42", "train.num_workers=0", "train.log_period=1",
-         *(f"{head}.{key}" for head in ("dino", "ibot")
-           for key in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16"))]  # fmt: skip
 
 
 def write_imagenets(root: Path) -> None:
@@ -271,18 +280,19 @@ def test_the_first_three_lines(cluster: Path, tmp_path: Path, monkeypatch: pytes
     assert planned.returncode == 0 and "#SBATCH --nodes=2\n" in planned.stdout and not list(work.iterdir())
     assert f"ImageNet22k:root={tmp_path / 'imagenet'}" in planned.stderr
 
-    job = Job(work / "runs" / "vitl14", *train, *SMALL)
+    job = Job(work / "runs" / "vitl14", *train)
     job.finish()
     assert len(metrics_of(job.run)) == 12
-    assert f"dataset_path: ImageNet22k:root={tmp_path / 'imagenet'}\n" in (job.run / "config.yaml").read_text()
+    config = (job.run / "config.yaml").read_text()
+    assert f"dataset_path: ImageNet22k:root={tmp_path / 'imagenet'}\n" in config and "arch: vit_tiny\n" in config
     evaluated = dino2("eval", "knn", "runs/vitl14")
     assert evaluated.returncode == 0, evaluated.stderr
     (evaluation,) = json.loads(dino2("results", "runs/vitl14", "--json").stdout)["evaluations"]
     assert evaluation["train_dataset"] == f"ImageNet:split=TRAIN:root={tmp_path / 'imagenet'}"
 
-    other = dino2(*train)
+    other = dino2(*train, "student.arch=vit_small")
     assert other.returncode == 2 and "holds a finished run of another configuration" in other.stderr
-    again = Job(job.run, *train, *SMALL)
+    again = Job(job.run, *train)
     again.finish()
     assert "finished already: 12 of 12 iterations" in again.logs()
 
