@@ -1,7 +1,7 @@
 """dino2: DINOv2 self-supervised visual features on your own images.
 
-Here are `load_model`, `embed`, `run`, and what can be asked of `run`: `TrainRequest`, `KnnRequest`, ..., one for each
-command.
+Here are `train`, `Fit`, `load_model`, `embed`, `run`, and what can be asked of `run`: `TrainRequest`, `KnnRequest`,
+..., one for each command.
 """
 
 from importlib import import_module
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinov2cli.eval.images import embed as embed
     from dinov2cli.eval.images import load_model as load_model
+    from dinov2cli.fit import Fit as Fit
+    from dinov2cli.fit import train as train
     from dinov2cli.requests.base import run as run
     from dinov2cli.requests.bench import *  # noqa: F403
     from dinov2cli.requests.datasets import *  # noqa: F403
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-_PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base"}
+_PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base", "Fit": "fit"}
 _REQUESTS = ("bench", "datasets", "eval", "export", "pictures", "tools", "train")
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
+    if name == "train":  # a folder, too, which is to be there under this name whoever is first
+        return import_module("dinov2cli.train")
     modules = [_PLACES[name]] if name in _PLACES else []
     if name.endswith("Request"):
         modules = [f"requests.{each}" for each in _REQUESTS]
@@ -40,4 +44,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     found = (vars(import_module(f"dinov2cli.requests.{each}")).items() for each in _REQUESTS)
     requests = {name for names in found for name, value in names if hasattr(value, "command")}
-    return sorted({"__version__", *_PLACES, *requests})
+    return sorted({"__version__", "train", *_PLACES, *requests})

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -88,19 +89,24 @@ class Bars(Progress):
         name = TextColumn("{task.description}", table_column=Column(max_width=26, no_wrap=True, overflow="ellipsis"))
         left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
         shown = name, BarColumn(bar_width=14), MofNCompleteColumn(), Rate(), left
-        live = err.is_terminal and not Manner.quiet
+        live = shows_bars(err)
         super().__init__(*shown, console=err, disable=not live, auto_refresh=live)
         self._spoke = time.monotonic()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        if not err.is_terminal and time.monotonic() - self._spoke > SPEAK_SECONDS:
+        if self.disable and time.monotonic() - self._spoke > SPEAK_SECONDS:
             self._spoke = time.monotonic()
             task = self._tasks[task_id]
             left = "" if task.time_remaining is None else f", {clock(task.time_remaining)} left"
             of = "" if task.total is None else f" of {task.total:.0f}"
             rate = "" if task.speed is None else f", {task.speed:.3g}/s"
             logger.info("%s: %.0f%s%s%s", task.description, task.completed, of, rate, left)
+
+
+def shows_bars(console: Console) -> bool:
+    """Whether a bar can move there: a terminal, or a notebook that has ipywidgets."""
+    return console.is_terminal and not Manner.quiet and (not console.is_jupyter or find_spec("ipywidgets") is not None)
 
 
 def clock(seconds: float) -> str:

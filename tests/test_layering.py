@@ -22,7 +22,7 @@ FLOORS = {
     "checkpoint": 5.0, "train": 5.1,
     "eval": 6, "export": 6, "visualize": 6, "launch": 6,
     "doctor": 7, "bench": 7,
-    "start": 8,
+    "start": 8.0, "fit": 8.1,
     "cli": 9,
     "__init__": 10, "__main__": 10,
 }  # fmt: skip

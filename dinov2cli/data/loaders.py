@@ -1,6 +1,6 @@
 """Batches in the background: what a training or an evaluation iterates over."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -86,7 +86,7 @@ class Loader(Generic[Batch]):
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         with workers.opencv_on_one_thread(self.num_workers == 0), workers.loader_errors():
             for batch in self._loader:
                 if isinstance(batch, workers.WorkerError):

@@ -60,7 +60,7 @@ def _try_images(situation: Situation) -> tuple[ImageDataset | None, Finding | No
     try:
         images = situation.dataset or make_dataset(asked)  # listing millions of files takes the time it takes
         wanted = min(32 if situation.thorough else 4, len(images))
-        sample = random.sample(range(len(images)), wanted)
+        sample = random.Random().sample(range(len(images)), wanted)
         began = time.perf_counter()
         bad = within(
             FILE_SECONDS,

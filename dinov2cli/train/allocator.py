@@ -2,8 +2,12 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+_KEEPING = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
+_GLIBC = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10}
 _decided: bool | None = None  # by the first who asked
 
 
@@ -20,14 +24,32 @@ def keep_freed_memory(*, room: bool = True) -> bool:
     """
     global _decided
     if _decided is None:
-        _decided = room and _set_malloc()
+        _decided = room and _set_malloc(_KEEPING)
     return _decided
 
 
-def _set_malloc() -> bool:
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Around work in a process that goes on with something else: `keep_freed_memory` within lasts no longer.
+
+    Then malloc has the settings at which glibc arrives by itself once an array of 32 MB was freed, and the memory that
+    was kept goes back to the system.
+    """
+    global _decided
+    was_open = _decided is None
+    try:
+        yield
+    finally:
+        if was_open and _decided:
+            _set_malloc(_GLIBC)
+            ctypes.CDLL(None).malloc_trim(0)
+        if was_open:
+            _decided = None
+
+
+def _set_malloc(settings: dict[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
-    results = [mallopt(name, value) for name, value in settings]
+    results = [mallopt(name, value) for name, value in settings.items()]
     return all(result == 1 for result in results)

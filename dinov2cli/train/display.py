@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
-from dinov2cli.console import Manner, clock, counted, err, logger
+from dinov2cli.console import Manner, clock, counted, err, logger, shows_bars
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
@@ -101,7 +101,7 @@ class TrainingDisplay:
     def __init__(self, total: int, done: int, images_per_iteration: int, *, quiet: bool = False) -> None:
         self.total, self.first, self.images_per_iteration, self.quiet = total, done, images_per_iteration, quiet
         self.started, self.waited = time.perf_counter(), 0.0
-        self.live = err.is_terminal and not quiet and not Manner.quiet
+        self.live = shows_bars(err) and not quiet
         # At 80 columns what stands right is cut off first.
         status = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self.progress = Progress(

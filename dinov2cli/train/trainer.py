@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,20 @@ class Trainer:
                 self.score_teacher()
             stack.enter_context(self.record.display)
             message = "stopping after this iteration (again to stop at once, without saving)"
-            self.loop(loader, stack.enter_context(interruption(message, requeue=True)))
+            batches = stack.enter_context(closing(iter(loader)))  # loader processes end with the training
+            self.loop(batches, stack.enter_context(interruption(message, requeue=True)))
 
     def print_plan(self, loader: Loader[MultiCropBatch]) -> None:
         if distributed.is_main():
             rows = plan_rows(self.config, loader, self.objective.student, self.iteration, self.choices)
             print_plan(rows, self.config.deviations())
 
-    def loop(self, loader: Loader[MultiCropBatch], signals: list[int]) -> None:
+    def loop(self, batches: Iterator[MultiCropBatch], signals: list[int]) -> None:
         """All iterations that are left; `signals` holds those that this process has got."""
         # On a GPU, the numbers of an iteration are read while the next one runs.
         lag = 1 if self.device.type == "cuda" else 0
         unread: deque[Reading] = deque()
-        batches, clock = iter(loader), time.perf_counter()
+        clock = time.perf_counter()
         while self.iteration < self.total:
             micro_batches, standing = next_batches(
                 batches, self.accumulation, signals, self.checkpointer.failed(), self.record.gives_up()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import parse_json, write_bytes, writing
 from dinov2cli.requests.tools import PlotRequest
 from dinov2cli.train.verdicts import HIGHEST, LOWEST, Collapse, collapse_of, json_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Iterations and values, both float64 [n]; values that were not finite are nan."""
@@ -90,17 +93,16 @@ def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
     suffix = output.suffix.lower()
     if suffix not in (".png", ".html"):
         raise DataError(f"{output}: unknown output type {suffix!r}; give .png or .html")
-    runs, names = _with_distinct_names(runs), _names(runs)
-    content = _draw(runs, names, smooth, "png") if suffix == ".png" else _html(runs, names, smooth).encode()
+    content = _saved(figure_of(runs, smooth=smooth), "png") if suffix == ".png" else _html(runs, smooth).encode()
     with writing(output):
         write_bytes(output, content)
 
 
-def _html(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int) -> str:
-    sections = []
+def _html(runs: Sequence[Run], smooth: int) -> str:
+    runs, names, sections = _with_distinct_names(runs), _names(runs), []
     for group in GROUPS:
         if of_group := [key for key in names if key[0] == group]:
-            svg = _draw(runs, of_group, smooth, "svg").decode()
+            svg = _saved(_draw(runs, of_group, smooth), "svg").decode()
             sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg') :]}\n{_table(runs, of_group)}")
     for run in runs:
         if run.collapse:
@@ -128,7 +130,25 @@ def _table(runs: Sequence[Run], names: Sequence[tuple[str, str]]) -> str:
     return f"<table><tr><th>last value</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int, file_format: str) -> bytes:
+def figure_of(runs: Sequence[Run], *, smooth: int = 1) -> "Figure":
+    """All curves, the runs overlaid, as `plot_runs` draws them into a file; notebooks show it.
+
+    Raises:
+        EnvironmentProblem: matplotlib is not installed.
+    """
+    figure = _draw(_with_distinct_names(runs), _names(runs), smooth)
+    # What notebooks ask for: pyplot would teach them figures, and take over the process.
+    setattr(figure, "_repr_png_", lambda: _saved(figure, "png"))  # noqa: B010  (no attribute that Figure declares)
+    return figure
+
+
+def _saved(figure: "Figure", file_format: str) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=file_format, dpi=110)
+    return content.getvalue()
+
+
+def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int) -> "Figure":
     """One panel a curve, `COLUMNS` in a row; every group begins a row."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,9 +185,7 @@ def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int, fi
         figure.text(0.01, 0.0, "\n".join(said), color="red", fontsize=9, va="bottom")
         engine: Any = figure.get_layout_engine()
         engine.set(rect=(0, 0.25 * len(said) / (2.8 * rows + 0.6), 1, 1))  # room for these lines
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=file_format, dpi=110)
-    return drawn.getvalue()
+    return figure
 
 
 def _draw_curve(
