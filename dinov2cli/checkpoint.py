@@ -47,7 +47,6 @@ class Checkpointer:
         self.keep = keep
         # A group of its own: the writer's messages must not mix with those of the training that goes on meanwhile.
         self._group = dist.new_group(backend="gloo") if distributed.is_initialized() else None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._copies = HostCopies()
 
@@ -74,7 +73,9 @@ class Checkpointer:
         if wait:
             self._write(final, state, manifest)
         else:
-            self._writing = self._writer.submit(self._write, final, self._copies.of(state), manifest)
+            writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._writing = writer.submit(self._write, final, self._copies.of(state), manifest)
+            writer.shutdown(wait=False)  # its thread ends with this checkpoint
         return final
 
     def finish(self) -> None:

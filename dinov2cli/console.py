@@ -106,7 +106,8 @@ class Bars(Progress):
 
 def shows_bars(console: Console) -> bool:
     """Whether a bar can move there: a terminal, or a notebook that has ipywidgets."""
-    return console.is_terminal and not Manner.quiet and (not console.is_jupyter or find_spec("ipywidgets") is not None)
+    is_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+    return not Manner.quiet and (console.is_terminal or is_notebook)
 
 
 def clock(seconds: float) -> str:

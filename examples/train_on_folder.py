@@ -1,23 +1,27 @@
-"""Train on a folder with a subfolder for each class, then score the teacher by its nearest neighbours.
+"""Train on a folder of images, cell by cell: open this file as a notebook (VS Code, PyCharm, Jupytext), or run it.
 
 python examples/train_on_folder.py PHOTOS RUN [a.b=value ...]
 """
 
+# %%
 import sys
-from pathlib import Path
 
-from dinov2cli import KnnRequest, TrainRequest, run
+import dinov2cli
 
+photos, run, *overrides = sys.argv[1:]  # in a notebook: photos, run, overrides = "photos", "runs/photos", {}
 
-def main(photos: str, run_folder: str, *overrides: str) -> float:
-    # A request is what a command would do; its fields are the command's options.
-    run(TrainRequest(preset="demo", data=photos, output_dir=Path(run_folder), overrides=overrides))
-    # Train and val images are the same here: each is classified by the others.
-    knn = run(KnnRequest(checkpoint=run_folder, train_dataset=photos, val_dataset=photos, nb_knn=(5,)))
-    score: float = knn.rows[0].top1
-    print(f"k-NN top-1 of the teacher: {score:.1f} %")
-    return score
+# %% Train. The stop button, or Ctrl-C, saves; this cell then goes on from there.
+fit = dinov2cli.train(photos, preset="demo", output_dir=run, overrides=overrides)
 
+# %% The losses, the rates and what the monitors saw, as a table of numbers and as curves
+last = fit.metrics[-1]
+print(f"{fit}: loss {last['total_loss']:.3f}, prototypes in use {last['prototypes_in_use']:.1f}")
+curves = fit.plot()
+curves.savefig(f"{run}/curves.png")  # in a notebook the last line of a cell, fit.plot(), shows them
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+# %% Features of images: paths, PIL images, arrays, a folder
+print(fit.embed(photos).shape)
+
+# %% The score of its features: is an image's nearest neighbour of its class? Each is classified by the others.
+request = dinov2cli.KnnRequest(checkpoint=run, train_dataset=photos, val_dataset=photos, nb_knn=(5,))
+print(f"k-NN top-1 of the teacher: {dinov2cli.run(request).rows[0].top1:.1f} %")

@@ -59,7 +59,7 @@ def test_each_example_stands_in_the_readme_and_is_run_here() -> None:
 
 def test_training_on_a_folder_leaves_a_run_with_a_score(trained: Path) -> None:
     assert len(metrics_of(trained)) == 4
-    assert (trained / "results.json").exists()
+    assert (trained / "results.json").exists() and (trained / "curves.png").exists()
 
 
 def test_features_pair_each_image_with_another(trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from dinov2cli.train.objective import TERMS, Term
 
 def of_the_process() -> dict[str, Any]:
     """What a training could leave changed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHINDUCTOR")}  # on import
     signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR2
     return {
         "logging": (list(logger.handlers), logger.level, logger.propagate, list(logging.getLogger().handlers)),
@@ -40,7 +41,7 @@ def of_the_process() -> dict[str, Any]:
         "loaders": [each.pid for each in multiprocessing.active_children()],
         "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()),
-        "python": (dict(os.environ), os.getcwd(), sys.excepthook, list(warnings.filters)),
+        "python": (environment, os.getcwd(), sys.excepthook, list(warnings.filters)),
     }
 
 
