@@ -166,6 +166,26 @@ def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Raise `Interrupted` at SIGTERM and SIGUSR2, as Python does at Ctrl-C: what is held is released, such as locks.
+
+    For the time before and after work that handles signals itself. Off the main thread, nothing.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])]
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in (numbers if on_main_thread else [])}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def stoppable(message: str = "stopping") -> Iterator[Callable[[], None]]:
     """A function that a loop calls between its steps; it raises `Interrupted` after Ctrl-C or SIGTERM.
 

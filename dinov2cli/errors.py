@@ -43,6 +43,10 @@ class EnvironmentProblem(Dino2Error):
     """A missing package, device, permission or disk space."""
 
 
+class ProcessKilled(EnvironmentProblem):
+    """A process that the system has killed, most likely for want of memory. A supervised training starts again."""
+
+
 class TrainingFailure(Dino2Error):
     """Training stopped because it cannot go on (for example losses that stay non-finite)."""
 

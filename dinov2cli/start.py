@@ -10,7 +10,7 @@ import torch
 
 from dinov2cli import cluster, distributed
 from dinov2cli.config import Config
-from dinov2cli.console import logger, set_up_logging
+from dinov2cli.console import logger, set_up_logging, signals_as_exceptions
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.device import choose_device
@@ -57,6 +57,7 @@ def train(config: Config, request: TrainRequest) -> None:
 
 def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitStack) -> None:
     folder = RunFolder(Path(config.train.output_dir))
+    until_the_end.enter_context(signals_as_exceptions())
     # Read first, so that a wrong one is found before anything is written.
     with distributed.same_error_everywhere():
         dataset, online_knn = make_dataset(config.train.dataset_path), make_online_knn(config)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from dinov2cli.console import logger
-from dinov2cli.errors import Dino2Error, EnvironmentProblem
+from dinov2cli.errors import Dino2Error, EnvironmentProblem, ProcessKilled
 
 MAX_WORKERS = 16
 """Beyond this, one process's loaders no longer speed up: its own collation and copies are the limit."""
@@ -95,13 +95,15 @@ def loader_errors() -> Iterator[None]:
         text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
         if "DataLoader worker" not in text:
             raise
+        kind = EnvironmentProblem
         if "Bus error" in text or "shared memory" in text or "shm" in text:
             problem = "a data loader process died because shared memory (/dev/shm) is full"
         elif "Killed" in text:
+            kind = ProcessKilled  # as little a verdict on the run as the death of the training process itself
             problem = "a data loader process was killed by the system, most likely because memory ran out"
         else:
             problem = f"a data loader process died: {text.splitlines()[0]}"
-        raise EnvironmentProblem(
+        raise kind(
             problem,
             "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
             "(--shm-size=8g or --ipc=host).",

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dinov2cli.errors import Dino2Error
+from dinov2cli.errors import Dino2Error, ProcessKilled
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID, is_supervised, worker_rank
 
@@ -30,7 +30,7 @@ class Note:
     Attributes:
         rank: which worker.
         kind: "error" (the user can put it right), "interrupted", "crash" (an unexpected exception) or "death" (the
-            process ended without a word; written by its supervisor).
+            process, or a loader of its, was killed; of itself, its supervisor says so).
         message: what to print; for a crash the last line of the traceback.
         exit_code: what the whole command should exit with.
         hint: the error's hint, or a crash's traceback.
@@ -57,13 +57,15 @@ def reported() -> Iterator[None]:
             raise
         note = note_of(error, worker_rank())
         write_note(Path(os.environ[NOTES_FOLDER]), note)
-        raise SystemExit(1 if note.kind == "crash" else 0) from error
+        raise SystemExit(1 if note.kind in ("crash", "death") else 0) from error
 
 
 def note_of(error: BaseException, rank: int) -> Note:
     """The note of a worker that ends with `error`."""
     from dinov2cli.console import Interrupted
 
+    if isinstance(error, ProcessKilled):
+        return Note(rank, "death", error.message, error.exit_code, error.hint, signal.SIGKILL)
     if isinstance(error, Dino2Error):
         return Note(rank, "error", error.message, error.exit_code, error.hint)
     if isinstance(error, KeyboardInterrupt):

@@ -1,0 +1,122 @@
+"""Chaos: a small training that is killed, stopped, starved and robbed of its files, and what must hold; a program.
+
+    python tests/chaos.py --minutes 60 --seed 1          # one history after the other, on this machine
+    python tests/chaos.py --seed 1 --history 7           # that history again
+    python tests/chaos.py --minutes 20 --slurm STATE     # jobs on the cluster of tests/slurm/cluster_up.sh
+
+A history is one run in one folder, from its first start to its end, with faults on the way. Which faults, after how
+many iterations, at which process and with what delay is a function of (seed, history); it is printed before it is
+played. The step of the training in which a fault lands is the machine's. `chaos_faults.py` has the faults, each with
+what must come of it, and `chaos_history.py` what must hold after each:
+
+- every line of the metrics equals that of the undisturbed run to the last bit, none is lost, none is there twice. From
+  where images could not be read or were replaced, or the number of processes was another, the mean `total_loss` of 20
+  iterations is within BOUND of it, and iteration, schedules and batch are equal;
+- what has a final name is whole: checkpoints by their checksums, teachers, configuration, heartbeats, JSON lines;
+- nothing runs any more that the training has started, and its last message is one that a person can read;
+- at the end: the undisturbed run's teacher and scores, to the last bit, and nothing left aside.
+"""
+
+import argparse
+import collections
+import random
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from chaos_faults import FAULTS, LEFT_OUT, SLURM_FAULTS, SlurmHistory
+from chaos_history import BOUND, IMAGES, History, Violation
+from tiny_run import write_images
+
+
+def plan_of(history: History, kinds: list[str], faults: int) -> list[tuple[str, int, str]]:
+    """(kind, iterations before it, its own seed)."""
+    rng = random.Random(f"{history.name}/plan")
+    return [(rng.choice(kinds), rng.choice((0, 1, 3, 7, 12, 20)), f"{history.name}/{n}") for n in range(faults)]
+
+
+def play(history: History, plan: list[tuple[str, int, str]], until: float, counts: dict[str, int]) -> None:
+    for number, (kind, advance, seed) in enumerate(plan):
+        if time.monotonic() > until:
+            break
+        history.rng = random.Random(seed)
+        if history.life is None:
+            history.start()
+        history.advance(advance)
+        if history.ended() or history.is_done():
+            break
+        time.sleep(history.rng.random() * 0.1)
+        at, began = history.lines(), time.monotonic()
+        try:
+            outcome = FAULTS[kind](history)
+        except Violation as violation:
+            raise Violation(f"fault {number}, {kind} after iteration {at}: {violation}") from violation
+        history.check()
+        counts[kind] = counts.get(kind, 0) + (outcome != LEFT_OUT)
+        print(f"    {number} {kind} after iteration {at}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
+    history.finish()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=int, default=10, help="of a history")
+    parser.add_argument("--kinds", nargs="+", choices=[*FAULTS])
+    parser.add_argument("--history", type=int, help="play this one alone")
+    parser.add_argument("--slurm", type=Path, help="the cluster's state folder")
+    parser.add_argument("--place", type=Path, help="where to work; what was found stays there")
+    given = parser.parse_args()
+    place = given.place or Path(tempfile.mkdtemp(prefix="dino2-chaos-"))
+    place.mkdir(parents=True, exist_ok=True)
+    kind_of = SlurmHistory if given.slurm else History
+    kind_of.slurm = given.slurm
+    kinds = given.kinds or (SLURM_FAULTS if given.slurm else [kind for kind in FAULTS if kind not in SLURM_FAULTS])
+    began = time.monotonic()
+    until = began + given.minutes * 60
+    write_images(place / "data", per_class=IMAGES // 2)
+    with History(place, "whole", place / "run") as first:  # also outside of Slurm
+        first.data, first.run = place / "data", place / "run"
+        first.start()
+        first.ends({0})
+    counts: dict[str, int] = {}
+    total: collections.Counter[str] = collections.Counter()
+    violations: list[str] = []
+    deviation = 0.0
+    number = given.history or 0
+    while time.monotonic() < until and (given.history is None or number == given.history):
+        with suppress(Violation), kind_of(place, f"{given.seed}/{number}", place / "run") as history:
+            plan = plan_of(history, kinds, given.faults)
+            shown = ", ".join(f"+{advance} {kind}" for kind, advance, _ in plan)
+            print(f"seed {given.seed} history {number} ({time.monotonic() - began:.0f} s): {shown}", flush=True)
+            try:
+                play(history, plan, until, counts)
+            except Violation as violation:
+                violations.append(f"history {number}: {violation} (see {history.folder})")
+                print(f"VIOLATION {violations[-1]}\n{history.said()[-3000:]}", flush=True)
+                raise
+            total += collections.Counter(
+                histories=1, starts=len(history.logs), exact=history.exact, bounded=history.bounded
+            )
+            deviation = max(deviation, history.deviation)
+        number += 1
+    print(f"\nseed {given.seed}: {total['histories']} histories in {(time.monotonic() - began) / 60:.0f} minutes, "
+          f"{sum(counts.values())} faults, {total['starts']} starts; lines equal {total['exact']}, within "
+          f"{BOUND:.0%} {total['bounded']} (most {deviation:.1%})")  # fmt: skip
+    for kind in sorted(counts):
+        print(f"{kind:24} {counts[kind]}")
+    missing = [kind for kind in kinds if not counts.get(kind)]
+    print(f"not played: {', '.join(missing) or 'none'}")
+    print(f"{len(violations)} violations")
+    for text in violations:
+        print(f"  {text}")
+    if not violations and given.place is None:
+        shutil.rmtree(place, ignore_errors=True)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
