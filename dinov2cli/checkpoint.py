@@ -27,7 +27,7 @@ from dinov2cli.console import logger
 from dinov2cli.errors import CheckpointError
 from dinov2cli.files import flush_to_disk, replacing, write_text
 
-MANIFEST = "manifest.json"
+MANIFEST, CHECKSUM = "manifest.json", "crc32"
 PREFIX = "iteration_"
 
 
@@ -49,6 +49,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if distributed.is_initialized() else None
         self._writing: Future[None] | None = None
         self._copies = HostCopies()
+        self._looked: dict[Path, str | None] = {}  # what is wrong with checkpoints that were there before
 
     def save(
         self, iteration: int, state: dict[str, Any], *, facts: Mapping[str, int] | None = None, wait: bool = True
@@ -59,7 +60,7 @@ class Checkpointer:
         their names. Older ones beyond `keep` are deleted afterwards.
 
         Args:
-            facts: small numbers that can be read before the checkpoint is loaded (see `newest_facts`).
+            facts: small numbers that can be read before the checkpoint is loaded (see `newest`).
             wait: return once it is written; otherwise once it is copied, and `finish` tells how the writing went. A
                 checkpoint that is still being written is waited for first.
 
@@ -69,6 +70,7 @@ class Checkpointer:
         """
         self.finish()
         final = self.folder / f"{PREFIX}{iteration:08d}"
+        self._looked.pop(final, None)
         manifest = {"iteration": iteration, **(facts or {})}
         if wait:
             self._write(final, state, manifest)
@@ -92,15 +94,17 @@ class Checkpointer:
         """Whether this process knows that the checkpoint being written has failed; `finish` then raises."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def newest_facts(self) -> dict[str, int]:
-        """The facts of the newest checkpoint whose manifest can be read; empty if there is none."""
-        for _, path in self.list():
-            try:
-                manifest = json.loads((path / MANIFEST).read_text())
-                return {key: value for key, value in manifest.items() if isinstance(value, int)}
-            except (OSError, ValueError, AttributeError):
-                continue
-        return {}
+    def newest(self) -> tuple[int, dict[str, int]]:
+        """Iteration and facts (see `save`) of the newest checkpoint that is whole, which is the one to be loaded.
+
+        Raises:
+            CheckpointError: none is.
+        """
+        for iteration, path in self.list():
+            if self._problem(path) is None:
+                manifest = _read_manifest(path)
+                return iteration, {key: value for key, value in manifest.items() if isinstance(value, int)}
+        raise self._none_whole()
 
     def _write(self, final: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         aside = self.folder / f".{final.name}.incomplete"
@@ -146,24 +150,39 @@ class Checkpointer:
         Raises:
             CheckpointError: there are checkpoints, and none can be loaded.
         """
-        damaged = []
-        for iteration, path in self.list():
-            problem = distributed.broadcast_object(_damage(path) if distributed.is_main() else None)
-            if problem is None:
+        found = self.list()
+        for iteration, path in found:
+            if self._problem(path) is None:
                 try:
                     self._on_disk(dcp.load, state, path)
                 except Exception as error:
-                    problem = _innermost(error)
+                    self._pass_over(path, _innermost(error))
                 else:
                     return iteration
-            damaged.append(f"{path}: {problem}")
-            logger.warning("checkpoint passed over: %s: %s", path, problem)
-        if damaged:
-            raise CheckpointError(
-                "no checkpoint of this run can be loaded: " + "; ".join(damaged),
-                "Start over with --no-resume, or choose another --output-dir.",
-            )
+        if found:
+            raise self._none_whole()
         return None
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, or None; a damaged one is passed over. The first process looks, once."""
+        if path not in self._looked:
+            problem = distributed.broadcast_object(_damage(path) if distributed.is_main() else None)
+            self._looked[path] = None
+            if problem is not None:
+                self._pass_over(path, problem)
+        return self._looked[path]
+
+    def _pass_over(self, path: Path, problem: str) -> None:
+        self._looked[path] = problem
+        if distributed.is_main():
+            logger.warning("checkpoint passed over: %s: %s", path, problem)
+
+    def _none_whole(self) -> CheckpointError:
+        damaged = "; ".join(f"{path}: {problem}" for path, problem in self._looked.items() if problem is not None)
+        return CheckpointError(
+            f"no checkpoint of this run can be loaded: {damaged}",
+            "Start over with --no-resume, or choose another --output-dir.",
+        )
 
     def list(self) -> list[tuple[int, Path]]:
         """(iteration, folder) of the complete checkpoints, newest first."""
@@ -256,14 +275,29 @@ def _make_room(aside: Path, needed: int) -> None:
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Facts, sizes and checksums of all files; its presence says that the rest is complete."""
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir())}
-    write_text(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1), flush=True)
+    content = {**facts, "files": files}
+    write_text(folder / MANIFEST, json.dumps({**content, CHECKSUM: _crc32_of(content)}, indent=1), flush=True)
     flush_to_disk(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Older ones have no checksum of their own. OSError or ValueError where it is no more."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict):
+        raise ValueError("no manifest")
+    if (told := manifest.pop(CHECKSUM, None)) is not None and told != _crc32_of(manifest):
+        raise ValueError("the manifest is damaged (checksum)")
+    return manifest
+
+
+def _crc32_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:

@@ -102,6 +102,14 @@ def check_folder(path: Path, option: str) -> None:
         raise EnvironmentProblem(f"{option} {path}: {there} is not yours to write to")
 
 
+def user_path(text: str) -> Path:
+    """A path as it was typed or configured, with `~` for a home folder; as it is where nobody has that name.
+
+    `Path.expanduser` raises RuntimeError then.
+    """
+    return Path(os.path.expanduser(text))
+
+
 def lock(path: Path) -> AbstractContextManager[object]:
     """A lock that processes take by the name of a file, which they make beside it."""
     from filelock import FileLock

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 from dinov2cli.config.editing import with_entry
 from dinov2cli.config.loading import read_yaml
 from dinov2cli.errors import ConfigError
-from dinov2cli.files import lock, write_text, writing
+from dinov2cli.files import lock, user_path, write_text, writing
 from dinov2cli.requests.base import Group
 from dinov2cli.requests.launch import Slurm
 
@@ -34,7 +34,7 @@ HEADER = "# What dino2 knows of this site: datasets by name, and defaults (slurm
 
 
 def _from_the_file(text: str, info: ValidationInfo) -> str:
-    path = Path(os.path.expandvars(text)).expanduser()
+    path = user_path(os.path.expandvars(text))
     return str((info.context or Path()) / path)
 
 
@@ -108,8 +108,8 @@ class Site:
 def user_file() -> Path:
     """`$DINO2_CONFIG`, by default `dino2/dino2.yaml` in `$XDG_CONFIG_HOME` (`~/.config`)."""
     if chosen := os.environ.get("DINO2_CONFIG"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dino2" / NAME
+        return user_path(chosen)
+    return user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "dino2" / NAME
 
 
 def shown(path: Path | str) -> str:
@@ -158,10 +158,10 @@ def cache_folder(kind: str) -> Path:
     """Where `weights`, `features` or `listings` are kept: in `$DINO2_CACHE`, else `cache` of the site's file, else
     `~/.cache/dino2`."""
     if chosen := os.environ.get("DINO2_CACHE"):
-        return Path(chosen).expanduser() / kind
+        return user_path(chosen) / kind
     if configured := read_site().settings.cache:
         return Path(configured) / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dino2" / kind
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dino2" / kind
 
 
 def _read(path: Path) -> Settings:

@@ -158,7 +158,7 @@ class History:
         for words in says:
             if not re.search(words, text):
                 raise Violation(f"exit code {code}, and nothing says {words!r}")
-        self.check_down(left_cleanly=code >= 0)
+        self.check_down(left_cleanly=code == 0 or (code == 130 and "interrupted: saved" in text))
         return f"exit code {code}"
 
     def kill_all(self) -> None:

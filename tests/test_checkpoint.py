@@ -47,7 +47,7 @@ def test_in_the_background_what_was_there_is_written(tmp_path: Path) -> None:
         loaded = {"model": {"w": torch.zeros(300, 7)}}
         torch.distributed.checkpoint.load(loaded, checkpoint_id=path, no_dist=True)
         assert loaded["model"]["w"].eq(iteration).all()
-    assert checkpointer.newest_facts() == {"iteration": 3, "world_size": 7}
+    assert checkpointer.newest() == (3, {"iteration": 3, "world_size": 7})
 
 
 def test_a_failure_in_the_background_is_told(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path, keep=1).load_latest(state_of(0)) is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no_manifest", "lost_file"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no_manifest", "lost_file", "another_fact"])
 def test_a_damaged_checkpoint_is_passed_over_loudly(
     checkpointer: Checkpointer, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,13 +82,27 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
         data.write_bytes(content)
     elif damage == "no_manifest":
         (newest / "manifest.json").unlink()
+    elif damage == "another_fact":  # a digit, in what is still JSON
+        text = (newest / "manifest.json").read_text()
+        (newest / "manifest.json").write_text(text.replace('"iteration": 40', '"iteration": 44'))
     else:
         data.unlink()
     monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
     state = state_of(0)
+    assert checkpointer.newest() == (30, {"iteration": 30}), "what is said is said of the one that is loaded"
     assert checkpointer.load_latest(state) == 30
     assert state["model"]["w"].eq(30).all()
-    assert "passed over" in caplog.text and newest.name in caplog.text
+    assert caplog.text.count("passed over") == 1 and newest.name in caplog.text
+    checkpointer.save(40, state_of(41))  # the run has come there again
+    assert checkpointer.load_latest(state) == 40 and state["model"]["w"].eq(41).all()
+
+
+def test_a_manifest_of_before_it_had_a_checksum(checkpointer: Checkpointer) -> None:
+    path = checkpointer.list()[0][1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["crc32"]
+    path.write_text(json.dumps(manifest))
+    assert checkpointer.newest()[0] == 40
 
 
 def test_nothing_whole_is_an_error(checkpointer: Checkpointer) -> None:

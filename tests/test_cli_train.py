@@ -102,3 +102,16 @@ def test_a_dry_run_reports_and_writes_nothing(images: Path, tmp_path: Path) -> N
     for expected in ("16 images", "12 iterations", "checkpoint", "memory", "sdpa"):
         assert expected in result.stderr, expected
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_idle_thread_of_an_executor_does_not_keep_the_command_from_ending() -> None:
+    """As the writer of checkpoints that the traceback of an error still holds."""
+    code = """if True:
+        from concurrent.futures import ThreadPoolExecutor
+        from dinov2cli.cli.main import leave
+        kept = ThreadPoolExecutor(1)
+        kept.submit(print, "written", flush=True).result()
+        leave(3)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 3 and result.stdout == "written\n", result.stderr

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from filelock import Timeout
 
+import dinov2cli
 from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.files import digest, lock, replacing, sha256, write_array, write_bytes, write_text, writing
+from dinov2cli.files import digest, lock, replacing, sha256, user_path, write_array, write_bytes, write_text, writing
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -84,3 +85,11 @@ def test_digests_are_sha256(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     assert sha256(tmp_path / "a", tmp_path / "b") == digest("ab") == hashlib.sha256(b"ab").hexdigest()
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert user_path("~/x") == Path("/home/somebody/x")
+    assert user_path("~nobody-is-called-so/x") == Path("~nobody-is-called-so/x")
+    package = Path(dinov2cli.__file__).parent
+    assert not [path for path in package.rglob("*.py") if ").expanduser()" in path.read_text()]

@@ -57,6 +57,10 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
+def loaders_of(worker: int) -> list[int]:
+    return [int(pid) for file in Path(f"/proc/{worker}/task").glob("*/children") for pid in file.read_text().split()]
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -201,16 +205,18 @@ def test_starting_over_is_done_once_not_at_every_restart(images: Path, whole: Pa
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_no_more_than_a_pause(images: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_process_or_loader_is_no_more_than_a_pause(images: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(images, run, *LONGER)
-    for rank, line in ((1, 12), (0, 40)):
-        wait_for_line(process, run, line)
-        os.kill(workers_of(process)[rank], signal.SIGKILL)
+    process = start(images, run, *LONGER, "train.num_workers=1")
+    wait_for_line(process, run, 12)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    wait_for_line(process, run, 40)
+    os.kill(loaders_of(workers_of(process)[0])[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
-    restarts = read_restarts(run)
-    assert [(each.kind, each.rank) for each in restarts] == [("death", 1), ("death", 0)]
-    assert "was killed (SIGKILL)" in run.with_suffix(".log").read_text()
+    first, second = read_restarts(run)
+    assert (first.kind, first.rank, first.reason) == ("death", 1, "was killed (SIGKILL)")
+    assert second.kind == "death" and second.reason.startswith("a data loader process was killed by the system")
+    assert second.iteration >= 35, "nothing is lost beyond the last checkpoint"
     assert_equal_runs(run, whole)
 
 
@@ -220,8 +226,7 @@ def test_no_process_outlives_the_launcher(images: Path, tmp_path: Path) -> None:
     process = start(images, run, *LONGER, "train.num_workers=1")
     wait_for_line(process, run, 3)
     workers = workers_of(process)
-    loaders = [int(pid) for worker in workers for file in Path(f"/proc/{worker}/task").glob("*/children")
-               for pid in file.read_text().split()]  # fmt: skip
+    loaders = [loader for worker in workers for loader in loaders_of(worker)]
     assert len(workers) == 2 and len(loaders) >= 2
     process.kill()
     process.wait()
@@ -267,6 +272,22 @@ def test_failures_without_progress_end_with_the_failing_process_own_error(tmp_pa
     assert result.stdout.count("Traceback") == 1 and "Traceback" not in result.stderr
     restarts = read_restarts(tmp_path / "run")
     assert [(each.rank, each.kind) for each in restarts] == [(1, "crash")] * MAX_CRASHES
+
+
+@pytest.mark.long
+def test_a_process_that_has_reported_its_failure_and_does_not_end_is_ended(tmp_path: Path) -> None:
+    code = """if True:
+        import os, time
+        from pathlib import Path
+        from dinov2cli.launch.notes import note_of, write_note
+        if Path(os.environ["DINO2_NOTES"]).name == "start_0":
+            if os.environ["RANK"] == "1":
+                write_note(Path(os.environ["DINO2_NOTES"]), note_of(ArithmeticError("the cat ate it"), 1))
+            time.sleep(600)
+    """
+    result = supervise(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [(each.rank, each.kind) for each in read_restarts(tmp_path / "run")] == [(1, "crash")]
 
 
 def test_progress_allows_any_number_of_failures(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY, metrics_of, write_images
 
+from dinov2cli.console import Interrupted, signals_as_exceptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch import owner
 from dinov2cli.launch.owner import NAME, STALE_S, Owner, check_free, owner_of, owning
@@ -117,6 +118,14 @@ def test_who_may_take_over(tmp_path: Path, elsewhere: Owner) -> None:
     write(tmp_path, replace(mine, token="earlier", born="1"))  # here, and its number is used again
     with owning(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_before_training_begins_leaves_the_folder_free(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stop, signals_as_exceptions(), owning(tmp_path):
+        signal.raise_signal(number)
+    assert stop.value.signal == number and not list(tmp_path.iterdir()) and signal.getsignal(number) is before
 
 
 def test_restarts_and_requeues_do_not_lock_themselves_out(

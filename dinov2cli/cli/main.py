@@ -122,9 +122,8 @@ def leave(code: str | int | None) -> NoReturn:
 
     Threads that must not be cut off are waited for, and what is registered for the end is done.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # Not by joining them here: an executor's idle threads, which an error's traceback may keep, end only when told to.
+    threading._shutdown()  # type: ignore[attr-defined]
     if multiprocessing := sys.modules.get("multiprocessing"):
         for child in multiprocessing.active_children():
             if child.daemon:

@@ -9,7 +9,7 @@ from dinov2cli.console import logger
 from dinov2cli.data.datasets import check_dataset, make_dataset
 from dinov2cli.data.spelling import complete
 from dinov2cli.errors import ConfigError, Problems, WeightsError
-from dinov2cli.files import check_folder
+from dinov2cli.files import check_folder, user_path
 from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.site import read_site
 
@@ -59,7 +59,7 @@ def check_checkpoint(request: EvalRequest) -> None:
         from dinov2cli.models.load.locate import check_there
 
         check_there(request.checkpoint)
-    elif not Path(request.checkpoint).expanduser().exists() and not re.match(r"https?://|dinov2_", request.checkpoint):
+    elif not user_path(request.checkpoint).exists() and not re.match(r"https?://|dinov2_", request.checkpoint):
         raise WeightsError(f"'{request.checkpoint}' is neither a file or folder nor a released name")
 
 
@@ -73,7 +73,7 @@ def known_config(request: EvalRequest) -> Config | None:
 
 def run_of(checkpoint: str) -> Path | None:
     """The run folder of a checkpoint, by its path; `models.load.locate` finds the same, but takes torch."""
-    path = Path(checkpoint).expanduser()
+    path = user_path(checkpoint)
     if path.is_dir():
         return path if (path / "eval").is_dir() or (path / "checkpoints").is_dir() else None
     return path.parent.parent.parent if path.parent.parent.name == "eval" else None

@@ -29,7 +29,7 @@ from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_r
 
 # Seconds to wait
 LAST_WORDS = 3.0  # for the notes of the other workers after one has failed, before they are killed
-PATIENCE = 30.0  # for the other workers to end after one has reported an error
+PATIENCE = 30.0  # for the workers to end after one has reported a failure
 JOINING = 120.0  # for a machine's workers, once all are ready, to join the others, times the machines: it takes a
 # second, but torch waits for a lost connection for hours
 MEETING = 900.0  # for the supervisors of the other machines
@@ -227,11 +227,11 @@ class Supervisor:
             time.sleep(0.1 if self.group.nodes == 1 else 0.5)
 
     def waits_in_vain(self) -> bool:
-        """Whether workers wait for ever: for one that has reported an error, or to join the others."""
+        """Whether they wait for ever: for one that has reported a failure and does not end, or to join the others."""
         now = time.time()
-        if now - self.looked < 5:
+        if time.monotonic() - self.looked < 5:
             return False
-        self.looked = now
+        self.looked = time.monotonic()
         ready = max(time_of_mark(self.notes, rank, "joining") for rank in self.ranks)
         if now - ready > JOINING * min(self.group.nodes, 5):
             late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") == math.inf]
@@ -239,7 +239,7 @@ class Supervisor:
                 write_note(self.notes, Note(rank, "death", "did not get a connection to the others"))
             if late:
                 return True
-        return any(note.kind == "error" and now - note.time > PATIENCE for note in read_notes(self.notes))
+        return any(note.kind != "interrupted" and now - note.time > PATIENCE for note in read_notes(self.notes))
 
     def bury(self) -> None:
         """End all workers of this machine after one has failed, and write notes for those who could not."""

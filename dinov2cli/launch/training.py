@@ -16,7 +16,7 @@ from dinov2cli.console import err, logger
 from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
-from dinov2cli.files import check_folder
+from dinov2cli.files import check_folder, user_path
 from dinov2cli.launch import owner, slurm
 from dinov2cli.launch.environment import is_supervised
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
@@ -194,7 +194,7 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
     for key, split in (("knn_train_dataset", "TRAIN"), ("knn_val_dataset", "VAL")):
         if labelled := getattr(config.evaluation, key):
             given.append(f"evaluation.{key}={absolute(complete(labelled, split))}")
-    if (weights := Path(config.student.pretrained_weights).expanduser()) != Path() and weights.exists():
+    if (weights := user_path(config.student.pretrained_weights)) != Path() and weights.exists():
         given.append(f"student.pretrained_weights={weights.absolute()}")
     config = load(overrides=given)
     if config.student.pretrained_weights and read_weights:
@@ -212,7 +212,7 @@ def default_run_folder(request: TrainRequest, config: Config) -> Path:
         name = request.config_file.stem
     else:
         data = config.train.dataset_path
-        name = Path(data).expanduser().absolute().name if Path(data).expanduser().is_dir() else data.partition(":")[0]
+        name = user_path(data).absolute().name if user_path(data).is_dir() else data.partition(":")[0]
     return Path(read_site().settings.runs or "runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
 
 

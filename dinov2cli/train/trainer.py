@@ -16,6 +16,7 @@ from dinov2cli.console import Interrupted, MetricLogger, counted, interruption, 
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader, make_train_loader
+from dinov2cli.data.workers import loader_errors
 from dinov2cli.device import Precision, why_not_compile
 from dinov2cli.errors import ConfigError, TrainingFailure
 from dinov2cli.models.attention import AttentionUse, choose_attention_backend
@@ -79,9 +80,9 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder.checkpoints, config.train.keep)
         self.given_config = config
         resume = distributed.broadcast_object(resume and bool(self.checkpointer.list()))
+        done, facts = self.checkpointer.newest() if resume else (0, {})
         with distributed.same_error_everywhere():
             if resume:
-                facts, done = self.checkpointer.newest_facts(), self.checkpointer.list()[0][0]
                 config = keep_effective_batch(config, facts, self.world_size)
                 if self.folder.config.exists():
                     before = facts.get("world_size", self.world_size)
@@ -150,6 +151,7 @@ class Trainer:
                 self.score_teacher()
             stack.enter_context(self.record.display)
             message = "stopping after this iteration (again to stop at once, without saving)"
+            stack.enter_context(loader_errors())  # the death of a loader is told wherever the training stands
             batches = stack.enter_context(closing(iter(loader)))  # loader processes end with the training
             self.loop(batches, stack.enter_context(interruption(message, requeue=True)))
 

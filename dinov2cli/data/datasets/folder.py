@@ -9,6 +9,7 @@ from dinov2cli.console import counted, logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 
 _told: set[Path] = set()
 """Folders whose other files have been named."""
@@ -26,7 +27,7 @@ class FolderDataset(ImageDataset):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(os.path.expanduser(root))
+        self.root = user_path(root)
         if not os.path.isdir(self.root):
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip

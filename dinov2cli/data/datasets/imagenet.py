@@ -9,6 +9,7 @@ import numpy as np
 
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, RecordFile, read_texts
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 
 NO_CLASS = 2**32 - 1
 """`class_index` of entries without a label, in the metadata files."""
@@ -61,8 +62,8 @@ class ImageNet(ImageDataset):
         if split not in Split.__members__:
             raise DataError(f"ImageNet has no split {split!r}; it has TRAIN, VAL and TEST")
         self.split = Split[split]
-        given = Path(os.path.expanduser(root))
-        self.root, self.extra = data_root(given), Path(os.path.expanduser(extra)) if extra else given
+        given = user_path(root)
+        self.root, self.extra = data_root(given), user_path(extra) if extra else given
         entries = self.extra / f"entries-{split}.npy"
         if not os.path.isfile(entries):
             remedy = f"dino2 prepare-imagenet --root {given} --extra {self.extra} --split {split}"

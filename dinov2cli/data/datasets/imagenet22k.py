@@ -3,13 +3,13 @@
 import gzip
 import os
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from dinov2cli.data.datasets.base import ImageDataset, OpenFiles, RecordFile, read_texts
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 
 BLOCK = 512
 """Bytes of a tar block; a member is one header block and its content, padded to whole blocks."""
@@ -27,8 +27,8 @@ class ImageNet22k(ImageDataset):
     """
 
     def __init__(self, root: str, extra: str | None = None) -> None:
-        self.root = Path(os.path.expanduser(root))
-        self.extra = Path(os.path.expanduser(extra)) if extra else self.root
+        self.root = user_path(root)
+        self.extra = user_path(extra) if extra else self.root
         for file in (self.extra / "entries.npy", self.extra / "class-ids.npy"):
             if not os.path.isfile(file):
                 remedy = f"dino2 prepare-imagenet --variant 22k --root {self.root} --extra {self.extra}"

@@ -13,6 +13,7 @@ from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.files import user_path
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -43,7 +44,7 @@ class ParquetDataset(ImageDataset):
     def __init__(
         self, root: str | Path, split: str | None = None, image: str | None = None, label: str | None = None
     ) -> None:
-        self.root = Path(os.path.expanduser(root))
+        self.root = user_path(root)
         self.files = _files_of(self.root, split)
         self.split = split or next(iter(splits_of(self.files)), "")
         self._open_files: OrderedDict[int, Any] = OrderedDict()

@@ -19,6 +19,7 @@ from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, re
 from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 
 INDEX_THREADS = 8
 LARGEST = 1 << 30
@@ -39,7 +40,7 @@ class ShardsDataset(ImageDataset):
     """
 
     def __init__(self, root: str | Path) -> None:
-        folder = Path(os.path.expanduser(root))
+        folder = user_path(root)
         if not os.path.isdir(folder):
             raise DataError(f"{folder} is not a folder")
         with os.scandir(folder) as entries:
@@ -99,7 +100,7 @@ class ArchiveDataset(ShardsDataset):
     """
 
     def __init__(self, file: str | Path) -> None:
-        path = Path(os.path.expanduser(file))
+        path = user_path(file)
         if path.name.lower().endswith(COMPRESSED):
             raise DataError(f"{path}: a compressed tar has to be read from its start to reach an image",
                             "Unpack it, or undo its compression (gunzip): a plain .tar is read as it is.")  # fmt: skip

@@ -12,6 +12,7 @@ from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_image
 from dinov2cli.data.datasets.listing import PathTable, image_extensions
 from dinov2cli.data.datasets.parquet import open_parquet
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 
 PATH_COLUMNS = (
     "path",
@@ -47,11 +48,11 @@ class TableDataset(ImageDataset):
     """
 
     def __init__(self, file: str, root: str | None = None, path: str | None = None, label: str | None = None) -> None:
-        self.file = Path(os.path.expanduser(file))
+        self.file = user_path(file)
         columns = read_columns(self.file, path, label)
         self.path_column = _chosen(self.file, columns, path, PATH_COLUMNS, "path")
         self.label_column = _chosen(self.file, columns, label, LABEL_COLUMNS, "label") if label != "none" else ""
-        self._prefix = os.path.join(Path(os.path.expanduser(root)) if root else self.file.parent, "")
+        self._prefix = os.path.join(user_path(root) if root else self.file.parent, "")
         self._paths = PathTable.of(columns[self.path_column])
         require_images(len(self._paths), str(self.file))
         labels = columns[self.label_column] if self.label_column else [""] * len(self._paths)

@@ -1,6 +1,5 @@
 """What `dino2 prepare-imagenet` does, and says meanwhile: the metadata files through which ImageNet is read."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
 from dinov2cli.data.prepare.labels import SOLUTION, Labels, kaggle_file, read_labels, write_labels
 from dinov2cli.data.prepare.val_folders import read_val_labels, sort_val
 from dinov2cli.errors import ConfigError, DataError, EnvironmentProblem
+from dinov2cli.files import user_path
 from dinov2cli.requests.tools import PrepareImagenetRequest
 from dinov2cli.site import read_site
 
@@ -32,8 +32,8 @@ def run(request: PrepareImagenetRequest) -> None:
     Raises:
         DataError: images or labels that are not as they must be, or problems that `check` has found.
     """
-    root = Path(os.path.expanduser(request.root))
-    extra = Path(os.path.expanduser(request.extra)) if request.extra else root
+    root = user_path(request.root)
+    extra = user_path(request.extra) if request.extra else root
     if not root.is_dir():
         raise DataError(f"--root {root} is not a folder")
     has_folders = any((data_root(root) / split.folder).is_dir() for split in Split)

@@ -1,6 +1,5 @@
 """Where weights come from: a run folder, a file, a Hugging Face or timm folder, a URL or a released name."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from dinov2cli.config.images import IMAGENET, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.files import parse_json, parse_yaml
+from dinov2cli.files import parse_json, parse_yaml, user_path
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.layouts import huggingface
 from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
@@ -57,7 +56,7 @@ def locate(source: str | Path | Source) -> Source:
     if isinstance(source, Source):
         return source
     text = str(source)
-    path = Path(os.path.expanduser(source))
+    path = user_path(source)
     if is_url(text):
         return _in_file(fetch(text))
     if path.is_dir():
