@@ -32,15 +32,19 @@ from chaos_history import BOUND, IMAGES, History, Violation
 from tiny_run import write_images
 
 
-def plan_of(history: History, kinds: list[str], faults: int) -> list[tuple[str, int, str]]:
-    """(kind, iterations before it, its own seed)."""
-    rng = random.Random(f"{history.name}/plan")
-    return [(rng.choice(kinds), rng.choice((0, 1, 3, 7, 12, 20)), f"{history.name}/{n}") for n in range(faults)]
+def plan_of(seed: int, number: int, kinds: list[str], faults: int) -> list[tuple[str, int, str]]:
+    """(kind, iterations before it, its own seed) of each fault of a history; all kinds come in turn, in any order."""
+    rng, plan = random.Random(f"{seed}/{number}/plan"), []
+    for fault in range(number * faults, (number + 1) * faults):
+        turn, place = divmod(fault, len(kinds))
+        kind = random.Random(f"{seed}/kinds/{turn}").sample(kinds, len(kinds))[place]
+        plan.append((kind, rng.choice((0, 1, 3, 7, 12, 20)), f"{seed}/{number}/{fault}"))
+    return plan
 
 
 def play(history: History, plan: list[tuple[str, int, str]], until: float, counts: dict[str, int]) -> None:
     for number, (kind, advance, seed) in enumerate(plan):
-        if time.monotonic() > until:
+        if time.monotonic() > until or history.is_done():
             break
         history.rng = random.Random(seed)
         if history.life is None:
@@ -89,7 +93,7 @@ def main() -> int:
     number = given.history or 0
     while time.monotonic() < until and (given.history is None or number == given.history):
         with suppress(Violation), kind_of(place, f"{given.seed}/{number}", place / "run") as history:
-            plan = plan_of(history, kinds, given.faults)
+            plan = plan_of(given.seed, number, kinds, given.faults)
             shown = ", ".join(f"+{advance} {kind}" for kind, advance, _ in plan)
             print(f"seed {given.seed} history {number} ({time.monotonic() - began:.0f} s): {shown}", flush=True)
             try:
@@ -98,9 +102,8 @@ def main() -> int:
                 violations.append(f"history {number}: {violation} (see {history.folder})")
                 print(f"VIOLATION {violations[-1]}\n{history.said()[-3000:]}", flush=True)
                 raise
-            total += collections.Counter(
-                histories=1, starts=len(history.logs), exact=history.exact, bounded=history.bounded
-            )
+            done = {"histories": 1, "starts": len(history.logs), "exact": history.exact, "bounded": history.bounded}
+            total += collections.Counter(done)
             deviation = max(deviation, history.deviation)
         number += 1
     print(f"\nseed {given.seed}: {total['histories']} histories in {(time.monotonic() - began) / 60:.0f} minutes, "

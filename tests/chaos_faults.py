@@ -55,7 +55,7 @@ def tell_to_stop(history: History) -> str:
     number = history.rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
     to_one = history.rng.random() < 0.3
     kill(history.pick(history.trainers) if to_one else history.life.pid, number)
-    return f"{number.name}: {history.ends({130, 0})}"
+    return f"{number.name}: {history.ends({130, 0, -number})}"
 
 
 def tell_to_stop_early(history: History) -> str:
@@ -81,12 +81,13 @@ def hang_briefly(history: History) -> str:
 
 
 def hang(history: History) -> str:
-    """A process or a loader stands still for good: the run must notice, and start again."""
+    """A process or a loader of a training stands still for good: the run must notice, and start again."""
+    history.advance(1)
     pid = history.pick(history.trainers if history.rng.random() < 0.6 else history.loaders)
     at = history.lines()
     kill(pid, signal.SIGSTOP)
     history.wait_for(lambda: not os.path.exists(f"/proc/{pid}") or history.ended(), f"the end of {pid}, which hangs",
-                     HANG_S + 60)  # fmt: skip
+                     HANG_S + 300)  # fmt: skip
     outcome = history.goes_on()
     if "hung" not in history.said() and "no iteration for" not in history.said():
         raise Violation(f"nothing says that it hung after {at}")
@@ -133,7 +134,7 @@ def damage(history: History) -> str:
     history.kill_all()
     newest = checkpoints(history)[: history.rng.choice((1, 1, 2))]
     for folder in newest:
-        history.damaged.add(folder.name)
+        history.damaged.add((folder.name, folder.stat().st_ino))
         path = history.rng.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
         content, how = bytearray(path.read_bytes()), history.rng.choice(("bit", "cut", "gone"))
         if how == "bit":
@@ -148,8 +149,6 @@ def damage(history: History) -> str:
         raise Violation(
             f"{len(newest)} checkpoints damaged (the last: {how} of {path.name}), {passed_over} passed over"
         )
-    for folder in newest:  # in the way of later histories' checks only until it is written again
-        history.damaged.discard(folder.name)
     return f"{outcome}, {passed_over} passed over"
 
 
@@ -180,11 +179,9 @@ def images_gone(history: History) -> str:
         if not history.ended():
             if restarted and how == "gone" and checkpoints(history) and "the data has changed since" not in said:
                 raise Violation(f"{count} images gone, and nothing says so")
-            history.interrupt()
-            return f"{count} {how}, goes on"
-        return f"{count} {how}: " + history.ends(
-            {2, 0}, r"unreadable|could not be read|no images|has no|are missing|finished|the weights are in"
-        )
+            kill(history.life.pid, signal.SIGTERM) if history.life else None
+            return f"{count} {how}, went on, {history.ends({130, 2, 0})}"
+        return f"{count} {how}: " + history.ends({2, 0}, r"error: |finished|the weights are in")
     finally:
         shutil.rmtree(history.data)
         kept.rename(history.data)
@@ -261,7 +258,7 @@ def alive(pid: int) -> bool:
 
 def second_training(history: History) -> str:
     """The same command again, while it trains: refused, and the first one goes on."""
-    history.wait_for(lambda: (history.run / ".dino2-owner").exists() or history.ended(), "an owner")
+    history.advance(1)
     more = history.rng.choice(([], ["--no-resume"], ["--gpus", "2"]))
     second = history.open(*more)
     code = second.wait(PATIENCE_S)

@@ -53,7 +53,7 @@ class History:
         self.logs: list[Path] = []
         self.token = f"{os.getpid()}-{name}"
         self.taint: int | None = None  # the iteration from which on numbers need not be those of the whole run
-        self.damaged: set[str] = set()  # checkpoints that we have damaged
+        self.damaged: set[tuple[str, int]] = set()  # checkpoints that we have damaged
         self.exact = self.bounded = 0  # lines that were compared at the end
         self.deviation = 0.0
         self.clock = self.folder / "clock"
@@ -172,7 +172,8 @@ class History:
         self.check_down(left_cleanly=False)
 
     def interrupt(self) -> None:
-        assert self.life is not None
+        if self.life is None:
+            return
         self.life.terminate()
         self.ends({130, -signal.SIGTERM, 0})
 
@@ -212,7 +213,7 @@ class History:
 
     def check_down(self, *, left_cleanly: bool) -> None:
         """When the training has ended, however it did."""
-        self.wait_for(lambda: not self.processes(), f"the end of {self.processes()}: orphans", 20)
+        self.wait_for(lambda: not self.processes(), f"the end of {self.processes()}: orphans", 60)
         self.check()
         self.check_files()
         if left_cleanly and list(self.run.glob(".dino2-owner*")):
@@ -226,7 +227,8 @@ class History:
         there, whole = [json.loads(text) for text in texts], metrics_of(self.whole)
         if [line["iteration"] for line in there] != list(range(len(there))):
             raise Violation(f"the metrics' iterations are {[line['iteration'] for line in there]}")
-        newest = max([int(p.name[10:]) for p in (self.run / "checkpoints").glob("iteration_*")], default=0)
+        checkpoints = [p for p in (self.run / "checkpoints").glob("iteration_*") if self.is_whole(p)]
+        newest = max([int(p.name[10:]) for p in checkpoints], default=0)
         if len(there) < newest and self.ended():
             raise Violation(f"{len(there)} lines of metrics, and a checkpoint of iteration {newest}")
         self.exact = self.bounded = 0
@@ -253,11 +255,17 @@ class History:
             if not abs(mine / other - 1) <= BOUND:
                 raise Violation(f"from iteration {first}: total_loss {mine:.4f}, {other:.4f} undisturbed")
 
+    def is_whole(self, checkpoint: Path) -> bool:
+        """Whether it is none that we have damaged; it may have been written again since."""
+        with suppress(FileNotFoundError):
+            return (checkpoint.name, checkpoint.stat().st_ino) not in self.damaged
+        return False
+
     def check_files(self) -> None:
         import torch
 
         for folder in (self.run / "checkpoints").glob("iteration_*"):
-            if folder.name in self.damaged:
+            if not self.is_whole(folder):
                 continue
             files = json.loads((folder / "manifest.json").read_text())["files"]
             for name, facts in files.items():
