@@ -114,7 +114,7 @@ def user_file() -> Path:
 
 def shown(path: Path | str) -> str:
     """A path for people: `~` for the home folder."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")
     return f"~{str(path).removeprefix(home)}" if str(path).startswith(f"{home}/") else str(path)
 
 
