@@ -102,7 +102,7 @@ def check_folder(path: Path, option: str) -> None:
         raise EnvironmentProblem(f"{option} {path}: {there} is not yours to write to")
 
 
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """A path as it was typed or configured, with `~` for a home folder; as it is where nobody has that name.
 
     `Path.expanduser` raises RuntimeError then.

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 from typing import Annotated, NoReturn
@@ -124,6 +125,8 @@ def leave(code: str | int | None) -> NoReturn:
     """
     # Not by joining them here: an executor's idle threads, which an error's traceback may keep, end only when told to.
     threading._shutdown()  # type: ignore[attr-defined]
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch tells of loaders that end, as these now do
     if multiprocessing := sys.modules.get("multiprocessing"):
         for child in multiprocessing.active_children():
             if child.daemon:
