@@ -114,7 +114,8 @@ def train(
 
     Args:
         data: a folder of images, or a dataset string.
-        preset: a ready configuration, as `dino2 presets list` names them.
+        preset: a ready configuration, as `dino2 presets list` names them; by default chosen by the images and the
+            machine, which is said, with the reason.
         config_file: a configuration file instead.
         output_dir: the run folder; by default below `runs/`, with the name of the preset, the file or the data.
         overrides: changes of single keys: `{"optim.epochs": 5}`, `{"optim": {"epochs": 5}}` or `["optim.epochs=5"]`.
@@ -154,7 +155,7 @@ def train(
     with process_as_it_was(uses_gpu=not request.cpu):
         Manner.quiet = quiet
         set_up_logging()
-        first_look(request)
+        request = first_look(request)
         config = resolve_config(request)
         start.train(config, request)
     return Fit(config.train.output_dir)

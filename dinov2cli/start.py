@@ -24,7 +24,7 @@ from dinov2cli.launch import slurm
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.notes import mark, reported
 from dinov2cli.launch.owner import owning
-from dinov2cli.launch.training import resolve_config
+from dinov2cli.launch.training import completed, resolve_config
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -43,6 +43,7 @@ def run(request: TrainRequest) -> None:
     Raises:
         Dino2Error: a wrong configuration, data or weights, and what training may end with.
     """
+    request = completed(request)
     train(resolve_config(request), request)
 
 

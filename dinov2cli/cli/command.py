@@ -74,7 +74,7 @@ def perform(request: Request) -> None:
     Manner.quiet, Manner.verbose = request.quiet, request.verbose and not request.quiet
     set_up_logging(quiet=not (request.logs or Manner.verbose) or worker_rank() > 0)
     if request.checked_by and not is_worker():
-        function_named(request.checked_by)(request)
+        request = function_named(request.checked_by)(request) or request
     elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
     show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
 

@@ -63,6 +63,19 @@ class Look(NamedTuple):
         of = "all" if looked == self.size else f"{looked:,} looked at"
         return f"{of}: {'; '.join(parts)}"
 
+    @property
+    def side(self) -> int | None:
+        """Median of the shorter sides in pixels; None where nothing could be read."""
+        return statistics.median_low(min(facts.height, facts.width) for facts, _ in self.files) if self.files else None
+
+    def in_short(self) -> str:
+        """Such as `1,234 RGB images of about 96 pixels`."""
+        if self.side is None:
+            return f"{self.size:,} images that could not be read"
+        channels = Counter(facts.channels for facts, _ in self.files).most_common(1)[0][0]
+        kind = f"{channels} images" if channels in ("RGB", "gray") else f"images of {channels}"
+        return f"{self.size:,} {kind}, of about {self.side} pixels"
+
     def mixtures(self) -> Iterator[str]:
         """What differs within the set and seldom should: bits and channels, each with a file of the rarer kinds."""
         for what in ("bits", "channels"):
@@ -79,12 +92,12 @@ def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
 
 
-def look_at(dataset: ImageDataset, reading: Reading) -> Look:
-    """Facts of up to 1,000 images, evenly over the set, as many as take 5 seconds."""
+def look_at(dataset: ImageDataset, reading: Reading, most: int | None = None) -> Look:
+    """Facts of up to `most` images (1,000), evenly over the set, as many as take 5 seconds."""
     started = time.perf_counter()
     files: list[tuple[Facts, str]] = []
     unreadable = 0
-    for index in range(0, len(dataset), -(-len(dataset) // MOST)):
+    for index in range(0, len(dataset), -(-len(dataset) // (most or MOST))):
         path = dataset.path(index)
         try:
             files.append((_facts(dataset.open(index, reading).described()), path))

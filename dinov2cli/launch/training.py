@@ -2,15 +2,14 @@
 
 import json
 import os
-import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinov2cli import cluster
-from dinov2cli.config import Config, find_preset, load_config
-from dinov2cli.config.loading import Layer, read_layers
+from dinov2cli.config import Config, load_config
+from dinov2cli.config.loading import read_layers
 from dinov2cli.config.messages import said_by
 from dinov2cli.console import err, logger
 from dinov2cli.data.datasets import check_dataset
@@ -18,14 +17,22 @@ from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder, user_path
 from dinov2cli.launch import owner, slurm
-from dinov2cli.launch.environment import is_supervised
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
 from dinov2cli.launch.restarts import newest_checkpoint
+from dinov2cli.launch.typed import (
+    default_run_folder,
+    open_data,
+    overrides_of,
+    own_file,
+    said_here,
+    typed_config,
+    with_preset,
+)
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import cache_folder, read_site, shown, user_file
 from dinov2cli.train.resuming import changed_keys
-from dinov2cli.train.run_folder import RunFolder, written_by_dino2
+from dinov2cli.train.run_folder import RunFolder
 
 
 def launch(request: TrainRequest) -> Elsewhere | None:
@@ -66,15 +73,33 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run))
 
 
-def first_look(request: TrainRequest) -> None:
-    """Check all that takes no time; nothing is listed, downloaded or written.
+def completed(request: TrainRequest) -> TrainRequest:
+    """The request with a preset, where it leaves that open (`with_preset`).
+
+    Raises:
+        ConfigError: the run folder, which nobody named, holds a run of another configuration; or as `with_preset`.
+        DataError: as there.
+    """
+    chosen = with_preset(request)
+    if chosen is not request and request.output_dir is None and not request.no_resume:
+        refuse_another_run(resolve_config(chosen, read_weights=False), read_weights=False)
+    return chosen
+
+
+def first_look(request: TrainRequest) -> TrainRequest:
+    """Check all that takes no time. Nothing is downloaded or written, or listed but for the choice of a preset.
+
+    Returns the request with a preset, where it leaves that open.
 
     What the weights say of the model is left to later, and with Slurm to the job: reading them takes torch, and time.
 
     Raises:
         Dino2Error: all that is wrong, in the order in which to mend it.
     """
-    wrong, readable = Problems(), request
+    wrong = Problems()
+    with wrong.noted():
+        request = completed(request)
+    readable = request
     with wrong.noted():
         typed_config(request)
     if wrong.found:
@@ -88,7 +113,7 @@ def first_look(request: TrainRequest) -> None:
                 check_dataset(labelled, split)
     folder = RunFolder(Path(config.train.output_dir))
     if is_default := config.train.output_dir == ".":
-        folder = RunFolder(default_run_folder(readable, config))
+        folder = RunFolder(default_run_folder(readable, config.train.dataset_path))
     resumed = folder.has_checkpoints() and not request.no_resume
     if config.student.pretrained_weights and not resumed:
         with wrong.noted():
@@ -112,11 +137,14 @@ def first_look(request: TrainRequest) -> None:
         with wrong.noted():
             processes = processes_here(request.gpus, cpu=request.cpu)
             as_meant = (readable.preset, readable.config_file) == (request.preset, request.config_file)
-            if as_meant and not resumed:  # a run goes on with smaller batches where there are more processes
+            if (
+                as_meant and not resumed and open_data(request) is None
+            ):  # a run goes on with smaller batches where there are more processes
                 from dinov2cli.train.memory import check_memory
 
                 check_memory(config, processes, cpu=request.cpu)
     wrong.tell()
+    return request
 
 
 def what_can_be_read(request: TrainRequest) -> TrainRequest:
@@ -135,16 +163,6 @@ def what_can_be_read(request: TrainRequest) -> TrainRequest:
     return readable
 
 
-def typed_config(request: TrainRequest) -> Config:
-    """The configuration as it is typed: datasets and the run folder are not filled in."""
-    return load_config(request.preset, own_file(request), overrides_of(request), said_here())
-
-
-def said_here() -> list[tuple[Layer, str]]:
-    """The site's keys, for a command that is typed; those that dino2 starts have been told, once for all restarts."""
-    return [] if is_supervised() else read_site().keys()
-
-
 def keys_of_site(request: TrainRequest) -> list[tuple[str, str, str]]:
     """(key, value as in an override, file) of those of the site's keys that hold for a run."""
     site = said_here()
@@ -153,25 +171,6 @@ def keys_of_site(request: TrainRequest) -> list[tuple[str, str, str]]:
     found = [(f"{group}.{key}", *said_by(layers, [group, key])) for group, key in pairs]
     return [(key, value if isinstance(value, str) else json.dumps(value), file) for key, value, file in found
             if file in files]  # fmt: skip
-
-
-def own_file(request: TrainRequest) -> Path | None:
-    """The configuration file of a request; where it names none and no preset, that of the run it goes on with."""
-    if request.preset is None and request.config_file is None and request.output_dir and not request.no_resume:
-        folder = RunFolder(request.output_dir)
-        if folder.has_checkpoints() and folder.config.is_file() and written_by_dino2(folder.config):
-            return folder.config
-    return request.config_file
-
-
-def overrides_of(request: TrainRequest) -> list[str]:
-    """The changes of keys, those among them that options stand for."""
-    options = {
-        "train.dataset_path": request.data,
-        "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
-        "student.pretrained_weights": request.init_from,
-    }
-    return [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
 def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Config:
@@ -189,7 +188,7 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
     config = load(overrides=given)
     is_default = config.train.output_dir == "."
     if is_default:
-        given.append(f"train.output_dir={default_run_folder(request, config)}")
+        given.append(f"train.output_dir={default_run_folder(request, config.train.dataset_path)}")
     given.append(f"train.dataset_path={absolute(complete(config.train.dataset_path, 'TRAIN'))}")
     for key, split in (("knn_train_dataset", "TRAIN"), ("knn_val_dataset", "VAL")):
         if labelled := getattr(config.evaluation, key):
@@ -202,18 +201,6 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
     if is_default and not request.no_resume:
         refuse_another_run(config, read_weights=read_weights)
     return config
-
-
-def default_run_folder(request: TrainRequest, config: Config) -> Path:
-    """Below `runs` of the site's file, or `runs/` here: a folder named after the preset, the file or the data."""
-    if request.preset is not None:
-        name = find_preset(request.preset).name
-    elif request.config_file is not None and request.config_file.stem != "config":
-        name = request.config_file.stem
-    else:
-        data = config.train.dataset_path
-        name = user_path(data).absolute().name if user_path(data).is_dir() else data.partition(":")[0]
-    return Path(read_site().settings.runs or "runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
 
 
 def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
@@ -257,7 +244,8 @@ def print_origins(request: TrainRequest, config: Config) -> None:
 
     site = read_site()
     runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
-    typed = "typed" if request.output_dir or "train.output_dir" in "".join(request.overrides) else runs
+    is_named = request.output_dir not in (None, default_run_folder(TrainRequest(), config.train.dataset_path))
+    typed = "typed" if is_named or "train.output_dir" in "".join(request.overrides) else runs
     plain = load_config(request.preset, request.config_file, request.overrides, said_here()).train.dataset_path
     name = (request.data or plain).partition(":")[0]
     source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"

@@ -80,7 +80,8 @@ class Request(Group):
     """`module:function` of a command that other processes may do: it takes the request, starts these where the request
     says so, and returns a `launch.local.Elsewhere`; or None where the request is to be run here."""
     checked_by: ClassVar[str | None] = None
-    """`module:function` that takes the request and raises all that is wrong with it, before anything slow is done."""
+    """`module:function` that takes the request and raises all that is wrong with it, before anything slow is done.
+    What it returns, if anything, is the request with what it had left open."""
     logs: ClassVar[bool] = False
     """Whether the terminal shows what is being done, and not only warnings."""
 

@@ -15,7 +15,11 @@ class ConfiguredRequest(Request):
     overrides: tuple[str, ...] = argument(
         "Changes of single keys, such as optim.epochs=10.", default=(), completes="overrides"
     )
-    preset: str | None = option(None, "A ready configuration; see dino2 presets list.", completes="presets")
+    preset: str | None = option(
+        None,
+        "A ready configuration; see dino2 presets list. To train on --data: by default chosen, and said why.",
+        completes="presets",
+    )
     config_file: Path | None = option(None, "A configuration file instead of a preset.", metavar="YAML")
 
 
@@ -38,6 +42,8 @@ class TrainRequest(
     Example:
 
         dino2 train --preset demo --output-dir runs/demo
+
+        dino2 train --data ~/photos --output-dir runs/photos
 
         dino2 train --preset vits14 --data ~/photos --output-dir runs/photos optim.epochs=30
 

@@ -1,0 +1,143 @@
+"""What a request to train says: its configuration as it is typed, and the preset where it leaves that open."""
+
+import re
+from pathlib import Path
+
+from dinov2cli.config import Config, find_preset, load_config
+from dinov2cli.config.choosing import CONTINUING, RECIPES, Machine, choose
+from dinov2cli.config.loading import Layer
+from dinov2cli.console import logger
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.decoding import Reading
+from dinov2cli.data.look import look_at
+from dinov2cli.data.spelling import absolute, complete
+from dinov2cli.data.workers import available_cores
+from dinov2cli.errors import ConfigError
+from dinov2cli.files import user_path
+from dinov2cli.launch.environment import is_supervised, worker_rank
+from dinov2cli.launch.local import processes_here
+from dinov2cli.requests.launch import GPUS_PER_NODE
+from dinov2cli.requests.train import TrainRequest
+from dinov2cli.site import read_site
+from dinov2cli.train.run_folder import RunFolder, written_by_dino2
+
+SIZE = {f"student.{key}" for key in ("arch", "embed_dim", "depth", "num_heads", "patch_size")}
+"""Who types one of these has chosen a model, and gets the defaults, which are the reference's, for the rest."""
+LOOKED_AT = 100
+
+
+def typed_config(request: TrainRequest) -> Config:
+    """The configuration as it is typed: datasets and the run folder are not filled in."""
+    return load_config(request.preset, own_file(request), overrides_of(request), said_here())
+
+
+def said_here() -> list[tuple[Layer, str]]:
+    """The site's keys, for a command that is typed; those that dino2 starts have been told, once for all restarts."""
+    return [] if is_supervised() else read_site().keys()
+
+
+def own_file(request: TrainRequest) -> Path | None:
+    """The configuration file of a request; where it names none and no preset, that of the run it goes on with."""
+    if request.preset is None and request.config_file is None and request.output_dir and not request.no_resume:
+        return file_of_run(request.output_dir)
+    return request.config_file
+
+
+def file_of_run(path: Path) -> Path | None:
+    """The configuration of the run in a folder, if there is one that can go on."""
+    folder = RunFolder(path)
+    can_go_on = folder.has_checkpoints() and folder.config.is_file() and written_by_dino2(folder.config)
+    return folder.config if can_go_on else None
+
+
+def overrides_of(request: TrainRequest) -> list[str]:
+    """The changes of keys, those among them that options stand for."""
+    options = {
+        "train.dataset_path": request.data,
+        "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
+        "student.pretrained_weights": request.init_from,
+    }
+    return [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def default_run_folder(request: TrainRequest, data: str) -> Path:
+    """Below `runs` of the site's file, or `runs/` here: a folder named after the preset, the file or the data."""
+    if request.preset is not None:
+        name = find_preset(request.preset).name
+    elif request.config_file is not None and request.config_file.stem != "config":
+        name = request.config_file.stem
+    else:
+        name = user_path(data).absolute().name if user_path(data).is_dir() else data.partition(":")[0]
+    return Path(read_site().settings.runs or "runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
+
+
+def open_data(request: TrainRequest) -> str | None:
+    """The data of a request that leaves open how to train on them; else None."""
+    words = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in overrides_of(request))}
+    if request.preset or request.config_file or own_file(request) or SIZE & words.keys():
+        return None
+    return words.get("train.dataset_path")
+
+
+def with_preset(request: TrainRequest) -> TrainRequest:
+    """The request with what it leaves open decided: the preset, by its data and the machine; and then the run folder.
+
+    Where that holds a run of these data already, its own configuration instead.
+
+    Raises:
+        ConfigError: words that fit no preset there is to choose.
+        DataError: the data are not known, or gone.
+    """
+    data = open_data(request)
+    if data is None:
+        return request
+    place, folder = absolute(complete(data, "TRAIN")), request.output_dir or default_run_folder(request, data)
+    file = None if request.no_resume else file_of_run(folder)
+    if file and load_config(config_file=file).train.dataset_path == place:
+        return request.model_copy(update={"config_file": file, "output_dir": folder})
+    config = _as_it_may_be(request)
+    if config.student.pretrained_weights:
+        recipe, seen = CONTINUING, "weights to start from"
+    else:
+        look, machine = (
+            look_at(make_dataset(place), Reading.of(config.images(), config), LOOKED_AT),
+            machine_of(request),
+        )
+        recipe, seen = choose(look.size, look.side, machine), f"{look.in_short()}, {machine}"
+    if worker_rank() == 0:
+        logger.info("no preset given: %s -> preset %s (%s)", seen, recipe.preset, recipe.reason)
+    return request.model_copy(update={"preset": recipe.preset, "output_dir": folder})
+
+
+def _as_it_may_be(request: TrainRequest) -> Config:
+    """With the first of the presets that the words fit: wrong ones are said before anything is listed."""
+    problem: ConfigError | None = None
+    for recipe in (*RECIPES, CONTINUING):
+        try:
+            return typed_config(request.model_copy(update={"preset": recipe.preset}))
+        except ConfigError as error:
+            problem = problem or error
+    typed_config(request)
+    assert problem is not None
+    raise problem
+
+
+def machine_of(request: TrainRequest) -> Machine:
+    """What a request trains on. Of a job's machines, nothing is known here but their number of GPUs.
+
+    Raises:
+        EnvironmentProblem: there are fewer GPUs than asked for.
+    """
+    cores = available_cores()
+    if request.cpu:
+        return Machine(cores)
+    if request.slurm.is_asked:
+        here = request.gpus or read_site().settings.slurm.gpus or GPUS_PER_NODE
+        return Machine(cores, here * (request.slurm.nodes or 1))
+    import torch
+
+    processes = processes_here(request.gpus, cpu=False)
+    if not torch.cuda.is_available():
+        return Machine(cores)
+    memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(processes))
+    return Machine(cores, processes, memory / 1e9)
