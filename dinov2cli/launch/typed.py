@@ -99,10 +99,8 @@ def with_preset(request: TrainRequest) -> TrainRequest:
     if config.student.pretrained_weights:
         recipe, seen = CONTINUING, "weights to start from"
     else:
-        look, machine = (
-            look_at(make_dataset(place), Reading.of(config.images(), config), LOOKED_AT),
-            machine_of(request),
-        )
+        look = look_at(make_dataset(place), Reading.of(config.images(), config), LOOKED_AT)
+        machine = machine_of(request)
         recipe, seen = choose(look.size, look.side, machine), f"{look.in_short()}, {machine}"
     if worker_rank() == 0:
         logger.info("no preset given: %s -> preset %s (%s)", seen, recipe.preset, recipe.reason)
