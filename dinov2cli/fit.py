@@ -16,6 +16,7 @@ from dinov2cli import start
 from dinov2cli.console import Manner, logger, set_up_logging
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.images import embed, load_model
+from dinov2cli.files import user_path
 from dinov2cli.launch.training import first_look, resolve_config
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.train import TrainRequest
@@ -43,7 +44,7 @@ class Fit:
     """The run folder."""
 
     def __init__(self, output_dir: str | Path) -> None:
-        self.output_dir = Path(output_dir).expanduser()
+        self.output_dir = user_path(output_dir)
         if not self.output_dir.is_dir():
             raise DataError(f"{self.output_dir}: no such run folder")
 
@@ -141,8 +142,8 @@ def train(
         request = TrainRequest(
             data=None if data is None else str(data),
             preset=preset,
-            config_file=None if config_file is None else Path(config_file).expanduser(),
-            output_dir=None if output_dir is None else Path(output_dir).expanduser(),
+            config_file=None if config_file is None else user_path(config_file),
+            output_dir=None if output_dir is None else user_path(output_dir),
             overrides=words,
             init_from=None if init_from is None else str(init_from),
             device=device,
