@@ -155,7 +155,7 @@ class Checkpointer:
             if self._problem(path) is None:
                 try:
                     self._on_disk(dcp.load, state, path)
-                except Exception as error:
+                except (Exception, dcp.CheckpointException) as error:
                     self._pass_over(path, _innermost(error))
                 else:
                     return iteration
@@ -255,10 +255,10 @@ def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _problem_of(work: Callable[..., object], *arguments: object) -> str | None:
-    """What went wrong, in words, or None."""
+    """What went wrong, in words, or None. Torch's own error of checkpoints is no `Exception`."""
     try:
         work(*arguments)
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:
         return _innermost(error)
     return None
 
@@ -324,5 +324,8 @@ def _innermost(error: BaseException) -> str:
     failures = getattr(error, "failures", None)  # torch.distributed.checkpoint.CheckpointException
     if failures:
         error = next(iter(failures.values()))[0]
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    line = (str(error).strip().splitlines() or [""])[-1]
+    short = (
+        "No space left on device, or " if "unexpected pos" in line else ""
+    )  # as torch says that a file came out short
+    return f"{short}{type(error).__name__}: {line}"

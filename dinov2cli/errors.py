@@ -44,7 +44,7 @@ class EnvironmentProblem(Dino2Error):
 
 
 class ProcessKilled(EnvironmentProblem):
-    """A process that the system has killed, most likely for want of memory. A supervised training starts again."""
+    """A process that the system has killed or given no memory. A supervised training starts again."""
 
 
 class TrainingFailure(Dino2Error):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from chaos_history import HANG_S, PATIENCE_S, TOTAL, History, Violation, fake_clock, mounted
+from chaos_history import HANG_S, PATIENCE_S, History, Violation, fake_clock, mounted
 from PIL import Image
 
 LEFT_OUT = "left out, this machine does not allow it"
@@ -123,7 +123,10 @@ def read_only(history: History) -> str:
         history.wait_for(lambda: mounted("-o", "remount,bind,ro", folder), "a read-only folder", 20)
         if before:
             history.start()
-        return history.ends({2, 0}, r"Read-only file system|is not yours to write to|finished|the weights are in")
+        return history.ends(
+            {2, 0},
+            r"(could not|cannot) be written|is not yours to write|weights are in",
+        )
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -189,7 +192,7 @@ def images_gone(history: History) -> str:
 
 def images_replaced(history: History) -> str:
     """Other pictures under the same names. Nothing tells them apart, so the numbers are others from here on."""
-    history.taint = min(TOTAL if history.taint is None else history.taint, history.lines())
+    history.taint_from_oldest()
     for path in history.rng.sample(sorted(history.data.rglob("*.png")), 6):
         pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
         Image.fromarray(pixels).save(path.with_name("aside"), "png")

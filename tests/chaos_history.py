@@ -140,6 +140,11 @@ class History:
             return "finished"
         return "goes on"
 
+    def taint_from_oldest(self) -> None:
+        """Whatever the training is resumed from, from there on its numbers are its own."""
+        there = [int(path.name[10:]) for path in (self.run / "checkpoints").glob("iteration_*")]
+        self.taint = min(TOTAL if self.taint is None else self.taint, min(there, default=0))
+
     def goes_on_from_resumed(self) -> str:
         """As `goes_on`; from the checkpoint that it resumed on, the numbers are its own."""
         resumed = self.wait_for(lambda: re.search(r"resumed after (\d+) iter", self.said()) or self.ended(), "resuming")

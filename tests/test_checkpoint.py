@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         loaded = {"w": torch.zeros(1000)}
         assert checkpointer.load_latest(loaded) == 1 and loaded["w"].eq(1).all()
         assert [p.name for p in checkpointer.folder.iterdir()] == ["iteration_00000001"]
+        # Space for the tensors, and none for what torch writes around them: it fails while it writes.
+        with (tmp_path / "filler").open("wb") as file:
+            file.write(bytes(shutil.disk_usage(tmp_path).free - 4096))
+        with pytest.raises(CheckpointError, match=r"No space left on device"):
+            checkpointer.save(2, {"w": torch.ones(1000)})
+        (tmp_path / "filler").unlink()
         checkpointer.save(2, small)
         assert checkpointer.load_latest(loaded) == 2
     finally:

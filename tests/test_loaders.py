@@ -21,7 +21,7 @@ from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.data.decoding import LazyImage, Reading
 from dinov2cli.data.loaders import make_eval_loader, make_train_loader, refuse_too_many_bad
 from dinov2cli.data.transforms import EvalTransform
-from dinov2cli.errors import DataError, EnvironmentProblem
+from dinov2cli.errors import DataError, EnvironmentProblem, ProcessKilled
 
 SMALL = [
     "train.dataset_path=SamplePhotos:split=TRAIN", "train.batch_size_per_gpu=3", "student.patch_size=8",
@@ -234,3 +234,22 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
     for pid in workers_pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ProcessKilled, "killed by the system"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), EnvironmentProblem, "shared memory"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nX: can't allocate memory: you tried 9 bytes"),
+         ProcessKilled, "found no memory: X: can't allocate memory"),
+        (MemoryError("Caught MemoryError in DataLoader worker process 0.\nMemoryError"), ProcessKilled, "found no memory"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na mistake"), RuntimeError, "a mistake"),
+        (RuntimeError("something else"), RuntimeError, "something else"),
+    ],
+)  # fmt: skip
+def test_what_befalls_a_loader_is_told(error: Exception, kind: type[Exception], says: str) -> None:
+    """Killed or without memory, a supervised training starts again; a mistake keeps its own words and place."""
+    with pytest.raises(kind, match=says) as told, workers.loader_errors():
+        raise error
+    assert type(told.value) is kind

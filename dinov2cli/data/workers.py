@@ -91,12 +91,17 @@ def loader_errors() -> Iterator[None]:
     """Turn torch's message about a dead worker into one that says what to do."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
         if "DataLoader worker" not in text:
             raise
         kind = EnvironmentProblem
-        if "Bus error" in text or "shared memory" in text or "shm" in text:
+        raised_inside, no_memory = "Caught " in text, "allocate memory" in text or "MemoryError" in text
+        if raised_inside and not no_memory:  # a mistake of ours: its own words and place are in the message
+            raise
+        if raised_inside:
+            kind, problem = ProcessKilled, f"a data loader process found no memory: {text.strip().splitlines()[-1]}"
+        elif "Bus error" in text or "shared memory" in text or "shm" in text:
             problem = "a data loader process died because shared memory (/dev/shm) is full"
         elif "Killed" in text:
             kind = ProcessKilled  # as little a verdict on the run as the death of the training process itself

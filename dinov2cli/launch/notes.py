@@ -52,7 +52,9 @@ def reported() -> Iterator[None]:
     """In a supervised worker, turn what ends the code inside into a note and an exit code; elsewhere, do nothing."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch has some that are no `Exception`
         if not is_supervised():
             raise
         note = note_of(error, worker_rank())

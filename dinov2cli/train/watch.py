@@ -54,6 +54,10 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
+        if distributed.is_main():  # of an earlier session with more processes, whose clock may have been ahead
+            for path in self.heartbeat.parent.glob("rank_*.json"):
+                if int(path.stem[len("rank_") :]) >= distributed.world_size():
+                    path.unlink(missing_ok=True)
         self._write()
         self._thread.start()
         return self
