@@ -236,18 +236,21 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
             os.kill(pid, 0)
 
 
+DIED = "DataLoader worker (pid 7) is killed by signal: "
+CAUGHT = "Caught an error in DataLoader worker process 0.\n"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "says"),
     [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ProcessKilled, "killed by the system"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), EnvironmentProblem, "shared memory"),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nX: can't allocate memory: you tried 9 bytes"),
-         ProcessKilled, "found no memory: X: can't allocate memory"),
-        (MemoryError("Caught MemoryError in DataLoader worker process 0.\nMemoryError"), ProcessKilled, "found no memory"),
-        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na mistake"), RuntimeError, "a mistake"),
+        (RuntimeError(DIED + "Killed. "), ProcessKilled, "killed by the system"),
+        (RuntimeError(DIED + "Bus error. "), EnvironmentProblem, "shared memory"),
+        (RuntimeError(CAUGHT + "X: can't allocate memory"), ProcessKilled, "found no memory: X: can't allocate memory"),
+        (MemoryError(CAUGHT + "MemoryError"), ProcessKilled, "found no memory"),
+        (RuntimeError(CAUGHT + "a mistake"), RuntimeError, "a mistake"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
-)  # fmt: skip
+)
 def test_what_befalls_a_loader_is_told(error: Exception, kind: type[Exception], says: str) -> None:
     """Killed or without memory, a supervised training starts again; a mistake keeps its own words and place."""
     with pytest.raises(kind, match=says) as told, workers.loader_errors():
