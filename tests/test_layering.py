@@ -131,3 +131,10 @@ def test_what_the_documents_name_is_there(document: str) -> None:
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / document).read_text()))
     assert named, "no file is named any more"
     assert not {name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()}
+
+
+def test_the_tests_that_promises_name_are_there() -> None:
+    named = re.findall(r"`(\w+\.py)::(\w+)`", (ROOT / "docs" / "promises.md").read_text())
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in files.get(file, "")]
+    assert len(named) > 40 and not missing
