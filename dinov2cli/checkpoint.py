@@ -281,10 +281,8 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Older ones have no checksum of their own. OSError or ValueError where it is no more."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(manifest, dict):
-        raise ValueError("no manifest")
+    """A checkpoint's manifest. Older ones have no checksum of their own. Errors as `_damage` catches."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     if (told := manifest.pop(CHECKSUM, None)) is not None and told != _crc32_of(manifest):
         raise ValueError("the manifest is damaged (checksum)")
     return manifest
@@ -304,7 +302,7 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
             if _crc32(folder / name) != expected["crc32"]:
                 return f"{name} is damaged (checksum)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({_innermost(error)})"
     return None
 
