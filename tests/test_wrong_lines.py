@@ -21,9 +21,17 @@ TINY_RUN = "train --cpu --data imgs --output-dir run " + " ".join(TINY)
 
 LINES: list[tuple[str, list[str]]] = [
     # commands and options
-    ("trian --preset demo", ["No such command 'trian'. Did you mean 'train'?"]),
-    ("eval knm x", ["No such command 'knm'. Did you mean 'knn'?"]),
-    ("train --presett demo", ["No such option: --presett", "--preset"]),
+    ("trian --preset demo", ["trian: no such command; did you mean train?"]),
+    ("eval knm x", ["knm: no such command; did you mean knn?"]),
+    ("stats imgs", ["stats: no such command; did you mean datasets stats?", "dino2 --help shows them"]),
+    ("help train", ["help: no such command; did you mean --help?"]),
+    ("--verbose train", ["--verbose: no such option; those of a command stand behind it: dino2 COMMAND --verbose"]),
+    ("train --presett demo", ["--presett: no such option; did you mean --preset?", "dino2 train --help shows"]),
+    ("train -preset demo", ["-preset: no such option; did you mean --preset?"]),
+    ("train --preset demo --output=run", ["--output: no such option; did you mean --output-dir?"]),
+    ("train --preset demo --epochs 10", ["--epochs: no such option; did you mean optim.epochs=10?"]),
+    ("train --preset demo --batch-size=8", ["did you mean train.batch_size_per_gpu=8?"]),
+    ("eval knn dinov2_vits14 --nb-kn 10", ["--nb-kn: no such option; did you mean --nb-knn?"]),
     ("train --preset demo --gpus x", ["Invalid value for '--gpus'", "integer"]),
     ("train --preset demo --gpus 0", ["Invalid value for '--gpus'", "greater than or equal to 1"]),
     ("export dinov2_vits14 --format hff --output x", ["Invalid value for '--format'", "'torch-export'"]),

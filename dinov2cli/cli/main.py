@@ -13,6 +13,7 @@ import typer
 from dinov2cli import __version__
 from dinov2cli.cli.command import add_command, perform, request_from
 from dinov2cli.cli.tree import Command, command_tree
+from dinov2cli.cli.unknown import GroupOfCommands
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
@@ -68,6 +69,7 @@ def make_app(group: Command) -> typer.Typer:
     """A group of commands, those of the groups in it included."""
     app = typer.Typer(
         name=group.path[-1],
+        cls=GroupOfCommands,
         help=group.help,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -152,7 +154,7 @@ def run_words(words: list[str]) -> None:
             if words[:1] == ["--request"]:
                 perform(request_from(words[1], REQUESTS))
             else:
-                app(words)
+                app(words, prog_name="dino2")
     except Dino2Error as error:
         if worker_rank() == 0:
             from dinov2cli.console import Manner, err

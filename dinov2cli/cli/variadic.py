@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from typer.core import TyperCommand
 
 from dinov2cli.cli.tree import Parameter
+from dinov2cli.cli.unknown import refuse_unknown
 from dinov2cli.errors import ConfigError
 
 # `a.b=value`: a change of the configuration, never an option's value. A dataset string has a ':' before its '='.
@@ -28,6 +29,9 @@ class VariadicCommand(TyperCommand):
         waits = any(each.is_argument and "completes" not in each.typed for each in self.parameters)
         waits = waits and not any(word.split("=")[0] in instead for word in args)
         words = repeat_names(args, lists, valued, waits=waits)
+        known = {flag for each in self.parameters for flag in each.flags} | set(ctx.help_option_names)
+        has_keys = any(each.typed.get("completes") == "overrides" for each in self.parameters)
+        refuse_unknown(words, known, valued, ctx.command_path, has_keys=has_keys)
         refuse_twice(words, [each.flags for each in options if not each.many], valued)
         return super().parse_args(ctx, words)
 
