@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 from tiny_run import TINY, write_images
 
 from dinov2cli.cli.main import main
+from dinov2cli.models.load.released import BACKBONES
 
+PAGE = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text()
 SECONDS = 20  # the first to import torch takes the longest
 TINY_RUN = "train --cpu --data imgs --output-dir run " + " ".join(TINY)
 
@@ -59,6 +62,12 @@ LINES: list[tuple[str, list[str]]] = [
     ("train --cpu --preset demo --output-dir run --data '0*SamplePhotos'", ["weights are above 0"]),
     ("train --cpu --preset demo --output-dir run evaluation.knn_train_dataset=/gone",
      ["'/gone' is neither a folder nor a known dataset"]),
+    ("train --cpu --preset demo --output-dir run --data sets", ["sets", "parts of a dataset rather than classes"]),
+    ("train --preset vitl14 --nodes 2", ["ImageNet22k needs root=", "dino2 prepare-imagenet --variant 22k"]),
+    ("train --cpu --preset demo --output-dir run --data ImageNet:split=VAL", ["dino2 prepare-imagenet --root ROOT"]),
+    ("datasets remove photos", ["no dataset is known as photos"]),
+    ("datasets add photos /gone", ["'/gone' is neither a folder nor a known dataset"]),
+    ("prepare-imagenet --root imgs", ["imgs"]),
     ("eval knn dinov2_vits14 --train-dataset imgs", ["--val-dataset missing"]),
     # model
     ("train --cpu --preset demo --output-dir run --init-from no.pth", ["'no.pth' is neither a file or folder"]),
@@ -125,21 +134,35 @@ def place(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> It
     """A folder with images, a file, and a Slurm that knows the partitions gpu and cpu."""
     write_images(tmp_path / "imgs", per_class=1)
     (tmp_path / "file").write_text("no folder")
+    for split in ("train", "val"):
+        write_images(tmp_path / "sets" / split, per_class=1)
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, script in {"sinfo": "echo 'gpu*|2'; echo 'cpu|1'", "sbatch": "touch submitted; exit 1"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{script}\n")
         (programs / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    for name in ("DINO2_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {
         "DINO2_CACHE": str(tmp_path / "cache"), "DINO2_WEIGHTS_URL": f"http://127.0.0.1:{server.server_port}",
-        "PATH": f"{programs}:{os.environ['PATH']}", "COLUMNS": "200", "XDG_CONFIG_HOME": str(tmp_path / "user"),
+        "PATH": f"{programs}:{os.environ['PATH']}", "COLUMNS": "200", "HOME": str(tmp_path),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     yield tmp_path
     logger = logging.getLogger("dino2")  # a command takes over the logger of its process
     logger.propagate = True
     logger.handlers.clear()
+
+
+def entry(line: str, shown: str, place: Path) -> str:
+    """How a line and its answer stand in docs/troubleshooting.md: without what is another on every machine."""
+    line = line.replace(" ".join(TINY), "...").replace("train --cpu --preset demo --output-dir run", "train ...")
+    text = shown.replace(", ".join(BACKBONES), f"{BACKBONES[0]}, ...").replace(f"{place}/", "").removeprefix("error: ")
+    text = re.sub(r"^[╭╰].*\n|^Usage: .*\n|^Try .*\n|^│ | *│$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(Known datasets: a folder|Presets: \w+), .*", r"\1, ...", text)
+    text = re.sub(r"\d[\d.]*", "N", text) if "GB are there" in text else text
+    return "".join(f"{text}\n" for text in (line, *(f"    {each}".rstrip() for each in text.strip().splitlines())))
 
 
 def check(shown: str, words: list[str]) -> None:
@@ -163,6 +186,11 @@ def test_one_message_and_nothing_done(
     assert time.monotonic() - began < SECONDS
     assert sorted(place.rglob("*")) == before, "something was written"
     assert not server.asked, "something was downloaded"
+    if into := os.environ.get("DINO2_WRITE_WRONG_LINES"):  # a file, from which the page's block is copied
+        with open(into, "a") as file:
+            file.write(entry(line, shown.err, place))
+    else:
+        assert entry(line, shown.err, place) in PAGE
 
 
 @pytest.mark.parametrize("number", [0, 13, len(LINES) - 4])
