@@ -139,7 +139,7 @@ def test_examples_of_help_are_taken(where: str, line: str, monkeypatch: pytest.M
 def test_words_of_a_block_are_taken(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     assert block.language in SHELL | PROGRAM | NEITHER, f"{block.name}: ```{block.language} is none that is looked at"
     if block.language in NEITHER:
-        typed = re.findall(r"^\s*(?:\$ )?(?:dino2|python|pip) .*", block.text, re.MULTILINE)
+        typed = re.findall(r"^ {0,3}(?:\$ )?(?:dino2|python|pip) .*", block.text, re.MULTILINE)
         assert not typed, f"{block.name}: commands stand in ```sh: {typed}"
     elif block.language in PROGRAM:
         compile(block.text, block.name, "exec")
