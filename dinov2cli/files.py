@@ -132,6 +132,19 @@ def sha256(*files: Path) -> str:
     return found.hexdigest()
 
 
+def fingerprint(*files: Path) -> str:
+    """What tells large files from others at once: a hash of their sizes and of 64 parts of each, in hexadecimal."""
+    found, part = hashlib.sha256(), 1 << 16
+    for path in files:
+        size = path.stat().st_size
+        found.update(str(size).encode())
+        with path.open("rb") as file:
+            for at in range(0, size, max(part, size // 64)):
+                file.seek(at)
+                found.update(file.read(part))
+    return found.hexdigest()[:32]
+
+
 MOST_YAML_VALUES = 100_000
 
 

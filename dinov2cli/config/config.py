@@ -62,6 +62,11 @@ class Config(schema.Groups):
             return self.optim.base_lr
         return self.optim.base_lr * math.sqrt(self.effective_batch(world_size) / 1024.0)
 
+    def compares_all_patches(self) -> bool:
+        """Whether the patch loss is of every patch of the global crops, instead of those that masks choose."""
+        distillation = self.distillation
+        return bool(distillation.teacher) and distillation.patches == "all" and self.ibot.loss_weight > 0
+
     def deviations(self) -> list[str]:
         """In which of its switches this run departs from what the published reference code does, one line each."""
         return list(_deviations(self))
@@ -105,6 +110,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
             f"at most optim.epochs={optim.epochs}"
         )
+    for key, unused in (("students", ()), ("patches", "masked")):
+        if not config.distillation.teacher and (value := getattr(config.distillation, key)) != unused:
+            shown = list(value) if isinstance(value, tuple) else value
+            yield f"distillation.{key}={shown}: there is no teacher to learn from; set distillation.teacher (--teacher)"
     for key in ("knn_train_dataset", "knn_val_dataset"):
         if config.evaluation.knn_period > 0 and not getattr(config.evaluation, key):
             yield (
@@ -170,6 +179,8 @@ def _deviations(config: Config) -> Iterator[str]:
             f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "
             f"{train.batch_size_per_gpu} images per process at a time; the reference has no accumulation"
         )
+    if config.distillation.teacher:
+        yield from _departures_of_distillation(config)
     if config.optim.scaling_rule != "sqrt_wrt_1024":
         yield f"optim.scaling_rule={config.optim.scaling_rule}: the reference knows only sqrt_wrt_1024"
     if train.max_nonfinite > 1:
@@ -179,3 +190,14 @@ def _deviations(config: Config) -> Iterator[str]:
             f"train.max_bad_fraction={train.max_bad_fraction}: an unreadable image is logged and replaced; "
             "the reference stops at the first"
         )
+
+
+def _departures_of_distillation(config: Config) -> Iterator[str]:
+    if config.student.drop_path_rate:
+        yield f"student.drop_path_rate={config.student.drop_path_rate}: the paper distils without stochastic depth"
+    if config.train.centering != "sinkhorn_knopp":
+        yield f"train.centering={config.train.centering}: the reference distils with sinkhorn_knopp"
+    if not config.ibot.separate_head:
+        yield "ibot.separate_head=false: the reference distils with a head of the patches' own"
+    if config.distillation.patches != "masked":
+        yield f"distillation.patches={config.distillation.patches}: the reference compares those that masks choose"

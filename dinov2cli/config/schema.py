@@ -184,6 +184,27 @@ class Teacher(Group):
     )
 
 
+class Distillation(Group):
+    """A frozen teacher, trained before and usually larger, in the place of the student's own average."""
+
+    teacher: str = key(
+        "", "(dino2) The teacher's weights: a run, a file, a URL or a released name; empty: no distillation."
+    )
+    digest: str = key(
+        "", "(dino2) Fingerprint of their files, which dino2 fills in: a run goes on with the same teacher only."
+    )
+    patches: Literal["masked", "all"] = key(
+        "masked",
+        "(dino2) Patches whose outputs are compared: those that the masks choose, or all; the student sees every patch "
+        "in either case.",
+    )
+    students: Texts = key(
+        (),
+        "(dino2) Further students that learn from the same pass of the teacher: presets or configuration files, of "
+        "which the groups student, dino, ibot, teacher and optim count. Each is a run of its own in students/NAME.",
+    )
+
+
 class Optim(Group):
     """AdamW and its schedules."""
 
@@ -280,6 +301,7 @@ class Groups(Group):
     train: Train = Train()
     student: Student = Student()
     teacher: Teacher = Teacher()
+    distillation: Distillation = Distillation()
     optim: Optim = Optim()
     crops: Crops = Crops()
     data: Data = Data()

@@ -187,7 +187,7 @@ def checkpoint_bytes(config: Config) -> int:
     with torch.device("meta"):  # shapes only
         networks = SSLMetaArch(config, "sdpa")
     student = sum(parameter.numel() for parameter in networks.student.parameters())
-    tensors: int = sum(tensor.numel() for tensor in networks.state_dict().values())
+    tensors: int = sum(tensor.numel() for tensor in networks.saved_state().values())
     return 4 * (tensors + 2 * student)
 
 

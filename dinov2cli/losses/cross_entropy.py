@@ -122,22 +122,25 @@ class CenteredTerm(LossTerm):
         centering: from scores and a temperature to distributions that do not collapse.
     """
 
+    scores: str
+    """The token set that it reads of both."""
+
     def __init__(self, centering: nn.Module) -> None:
         super().__init__()
         self.centering = centering
 
     def targets(self, tokens: Tokens, values: Mapping[str, float]) -> Tensor:
         """Distributions [2B, K] or [M, K]."""
-        (scores,) = self.reads
-        targets: Tensor = self.centering(tokens[scores], values["teacher_temp"])
+        targets: Tensor = self.centering(tokens[self.scores], values["teacher_temp"])
         return targets
 
 
 class DINOTerm(CenteredTerm):
     """Every student crop against the teacher's view of every *other* crop of its image: one term with two sums."""
 
-    reads = frozenset({"cls_scores"})
-    reads_of_follower = frozenset({"cls", "cls_scores"})
+    scores = "cls_scores"
+    reads = frozenset({scores})
+    reads_of_follower = frozenset({"cls", scores})
     watched = True
 
     def __init__(self, centering: nn.Module) -> None:
@@ -162,7 +165,8 @@ class DINOTerm(CenteredTerm):
 class iBOTTerm(CenteredTerm):  # noqa: N801
     """The masked patches of the global crops against what the teacher, who sees them, makes of them."""
 
-    reads = frozenset({"masked_scores"})
+    scores = "masked_scores"
+    reads = frozenset({scores})
     reads_of_follower = reads
 
     def __init__(self, centering: nn.Module) -> None:

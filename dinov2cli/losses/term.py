@@ -9,6 +9,8 @@ then their second ones:
     masked         [M, D]     those that are masked for the student
     cls_scores     [n*B, K]   prototype scores of `cls`
     masked_scores  [M, K]     prototype scores of `masked`
+    teacher_cls_scores, teacher_masked_scores    [2B, K], [M, K] likewise, of a frozen teacher's tokens by the heads
+                              that are trained for it with the student
 
 A follower sees the global crops alone (n = 2), and sees them unmasked.
 """
@@ -45,6 +47,8 @@ class LossTerm(nn.Module):
     reads_of_follower: frozenset[str] = frozenset()
     watched = False
     """Its targets are distributions over prototypes [2B, K], and it reads the follower's `cls`: for the monitors."""
+    watches_student = False
+    """The features that the monitors look at are the student's `cls`, as the follower's do not change."""
 
     def targets(self, tokens: Tokens, values: Mapping[str, float]) -> Any:
         """What the student has to predict, from the follower's tokens, before the student's pass and without gradients.

@@ -79,6 +79,7 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     student, followers, activations = (
         one + (config.arch().depth - 1) * more for one, more in zip(first[:3], block[:3], strict=True)
     )
+    activations = max(activations, first.peak_before)
     shards, kept, gathered = 1, 0.0, 0.0
     if sharding == "fsdp":
         shards = world_size
@@ -110,7 +111,9 @@ class _Measured(NamedTuple):
     """Bytes of its parameters, float32, as of all followers' and of the largest head's."""
     followers: float
     peak: float
-    """The most bytes that a step holds beside parameters, gradients and crops."""
+    """The most bytes that a step holds beside parameters, gradients and crops, from the student's pass on."""
+    peak_before: float
+    """Likewise, until then: in the followers' passes."""
     stream: float
     """Bytes of the tokens of all crops, float32."""
     head: float
@@ -135,6 +138,8 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
             parameter.grad = torch.zeros_like(parameter)
         stream: list[int] = []
         student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
+        peaks: list[int] = []
+        student.register_forward_pre_hook(lambda *_: peaks.append(arrays.begin_again()))
         before = arrays.peak = arrays.held
         values = {"iteration": 0, "teacher_temp": 1.0}
         objective(batch, values, torch.Generator().manual_seed(0)).total.backward()
@@ -148,6 +153,7 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
         _size(student),
         sum(_size(network) for network in objective.networks.followers.values()),
         arrays.peak - before,
+        peaks[0] - before,
         FLOAT32 * stream[0],
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
@@ -179,6 +185,8 @@ def masked_patches(config: Config) -> int:
     low, high = config.ibot.mask_ratio_min_max
     images = int(GLOBAL_CROPS * config.train.batch_size_per_gpu * config.ibot.mask_sample_probability)
     patches = (config.crops.global_crops_size // config.student.patch_size) ** 2
+    if config.compares_all_patches():
+        return GLOBAL_CROPS * config.train.batch_size_per_gpu * patches
     return round(images * patches * (low + high) / 2)
 
 
@@ -203,6 +211,11 @@ class Arrays(TorchDispatchMode):
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.held)
+
+    def begin_again(self) -> int:
+        """The peak so far; from now on, that of what follows is found."""
+        before, self.peak = self.peak, self.held
+        return before
 
     def _freed(self, number: int, size: int) -> None:
         self.there.discard(number)

@@ -10,11 +10,45 @@ from torch.distributed.tensor import DTensor
 from dinov2cli.config import Config
 from dinov2cli.config.schema import Dino, Ibot
 from dinov2cli.models.dino_head import DINOHead
+from dinov2cli.models.load import build_from
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.frozen_teacher import check_fits, frozen_teacher, read_teacher
 
 NetworkOutputs = dict[str, Tensor]
 """Token sets by name. A plain dict: DDP and FSDP look into no other mapping."""
-TOKEN_SETS = frozenset({"cls", "masked", "patches", "cls_scores", "masked_scores"})
+OF_TEACHER = {f"{name}_scores": f"teacher_{name}_scores" for name in ("cls", "masked")}
+"""What the heads that are trained for a frozen teacher give of its tokens: scores, by what they are called there."""
+TOKEN_SETS = frozenset({"cls", "masked", "patches", *OF_TEACHER})
+
+
+OF_ANOTHER = "teacher_heads"
+"""Child of a network that belongs to a frozen teacher, and is not saved with the network for evaluation."""
+
+
+class Heads(nn.Module):
+    """The projection heads of class tokens and patches; None for the patches where they share the class tokens'."""
+
+    def __init__(self, dino_head: DINOHead, ibot_head: DINOHead | None) -> None:
+        super().__init__()
+        self.dino_head, self.ibot_head = dino_head, ibot_head
+
+    def forward(self, found: NetworkOutputs, reads: frozenset[str]) -> NetworkOutputs:
+        """`cls_scores` and `masked_scores`, those that are read."""
+        return prototype_scores(found, reads, self.dino_head, self.ibot_head)
+
+
+def prototype_scores(
+    found: NetworkOutputs, reads: frozenset[str], dino_head: DINOHead, ibot_head: DINOHead | None
+) -> NetworkOutputs:
+    """The scores that are read, of the tokens that were found."""
+    wanted = [name for name in ("cls", "masked") if f"{name}_scores" in reads]
+    if len(wanted) == 2 and ibot_head is None:  # a shared head sees one concatenation
+        both = dino_head(torch.cat([found[name] for name in wanted]))
+        scores = both.split([len(found[name]) for name in wanted])
+    else:
+        heads = {"cls": dino_head, "masked": ibot_head or dino_head}
+        scores = [heads[name](found[name]) for name in wanted]
+    return {f"{name}_scores": rows for name, rows in zip(wanted, scores, strict=True)}
 
 
 class SSLNetwork(nn.Module):
@@ -25,17 +59,25 @@ class SSLNetwork(nn.Module):
         dino_head: head of the class tokens; None in a network whose scores nobody reads.
         ibot_head: head of the patches; None where they share the class tokens' head.
         reads: the token sets that are computed.
+        teacher_heads: heads for a frozen teacher that has none, which are trained with this network.
     """
 
     def __init__(
-        self, backbone: VisionTransformer, dino_head: DINOHead | None, ibot_head: DINOHead | None, reads: frozenset[str]
+        self,
+        backbone: VisionTransformer,
+        dino_head: DINOHead | None,
+        ibot_head: DINOHead | None,
+        reads: frozenset[str],
+        teacher_heads: Heads | None = None,
     ) -> None:
         super().__init__()
-        assert reads <= TOKEN_SETS, f"unknown token sets {sorted(reads - TOKEN_SETS)}; known: {sorted(TOKEN_SETS)}"
+        known = TOKEN_SETS.union(OF_TEACHER.values())
+        assert reads <= known, f"unknown token sets {sorted(reads - known)}; known: {sorted(known)}"
         self.backbone, self.dino_head, self.ibot_head, self.reads = backbone, dino_head, ibot_head, reads
+        self.teacher_heads = teacher_heads
 
     def heads(self) -> list[DINOHead]:
-        return [head for head in (self.dino_head, self.ibot_head) if head is not None]
+        return [module for module in self.modules() if isinstance(module, DINOHead)]
 
     def forward(
         self,
@@ -43,10 +85,12 @@ class SSLNetwork(nn.Module):
         masks: list[Tensor | None],
         mask_indices: Tensor,
         drop_generator: torch.Generator | None = None,
+        of_teacher: NetworkOutputs | None = None,
     ) -> NetworkOutputs:
         """All crops in one packed pass; see `VisionTransformer.forward_tokens` for the arguments.
 
-        Of the last block, only what is read is computed.
+        Of the last block, only what is read is computed. `of_teacher` are a frozen teacher's tokens, which the heads
+        that are trained for it score.
         """
         images = crops[0].shape[0]
         wanted = mask_indices if self.reads & {"masked", "masked_scores"} else mask_indices[:0]
@@ -57,20 +101,13 @@ class SSLNetwork(nn.Module):
         found = {"cls": cls, "masked": rows}
         if "patches" in self.reads:
             found |= {"masked": rows.index_select(0, mask_indices), "patches": rows.unflatten(0, (images, -1))}
-        return {name: tokens for name, tokens in (found | self._scores(found)).items() if name in self.reads}
-
-    def _scores(self, found: NetworkOutputs) -> NetworkOutputs:
-        wanted = [name for name in ("cls", "masked") if f"{name}_scores" in self.reads]
-        if not wanted:
-            return {}
-        assert self.dino_head is not None, "a network whose scores are read has heads"
-        if len(wanted) == 2 and self.ibot_head is None:  # a shared head sees one concatenation
-            both = self.dino_head(torch.cat([found[name] for name in wanted]))
-            scores = both.split([len(found[name]) for name in wanted])
-        else:
-            heads = {"cls": self.dino_head, "masked": self.ibot_head or self.dino_head}
-            scores = [heads[name](found[name]) for name in wanted]
-        return {f"{name}_scores": rows for name, rows in zip(wanted, scores, strict=True)}
+        if self.reads & OF_TEACHER.keys():
+            assert self.dino_head is not None, "a network whose scores are read has heads"
+            found |= prototype_scores(found, self.reads, self.dino_head, self.ibot_head)
+        if of_teacher is not None and self.teacher_heads is not None:
+            reads = frozenset(name for name, there in OF_TEACHER.items() if there in self.reads)
+            found |= {OF_TEACHER[name]: rows for name, rows in self.teacher_heads(of_teacher, reads).items()}
+        return {name: tokens for name, tokens in found.items() if name in self.reads}
 
     def compile_parts(self) -> None:
         """Every block and head through torch.compile, in place and each by itself; names of parameters stay."""
@@ -87,12 +124,14 @@ class Follower(NamedTuple):
         period: iterations between the snapshots that `snapshot` takes.
         make: builds it, whole and with its weights, from the configuration and the attention backend; without it, it is
             built as the student is, and begins as the student does.
+        is_saved: with the run; not so what can be read again where it came from.
     """
 
     name: str
     rule: str
     period: int = 1
     make: Callable[[Config, str], SSLNetwork] | None = None
+    is_saved: bool = True
 
 
 TEACHER = Follower("teacher", "ema")
@@ -118,7 +157,8 @@ class Networks:
         for name, follower in self.rules.items():
             read = reads_of.get(follower, frozenset())
             if follower.make:
-                network = follower.make(config, attention_backend)
+                with torch.random.fork_rng(devices=[]):  # what it draws changes nothing of the run
+                    network = follower.make(config, attention_backend)
             else:  # what is saved has its heads, read or not
                 heads = follower == TEACHER or bool(read & {"cls_scores", "masked_scores"})
                 network = build_network(config, attention_backend, heads=heads)
@@ -195,7 +235,41 @@ def build_network(
     backbone = build_backbone(config, attention_backend, drop_path_rate)
     dino_head = build_head(config.dino, backbone.embed_dim) if heads else None
     ibot_head = build_head(config.ibot, backbone.embed_dim) if heads and config.ibot.separate_head else None
-    return SSLNetwork(backbone, dino_head, ibot_head, reads)
+    teacher, teacher_heads = frozen_teacher(config) if heads else None, None
+    if teacher is not None:
+        backbone.mask_token.requires_grad_(False)  # nothing is masked: it stays as it is
+        if not teacher.heads:
+            width = teacher.vit.embed_dim
+            patches = build_head(config.ibot, width) if config.ibot.separate_head else None
+            teacher_heads = Heads(build_head(config.dino, width), patches)
+    return SSLNetwork(backbone, dino_head, ibot_head, reads, teacher_heads)
+
+
+def build_frozen_teacher(config: Config, attention_backend: str = "sdpa") -> SSLNetwork:
+    """The teacher of `distillation.teacher` with its weights, and its heads if it has any.
+
+    Where sizes alone are asked for, on the meta device and among fake tensors, the weights are not read.
+
+    Raises:
+        ConfigError, WeightsError: as `frozen_teacher.check_fits`.
+    """
+    check_fits(config)
+    known, ambient = frozen_teacher(config), torch.empty(0)
+    assert known is not None
+    if ambient.is_meta or type(ambient) is not Tensor:
+        backbone = VisionTransformer(known.vit, attention_backend=attention_backend)
+        heads = {name: DINOHead(*sizes) for name, sizes in known.heads.items()}
+        return SSLNetwork(backbone, heads.get("dino_head"), heads.get("ibot_head"), frozenset())
+    weights, found = read_teacher(config)
+    backbone, heads = build_from(weights, attention_backend=attention_backend), {}
+    for name, head in found.items():
+        heads[name] = DINOHead(*head.sizes)
+        heads[name].load_state_dict(head.state)
+    return SSLNetwork(backbone, heads.get("dino_head"), heads.get("ibot_head"), frozenset())
+
+
+FROZEN_TEACHER = Follower("frozen_teacher", "frozen", make=build_frozen_teacher, is_saved=False)
+"""That of a distillation; the moving average, `TEACHER`, is then what is saved and scored alone."""
 
 
 def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_rate: float = 0.0) -> VisionTransformer:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
-from dinov2cli.losses import DINOTerm, KoLeoTerm, LossTerm, SinkhornKnoppCentering, SoftmaxCentering, iBOTTerm
+from dinov2cli.losses import DINOTerm, DistilledDINOTerm, DistilledIBOTTerm, KoLeoTerm, LossTerm, SinkhornKnoppCentering, SoftmaxCentering, iBOTTerm
 from dinov2cli.train.monitors import TeacherView
-from dinov2cli.train.networks import TEACHER, Follower, NetworkOutputs, Networks, SSLNetwork
+from dinov2cli.train.frozen_teacher import has_fresh_heads
+from dinov2cli.train.networks import FROZEN_TEACHER, OF_TEACHER, TEACHER, Follower, NetworkOutputs, Networks, SSLNetwork
 from dinov2cli.train.schedules import Schedule
 
 
@@ -46,6 +47,9 @@ CENTERINGS: dict[str, Callable[[int], nn.Module]] = {
 def dino(config: Config) -> Term:
     """Class tokens against the teacher's."""
     centering = CENTERINGS[config.train.centering](config.dino.head_n_prototypes)
+    if config.distillation.teacher:
+        loss = DistilledDINOTerm(centering, fresh_heads=has_fresh_heads(config))
+        return Term(loss, config.dino.loss_weight, FROZEN_TEACHER)
     return Term(DINOTerm(centering), config.dino.loss_weight)
 
 
@@ -57,7 +61,11 @@ def koleo(config: Config) -> Term:
 def ibot(config: Config) -> Term:
     """Masked patches against the teacher's; without a weight nothing is masked, and the term is 0."""
     head = config.ibot if config.ibot.separate_head else config.dino
-    return Term(iBOTTerm(CENTERINGS[config.train.centering](head.head_n_prototypes)), config.ibot.loss_weight)
+    centering = CENTERINGS[config.train.centering](head.head_n_prototypes)
+    if config.distillation.teacher:
+        loss = DistilledIBOTTerm(centering, fresh_heads=has_fresh_heads(config))
+        return Term(loss, config.ibot.loss_weight, FROZEN_TEACHER)
+    return Term(iBOTTerm(centering), config.ibot.loss_weight)
 
 
 TERMS: dict[str, Callable[[Config], Term | None]] = {"dino": dino, "koleo": koleo, "ibot": ibot}
@@ -118,15 +126,19 @@ class SSLMetaArch(nn.Module):
             drop_generator: CPU generator of the student's stochastic depth.
         """
         batch = batch.normalized()
-        targets = self.targets(batch, values)
-        crops, masks = [batch.global_crops, batch.local_crops], [batch.masks, None]
+        targets, of_teacher = self.targets(batch, values)
+        # With a frozen teacher the student sees all patches; the masks only choose which of them are compared.
+        unmasked = FROZEN_TEACHER.name in self.networks.followers
+        crops, masks = [batch.global_crops, batch.local_crops], [None if unmasked else batch.masks, None]
         if not len(batch.local_crops):
             crops, masks = crops[:1], masks[:1]
-        tokens = self.forward_student(crops, masks, batch.mask_indices, drop_generator)
+        tokens = self.forward_student(crops, masks, batch.mask_indices, drop_generator, of_teacher)
 
         weighted: list[Tensor] = []
         logged: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            if term.loss.watched and term.loss.watches_student:
+                self.last_view = TeacherView(tokens["cls"][: len(targets[name])].detach(), targets[name])
             value, parts = term.loss(tokens, targets[name], batch)
             weight = term.weight(int(values["iteration"])) if callable(term.weight) else term.weight
             weighted.append(weight * value)
@@ -134,23 +146,39 @@ class SSLMetaArch(nn.Module):
         return Losses(sum(weighted[1:], start=weighted[0]), logged)
 
     @torch.no_grad()
-    def targets(self, batch: MultiCropBatch, values: Mapping[str, float]) -> dict[str, Any]:
+    def targets(
+        self, batch: MultiCropBatch, values: Mapping[str, float]
+    ) -> tuple[dict[str, Any], NetworkOutputs | None]:
         """What the student has to predict, by term, from the followers' view of the unmasked global crops.
 
         Only that of the class tokens is kept: the patches' would stay in memory through the next step.
+
+        Returns:
+            this; and the features of a frozen teacher whose heads are trained with the student, else None.
         """
         seen: dict[str, NetworkOutputs] = {
             name: network([batch.global_crops], [None], batch.mask_indices)
             for name, network in self.networks.followers.items()
             if network.reads
         }
+        of_teacher = None
+        if (heads := self.teacher.teacher_heads) is not None:
+            # The frozen teacher's scores are those of the moving average of the heads that are made for it.
+            of_teacher = seen[FROZEN_TEACHER.name]
+            reads = frozenset(name for name, there in OF_TEACHER.items() if there in self.student.reads)
+            seen[FROZEN_TEACHER.name] = of_teacher | heads(of_teacher, reads)
         targets = {}
         for name, term in self.terms.items():
             tokens = seen.get(term.follower.name, {}) if term.follower else {}
             targets[name] = term.loss.targets(tokens, values)
-            if term.loss.watched:
+            if term.loss.watched and not term.loss.watches_student:
                 self.last_view = TeacherView(tokens["cls"], targets[name])
-        return targets
+        return targets, of_teacher
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The state that a run is saved with: without networks that can be read again where they came from."""
+        unsaved = tuple(f"{name}." for name, rule in self.networks.rules.items() if not rule.is_saved)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(unsaved)}
 
     def compile_parts(self) -> None:
         """Blocks, heads, centering and losses through torch.compile (`train.compile`), in place and each by itself.

@@ -21,7 +21,7 @@ from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.cost import estimate
-from dinov2cli.train.networks import SSLNetwork, build_backbone
+from dinov2cli.train.networks import OF_ANOTHER, SSLNetwork, build_backbone
 from dinov2cli.train.objective import SSLMetaArch
 
 
@@ -94,7 +94,8 @@ class Sharding:
 
     def teacher_state(self) -> dict[str, Tensor]:
         """The teacher's whole parameters, in main memory, on the first process; empty on the others. Collective."""
-        whole = {name: _whole(value) for name, value in self.networks.teacher.state_dict().items()}
+        saved = (pair for pair in self.networks.teacher.state_dict().items() if not pair[0].startswith(f"{OF_ANOTHER}."))
+        whole = {name: _whole(value) for name, value in saved}
         return {name: value.cpu() for name, value in whole.items()} if distributed.is_main() else {}
 
     def teacher_backbone(self) -> VisionTransformer:

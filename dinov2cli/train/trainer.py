@@ -295,7 +295,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that resuming needs; the tensors are the live ones, so that loading into them restores the run."""
         return {
-            "model": self.objective.state_dict(),
+            "model": self.objective.saved_state(),
             "optimizer": optimizer_state(self.step.optimizer, self.objective.student),
             "scaler": self.step.scaler.state_dict(),
             "counters": torch.tensor([self.record.samples_seen, self.record.bad_images]),

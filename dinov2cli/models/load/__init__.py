@@ -46,6 +46,7 @@ class RecognisedWeights:
         report: what was read, renamed, left out.
         source: the files, and the run they belong to.
         metadata: of a safetensors file.
+        beside: what else the checkpoint holds for this backbone, as it is named there: heads.
     """
 
     state: State
@@ -54,6 +55,7 @@ class RecognisedWeights:
     report: LoadReport
     source: Source
     metadata: dict[str, str]
+    beside: State
 
 
 def load_model(
@@ -151,7 +153,7 @@ def read_weights(
     for file in source.files:
         part, metadata = read_tensors(file)
         content = part if content is None else {**content, **part}
-    state, report = recognise(content, source.name)
+    state, beside, report = recognise(content, source.name)
     if report.layout == "timm" and "dino2.lost" in metadata:
         state = timm.restore(state, metadata)
         report.filled = ()
@@ -180,7 +182,7 @@ def read_weights(
             f"mean and standard deviation of its {images.in_chans} channels are said nowhere: ImageNet's averages, "
             f"{mean} and {std}, stand for them; data.mean and data.std of a --config-file would count"
         )
-    return RecognisedWeights(state, architecture, images, report, source, metadata)
+    return RecognisedWeights(state, architecture, images, report, source, metadata, beside)
 
 
 def said_in(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class LoadReport:
         return "; ".join(self.lines())
 
 
-def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
-    """Canonical float32 weights of what `torch.load` or safetensors read, with the report of how.
+def recognise(content: Any, source: str) -> tuple[State, State, LoadReport]:
+    """Canonical float32 weights of what `torch.load` or safetensors read, what lies beside them, the report of how.
 
     Raises:
         WeightsError: it is not a DINOv2 backbone, and what it is instead, where that is known.
@@ -75,7 +75,8 @@ def recognise(content: Any, source: str) -> tuple[State, LoadReport]:
     report.layout, report.read = layout.name, len(backbone)
     report.renamed = len(set(backbone) - set(state))
     report.filled = ("mask_token",) if "mask_token" in state and layout.name == "timm" else ()
-    return _as_float32(state, source, report), report
+    beside = {name: tensor for name, tensor in tensors.items() if name not in backbone}
+    return _as_float32(state, source, report), beside, report
 
 
 def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
