@@ -56,7 +56,9 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     if not request.slurm.is_asked:
         if (processes := processes_here(request.gpus, cpu=request.cpu)) == 1:
             return None
-        resolve_config(request)
+        config = resolve_config(request)
+        # All processes, and those that start again, learn from the one that is there now.
+        request = request.model_copy(update={"teacher": config.distillation.teacher or None})
         launch_local(request, processes, None if request.dry_run else run)
         return Elsewhere(None)
     name, folder = f"dino2-{run.absolute().name}", run.absolute() / "slurm"
@@ -67,6 +69,7 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     if request.dry_run:
         from dinov2cli.train.dry_run import print_plan_of_job
 
+        config = resolve_config(request) if config.distillation.teacher else config
         print_plan_of_job(config, processes=wanted.gpus * (wanted.slurm.nodes or 1), cpu=wanted.cpu)
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
     RunFolder(run).make()
@@ -120,6 +123,11 @@ def first_look(request: TrainRequest) -> TrainRequest:
             from dinov2cli.models.load.locate import check_there
 
             check_there(config.student.pretrained_weights)
+    if config.distillation.teacher:
+        with wrong.noted():
+            from dinov2cli.train.frozen_teacher import check_teacher_there
+
+            check_teacher_there(config.distillation.teacher)
     with wrong.noted():
         check_folder(folder.path, "--output-dir")
         folder.refuse_foreign()
@@ -137,9 +145,8 @@ def first_look(request: TrainRequest) -> TrainRequest:
         with wrong.noted():
             processes = processes_here(request.gpus, cpu=request.cpu)
             as_meant = (readable.preset, readable.config_file) == (request.preset, request.config_file)
-            if (
-                as_meant and not resumed and open_data(request) is None
-            ):  # a run goes on with smaller batches where there are more processes
+            known = open_data(request) is None and not config.distillation.teacher  # which may have to be fetched first
+            if as_meant and not resumed and known:  # a run goes on with smaller batches where there are more processes
                 from dinov2cli.train.memory import check_memory
 
                 check_memory(config, processes, cpu=request.cpu)
@@ -152,7 +159,7 @@ def what_can_be_read(request: TrainRequest) -> TrainRequest:
     readable = TrainRequest()
     changes: tuple[dict[str, Any], ...] = (
         {"preset": request.preset}, {"config_file": request.config_file}, {"data": request.data},
-        {"output_dir": request.output_dir}, {"init_from": request.init_from},
+        {"output_dir": request.output_dir}, {"init_from": request.init_from}, {"teacher": request.teacher},
         *({"overrides": (word,)} for word in request.overrides),
     )  # fmt: skip
     for change in changes:
@@ -196,8 +203,16 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
     if (weights := user_path(config.student.pretrained_weights)) != Path() and weights.exists():
         given.append(f"student.pretrained_weights={weights.absolute()}")
     config = load(overrides=given)
+    resume = not request.no_resume
     if config.student.pretrained_weights and read_weights:
-        config = load(overrides=[*keys_that_follow_weights(config, resume=not request.no_resume), *given])
+        given = [*keys_that_follow_weights(config, resume=resume), *given]
+        config = load(overrides=given)
+    if config.distillation.teacher and read_weights:
+        from dinov2cli.train.frozen_teacher import check_fits, keys_that_follow_teacher
+
+        decided, named = keys_that_follow_teacher(config, resume=resume)
+        config = load(overrides=[*decided, *given, *named])
+        check_fits(config)
     if is_default and not request.no_resume:
         refuse_another_run(config, read_weights=read_weights)
     return config
@@ -209,6 +224,8 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
     if not folder.config.is_file():
         return
     changed = changed_keys(folder.config, config)
+    if not read_weights:  # nor looked for
+        changed = {key: text for key, text in changed.items() if not key.startswith("distillation.")}
     if config.student.pretrained_weights and not read_weights:  # which say the others
         chosen = {f"student.{key}" for key in config.student.model_fields_set}
         changed = {key: text for key, text in changed.items() if not key.startswith("student.") or key in chosen}

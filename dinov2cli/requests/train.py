@@ -49,6 +49,8 @@ class TrainRequest(
 
         dino2 train --preset vitb14 --data ~/photos --output-dir runs/photos --gpus 4
 
+        dino2 train --preset vits14_distilled --teacher runs/vitl14 --data ~/photos --output-dir runs/small --gpus 8
+
         dino2 train --preset vitl14 --output-dir runs/vitl14 --nodes 12 --gpus 8 --partition gpu --timeout-min 1440
     """
 
@@ -75,6 +77,11 @@ class TrainRequest(
         None,
         "Start student and teacher from these backbone weights: a run, a file, a URL or a released name. "
         "Short for student.pretrained_weights.",
+        metavar="WEIGHTS",
+    )
+    teacher: str | None = option(
+        None,
+        "Learn from this frozen teacher: a run, a file, a URL or a released name. Short for distillation.teacher.",
         metavar="WEIGHTS",
     )
     no_resume: bool = option(False, "Start over; an earlier run's files move to previous_1/ and so on.")

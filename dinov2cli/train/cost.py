@@ -21,7 +21,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
-from dinov2cli.train.networks import build_backbone
+from dinov2cli.train.networks import FROZEN_TEACHER, build_backbone
 from dinov2cli.train.objective import SSLMetaArch
 
 GB = 1e9
@@ -59,6 +59,8 @@ class StepFlops(NamedTuple):
     """Forward and backward; in the last block, most of it for the tokens in use alone."""
     whole: float
     """With every token of the last block."""
+    frozen: float
+    """The part of `step` that a frozen teacher's pass is."""
 
 
 def estimate(config: Config, *, world_size: int, sharding: str, precision: str) -> MemoryEstimate:
@@ -96,7 +98,7 @@ def step_flops(config: Config) -> StepFlops:
     """FLOPs of an average step."""
     first, second = (_measure(config, depth, "fp32") for depth in (1, 2))
     step = first.flops + (config.arch().depth - 1) * (second.flops - first.flops)
-    return StepFlops(step, step + second.left_out)
+    return StepFlops(step, step + second.left_out, first.frozen)
 
 
 def class_token_flops(config: Config, image_size: int) -> int:
@@ -120,6 +122,8 @@ class _Measured(NamedTuple):
     flops: float
     left_out: float
     """FLOPs that the last block saves, attention apart."""
+    frozen: float
+    """FLOPs of a frozen teacher, attention included."""
 
 
 @torch.enable_grad()  # a step has gradients, even if the caller has switched them off
@@ -140,6 +144,11 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
         student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
         peaks: list[int] = []
         student.register_forward_pre_hook(lambda *_: peaks.append(arrays.begin_again()))
+        frozen = objective.networks.followers.get(FROZEN_TEACHER.name)
+        attention_before: list[int] = []
+        if frozen is not None:
+            frozen.register_forward_pre_hook(lambda *_: attention_before.append(casts.attention_flops))
+            frozen.register_forward_hook(lambda *_: attention_before.append(casts.attention_flops))
         before = arrays.peak = arrays.held
         values = {"iteration": 0, "teacher_temp": 1.0}
         objective(batch, values, torch.Generator().manual_seed(0)).total.backward()
@@ -158,6 +167,8 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
         left_out,
+        sum(counts.get(f"SSLMetaArch.{FROZEN_TEACHER.name}", {}).values())
+        + (attention_before[1] - attention_before[0] if attention_before else 0),
     )
 
 

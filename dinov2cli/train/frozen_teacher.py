@@ -4,6 +4,7 @@ Reading weights costs little until their numbers are used: files are mapped into
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from dinov2cli.errors import ConfigError, WeightsError
 from dinov2cli.files import fingerprint
 from dinov2cli.models.load import RecognisedWeights, read_weights, spell
 from dinov2cli.models.load.heads import Head, HeadSizes, heads_of
-from dinov2cli.models.load.locate import Source, locate
+from dinov2cli.models.load.locate import Source, check_there, locate
 from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.train.run_folder import RunFolder
 
@@ -39,11 +40,9 @@ def read_teacher(config: Config) -> tuple[RecognisedWeights, dict[str, Head]]:
     Raises:
         WeightsError: they are missing or cannot be read; the message begins with the key.
     """
-    try:
+    with saying_teacher():
         weights = read_weights(config.distillation.teacher)
         return weights, heads_of(weights.beside, weights.source.name)
-    except WeightsError as error:
-        raise WeightsError(f"distillation.teacher (--teacher): {error.message}", error.hint) from None
 
 
 def frozen_teacher(config: Config) -> FrozenTeacher | None:
@@ -102,7 +101,7 @@ def _misfits(config: Config, teacher: FrozenTeacher) -> Iterator[tuple[str, str]
     for key, wanted in _keys_of_heads(teacher).items():
         group, _, name = key.partition(".")
         if (given := getattr(getattr(config, group), name)) != wanted:
-            yield f"{key}={spell(given)}", f"{spell(wanted)}, and its scores are what the student learns; leave it out"
+            yield f"{key}={spell(given)}", f"{spell(wanted)}, and its scores are what the student learns; {key}={spell(wanted)}"
 
 
 def _keys_of_heads(teacher: FrozenTeacher) -> dict[str, int | bool]:
@@ -114,39 +113,47 @@ def _keys_of_heads(teacher: FrozenTeacher) -> dict[str, int | bool]:
     return keys | ({"ibot.head_n_prototypes": teacher.heads["ibot_head"].out_dim} if separate else {})
 
 
-def keys_that_follow_teacher(config: Config, *, resume: bool) -> list[str]:
-    """Overrides that name the teacher's file for good, and that make the run fit it; below those that are typed.
+def keys_that_follow_teacher(config: Config, *, resume: bool) -> tuple[list[str], list[str]]:
+    """Overrides that make the run fit the teacher, below those that are typed; and that name its files for good, above.
+
+    A run that goes on keeps the file that it began with, where the same place, such as a run's folder, is named again.
 
     Raises:
         WeightsError: the teacher is not there, or cannot be read.
     """
-    teacher, digest = located(config, resume=resume)
-    words = [f"distillation.teacher={teacher}", f"distillation.digest={digest}"]
-    named = config.model_copy(update={"distillation": config.distillation.model_copy(
-        update={"teacher": teacher, "digest": digest})})  # fmt: skip
-    found = frozen_teacher(named)
-    assert found is not None
-    if found.vit.in_chans == config.student.in_chans and found.images.mean is not None:
-        words += [f"data.mean={list(found.images.mean)}", f"data.std={list(found.images.std or ())}"]
-    return [*words, *(f"{key}={spell(value)}" for key, value in _keys_of_heads(found).items())]
-
-
-def located(config: Config, *, resume: bool) -> tuple[str, str]:
-    """Where the teacher is, told for good, and its files' fingerprint.
-
-    A run that goes on keeps the file that it began with, where the same place, such as a run's folder, is named again.
-    """
     typed, folder = config.distillation.teacher, RunFolder(Path(config.train.output_dir))
     if resume and folder.has_checkpoints() and folder.config.is_file():
-        before = load_config(config_file=folder.config).distillation
-        place = Path(typed).expanduser().absolute()
-        if before.teacher and (typed == before.teacher or place in Path(before.teacher).parents):
-            typed = before.teacher
-    try:
+        before = load_config(config_file=folder.config).distillation.teacher
+        if before and Path(typed).expanduser().absolute() in Path(before).parents:
+            typed = before
+    with saying_teacher():
         source = locate(typed)
+    update = {"teacher": place_of(typed, source), "digest": fingerprint(*source.files)}
+    teacher = frozen_teacher(config.model_copy(update={"distillation": config.distillation.model_copy(update=update)}))
+    assert teacher is not None
+    decided = [f"{key}={spell(value)}" for key, value in _keys_of_heads(teacher).items()]
+    if teacher.vit.in_chans == config.student.in_chans and teacher.images.mean is not None:
+        decided += [f"data.mean={list(teacher.images.mean)}", f"data.std={list(teacher.images.std or ())}"]
+    return decided, [f"distillation.{key}={value}" for key, value in update.items()]
+
+
+@contextmanager
+def saying_teacher() -> Iterator[None]:
+    """Around what reads the teacher: an error begins with the key that names it."""
+    try:
+        yield
     except WeightsError as error:
         raise WeightsError(f"distillation.teacher (--teacher): {error.message}", error.hint) from None
-    return place_of(typed, source), fingerprint(*source.files)
+
+
+def check_teacher_there(teacher: str) -> None:
+    """Whether there is such a file, folder or released name; nothing is downloaded.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    with saying_teacher():
+        check_there(teacher)
 
 
 def place_of(typed: str, source: Source) -> str:
@@ -171,5 +178,5 @@ def describe(config: Config) -> str:
 
 
 def _fresh(config: Config) -> str:
-    groups = [config.dino, config.ibot] if config.ibot.separate_head else [config.dino]
-    return " + ".join(f"{group.head_n_prototypes:,}" for group in groups)
+    numbers = [config.dino.head_n_prototypes, *([config.ibot.head_n_prototypes] if config.ibot.separate_head else [])]
+    return " + ".join(f"{number:,}" for number in numbers)

@@ -19,7 +19,7 @@ SHAPING_KEYS = {
     *(f"student.{key}" for key in Student.model_fields if key in ViTConfig.model_fields and key not in RESIZING),
     *(f"dino.{key}" for key in Dino.model_fields if key.startswith("head_")),
     *(f"ibot.{key}" for key in Ibot.model_fields if key.startswith("head_")),
-    "ibot.separate_head", "crops.global_crops_size", "train.centering",
+    "ibot.separate_head", "crops.global_crops_size", "train.centering", "distillation.digest",
 }  # fmt: skip
 SCHEDULED_KEYS = {
     "optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "optim.base_lr", "optim.min_lr", "optim.warmup_epochs",
@@ -32,7 +32,7 @@ FREE_KEYS = {
     *(f"train.{key}" for key in ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding",
                                  "hang_timeout", "tensorboard", "wandb", "compile", "activation_checkpointing",
                                  "max_nonfinite", "max_bad_fraction", "stop_on_collapse")),
-    "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
+    "distillation.students", "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
     *(f"evaluation.{key}" for key in Evaluation.model_fields),
 }  # fmt: skip
 # What `keep_effective_batch` changes; it says so itself.
@@ -41,6 +41,7 @@ BATCH_KEYS = {"train.batch_size_per_gpu", "train.gradient_accumulation"}
 NAMED_KEYS = {
     "compute_precision.precision", "compute_precision.grad_scaler", "dino.loss_weight", "dino.koleo_loss_weight",
     "ibot.loss_weight", "ibot.mask_sample_probability", "ibot.mask_ratio_min_max", "train.dataset_path", "train.seed",
+    "distillation.teacher", "distillation.patches",
     "student.drop_path_rate", "student.drop_path_uniform", *(f"student.{key}" for key in RESIZING),
     *(f"student.pretrained_{key}" for key in ("weights", "channels", "patches")), "optim.clip_grad",
     "optim.patch_embed_lr_mult", "optim.layerwise_decay", "optim.adamw_beta1", "optim.adamw_beta2",
@@ -74,6 +75,12 @@ def check_resumable(saved: Path, config: Config, iteration: int = 0, before: int
         ConfigError: keys that shape the networks differ, or the run is longer already; the message names them.
     """
     changed = changed_keys(saved, config)
+    if "distillation.digest" in changed:
+        raise ConfigError(
+            f"{saved.parent} {_of_teachers(load_config(config_file=saved).distillation.teacher, config)}",
+            "Go on with the same file, which may have moved, choose another --output-dir, or start over in this one with "
+            "--no-resume.",
+        )
     if shaping := [text for key, text in changed.items() if key in SHAPING_KEYS]:
         raise ConfigError(
             f"{saved.parent} holds a run of another shape: it differs in {', '.join(shaping)}",
@@ -95,6 +102,14 @@ def check_resumable(saved: Path, config: Config, iteration: int = 0, before: int
         logger.warning("the run goes on with other schedules: %s\n%s", ", ".join(scheduled), drawn)
 
 
+def _of_teachers(before: str, config: Config) -> str:
+    now = config.distillation.teacher
+    if before == now:
+        return f"learns from the teacher {before}, which is another file since"
+    told = [f"the teacher {teacher}" if teacher else "no teacher" for teacher in (before, now)]
+    return f"learns from {told[0]}, not from {told[1]}"
+
+
 def before_and_after(old: Config, new: Config, iteration: int, before: int, world_size: int) -> str:
     """A table of the schedules that change, at five iterations from the next one to the end."""
     schedules = [Schedules(old, before), Schedules(new, world_size)]
@@ -111,6 +126,8 @@ def before_and_after(old: Config, new: Config, iteration: int, before: int, worl
 def changed_keys(saved: Path, config: Config) -> dict[str, str]:
     """The keys that differ from a run's own `config.yaml`, each with both values; without those that may change."""
     old, new = _flat(load_config(config_file=saved)), _flat(config)
+    if old["distillation.digest"] == new["distillation.digest"] != "":  # the same teacher, wherever it lies
+        old["distillation.teacher"] = new["distillation.teacher"]
     keys = [key for key in new if old[key] != new[key] and key not in FREE_KEYS | BATCH_KEYS]
     return {key: f"{key} ({old[key]} there, {new[key]} here)" for key in keys}
 
