@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_in_processes
-from tiny_run import TINY, metrics_of, write_images
+from tiny_run import TINY, metrics_of, write_images, write_teacher
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
@@ -32,6 +32,8 @@ VARIANTS = {
     "sinkhorn_knopp": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "ibot.head_n_prototypes=24",
                        "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16"],
 }  # fmt: skip
+DISTILLED = [pytest.param("", id="plain"), *(pytest.param(name, marks=pytest.mark.long) for name in ("own", "fresh"))]
+"""A run without a frozen teacher, with one that has heads, with one for which heads are trained."""
 COMPARED = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss", "grad_norm_backbone")
 WHOLE = 8
 """Images of an iteration, however many processes share them."""
@@ -40,6 +42,11 @@ WHOLE = 8
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "data")
+
+
+def distilling(kind: str, folder: Path, *overrides: str) -> list[str]:
+    """Overrides that give the run the teacher of this kind."""
+    return [f"distillation.teacher={write_teacher(folder, *overrides, heads=kind == 'own')}"] if kind else []
 
 
 def configure(images: Path, run: Path, *overrides: str) -> Config:
@@ -136,16 +143,18 @@ def assert_losses_agree(run: Path, other: Path) -> None:
             assert line[name] == pytest.approx(there[name], rel=1e-5), (line["iteration"], name)
 
 
-def all_ways(images: str, folder: str, variant: str) -> None:
+def all_ways(images: str, folder: str, variant: list[str]) -> None:
     for mode in ("ddp", "fsdp"):
-        extra = ["train.batch_size_per_gpu=4", f"train.sharding={mode}", *VARIANTS[variant]]
+        extra = ["train.batch_size_per_gpu=4", f"train.sharding={mode}", *variant]
         train_on_parts(configure(Path(images), Path(folder) / mode, *extra))
 
 
+@pytest.mark.parametrize("kind", DISTILLED)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_halves_equal_the_whole(images: Path, tmp_path: Path, variant: str) -> None:
-    train_on_parts(configure(images, tmp_path / "one", *VARIANTS[variant]))
-    run_in_processes(2, all_ways, str(images), str(tmp_path), variant)
+def test_two_halves_equal_the_whole(images: Path, tmp_path: Path, variant: str, kind: str) -> None:
+    words = [*VARIANTS[variant], *distilling(kind, tmp_path, *VARIANTS[variant])]
+    train_on_parts(configure(images, tmp_path / "one", *words))
+    run_in_processes(2, all_ways, str(images), str(tmp_path), words)
     for mode in ("ddp", "fsdp"):
         assert_losses_agree(tmp_path / "one", tmp_path / mode)
         one, other = (
@@ -157,20 +166,22 @@ def test_two_halves_equal_the_whole(images: Path, tmp_path: Path, variant: str) 
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def two_sessions(images: str, run: str) -> list[dict[str, Any]]:
+def two_sessions(images: str, run: str, words: list[str]) -> list[dict[str, Any]]:
     """DDP to iteration 5, then FSDP to iteration 8, both with the batch size that one process was given."""
     return [
-        train_on_parts(configure(Path(images), Path(run), f"train.sharding={mode}"), stop_after=until)
+        train_on_parts(configure(Path(images), Path(run), f"train.sharding={mode}", *words), stop_after=until)
         for mode, until in (("ddp", 5), ("fsdp", 8))
     ]
 
 
-def test_a_run_moves_between_one_and_two_processes(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_run_moves_between_one_and_two_processes(images: Path, tmp_path: Path, kind: str) -> None:
     """1 -> 2 (DDP) -> 2 (FSDP) -> 1: each starts from the state that the last ended with, and sees its samples."""
-    whole_run = train_on_parts(configure(images, tmp_path / "whole"))
-    first = train_on_parts(configure(images, tmp_path / "moved"), stop_after=2)
-    (second, third), others = run_in_processes(2, two_sessions, str(images), str(tmp_path / "moved"))
-    last = train_on_parts(configure(images, tmp_path / "moved"))
+    words = distilling(kind, tmp_path)
+    whole_run = train_on_parts(configure(images, tmp_path / "whole", *words))
+    first = train_on_parts(configure(images, tmp_path / "moved", *words), stop_after=2)
+    (second, third), others = run_in_processes(2, two_sessions, str(images), str(tmp_path / "moved"), words)
+    last = train_on_parts(configure(images, tmp_path / "moved", *words))
     sessions = [first, second, third, last]
     assert [session["end"]["iteration"] for session in sessions] == [2, 5, 8, 12]
     for earlier, later in pairwise(sessions):
@@ -186,11 +197,12 @@ def test_a_run_moves_between_one_and_two_processes(images: Path, tmp_path: Path)
     assert_losses_agree(tmp_path / "whole", tmp_path / "moved")
 
 
-def test_fewer_processes_accumulate(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_fewer_processes_accumulate(images: Path, tmp_path: Path, kind: str) -> None:
     """A run of two processes goes on in one: two batches of half the size make an iteration."""
-    halves = ["train.batch_size_per_gpu=4"]
-    whole_run = run_in_processes(2, session_of_two, str(images), str(tmp_path / "whole"), None)
-    moved = run_in_processes(2, session_of_two, str(images), str(tmp_path / "moved"), 6)
+    halves = ["train.batch_size_per_gpu=4", *distilling(kind, tmp_path)]
+    whole_run = run_in_processes(2, session_of_two, str(images), str(tmp_path / "whole"), None, halves)
+    moved = run_in_processes(2, session_of_two, str(images), str(tmp_path / "moved"), 6, halves)
     alone = train_on_parts(configure(images, tmp_path / "moved", *halves))
     assert alone["batch"] == 8 and alone["start"]["iteration"] == 6
     assert_same(moved[0]["end"], alone["start"])
@@ -199,8 +211,8 @@ def test_fewer_processes_accumulate(images: Path, tmp_path: Path) -> None:
     assert alone["samples"] == rest
 
 
-def session_of_two(images: str, run: str, stop_after: int | None) -> dict[str, Any]:
-    return train_on_parts(configure(Path(images), Path(run), "train.batch_size_per_gpu=4"), stop_after=stop_after)
+def session_of_two(images: str, run: str, stop_after: int | None, words: list[str]) -> dict[str, Any]:
+    return train_on_parts(configure(Path(images), Path(run), *words), stop_after=stop_after)
 
 
 def koleo_and_masks(images: str, run: str) -> tuple[float, list[int], list[float]]:

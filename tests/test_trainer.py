@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import TINY, metrics_of, write_images
+from tiny_run import TINY, metrics_of, write_images, write_teacher
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, DataError, TrainingFailure
@@ -94,9 +94,15 @@ def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_train
     assert torch.equal(before[frozen], after[frozen])
 
 
+@pytest.mark.parametrize("teacher", [None, "with heads", "backbone alone"])
 @pytest.mark.parametrize("variant", [[], ["train.centering=sinkhorn_knopp", "ibot.separate_head=true",
                                           "ibot.head_n_prototypes=24", "train.gradient_accumulation=2"]])  # fmt: skip
-def test_an_interrupted_run_resumes_bit_for_bit(make_trainer: Callable[..., Trainer], variant: list[str]) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(
+    make_trainer: Callable[..., Trainer], variant: list[str], teacher: str | None, tmp_path: Path
+) -> None:
+    if teacher:
+        sizes = [word for word in variant if word.startswith("ibot")]
+        variant = [*variant, f"distillation.teacher={write_teacher(tmp_path, *sizes, heads=teacher == 'with heads')}"]
     whole = make_trainer("whole", *variant)
     whole.train()
     stop_after(make_trainer("parts", *variant), 5)

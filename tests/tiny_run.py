@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov2cli.checkpoint import save_teacher
+from dinov2cli.config import load_config
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.networks import build_network
 
 TINY = [
     "student.arch=vit_tiny", "student.embed_dim=24", "student.depth=2", "student.num_heads=2", "student.patch_size=8",
@@ -40,6 +43,18 @@ def write_weights(folder: Path) -> Path:
     crops = "global_crops_size: 32, local_crops_size: 16"
     (folder / "config.yaml").write_text(f"student: {{{size}}}\ncrops: {{{crops}}}")
     return folder / "weights.pth"
+
+
+def write_teacher(folder: Path, *overrides: str, heads: bool = True) -> Path:
+    """A larger network than the tiny run's, as a training leaves it, or its backbone alone."""
+    torch.manual_seed(1)
+    config = load_config(overrides=[*TINY, "student.embed_dim=48", "student.layerscale=1.0", *overrides])
+    state = build_network(config).state_dict()
+    run = folder / ("teacher" if heads else "backbone")
+    kept = {name: value for name, value in state.items() if heads or name.startswith("backbone.")}
+    save_teacher(run / "eval" / "training_3" / "teacher_checkpoint.pth", kept)
+    config.save(run / "config.yaml")
+    return run
 
 
 TIMES = {"iter_time", "data_time"}
