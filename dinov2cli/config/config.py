@@ -110,10 +110,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
             f"at most optim.epochs={optim.epochs}"
         )
-    for key, unused in (("students", ()), ("patches", "masked")):
-        if not config.distillation.teacher and (value := getattr(config.distillation, key)) != unused:
-            shown = list(value) if isinstance(value, tuple) else value
-            yield f"distillation.{key}={shown}: there is no teacher to learn from; set distillation.teacher (--teacher)"
+    if not config.distillation.teacher and config.distillation.patches != "masked":
+        patches = config.distillation.patches
+        yield f"distillation.patches={patches}: there is no teacher to learn from; set distillation.teacher (--teacher)"
     for key in ("knn_train_dataset", "knn_val_dataset"):
         if config.evaluation.knn_period > 0 and not getattr(config.evaluation, key):
             yield (

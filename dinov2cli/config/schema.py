@@ -198,11 +198,6 @@ class Distillation(Group):
         "(dino2) Patches whose outputs are compared: those that the masks choose, or all; the student sees every patch "
         "in either case.",
     )
-    students: Texts = key(
-        (),
-        "(dino2) Further students that learn from the same pass of the teacher: presets or configuration files, of "
-        "which the groups student, dino, ibot, teacher and optim count. Each is a run of its own in students/NAME.",
-    )
 
 
 class Optim(Group):

@@ -32,7 +32,7 @@ FREE_KEYS = {
     *(f"train.{key}" for key in ("output_dir", "num_workers", "keep", "checkpoint_period", "log_period", "sharding",
                                  "hang_timeout", "tensorboard", "wandb", "compile", "activation_checkpointing",
                                  "max_nonfinite", "max_bad_fraction", "stop_on_collapse")),
-    "distillation.students", "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
+    "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
     *(f"evaluation.{key}" for key in Evaluation.model_fields),
 }  # fmt: skip
 # What `keep_effective_batch` changes; it says so itself.
