@@ -109,7 +109,11 @@ def test_the_same_student_whatever_it_learns_from(place: Path) -> None:
 
 
 def test_all_patches_are_compared_where_asked_for(place: Path) -> None:
-    words = [f"distillation.teacher={place / 'teacher'}", "distillation.patches=all", f"train.dataset_path={place}/data"]
+    words = [
+        f"distillation.teacher={place / 'teacher'}",
+        "distillation.patches=all",
+        f"train.dataset_path={place}/data",
+    ]
     config = load_config(overrides=[*SHORT, *words])
     batch = synthetic_batch(config)
     assert batch.masks.all() and len(batch.mask_indices) == batch.masks.numel() == 16 * 16
@@ -152,7 +156,11 @@ def test_a_teacher_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
     del odd["dino_head.last_layer.weight_g"]
     torch.save(odd, tmp_path / "odd.pth")
     (tmp_path / "config.yaml").write_bytes((place / "teacher/config.yaml").read_bytes())
-    for teacher, said in (("gone", "neither a file"), (torn, "cut short"), (tmp_path / "odd.pth", "dino_head cannot be")):
+    for teacher, said in (
+        ("gone", "neither a file"),
+        (torn, "cut short"),
+        (tmp_path / "odd.pth", "dino_head cannot be"),
+    ):
         with pytest.raises(WeightsError, match=rf"^distillation.teacher \(--teacher\): .*{said}"):
             resolve(place, tmp_path / "run", teacher)
     with pytest.raises(Dino2Error, match=r"distillation.patches=all: there is no teacher"):

@@ -6,5 +6,5 @@ from dinov2cli.losses.distillation import DistilledDINOTerm, DistilledIBOTTerm
 from dinov2cli.losses.koleo import KoLeoLoss, KoLeoTerm
 from dinov2cli.losses.term import LossTerm
 
-__all__ = ["DINOLoss", "DINOTerm", "DistilledDINOTerm", "DistilledIBOTTerm", "KoLeoLoss", "KoLeoTerm", "LossTerm", "SinkhornKnoppCentering", "SoftmaxCentering",
-           "iBOTPatchLoss", "iBOTTerm", "sinkhorn_knopp"]  # fmt: skip
+__all__ = ["DINOLoss", "DINOTerm", "DistilledDINOTerm", "DistilledIBOTTerm", "KoLeoLoss", "KoLeoTerm", "LossTerm",
+           "SinkhornKnoppCentering", "SoftmaxCentering", "iBOTPatchLoss", "iBOTTerm", "sinkhorn_knopp"]  # fmt: skip

@@ -17,6 +17,8 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
 from dinov2cli.data.look import look_at
+from dinov2cli.train import frozen_teacher
+from dinov2cli.train.cost import step_flops
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.verdicts import baselines_of, json_lines
@@ -52,6 +54,14 @@ def plan_rows(
         ("learning rate", f"{peak:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)"),
         *choices.items(),
     ]
+
+
+def teacher_rows(config: Config) -> dict[str, str]:
+    """For the plan: what a distillation learns from, and what it costs; empty without one."""
+    if not config.distillation.teacher:
+        return {}
+    flops = step_flops(config)
+    return {"teacher": f"{frozen_teacher.describe(config)}; {flops.frozen / flops.step:.0%} of a step's operations"}
 
 
 def count_parameters(module: nn.Module) -> str:

@@ -77,8 +77,8 @@ def check_fits(config: Config) -> None:
     sizes = [parameter_count(vit) for vit in (config.vit(), teacher.vit)]
     if sizes[0] > sizes[1]:
         logger.warning(
-            "the student is larger than its teacher (%.1f M and %.1f M parameters): distillation is meant for the other "
-            "way round", *(size / 1e6 for size in sizes),
+            "the student is larger than its teacher (%.1f M and %.1f M parameters): distillation is meant for the "
+            "other way round", *(size / 1e6 for size in sizes),
         )  # fmt: skip
 
 
@@ -101,7 +101,10 @@ def _misfits(config: Config, teacher: FrozenTeacher) -> Iterator[tuple[str, str]
     for key, wanted in _keys_of_heads(teacher).items():
         group, _, name = key.partition(".")
         if (given := getattr(getattr(config, group), name)) != wanted:
-            yield f"{key}={spell(given)}", f"{spell(wanted)}, and its scores are what the student learns; {key}={spell(wanted)}"
+            yield (
+                f"{key}={spell(given)}",
+                f"{spell(wanted)}, and its scores are what the student learns; {key}={spell(wanted)}",
+            )
 
 
 def _keys_of_heads(teacher: FrozenTeacher) -> dict[str, int | bool]:
@@ -167,7 +170,9 @@ def describe(config: Config) -> str:
     """For the plan: what the teacher is, and where its scores come from."""
     teacher = frozen_teacher(config)
     assert teacher is not None
-    size = f"{config.distillation.teacher}: {teacher.vit.describe()}, {parameter_count(teacher.vit) / 1e6:.1f} M, frozen"
+    size = (
+        f"{config.distillation.teacher}: {teacher.vit.describe()}, {parameter_count(teacher.vit) / 1e6:.1f} M, frozen"
+    )
     if teacher.heads:
         numbers = " + ".join(f"{head.out_dim:,}" for head in teacher.heads.values())
         return f"{size}; its own heads, of {numbers} prototypes"

@@ -8,9 +8,18 @@ from torch import Tensor, nn
 
 from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
-from dinov2cli.losses import DINOTerm, DistilledDINOTerm, DistilledIBOTTerm, KoLeoTerm, LossTerm, SinkhornKnoppCentering, SoftmaxCentering, iBOTTerm
-from dinov2cli.train.monitors import TeacherView
+from dinov2cli.losses import (
+    DINOTerm,
+    DistilledDINOTerm,
+    DistilledIBOTTerm,
+    KoLeoTerm,
+    LossTerm,
+    SinkhornKnoppCentering,
+    SoftmaxCentering,
+    iBOTTerm,
+)
 from dinov2cli.train.frozen_teacher import has_fresh_heads
+from dinov2cli.train.monitors import TeacherView
 from dinov2cli.train.networks import FROZEN_TEACHER, OF_TEACHER, TEACHER, Follower, NetworkOutputs, Networks, SSLNetwork
 from dinov2cli.train.schedules import Schedule
 

@@ -78,8 +78,8 @@ def check_resumable(saved: Path, config: Config, iteration: int = 0, before: int
     if "distillation.digest" in changed:
         raise ConfigError(
             f"{saved.parent} {_of_teachers(load_config(config_file=saved).distillation.teacher, config)}",
-            "Go on with the same file, which may have moved, choose another --output-dir, or start over in this one with "
-            "--no-resume.",
+            "Go on with the same file, which may have moved, choose another --output-dir, or start over in this one "
+            "with --no-resume.",
         )
     if shaping := [text for key, text in changed.items() if key in SHAPING_KEYS]:
         raise ConfigError(

@@ -94,7 +94,9 @@ class Sharding:
 
     def teacher_state(self) -> dict[str, Tensor]:
         """The teacher's whole parameters, in main memory, on the first process; empty on the others. Collective."""
-        saved = (pair for pair in self.networks.teacher.state_dict().items() if not pair[0].startswith(f"{OF_ANOTHER}."))
+        saved = (
+            pair for pair in self.networks.teacher.state_dict().items() if not pair[0].startswith(f"{OF_ANOTHER}.")
+        )
         whole = {name: _whole(value) for name, value in saved}
         return {name: value.cpu() for name, value in whole.items()} if distributed.is_main() else {}
 

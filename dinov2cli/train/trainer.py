@@ -23,9 +23,8 @@ from dinov2cli.models.attention import AttentionUse, choose_attention_backend
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.allocator import keep_freed_memory
-from dinov2cli.train.cost import describe, estimate, room_for_gaps, step_flops
-from dinov2cli.train.display import plan_rows, print_plan
-from dinov2cli.train.frozen_teacher import describe as describe_teacher
+from dinov2cli.train.cost import describe, estimate, room_for_gaps
+from dinov2cli.train.display import plan_rows, print_plan, teacher_rows
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
@@ -302,14 +301,6 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "counters": torch.tensor([self.record.samples_seen, self.record.bad_images]),
         }
-
-
-def teacher_rows(config: Config) -> dict[str, str]:
-    """For the plan: what a distillation learns from, and what it costs; empty without one."""
-    if not config.distillation.teacher:
-        return {}
-    flops = step_flops(config)
-    return {"teacher": f"{describe_teacher(config)}; {flops.frozen / flops.step:.0%} of a step's operations"}
 
 
 def choose_attention(config: Config, device: torch.device, precision: Precision) -> tuple[str, str]:

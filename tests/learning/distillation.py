@@ -63,7 +63,7 @@ def top1(out: Path, name: str) -> float:
         checkpoint=str(out / name), train_dataset=str(out / "data" / "train"), val_dataset=str(out / "data" / "val"),
         nb_knn=(20,), device="cpu", quiet=True,
     ))  # fmt: skip
-    return float(found.as_dict()["results"][0]["top1"])
+    return float(found.as_dict()["rows"][0]["top1"])
 
 
 def without_heads(teacher: Path, path: Path) -> Path:
