@@ -56,6 +56,7 @@ def overrides_of(request: TrainRequest) -> list[str]:
         "train.dataset_path": request.data,
         "train.output_dir": request.output_dir.absolute() if request.output_dir == Path() else request.output_dir,
         "student.pretrained_weights": request.init_from,
+        "distillation.teacher": request.teacher,
     }
     return [*request.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
 

@@ -14,7 +14,7 @@ from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.errors import ConfigError, WeightsError
-from dinov2cli.files import fingerprint
+from dinov2cli.files import fingerprint, user_path
 from dinov2cli.models.load import RecognisedWeights, read_weights, spell
 from dinov2cli.models.load.heads import Head, HeadSizes, heads_of
 from dinov2cli.models.load.locate import Source, check_there, locate
@@ -127,7 +127,7 @@ def keys_that_follow_teacher(config: Config, *, resume: bool) -> tuple[list[str]
     typed, folder = config.distillation.teacher, RunFolder(Path(config.train.output_dir))
     if resume and folder.has_checkpoints() and folder.config.is_file():
         before = load_config(config_file=folder.config).distillation.teacher
-        if before and Path(typed).expanduser().absolute() in Path(before).parents:
+        if before and user_path(typed).absolute() in Path(before).parents:
             typed = before
     with saying_teacher():
         source = locate(typed)
@@ -161,7 +161,7 @@ def check_teacher_there(teacher: str) -> None:
 
 def place_of(typed: str, source: Source) -> str:
     """An absolute path; a released name or an address as it was typed."""
-    if not Path(typed).expanduser().exists():
+    if not user_path(typed).exists():
         return typed
     return str((source.files[0] if len(source.files) == 1 else source.files[0].parent).absolute())
 
