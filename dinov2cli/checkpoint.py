@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
+from dinov2cli.checkpoint_reading import load_safely
 from dinov2cli.console import logger
 from dinov2cli.errors import CheckpointError
 from dinov2cli.files import flush_to_disk, replacing, write_text
@@ -125,7 +126,7 @@ class Checkpointer:
             )
 
     def _on_disk(self, act: Callable[..., object], state: dict[str, Any], folder: Path) -> None:
-        """`dcp.save` or `dcp.load` of every process's part, without torch's warning that there is no process group:
+        """`dcp.save` or `load_safely` of every process's part, without torch's warning that there is no process group:
         a single process has none on purpose."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -154,7 +155,7 @@ class Checkpointer:
         for iteration, path in found:
             if self._problem(path) is None:
                 try:
-                    self._on_disk(dcp.load, state, path)
+                    self._on_disk(load_safely, state, path)
                 except (Exception, dcp.CheckpointException) as error:
                     self._pass_over(path, _innermost(error))
                 else:
@@ -248,9 +249,8 @@ class HostCopies:
         return kept.copy_(tensor.detach())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # collective where it is not cached
 def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
-    """The same processes, for tensors in main memory. Collective where it is not cached."""
     return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 

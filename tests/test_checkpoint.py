@@ -2,10 +2,14 @@
 
 import json
 import logging
+import os
+import pickle
 import shutil
 import subprocess
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +169,33 @@ def test_teacher_checkpoints_have_the_reference_format(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
         save_teacher(tmp_path / "file" / "teacher_checkpoint.pth", {})
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("where", ["index", "value"])
+def test_nothing_in_a_checkpoint_is_executed(
+    checkpointer: Checkpointer, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a manifest that fits: whoever hands a run on can write that, too."""
+    newest, canary = checkpointer.list()[0][1], tmp_path / "canary"
+    if where == "index":
+        (newest / ".metadata").write_bytes(pickle.dumps({"x": Payload(canary)}))
+    else:
+        shutil.rmtree(newest)
+        checkpointer.save(40, {**state_of(40), "plain": {"scale": Payload(canary)}})
+    manifest = json.loads((newest / "manifest.json").read_text())
+    file = newest / ".metadata"
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+    del manifest["crc32"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with caplog.at_level(logging.WARNING, "dino2"):
+        logging.getLogger("dino2").propagate = True
+        assert checkpointer.load_latest(state_of(0)) == 30
+    assert not canary.exists() and "passed over" in caplog.text

@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +112,19 @@ def test_stop_on_collapse_saves_and_stops(tmp_path: Path, capsys: pytest.Capture
     assert (run / "checkpoints/iteration_00000008").is_dir()
     assert train(run, "train.stop_on_collapse=0") == 0
     assert "resumed after 8 iterations" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.long
+def test_a_collapse_ends_all_processes_saved(tmp_path: Path) -> None:
+    """The first process alone looks; all save and end, and none is started again."""
+    images, run = write_images(tmp_path / "images"), tmp_path / "run"
+    words = ["train", "--cpu", "--gpus", "2", "--data", str(images), "--output-dir", str(run), *TINY]
+    stuck = ["optim.base_lr=1e-12", "optim.min_lr=0", "student.layerscale=1e-5", "train.stop_on_collapse=3"]
+    result = subprocess.run([sys.executable, "-m", "dinov2cli", *words, *stuck], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"})  # fmt: skip
+    assert result.returncode == 1 and result.stderr.count("error:") == 1, result.stderr
+    assert "3 times in a row (train.stop_on_collapse)" in result.stderr and "Traceback" not in result.stderr
+    assert (run / "checkpoints/iteration_00000008").is_dir() and not (run / "logs/restarts.jsonl").exists()
 
 
 @pytest.mark.usefixtures("own_logging")
