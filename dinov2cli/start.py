@@ -69,6 +69,7 @@ def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitSt
             first = not request.dry_run and (request.no_resume or request.take_over) and not is_restart(folder.path)
             if not request.dry_run:
                 until_the_end.enter_context(owning(folder.path, take_over=request.take_over and first))
+                folder.clear_leftovers()
             anew = request.no_resume and first
             if anew and (moved := folder.set_aside()):
                 logger.info("the earlier run is now in %s", moved)

@@ -19,6 +19,7 @@ from dinov2cli.console import Interrupted, signals_as_exceptions
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch import owner
 from dinov2cli.launch.owner import NAME, STALE_S, Owner, check_free, owner_of, owning
+from dinov2cli.train.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -238,3 +239,16 @@ def test_a_folder_of_the_reference_is_never_written_to(kind: str, images: Path, 
         assert result.returncode == 2
         assert "holds a run that dino2 has not written" in result.stderr and f"--init-from {run}" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
+
+
+def test_what_killed_trainings_left_aside_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    teacher = folder.teacher(9)
+    kept = [folder.config, folder.metrics, teacher, teacher.parent / ".results.json.7.partial", tmp_path / NAME]
+    left = [path.with_name(f".{path.name}.7.partial") for path in (*kept[:3], folder.knn_metrics, folder.heartbeat(0))]
+    left += [tmp_path / f".dino2-preflight-{'0' * 32}-0", tmp_path / f"{NAME}.0123.now", tmp_path / f"{NAME}.0123"]
+    for path in kept + left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    folder.clear_leftovers()
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)

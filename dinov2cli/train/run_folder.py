@@ -1,5 +1,6 @@
 """Where the files of a run are, with the reference's names."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -7,6 +8,11 @@ import yaml
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import parse_yaml
 from dinov2cli.train.verdicts import BASELINES_FILE, VERDICTS_FILE
+
+# Of evaluations nothing: they may be running, and are done again.
+LEFTOVERS = (".dino2-preflight-*", ".dino2-owner.*", ".dino2-write-test", ".config.yaml.*.partial",
+             ".*_metrics.json.*.partial", f".{VERDICTS_FILE}.*.partial", "logs/heartbeat/.rank_*.partial",
+             "eval/training_*/.teacher_checkpoint.pth.*.partial")  # fmt: skip
 
 
 def written_by_dino2(config: Path) -> bool:
@@ -79,6 +85,13 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ConfigError(f"--output-dir {self.path}: cannot be written to ({error.strerror})") from error
+
+    def clear_leftovers(self) -> None:
+        """Remove what trainings that were killed had not given its name yet; for the one that owns the folder."""
+        for pattern in LEFTOVERS:
+            for path in self.path.glob(pattern):
+                with suppress(OSError):
+                    path.unlink()
 
     def set_aside(self) -> Path | None:
         """Move an earlier run's files into `previous_<n>/`, so that a new one starts in a clean folder.
