@@ -261,7 +261,8 @@ def online_baselines(
     """What `online_knn` finds with features that nobody has learned, as it stands in `knn_baselines.json`.
 
     Returns:
-        `k`; `top1` by name, percent; `train_images` and `val_images`, drawn so that they take `ONLINE_LARGEST`.
+        `k`; `top1` by name, percent; `train_images` and `val_images`, drawn so that they take `ONLINE_LARGEST`;
+        `classes` of val.
     """
     extract = Extractor(model, num_workers=0, device=next(model.parameters()).device, **options)
     same = same_images(train_dataset, val_dataset)
@@ -272,7 +273,9 @@ def online_baselines(
         settings = _online_settings(train)
         (found,) = evaluate_knn(train, val, settings, leave_one_out=same, device=extract.device, warn=False).values()
         top1[name] = found.top1
-    return {"k": settings.ks[0], "top1": top1, "train_images": train.size, "val_images": val.size}
+    classes = len(distributed.all_gather_rows(val.targets).unique())
+    sizes = {"train_images": train.size, "val_images": val.size, "classes": classes}
+    return {"k": settings.ks[0], "top1": top1, **sizes}
 
 
 def _online_settings(train: Features) -> KnnSettings:

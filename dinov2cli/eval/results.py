@@ -49,7 +49,7 @@ class RunResults:
         evaluations = [each for each in evaluations if task in (None, each.task)]
         if task not in (None, "knn"):
             online = []
-        baselines = baselines_of(folder) if online else {}
+        baselines = baselines_of(folder).top1 if online else {}
         return RunResults(run, evaluations, online, _online_data(folder), collapse_of(folder), baselines)
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dinov2cli.console import counted
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
 from dinov2cli.requests import tools
+from dinov2cli.train.judgement import Judgement, judge
 from dinov2cli.train.verdicts import Collapse, collapse_of
 
 STALE_S = 90.0  # a process that trains gives a sign of life every few seconds; after this long it counts as gone
@@ -36,6 +37,7 @@ class Status(NamedTuple):
         restarts, requeues: how often so far; last_restart says why.
         hangs: files with the stacks of processes that hung.
         collapse: what the monitors found against the run, as a `Collapse`; None if nothing.
+        learning: whether it learns, as a `Judgement`: learns, summary and advice; None where there is nothing to judge.
         jobs: submitted jobs of the run, each with Slurm's `slurm_state`, None where it no longer knows.
         logs: where to read on.
     """
@@ -59,6 +61,7 @@ class Status(NamedTuple):
     last_restart: str | None
     hangs: list[str]
     collapse: dict[str, Any] | None
+    learning: dict[str, Any] | None
     jobs: list[dict[str, Any]]
     logs: list[str]
 
@@ -112,6 +115,7 @@ def read_status(run: Path) -> Status:
         last_restart=restarts[-1].reason if restarts else None,
         hangs=[str(path) for path in sorted((run / "logs").glob("stacks*/rank_*.txt"))],
         collapse=found._asdict() if (found := collapse_of(run)) else None,
+        learning=judged.as_dict() if (judged := judge(run)) else None,
         jobs=jobs,
         logs=[str(path) for path in [run / "logs" / "train.log"] if path.exists()] + [job["log"] for job in jobs[-1:]],
     )
@@ -210,6 +214,9 @@ def rows(now: Status) -> list[tuple[str, str]]:
         found.append(("loss", f"{now.loss:.4f}"))
     if now.collapse is not None:
         found.append(("collapse", str(Collapse(**now.collapse))))
+    if now.learning is not None:
+        said, *against = Judgement.of(now.learning).lines()
+        found += [("learning", said), *(("", line) for line in against)]
     if now.images_per_s is not None and now.iter_time:
         share = (now.data_time or 0) / now.iter_time
         speed = f"{now.images_per_s:.1f} images/s, {now.iter_time:.3g} s an iteration"

@@ -167,7 +167,7 @@ class iBOTTerm(CenteredTerm):  # noqa: N801
 
     scores = "masked_scores"
     reads = frozenset({scores})
-    reads_of_follower = reads
+    reads_of_follower = frozenset({"masked", scores})
 
     def __init__(self, centering: nn.Module) -> None:
         super().__init__(centering)

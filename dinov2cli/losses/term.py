@@ -46,7 +46,8 @@ class LossTerm(nn.Module):
     """The student's token sets that it needs."""
     reads_of_follower: frozenset[str] = frozenset()
     watched = False
-    """Its targets are distributions over prototypes [2B, K], and it reads the follower's `cls`: for the monitors."""
+    """Its targets are distributions over prototypes [2B, K], and it reads the follower's `cls`: for the monitors, which
+    also look at `masked` where that is read."""
     watches_student = False
     """The features that the monitors look at are the student's `cls`, as the follower's do not change."""
 

@@ -19,6 +19,8 @@ from dinov2cli.data.loaders import Loader
 from dinov2cli.data.look import look_at
 from dinov2cli.train import frozen_teacher
 from dinov2cli.train.cost import step_flops
+from dinov2cli.train.forewarnings import forewarnings
+from dinov2cli.train.judgement import judge
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.verdicts import baselines_of, json_lines
@@ -41,8 +43,8 @@ def plan_rows(
     sizes = f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels"
     peak = config.scaled_lr(world)
     look = look_at(loader.dataset, Reading.of(config.images(), config))
-    for mixture in look.mixtures():
-        logger.warning("%s", mixture)
+    for warning in (*look.mixtures(), *forewarnings(config, batch)):
+        logger.warning("%s", warning)
     return [
         ("run", f"{Path(config.train.output_dir)}{resumed}"),
         ("data", f"{loader.dataset.describe()}; {workers}"),
@@ -92,9 +94,11 @@ def ending(folder: RunFolder, total: int) -> Iterator[str]:
         before = f", {scores[0][1]:.1f} % untrained" if scores[0][0] == 0 else ""
         peak = f", {best[1]:.1f} % at its best after {best[0]}" if best[1] > scores[-1][1] else ""
         yield f"k-NN top-1 while training: {scores[-1][1]:.1f} % at the end{before}{peak}"
-        if baselines := baselines_of(folder.path):
+        if baselines := baselines_of(folder.path).top1:
             rows = [*baselines.items(), ("trained", scores[-1][1])]
             yield "beside what takes no training:" + "".join(f"\n  {name:<17}{top1:5.1f} %" for name, top1 in rows)
+    if judgement := judge(folder.path):
+        yield "\n  ".join(judgement.lines())
     yield f"next: dino2 eval knn {folder.path}; dino2 pca-image PHOTO OUT.png --model {folder.path}"
 
 

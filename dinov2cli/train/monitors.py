@@ -1,6 +1,6 @@
 """Numbers that tell a collapsed run from a healthy one, from the teacher's view of one batch.
 
-Shape legend: S teacher crops (2B), D embedding dimension, K prototypes.
+Shape legend: B images, S teacher crops (2B), M patches, D embedding dimension, K prototypes.
 """
 
 import math
@@ -15,10 +15,19 @@ from dinov2cli.train.verdicts import HIGHEST, LOWEST
 
 
 class TeacherView(NamedTuple):
-    """Class tokens [S, D] of the teacher's crops, and their target distributions [S, K]."""
+    """What the teacher makes of a batch's global crops.
+
+    Args:
+        cls: class tokens [S, D], of all images' first crops, then of their second ones.
+        targets: the class tokens' target distributions [S, K].
+        patches: tokens of some patches [M, D], those that the student does not see; None where nothing is masked.
+        crop_of_patch: int64 [M], the crop of each.
+    """
 
     cls: Tensor
     targets: Tensor
+    patches: Tensor | None = None
+    crop_of_patch: Tensor | None = None
 
 
 class TeacherHealth(NamedTuple):
@@ -30,12 +39,18 @@ class TeacherHealth(NamedTuple):
         feature_std: standard deviation over the batch of the L2-normalised class tokens, times sqrt(D): about 1 for
             features spread over the sphere, 0 for identical ones.
         effective_rank: exp of the entropy of the normalised singular values of the class tokens (RankMe).
+        crops_matched: share of the images whose first crop is more like their own second one than like any other: 1 / B
+            by chance, and near that where features tell nothing of an image.
+        patch_similarity: mean cosine similarity between patches of a crop: 1 for patches that are all alike; None where
+            none are masked.
     """
 
     teacher_entropy: float
     prototypes_in_use: float
     feature_std: float
     effective_rank: float
+    crops_matched: float
+    patch_similarity: float | None = None
 
 
 @torch.no_grad()
@@ -47,12 +62,18 @@ def teacher_numbers(view: TeacherView) -> dict[str, Tensor]:
     """
     cls_SD, probs_SK = view.cls.float(), view.targets.float()
     unit_SD = F.normalize(cls_SD, dim=-1)
-    return {
+    first_BD, second_BD = unit_SD.chunk(2)
+    best_B = (first_BD @ second_BD.T).argmax(1)
+    numbers = {
         "cls": cls_SD,
         "teacher_entropy": entropy(probs_SK).mean().double() / math.log(probs_SK.shape[1]),
         "prototypes_in_use": entropy(probs_SK.mean(0)).exp(),
         "feature_std": unit_SD.std(0).mean().double() * math.sqrt(cls_SD.shape[1]),
+        "crops_matched": (best_B == torch.arange(len(best_B), device=best_B.device)).double().mean(),
     }
+    if view.patches is not None and view.crop_of_patch is not None and len(view.patches):
+        numbers["patch_similarity"] = patch_similarity(view.patches, view.crop_of_patch, len(cls_SD))
+    return numbers
 
 
 def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
@@ -63,7 +84,18 @@ def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
         prototypes_in_use=numbers["prototypes_in_use"].item(),
         feature_std=numbers["feature_std"].item(),
         effective_rank=entropy(singular / singular.sum().clamp(min=1e-12)).exp().item(),
+        crops_matched=numbers["crops_matched"].item(),
+        patch_similarity=numbers["patch_similarity"].item() if "patch_similarity" in numbers else None,
     )
+
+
+def patch_similarity(patches_MD: Tensor, crop_M: Tensor, crops: int) -> Tensor:
+    """Mean cosine similarity over all pairs of different patches of the same crop, float64 scalar."""
+    unit_MD = F.normalize(patches_MD.float(), dim=-1)
+    sums_SD = torch.zeros(crops, unit_MD.shape[1], device=unit_MD.device).index_add_(0, crop_M, unit_MD)
+    n_S = torch.zeros(crops, device=crop_M.device).index_add_(0, crop_M, torch.ones_like(crop_M, dtype=torch.float32))
+    pairs = (n_S * (n_S - 1)).sum().clamp(min=1)
+    return (sums_SD.double().square().sum() - n_S.sum()) / pairs
 
 
 def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:

@@ -1,5 +1,6 @@
 """DINOv2's objective: student, followers, and the terms between them (DINOv2 paper, section 4)."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ class SSLMetaArch(nn.Module):
     ) -> tuple[dict[str, Any], NetworkOutputs | None]:
         """What the student has to predict, by term, from the followers' view of the unmasked global crops.
 
-        Only that of the class tokens is kept: the patches' would stay in memory through the next step.
+        Of the targets only those of the class tokens are kept: the patches' would stay in memory through the next step.
 
         Returns:
             this; and the features of a frozen teacher whose heads are trained with the student, else None.
@@ -181,7 +182,9 @@ class SSLMetaArch(nn.Module):
             tokens = seen.get(term.follower.name, {}) if term.follower else {}
             targets[name] = term.loss.targets(tokens, values)
             if term.loss.watched and not term.loss.watches_student:
-                self.last_view = TeacherView(tokens["cls"], targets[name])
+                per_crop = math.prod(side // self.config.student.patch_size for side in batch.global_crops.shape[-2:])
+                crop_of_patch = batch.mask_indices // per_crop
+                self.last_view = TeacherView(tokens["cls"], targets[name], tokens.get("masked"), crop_of_patch)
         return targets, of_teacher
 
     def saved_state(self) -> dict[str, Tensor]:

@@ -52,13 +52,27 @@ def collapse_of(run: Path) -> Collapse | None:
     return Collapse(int(verdicts[0]["iteration"]), last, len(verdicts), lasts, str(verdicts[-1]["verdict"]))
 
 
-def baselines_of(run: Path) -> dict[str, float]:
-    """Top-1 in percent of the k-NN while training, by the name of what has learned nothing; empty if unknown."""
+class Baselines(NamedTuple):
+    """What the k-NN while training finds with features that nobody has learned.
+
+    Attributes:
+        top1: in percent, by the features' name; empty if unknown.
+        images: that are classified; classes: that these have; 0 if unknown.
+    """
+
+    top1: dict[str, float]
+    images: int = 0
+    classes: int = 0
+
+
+def baselines_of(run: Path) -> Baselines:
+    """Those of a run folder."""
     try:
-        top1 = parse_json((run / BASELINES_FILE).read_text())["top1"]
-        return {str(name): float(value) for name, value in top1.items()}
+        found = parse_json((run / BASELINES_FILE).read_text())
+        top1 = {str(name): float(value) for name, value in found["top1"].items()}
+        return Baselines(top1, int(found["val_images"]), int(found.get("classes", 0)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return Baselines({})
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

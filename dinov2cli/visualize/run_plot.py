@@ -6,6 +6,7 @@ matplotlib is imported where it is used: it belongs to the optional `plots` pack
 import html
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import parse_json, write_bytes, writing
 from dinov2cli.requests.tools import PlotRequest
+from dinov2cli.train.judgement import Judgement, judge
 from dinov2cli.train.verdicts import HIGHEST, LOWEST, Collapse, collapse_of, json_lines
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ class Run:
     curves: dict[tuple[str, str], Curve]
     collapse: Collapse | None = None
     """What the monitors found against it."""
+    learning: Judgement | None = None
+    """Whether it learns, and what to change."""
+
+    def said(self) -> list[tuple[str, str]]:
+        """Lines to stand by the curves, each with a colour."""
+        collapsed = [(f"{self.name} collapsed {self.collapse}", "red")] if self.collapse else []
+        if self.learning is None:
+            return collapsed
+        color = {True: "green", False: "red", None: "grey"}[self.learning.learns]
+        first, *others = self.learning.lines()
+        return [*collapsed, (f"{self.name} {first}", color), *((f"    {line}", "red") for line in others)]
 
 
 def run(request: PlotRequest) -> Path:
@@ -77,7 +90,7 @@ def read_run(path: Path) -> Run:
     for group_and_name, by_iteration in points.items():
         iterations, values = zip(*sorted(by_iteration.items()), strict=True)
         curves[group_and_name] = np.array(iterations), np.array(values)
-    return Run(folder.resolve().name, curves, collapse_of(folder))
+    return Run(folder.resolve().name, curves, collapse_of(folder), judge(folder))
 
 
 def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
@@ -104,15 +117,13 @@ def _html(runs: Sequence[Run], smooth: int) -> str:
         if of_group := [key for key in names if key[0] == group]:
             svg = _saved(_draw(runs, of_group, smooth), "svg").decode()
             sections.append(f"<h2>{group}</h2>\n{svg[svg.index('<svg') :]}\n{_table(runs, of_group)}")
-    for run in runs:
-        if run.collapse:
-            sections.insert(0, f"<p style='color:red'>{html.escape(f'{run.name} collapsed {run.collapse}')}</p>")
+    said = [f"<p style='color:{color}'>{html.escape(line)}</p>" for run in runs for line, color in run.said()]
     title = html.escape("dino2: " + ", ".join(run.name for run in runs))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         "<style>body{font-family:sans-serif;max-width:1500px;margin:2em auto;padding:0 1em}svg{width:100%;height:auto}"
         "td,th{padding:.2em 1em;text-align:right}td:first-child,th:first-child{text-align:left}</style></head>\n"
-        f"<body><h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
+        f"<body><h1>{title}</h1>\n" + "\n".join(said + sections) + "\n</body></html>\n"
     )
 
 
@@ -181,10 +192,14 @@ def _draw(runs: Sequence[Run], names: Sequence[tuple[str, str]], smooth: int) ->
         axes.grid(alpha=0.3)
     handles = [figure.axes[0].plot([], [], color=f"C{i % 10}")[0] for i in range(len(runs))]
     figure.legend(handles, [run.name for run in runs], loc="outside upper center", ncols=4)
-    if said := [f"{run.name} collapsed {run.collapse}" for run in runs if run.collapse]:
-        figure.text(0.01, 0.0, "\n".join(said), color="red", fontsize=9, va="bottom")
+    said = [(part, color) for run in runs for line, color in run.said() for part in textwrap.wrap(line, 250)]
+    if said:
+        step = 0.19 / figure.get_figheight()
+        for number, (line, color) in enumerate(reversed(said)):
+            figure.text(0.01, number * step, line, color=color, fontsize=9, va="bottom")
         engine: Any = figure.get_layout_engine()
-        engine.set(rect=(0, 0.25 * len(said) / (2.8 * rows + 0.6), 1, 1))  # room for these lines
+        room = (len(said) + 0.5) * step
+        engine.set(rect=(0, room, 1, 1 - room))
     return figure
 
 
