@@ -14,6 +14,8 @@ STUDENT_TEMP = 0.1
 """That of `losses.cross_entropy`."""
 MOST_OF_START = 0.2
 """Share of the teacher that may be the fresh weights at the end."""
+HIGHEST_LR, USUAL_LR = 0.02, 0.002
+"""The reference's runs reach 0.007 at most; networks of a few blocks learnt here with 0.0075."""
 OPEN = 0.1
 """LayerScale from which a block counts as open."""
 
@@ -51,6 +53,10 @@ def _forewarnings(config: Config, images_per_iteration: int) -> Iterator[Advice]
         )
     if fresh and (closed := closed_layerscale(config, images_per_iteration)):
         yield closed
+    world = max(1, images_per_iteration // config.effective_batch())
+    if (peak := config.scaled_lr(world)) > HIGHEST_LR:
+        lower = optim.base_lr * USUAL_LR / peak
+        yield Advice(f"the learning rate rises to {peak:.2g}, far above what AdamW bears", f"optim.base_lr={lower:.2g}")
     if optim.warmup_epochs > 0.5 * optim.epochs:
         yield Advice(
             f"optim.warmup_epochs={optim.warmup_epochs} is most of the run, optim.epochs={optim.epochs}: the learning "

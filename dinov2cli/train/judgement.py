@@ -38,7 +38,8 @@ class Judgement(NamedTuple):
     def lines(self) -> list[str]:
         """The sentence, and a line for each finding."""
         word = {True: "learns", False: "does not learn", None: "cannot be told yet"}[self.learns]
-        return [f"{word}: {self.summary}", *map(str, self.advice)]
+        but = ", but see below" if self.learns and self.advice else ""
+        return [f"{word}{but}: {self.summary}", *map(str, self.advice)]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; `Judgement.of` is the inverse."""
@@ -106,8 +107,7 @@ def _with_scores(
     if scores.classes == 1:
         found = "all images of evaluation.knn_val_dataset are of one class: its k-NN says nothing"
         change = "evaluation.knn_train_dataset and knn_val_dataset, to labelled images of several classes"
-        of_monitors = _without_scores(config, seen, advice, forewarned)
-        return of_monitors._replace(advice=[Advice(found, change), *of_monitors.advice])
+        return _without_scores(config, seen, [*advice, Advice(found, change)], forewarned)
     name, best = max(
         scores.baselines.items(), key=lambda each: each[1], default=("untrained", scores.by_iteration[0][1])
     )
@@ -120,13 +120,13 @@ def _with_scores(
         advice.append(Advice(fell, change))
     if last > best + margin:
         return Judgement(True, summary, [each for each in advice if "has fallen" in each.found])
-    if last > random + margin:
+    if last > random + margin and not advice:
         what = f"the k-NN is above a random network's ({random:.1f} %) and not clearly above {name} ({best:.1f} %)"
         longer = f"optim.epochs={2 * config.optim.epochs}"
         by_colour = "colour" in name and config.crops.color_jitter_prob > 0
         colour = "crops.color_jitter_prob=0.2 crops.grayscale_prob=0.0, if colour tells the classes; else " * by_colour
         return Judgement(True, summary, [Advice(what, colour + longer), *forewarned])
-    advice += [each for each in forewarned if each not in advice]
+    advice = _joined([*advice, *_stands_at_guess(config, seen)], forewarned)
     if not advice:
         nothing = (
             f"the k-NN is not clearly above a random network's ({random:.1f} %), and the monitors find nothing wrong"
@@ -145,9 +145,15 @@ def _without_scores(
     if (matched := seen.get("crops_matched")) is not None:
         said.append(f"{matched:.0%} of the images known again by their other crop")
     summary = ", ".join(said) or "no monitors"
+    advice = [*advice, *_stands_at_guess(config, seen)]
     if not advice:
         return Judgement(True if said else None, f"{summary}; evaluation.knn_period would tell more", [])
-    return Judgement(False, summary, [*advice, *(each for each in forewarned if each not in advice)])
+    return Judgement(False, summary, _joined(advice, forewarned))
+
+
+def _joined(advice: list[Advice], more: list[Advice]) -> list[Advice]:
+    """Both, each change once."""
+    return list({each.change: each for each in reversed([*advice, *more])}.values())[::-1]
 
 
 def _from_monitors(config: Config, seen: dict[str, float], looks: int, images: int) -> Iterator[Advice]:
@@ -181,7 +187,7 @@ def _from_monitors(config: Config, seen: dict[str, float], looks: int, images: i
             f"the teacher's targets are uniform (teacher_entropy {entropy:.5f} of 1)",
             "teacher.warmup_teacher_temp=0.04 teacher.teacher_temp=0.04",
         )
-    if entropy < ONE_HOT:
+    if entropy < ONE_HOT and not collapsed:
         yield cold(config)._replace(
             found=f"the teacher's targets are one prototype and nothing else (teacher_entropy {entropy:.2g} of 1)"
         )
@@ -196,8 +202,15 @@ def _from_monitors(config: Config, seen: dict[str, float], looks: int, images: i
             f"the patches of an image are all alike (patch_similarity {seen['patch_similarity']:.3f})",
             f"ibot.loss_weight={max(1.0, config.ibot.loss_weight):g} {slower}",
         )
-    if loss is not None and abs(loss / guess - 1) < AT_GUESS:
-        yield Advice(f"the loss stands at that of a guess, log(prototypes) = {guess:.3g}", "see above")
+
+
+def _stands_at_guess(config: Config, seen: dict[str, float]) -> list[Advice]:
+    """A loss as that of a guess: it may begin to fall, so that a score which has risen outweighs it."""
+    loss, guess = _loss(seen), math.log(config.dino.head_n_prototypes)
+    if loss is None or abs(loss / guess - 1) >= AT_GUESS:
+        return []
+    found = f"the loss stands at that of a guess, log(prototypes) = {guess:.3g}"
+    return [Advice(found, f"optim.base_lr={config.optim.base_lr / 10:.2g}")]
 
 
 def _at_chance(seen: dict[str, float], looks: int, images: int) -> bool:
