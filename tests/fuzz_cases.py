@@ -536,6 +536,122 @@ def video(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
     return read
 
 
+def dicom(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
+    """DICOM files: bytes, and elements that do not fit each other."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, SecondaryCaptureImageStorage
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    file.Rows, file.Columns, file.SamplesPerPixel, file.PhotometricInterpretation = 24, 36, 1, "MONOCHROME2"
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 0
+    file.PixelData = seeds.rgb[..., 0].tobytes()
+    small = (0, 1, 2, 3, 7, 8, 12, 16, 24, 32, 64, 255, 65535)
+    odd: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit"), small),
+        "PixelRepresentation": small, "PlanarConfiguration": small, "NumberOfFrames": (0, 1, 2, 10**6, 2**31 - 1),
+        "PhotometricInterpretation": ("MONOCHROME1", "RGB", "YBR_FULL_422", "PALETTE COLOR", "x", ""),
+        "WindowWidth": (0, -1, 1e300, 1), "WindowCenter": (0, -1e300), "RescaleSlope": (0, -1, 1e300),
+        "RescaleIntercept": (0, 1e300), "PixelData": (b"", b"\0", bytes(24 * 36 * 3)),
+        "PixelPaddingValue": (0, 255),
+    }  # fmt: skip
+    for name in rng.sample(list(odd), rng.choice((0, 1, 1, 2, 4))):
+        setattr(file, name, rng.choice(odd[name]))
+    if rng.random() < 0.2:
+        file["PixelData"].VR = "OB"
+        meta.TransferSyntaxUID = rng.choice((JPEGBaseline8Bit, RLELossless, "1.2.840.10008.1.2.4.90", "1.2.3.4"))
+    written = io.BytesIO()
+    try:
+        file.save_as(written, enforce_file_format=True)
+    except Exception:  # pydicom does not write everything
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        for name in odd:
+            if name not in ("Rows", "Columns"):
+                file.pop(name, None)
+        written = io.BytesIO()
+        file.save_as(written, enforce_file_format=True)
+    data = written.getvalue()
+    (folder / "x.dcm").write_bytes(mutate(data, rng) if rng.random() < 0.6 else data)
+
+    def read() -> None:
+        from dinov2cli.data.decoding import read_image
+
+        read_image(folder / "x.dcm")
+
+    return read
+
+
+def site_file(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
+    """What a site's file says, of datasets, Slurm and folders."""
+    tree = {"datasets": {"Photos": "/data/photos", "ImageNet": {"root": "/data/imagenet", "extra": "/x"}},
+            "slurm": {"partition": "main", "gpus": 4, "timeout_min": 20, "setup": ["module load x"]},
+            "runs": "~/runs", "cache": "~nobody-is-called-so/cache"}  # fmt: skip
+    (folder / "dino2.yaml").write_bytes(_odd_yaml(tree, rng))
+
+    def read() -> None:
+        from dinov2cli.site import cache_folder, read_site, remember_dataset
+
+        before = os.environ["DINO2_CONFIG"]
+        os.environ["DINO2_CONFIG"] = str(folder / "dino2.yaml")
+        try:
+            read_site().rows()
+            cache_folder("weights")
+            remember_dataset("Others", str(folder))
+        finally:
+            os.environ["DINO2_CONFIG"] = before
+
+    return read
+
+
+def checkpoint(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
+    """Training checkpoints: any file of one, with a manifest that fits, so that PyTorch reads it."""
+    import torch
+
+    from dinov2cli.checkpoint import Checkpointer
+
+    state = {"model": {"w": torch.ones(6, 4), "b": torch.ones(3)}, "optimizer": {"lr": 0.1, "betas": (0.9, 0.99)}}
+    checkpointer = Checkpointer(folder / "checkpoints", keep=2)
+    checkpointer.save(7, state, facts={"world_size": 2})
+    path = checkpointer.list()[0][1]
+    file = path / rng.choice((".metadata", ".metadata", "__0_0.distcp", "__0_0.distcp", "manifest.json"))
+    if file.name == ".metadata" and rng.random() < 0.4:
+        out = str(folder.parent / "canary")
+        calls = Calls(os.system, f"touch {out}"), Calls(eval, "1+1"), Calls(open, out, "w"), Calls(bytearray, 1 << 40)
+        file.write_bytes(pickle.dumps({"x": rng.choice(calls)}, protocol=rng.choice((0, 2, 4))))
+    else:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    if file.name != "manifest.json":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+        manifest.pop("crc32")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    def read() -> None:
+        again = Checkpointer(folder / "checkpoints", keep=2)
+        again.newest()
+        again.load_latest(
+            {"model": {"w": torch.zeros(6, 4), "b": torch.zeros(3)}, "optimizer": {"lr": 0.0, "betas": ()}}
+        )
+
+    return read
+
+
 KINDS: dict[str, Case] = {
-    each.__name__: each for each in (weights, safetensors, hf_folder, config, dataset, tar, table, image, video)
+    each.__name__: each
+    for each in (
+        weights,
+        safetensors,
+        hf_folder,
+        config,
+        dataset,
+        tar,
+        table,
+        image,
+        video,
+        dicom,
+        site_file,
+        checkpoint,
+    )
 }
