@@ -2,7 +2,6 @@
 
     python tests/chaos.py --minutes 60 --seed 1          # one history after the other, on this machine
     python tests/chaos.py --seed 1 --history 7           # that history again
-    python tests/chaos.py --minutes 20 --slurm STATE     # jobs on the cluster of tests/slurm/cluster_up.sh
 
 A history is one run in one folder, from its first start to its end, with faults on the way. Which faults, after how
 many iterations, at which process and with what delay is a function of (seed, history); it is printed before it is
@@ -27,7 +26,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chaos_faults import FAULTS, LEFT_OUT, SLURM_FAULTS, SlurmHistory
+from chaos_faults import FAULTS, LEFT_OUT
 from chaos_history import BOUND, IMAGES, History, Violation
 from tiny_run import write_images
 
@@ -71,18 +70,15 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=10, help="of a history")
     parser.add_argument("--kinds", nargs="+", choices=[*FAULTS])
     parser.add_argument("--history", type=int, help="play this one alone")
-    parser.add_argument("--slurm", type=Path, help="the cluster's state folder")
     parser.add_argument("--place", type=Path, help="where to work; what was found stays there")
     given = parser.parse_args()
     place = given.place or Path(tempfile.mkdtemp(prefix="dino2-chaos-"))
     place.mkdir(parents=True, exist_ok=True)
-    kind_of = SlurmHistory if given.slurm else History
-    kind_of.slurm = given.slurm
-    kinds = given.kinds or (SLURM_FAULTS if given.slurm else [kind for kind in FAULTS if kind not in SLURM_FAULTS])
+    kinds = given.kinds or list(FAULTS)
     began = time.monotonic()
     until = began + given.minutes * 60
     write_images(place / "data", per_class=IMAGES // 2)
-    with History(place, "whole", place / "run") as first:  # also outside of Slurm
+    with History(place, "whole", place / "run") as first:
         first.data, first.run = place / "data", place / "run"
         first.start()
         first.ends({0})
@@ -92,7 +88,7 @@ def main() -> int:
     deviation = 0.0
     number = given.history or 0
     while time.monotonic() < until and (given.history is None or number == given.history):
-        with suppress(Violation), kind_of(place, f"{given.seed}/{number}", place / "run") as history:
+        with suppress(Violation), History(place, f"{given.seed}/{number}", place / "run") as history:
             plan = plan_of(given.seed, number, kinds, given.faults)
             shown = ", ".join(f"+{advance} {kind}" for kind, advance, _ in plan)
             print(f"seed {given.seed} history {number} ({time.monotonic() - began:.0f} s): {shown}", flush=True)

@@ -305,8 +305,3 @@ FAULTS: dict[str, Callable[[History], str]] = {
                  hang, full_disk, read_only, damage, images_gone, images_replaced, clock_moved, no_memory,
                  killed_for_memory, second_training, two_at_once, other_processes)
 }  # fmt: skip
-SLURM_FAULTS: list[str] = []
-
-
-class SlurmHistory(History):
-    pass

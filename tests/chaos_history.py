@@ -42,8 +42,6 @@ class Violation(Exception):
 class History:
     """One run in one folder, what is done to it, and what must hold."""
 
-    slurm: Path | None = None
-
     def __init__(self, place: Path, name: str, whole: Path) -> None:
         self.name, self.rng, self.whole = name, random.Random(name), whole
         self.folder = place / f"history-{name.replace('/', '-')}"
@@ -63,7 +61,7 @@ class History:
         (self.folder / "tmp").mkdir()
         shutil.copytree(self.whole.parent / "data", self.data)
         self.clock.write_bytes(bytes(8))
-        self.has_own_disk = not self.slurm and mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs", self.disk)
+        self.has_own_disk = mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs", self.disk)
         return self
 
     def __exit__(self, *error: object) -> None:
