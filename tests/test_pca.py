@@ -150,6 +150,12 @@ def test_foreground_is_what_the_border_shows_least() -> None:
         np.testing.assert_array_equal(chosen, expected)
 
 
+def test_nothing_is_cut_where_the_first_component_has_no_two_groups() -> None:
+    for draw in ("normal", "uniform"):
+        features = getattr(np.random.default_rng(0), draw)(size=(90, 90, 4)) * [1, 0.1, 0.1, 0.1]
+        assert fit_color_basis(lambda features=features: [features]).foreground.threshold is None
+
+
 def test_colours_follow_an_object_that_moves() -> None:
     basis = fit_color_basis(scenes)
     here, there = basis.rgb(scene(10, shift=-3))[3:9, 3:11], basis.rgb(scene(11, shift=2))[3:9, 8:16]
