@@ -13,6 +13,7 @@ from skimage.feature import hog as skimage_hog
 from tiny_run import write_images, write_weights
 
 from dinov2cli.cli.main import main
+from dinov2cli.config import load_config
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.data.datasets import make_dataset
@@ -172,3 +173,14 @@ def test_the_command_prints_and_writes_them(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr()
     assert shown.err.count("from the cache") == 2  # the model's features, and the baselines'
     assert "beside what takes no training" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_the_demos_photos_are_not_told_by_colours_brightness_pixels_or_gradients() -> None:
+    """At the demo's size, shrunk from 96. Much smaller ones would tell: shrinking greys fine texture."""
+    config = load_config(preset="demo")
+    train, val = (make_dataset(f"SamplePhotos:split={split}") for split in ("TRAIN", "VAL"))
+    extract = Extractor(VisionTransformer(config.vit().changed(depth=1)).eval(), num_workers=0, device="cpu")
+    scores = {}
+    for name, *features in compared(extract, train, val, None):
+        scores[name] = evaluate_knn(*features, KnnSettings(ks=(20,)), device=torch.device("cpu"))["full", 20].top1
+    assert max(scores[name] for name in ("raw pixels", "colour histogram", "grey histogram", "HOG")) < 35, scores

@@ -156,6 +156,11 @@ def test_nothing_is_cut_where_the_first_component_has_no_two_groups() -> None:
         assert fit_color_basis(lambda features=features: [features]).foreground.threshold is None
 
 
+def test_nothing_is_cut_where_the_first_component_tells_photo_from_photo() -> None:
+    bright = [scene(seed) + 9 * (seed % 2) for seed in range(6)]
+    assert fit_color_basis(lambda: bright).foreground.threshold is None
+
+
 def test_colours_follow_an_object_that_moves() -> None:
     basis = fit_color_basis(scenes)
     here, there = basis.rgb(scene(10, shift=-3))[3:9, 3:11], basis.rgb(scene(11, shift=2))[3:9, 8:16]

@@ -26,8 +26,11 @@ FeatureStream = Callable[[], Iterable[Features]]
 
 AUTO_LEAST_SHARE = 0.02
 AUTO_LEAST_SEPARATION = 0.8
-"""Share of the variance that a split into two groups explains: 0.64 of a normal distribution, 0.75 of an even one. Below
-this bound there are no two groups, and a cut would go through the midst of things, as in features of a small network."""
+"""Share of the variance that a split into two groups explains: 0.64 of a normal distribution, 0.75 of an even one. With
+less there are no two groups, and a cut would go through the midst of things, as in features of a small network."""
+AUTO_MOST_AT_BORDER = 0.9
+"""Share of the border that is foreground, divided by that of all patches. With more the split is not one of objects and
+background: it may be one of dark and bright photos."""
 SOFT_EDGE = 0.04
 """Width of the foreground's soft edge, as a share of the first component's range. A hard edge flickers in video where
 sensor noise moves a patch back and forth over the threshold."""
@@ -146,8 +149,8 @@ def fit_color_basis(stream: FeatureStream, foreground: str | float = "auto") -> 
 
     Args:
         stream: starts the stream of float32 [h, w, D] maps; each start must give the same maps.
-        foreground: `auto` (Otsu's threshold, or none where the split explains little), `none`, or a number from 0
-            to 1 over the robust range of the first component.
+        foreground: `auto` (Otsu's threshold, or none where the split explains little, or where the border shows as
+            much of both sides), `none`, or a number from 0 to 1 over the robust range of the first component.
 
     Raises:
         DataError: an empty stream; a threshold above which no patch lies.
@@ -184,7 +187,9 @@ def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wan
         at_border.update(np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]]))
     cut, explained = histogram.otsu()
     # Objects sit in the middle, background reaches the border: the foreground is the side that the border shows less.
-    if _share_above(at_border, cut) > _share_above(histogram, cut):
+    share, share_at_border = _share_above(histogram, cut), _share_above(at_border, cut)
+    if share_at_border > share:
+        share, share_at_border = 1 - share, 1 - share_at_border
         separation = PrincipalComponents(separation.mean, -separation.components, separation.variance)
         histogram.counts = histogram.counts[::-1].copy()
         cut = -cut
@@ -193,9 +198,11 @@ def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wan
     if wanted == "none" or separation.variance[0] < 1e-18:  # pictures of one colour have nothing to separate
         return everything
     if wanted == "auto":
-        share = _share_above(histogram, cut)
-        if explained < AUTO_LEAST_SEPARATION or not AUTO_LEAST_SHARE < share < 1 - AUTO_LEAST_SHARE:
-            logger.info("foreground: the first component does not split the patches in two; all are shown")
+        is_split = explained >= AUTO_LEAST_SEPARATION and AUTO_LEAST_SHARE < share < 1 - AUTO_LEAST_SHARE
+        if not is_split or share_at_border > AUTO_MOST_AT_BORDER * share:
+            logger.info(
+                "foreground: the first component does not split objects from background; all patches are shown"
+            )
             return everything
         logger.info("foreground: %.0f %% of the patches", 100 * share)
         return Foreground(separation, (low, high), (cut - low) / (high - low))

@@ -31,7 +31,7 @@ SIDE_RANGE = (0.6, 1.0)
 SIZE = 96
 """Height and width of every image, in pixels."""
 CAST, BEND = 0.1, 1.15
-"""How far the colours of black and of white lie from them, as a share of the way to the other, and the largest gamma."""
+"""How far the darkest and the lightest shade lie from black and white, at most, in each channel; the largest gamma."""
 
 
 class SamplePhotos(ImageDataset):
