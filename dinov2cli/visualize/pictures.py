@@ -45,7 +45,7 @@ def expand_inputs(inputs: Sequence[Path], output: Path) -> list[tuple[str, Path]
         elif path.is_file():
             files.append(path)
         elif str(path) == "SamplePhotos":
-            files += photo_files("chelsea.png", "coffee.png")
+            files += photo_files("astronaut.png", "coffee.png")
         else:
             raise DataError(f"{path}: no such file or folder")
     if not files:

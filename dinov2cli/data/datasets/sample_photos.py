@@ -17,8 +17,8 @@ from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import DataError, EnvironmentProblem
 
 PHOTOS = (
-    "astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+    "astronaut.png", "brick.png", "chelsea.png", "coins.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "page.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 SPLITS = {"TRAIN": 100, "VAL": 25}
 """Crops of each photo."""
@@ -30,7 +30,7 @@ SIDE_RANGE = (0.6, 1.0)
 """Side of a square crop as a share of its tile's shorter side."""
 SIZE = 96
 """Height and width of every image, in pixels."""
-CAST, BEND = 0.1, 1.15
+CAST, BEND = 0.05, 1.4
 """How far the darkest and the lightest shade lie from black and white, at most, in each channel; the largest gamma."""
 
 
