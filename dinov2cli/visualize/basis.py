@@ -200,9 +200,7 @@ def _find_foreground(stream: FeatureStream, separation: PrincipalComponents, wan
     if wanted == "auto":
         is_split = explained >= AUTO_LEAST_SEPARATION and AUTO_LEAST_SHARE < share < 1 - AUTO_LEAST_SHARE
         if not is_split or share_at_border > AUTO_MOST_AT_BORDER * share:
-            logger.info(
-                "foreground: the first component does not split objects from background; all patches are shown"
-            )
+            logger.info("foreground: the first component does not split objects from background; all patches are shown")
             return everything
         logger.info("foreground: %.0f %% of the patches", 100 * share)
         return Foreground(separation, (low, high), (cut - low) / (high - low))

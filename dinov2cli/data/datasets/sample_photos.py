@@ -17,8 +17,8 @@ from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import DataError, EnvironmentProblem
 
 PHOTOS = (
-    "astronaut.png", "brick.png", "chelsea.png", "coins.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "ihc.png", "moon.png", "page.png", "retina.jpg", "rocket.jpg",
+    "astronaut.png", "brick.png", "chelsea.png", "page.png", "coins.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
 SPLITS = {"TRAIN": 100, "VAL": 25}
 """Crops of each photo."""
