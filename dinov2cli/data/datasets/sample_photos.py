@@ -111,7 +111,8 @@ def _tinted(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     grey = cv2.equalizeHist(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))
     dark, light = CAST * rng.random(3), 1 - CAST * rng.random(3)
     share_of_light = np.linspace(0, 1, 256)[:, None] ** BEND ** rng.uniform(-1, 1)
-    return np.rint(255 * (dark + (light - dark) * share_of_light)).astype(np.uint8)[grey]
+    shades = np.rint(255 * (dark + (light - dark) * share_of_light)).astype(np.uint8)
+    return shades.take(grey, axis=0)
 
 
 def photo_files(*names: str) -> list[Path]:
