@@ -112,7 +112,8 @@ def _tinted(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     dark, light = CAST * rng.random(3), 1 - CAST * rng.random(3)
     share_of_light = np.linspace(0, 1, 256)[:, None] ** BEND ** rng.uniform(-1, 1)
     shades = np.rint(255 * (dark + (light - dark) * share_of_light)).astype(np.uint8)
-    return shades.take(grey, axis=0)
+    tinted: np.ndarray = shades[grey]
+    return tinted
 
 
 def photo_files(*names: str) -> list[Path]:
