@@ -13,7 +13,8 @@ from dinov2cli.config.images import IMAGENET_STD
 from dinov2cli.data import device_augment, pixels
 from dinov2cli.data.augmentations import COLOR_STEPS, normalize
 from dinov2cli.data.crop_parameters import CropRecipe, draw_crops
-from dinov2cli.data.datasets.sample_photos import SamplePhotos
+from dinov2cli.data.datasets.sample_photos import photo_files
+from dinov2cli.data.decoding import decode_image
 from dinov2cli.data.device_augment import ColorDecisions, color_crops
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.randomness import sample_rng
@@ -21,8 +22,10 @@ from dinov2cli.data.randomness import sample_rng
 
 @pytest.fixture(scope="module")
 def photos() -> np.ndarray:
-    dataset = SamplePhotos("TRAIN")
-    return np.stack([dataset.image(i)[:64, :64] for i in range(0, 1200, 20)])
+    colours = [
+        decode_image(file.read_bytes(), file.name) for file in photo_files("chelsea.png", "coffee.png", "rocket.jpg")
+    ]
+    return np.stack([colours[i % 3][4 * i : 4 * i + 64, 5 * i : 5 * i + 64] for i in range(60)])
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,9 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
     assert checkpoint_bytes(config) == pytest.approx(size, rel=0.1)
 
 
+HEADS = ["dino.head_n_prototypes=512", "student.layerscale=1e-5"]
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "status", "remedy"),
     [
@@ -147,7 +150,7 @@ def test_sizes_are_those_of_a_real_run(images: Path, tmp_path: Path) -> None:
 )
 def test_memory_too_small(gigabytes: float, status: Status, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2cli.train.memory.main_memory", lambda: int(gigabytes * 1e9))
-    found = memory(Situation(load_config(preset="demo"), CPU))
+    found = memory(Situation(load_config(preset="demo", overrides=["train.batch_size_per_gpu=32", *HEADS]), CPU))
     assert found.status is status and f"{gigabytes:,.1f} GB are there" in found.text
     assert found.remedy.startswith(remedy)
 

@@ -155,8 +155,7 @@ def test_no_preset_is_forewarned_of() -> None:
     for preset in list_presets():
         weights = ["student.pretrained_weights=weights.pth"] if preset.name in INITIALISED else []
         config = load_config(preset.name, overrides=weights)
-        if preset.name != "demo":  # which is being changed
-            assert forewarnings(config, config.effective_batch()) == [], preset
+        assert forewarnings(config, config.effective_batch()) == [], preset
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def probe(folder: Path | None = None, **chosen: object) -> LinearResult:
 @pytest.mark.parametrize("frozen_crops", [False, True])
 def test_interrupted_and_resumed_equals_uninterrupted(frozen_crops: bool, tmp_path: Path) -> None:
     whole = probe(frozen_crops=frozen_crops)
-    assert whole.accuracy.top1 > 25  # chance is 8
+    assert whole.accuracy.top1 > 13  # chance is 8; of an untrained network, on photos without their colours
 
     class KilledError(Exception):
         pass

@@ -86,7 +86,7 @@ def test_an_evaluation_of_ones_own_is_a_module_and_a_request(run: Path) -> None:
     typed = CliRunner().invoke(app, ["means", str(run), *DATA, "--shrink", "0.1", "--json"], catch_exceptions=False)
     result = json.loads(typed.stdout)
     assert result["task"] == "means" and result["settings"]["shrink"] == 0.1
-    assert result["rows"][0]["top1"] > 20
+    assert result["rows"][0]["top1"] > 13  # chance is 8; of an untrained network, on photos without their colours
     config = load_config(config_file=run / "config.yaml", overrides=[
         "evaluation.knn_train_dataset=SamplePhotos:split=TRAIN", "evaluation.knn_val_dataset=SamplePhotos:split=VAL",
     ])  # fmt: skip

@@ -72,7 +72,8 @@ def test_other_schedules_are_shown_before_and_after(trained: Path, tmp_path: Pat
     assert sorted(map(int, rows)) == [8, 10, 12, 13, 15]
     first = rows["8"]
     assert first[1:3] == ["1e-06", "->"] and float(first[3]) > 1e-4, "the learning rate jumps, and that is said"
-    assert "teacher_temp" not in shown, "what stays is not shown"
+    table = [line for line in shown.splitlines() if "warmup_teacher_temp_epochs" not in line]  # a forewarning has it
+    assert not any("teacher_temp" in line for line in table), "what stays is not shown"
 
 
 def test_a_run_is_not_made_shorter_than_it_is(trained: Path, tmp_path: Path) -> None:
