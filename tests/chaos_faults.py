@@ -162,6 +162,7 @@ def checkpoints(history: History) -> list[Path]:
 
 def images_gone(history: History) -> str:
     """Some images, or all of them, vanish or are cut; at the end they are there again."""
+    history.advance(1)  # one that is starting lists the images that are there
     kept = history.folder / "data-kept"
     shutil.copytree(history.data, kept)
     images = sorted(history.data.rglob("*.png"))
