@@ -1,6 +1,6 @@
 """Whether distillation helps: a small student from a trained teacher, and the same student from scratch.
 
-python tests/learning/distillation.py OUT [--seeds 0 1 2] [--iterations 200]
+python tests/learning/distillation.py OUT [--seeds 0 1 2] [--iterations 400]
 
 The task is one in which colour and brightness tell nothing: the tiles of the twelve built-in photos, grey and with
 equalised histograms. The teacher is trained there, too. Both students see the same images in the same order, with the
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--iterations", type=int, default=400)
     words = parser.parse_args()
     if not (words.out / "data").exists():
         write_tiles(words.out / "data")
