@@ -589,6 +589,11 @@ class TestFiles:
         np.testing.assert_array_equal(records.column("f1"), table["f1"])
         with pytest.raises(IndexError):
             records[50]
+        content = (tmp_path / "t.npy").read_bytes()
+        place = content.index("n7".encode("utf-32-le"))
+        (tmp_path / "t.npy").write_bytes(content[:place] + b"\xff" * 4 + content[place + 4 :])  # no character
+        with pytest.raises(UnreadableImage, match="record 7 is damaged: its f2 is no text"):
+            base.RecordFile(tmp_path / "t.npy")[7]
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\x01\x00\x05\x00{{{{{"])
     def test_what_is_no_table(self, tmp_path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """What every image dataset offers, and reading parts of files by position, in any process."""
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from functools import cached_property
@@ -175,6 +176,13 @@ class RecordFile:
         size = self.dtype.itemsize
         content = self._files.read(str(self.path), self._start + index * size, size)
         record: np.void = np.frombuffer(content, self.dtype)[0]
+        for name, (kind, start, *_) in (self.dtype.fields or {}).items():
+            if kind.kind != "U":
+                continue
+            # A damaged text would break whatever takes it for one, at any later time.
+            codes = np.frombuffer(content[start : start + kind.itemsize], f"{kind.byteorder}u4")
+            if codes.size and codes.max() > sys.maxunicode:
+                raise UnreadableImage(str(self.path), f"record {index} is damaged: its {name} is no text")
         return record
 
     def column(self, name: str) -> np.ndarray:

@@ -25,10 +25,11 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if "pos_embed" not in shapes and shapes.keys() & {"storage_tokens", "rope_embed.periods"}:
         raise WeightsError(f"{source}: a DINOv3 model; dino2 loads DINOv2 models")
-    for key, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if key not in shapes:
             raise WeightsError(f"{source}: incomplete weights, '{key}' is missing")
-        if len(shapes[key]) != ndim:
+    for key, ndim in DIMENSIONS.items():
+        if len(shapes.get(key, range(ndim))) != ndim:
             raise WeightsError(f"{source}: '{key}' has shape {shapes[key]}, expected {ndim} dimensions")
     dim, in_chans, patch, patch_w = shapes["patch_embed.proj.weight"]
     if patch != patch_w:
@@ -84,6 +85,11 @@ def check_complete(state: Mapping[str, Tensor], config: ViTConfig, source: str) 
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise WeightsError(f"{source}: weights that are not finite numbers (NaN or infinity): {_some(broken)}")
+
+
+DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3,
+              "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.w12.weight": 2}  # fmt: skip
+"""Of the weights whose shapes are read here; the others are compared with what these say."""
 
 
 def _feed_forward(shapes: Mapping[str, Shape], source: str) -> tuple[str, int]:
