@@ -145,7 +145,7 @@ def test_a_single_class_is_told(photos: Path, tmp_path: Path) -> None:
         (tmp_path / name / "brick").symlink_to(photos / name / "brick")
     train(tmp_path / "run", tmp_path / "train", *knn_on(tmp_path))
     judgement = judge(tmp_path / "run")
-    assert judgement is not None and "are of one class" in judgement.advice[-1].found
+    assert judgement is not None and "are of one class" in judgement.advice[0].found
     train(tmp_path / "other", tmp_path / "train", *knn_on(photos))  # and one class, asked for twelve
     judgement = judge(tmp_path / "other")
     assert judgement is not None and judgement.learns is False

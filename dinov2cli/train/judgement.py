@@ -107,7 +107,7 @@ def _with_scores(
     if scores.classes == 1:
         found = "all images of evaluation.knn_val_dataset are of one class: its k-NN says nothing"
         change = "evaluation.knn_train_dataset and knn_val_dataset, to labelled images of several classes"
-        return _without_scores(config, seen, [*advice, Advice(found, change)], forewarned)
+        return _without_scores(config, seen, [Advice(found, change), *advice], forewarned)
     name, best = max(
         scores.baselines.items(), key=lambda each: each[1], default=("untrained", scores.by_iteration[0][1])
     )
@@ -126,7 +126,7 @@ def _with_scores(
         by_colour = "colour" in name and config.crops.color_jitter_prob > 0
         colour = "crops.color_jitter_prob=0.2 crops.grayscale_prob=0.0, if colour tells the classes; else " * by_colour
         return Judgement(True, summary, [Advice(what, colour + longer), *forewarned])
-    advice = _joined([*advice, *_stands_at_guess(config, seen)], forewarned)
+    advice = _joined(forewarned, [*advice, *_stands_at_guess(config, seen)])
     if not advice:
         nothing = (
             f"the k-NN is not clearly above a random network's ({random:.1f} %), and the monitors find nothing wrong"
@@ -148,7 +148,7 @@ def _without_scores(
     advice = [*advice, *_stands_at_guess(config, seen)]
     if not advice:
         return Judgement(True if said else None, f"{summary}; evaluation.knn_period would tell more", [])
-    return Judgement(False, summary, _joined(advice, forewarned))
+    return Judgement(False, summary, _joined(forewarned, advice))
 
 
 def _joined(advice: list[Advice], more: list[Advice]) -> list[Advice]:
