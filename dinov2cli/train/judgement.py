@@ -119,7 +119,7 @@ def _with_scores(
         change = f"optim.base_lr={config.optim.base_lr / 3:.2g}, or stop earlier"
         advice.append(Advice(fell, change))
     if last > best + margin:
-        return Judgement(True, summary, [each for each in advice if "has fallen" in each.found])
+        return Judgement(True, summary, [*(each for each in advice if "has fallen" in each.found), *forewarned])
     if last > random + margin and not advice:
         what = f"the k-NN is above a random network's ({random:.1f} %) and not clearly above {name} ({best:.1f} %)"
         longer = f"optim.epochs={2 * config.optim.epochs}"
