@@ -1,8 +1,6 @@
 """Baselines beside k-NN: classes that a kind of features tells apart score 100 %, those that it cannot see chance."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.feature import hog as skimage_hog
+from test_cli_eval import own_cache_and_logging  # noqa: F401  (a fixture)
 from tiny_run import write_images, write_weights
 
 from dinov2cli.cli.main import main
@@ -24,15 +23,6 @@ from dinov2cli.eval.knn import KnnSettings, evaluate_knn
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 SIDE = 32
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
-    yield
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 def coloured(label: int, rng: np.random.Generator) -> np.ndarray:

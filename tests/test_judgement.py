@@ -1,13 +1,12 @@
 """Whether a run learns: runs that were made to fail are told so and why, and a run that learns is told nothing."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli_eval import own_cache_and_logging  # noqa: F401  (a fixture)
 from torch import nn
 
 from dinov2cli.cli.main import main
@@ -55,15 +54,6 @@ def write_photos(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
-    yield
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 def train(run: Path, data: Path, *words: str) -> None:
