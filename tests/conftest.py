@@ -1,7 +1,9 @@
 """Settings for all tests."""
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,22 @@ os.environ["DINO2_CONFIG"] = str(SITE_FILE)
 def _nothing_known_yet() -> None:
     """What one test has made known, such as a prepared ImageNet, the next does not know."""
     SITE_FILE.unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command takes over the logger of its process: the next test has it as it is without one."""
+    _free_logger()  # fixtures of a module may have run a command before
+    yield
+    _free_logger()
+
+
+def _free_logger() -> None:
+    logger = logging.getLogger("dino2")
+    logger.propagate = True
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.feature import hog as skimage_hog
-from test_cli_eval import own_cache_and_logging  # noqa: F401  (a fixture)
+from test_cli_eval import own_cache  # noqa: F401  (a fixture)
 from tiny_run import write_images, write_weights
 
 from dinov2cli.cli.main import main

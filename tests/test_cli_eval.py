@@ -1,9 +1,7 @@
 """`dino2 eval` from the command line: arguments of ours and of the reference, files, messages."""
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,12 +20,8 @@ DATA = ["--train-dataset", "SamplePhotos:split=TRAIN", "--val-dataset", "SampleP
 
 
 @pytest.fixture(autouse=True)
-def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
-    yield
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 @pytest.fixture

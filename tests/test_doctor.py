@@ -1,7 +1,6 @@
 """Checks before a run: real faults are found, named alike on all processes, and nothing is left behind."""
 
 import json
-import logging
 import os
 import re
 import resource
@@ -26,14 +25,6 @@ from dinov2cli.doctor.run import checkpoint_bytes, memory, within
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    yield
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Ctrl-C during evaluations: exit code 130, nothing half-written, and the same command works or goes on afterwards."""
 
 import json
-import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -24,14 +23,11 @@ DATA = ["--train-dataset", "SamplePhotos:split=TRAIN", "--val-dataset", "SampleP
 
 
 @pytest.fixture(autouse=True)
-def own_cache_and_logging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background of a script
     yield
     assert signal.getsignal(signal.SIGINT) is before
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 @pytest.fixture

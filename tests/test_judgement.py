@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli_eval import own_cache_and_logging  # noqa: F401  (a fixture)
+from test_cli_eval import own_cache  # noqa: F401  (a fixture)
 from torch import nn
 
 from dinov2cli.cli.main import main

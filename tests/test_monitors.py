@@ -2,13 +2,11 @@
 
 import io
 import json
-import logging
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,14 +66,6 @@ def said(shown: RenderableType) -> str:
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def own_logging() -> Iterator[None]:
-    yield
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
-
-
 def train(run: Path, *words: str) -> int:
     images = run.parent / "images"
     if not images.exists():
@@ -89,7 +79,6 @@ def train(run: Path, *words: str) -> int:
     return 0
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_a_collapse_is_said_again_summed_up_and_shown_by_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +92,6 @@ def test_a_collapse_is_said_again_summed_up_and_shown_by_status(
     assert "collapse since iteration 5, at 7 looks: all images get nearly" in " ".join(str(read_status(run)).split())
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_stop_on_collapse_saves_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert train(run, "train.stop_on_collapse=3") == 1
@@ -127,7 +115,6 @@ def test_a_collapse_ends_all_processes_saved(tmp_path: Path) -> None:
     assert (run / "checkpoints/iteration_00000008").is_dir() and not (run / "logs/restarts.jsonl").exists()
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_training_ends_with_where_the_weights_are_the_score_beside_baselines_and_what_is_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from test_cli_eval import DATA, dino2, own_cache_and_logging, run  # noqa: F401  (fixtures)
+from test_cli_eval import DATA, dino2, own_cache, run  # noqa: F401  (fixtures)
 from tiny_run import write_images
 from typer.testing import CliRunner
 

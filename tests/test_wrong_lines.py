@@ -1,6 +1,5 @@
 """Wrong command lines: each ends in one message with all that is wrong, exit code 2, nothing written or downloaded."""
 
-import logging
 import os
 import re
 import shlex
@@ -150,9 +149,6 @@ def place(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> It
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     yield tmp_path
-    logger = logging.getLogger("dino2")  # a command takes over the logger of its process
-    logger.propagate = True
-    logger.handlers.clear()
 
 
 def entry(line: str, shown: str, place: Path) -> str:
