@@ -28,9 +28,11 @@ from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
 from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
 from dinov2cli.data.formats.pillow import read_with_pillow
+from dinov2cli.data.formats.stacks import Stack
 from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, turned
 from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
 from dinov2cli.data.formats.tiff import TIFF_SIGNATURES, read_tiff
+from dinov2cli.data.spelling import inside
 from dinov2cli.data.workers import warn_once
 from dinov2cli.requests.images import background as background_of
 from dinov2cli.requests.images import value_range as range_of
@@ -102,7 +104,10 @@ def _open_file(path: str, flags: int) -> int:
 
 
 def read_image(path: Path, reading: Reading = USUAL) -> np.ndarray:
-    """An image file's pixels as `decode_image` gives them."""
+    """An image file's pixels as `decode_image` gives them; or those of an array, `FILE::PATH`. Raises likewise."""
+    if (place := inside(str(path))) and not path.exists():
+        stored = Stack(place.file, place.path).stored(place.image or 0, reading.max_image_gb)
+        return StoredImage(stored, str(path), reading).pixels()
     return decode_image(read_file(str(path)), str(path), reading)
 
 
@@ -292,3 +297,14 @@ class LazyImage:
             stored = self._stored(pages_are_channels=not self._reading.images.are_rgb, shrink=shrink)
             self._pixels = pixels_of(stored, self._path, self._reading)
         return self._pixels
+
+
+class StoredImage(LazyImage):
+    """Samples that are no file of their own."""
+
+    def __init__(self, stored: Stored, path: str, reading: Reading = USUAL) -> None:
+        super().__init__(b"", path, reading)
+        self._kept = stored
+
+    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
+        return self._kept

@@ -1,21 +1,23 @@
 """Dataset strings as text: `/photos`, `SamplePhotos:split=TRAIN`, `ImageNet:split=TRAIN:root=/data`, joined by +.
 
-Grammar: `[weight*]dataset + [weight*]dataset ...` where a dataset is a path, `folder:PATH`, `csv:PATH` or the like, or
-`Name:key=value:key=value`. A value or path may hold ':' '=' and '+'; where that could be read in two ways, put it in
-quotes. ImageNet without a root, and names of one's own, are looked up in the site's file (`dinov2cli.site`). Imports no
-torch.
+Grammar: `[weight*]dataset + [weight*]dataset ...` where a dataset is a path, `folder:PATH`, `csv:PATH` or the like,
+`cells.h5::/images`, or `Name:key=value:key=value`. A value or path may hold ':' '=' and '+'; where that could be read
+in two ways, put it in quotes. ImageNet without a root, and names of one's own, are looked up in the site's file
+(`dinov2cli.site`). Imports no torch.
 """
 
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from dinov2cli.errors import DataError
 from dinov2cli.site import Place, Site, read_site, shown
 
 EXAMPLES = {
     "Archive": "Archive:file=/photos.zip",
+    "Arrays": "Arrays:file=/cells.h5:path=/images:label=/labels:axes=NHWC",
     "Folder": "Folder:root=/photos",
     "ImageNet": "ImageNet:split=TRAIN:root=/imagenet:extra=/imagenet-extra",
     "ImageNet22k": "ImageNet22k:root=/imagenet22k:extra=/imagenet22k-extra",
@@ -31,6 +33,11 @@ SHORT = {"folder": "Folder", "archive": "Archive", "csv": "Table", "parquet": "P
 IMAGENETS = {"ImageNet": ("split", "root", "extra"), "ImageNet22k": ("root", "extra")}
 """Those that `dino2 prepare-imagenet` makes known, with their keys."""
 
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".h5ad", ".he5", ".nxs")
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
+"""One of these lies in a folder that Zarr has made."""
+
+_INSIDE = re.compile(r"(?P<file>.+?)::(?P<path>[^\[\]]*)(\[(?P<image>\d+)\])?")
 # A quoted piece starts where a value can start and ends where one can end, so a path may hold an apostrophe.
 _QUOTED = re.compile(r"""(?<![^\s=*+])("[^"]*"|'[^']*')(?=$|[\s:+])""")
 _PLUS = re.compile(rf"\s+\+\s+|\+(?=(?:[\d.]+\s*\*\s*)?(?:{'|'.join((*EXAMPLES, *SHORT))})(?:[:\s+]|$))")
@@ -106,10 +113,34 @@ def _absolute_one(text: str) -> str:
     if name in SHORT and rest:
         return f"{name}:{placed(rest)}"
     if name not in EXAMPLES:
-        return placed(text)
+        file, colons, path = unquoted(text).partition("::")
+        return f"{unquoted(placed(file))}::{path}" if colons and inside(unquoted(text)) else placed(text)
     parts = [part.partition("=") for part in _split(rest, re.compile(r":(?=\w+=)"))] if rest else []
     given = [f"{key}={placed(value) if key in ('root', 'extra', 'file') else value}" for key, _, value in parts]
     return ":".join((name, *given))
+
+
+class Inside(NamedTuple):
+    """Where an array lies: in which file, at which path, and which of a stack's images is meant."""
+
+    file: str
+    path: str
+    image: int | None
+
+
+def inside(text: str) -> Inside | None:
+    """What `FILE::PATH` or `FILE::PATH[IMAGE]` names; None for another text."""
+    if (found := _INSIDE.fullmatch(text)) is None or not holds_arrays(found["file"]):
+        return None
+    return Inside(found["file"], found["path"].strip("/"), int(found["image"]) if found["image"] else None)
+
+
+def holds_arrays(file: str) -> bool:
+    """Whether a file, or a folder of Zarr's, holds arrays by path; by its name, where it is not there."""
+    file = os.path.expanduser(file)
+    if file.lower().endswith((*HDF5_SUFFIXES, ".zarr")):
+        return True
+    return any(os.path.isfile(os.path.join(file, name)) for name in ZARR_FILES)
 
 
 def gone(name: str, place: str, file: Path | None) -> DataError:

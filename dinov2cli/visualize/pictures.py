@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dinov2cli.config import load_config
 from dinov2cli.data.datasets.sample_photos import photo_files
 from dinov2cli.data.decoding import Reading
+from dinov2cli.data.spelling import inside
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
@@ -42,7 +43,7 @@ def expand_inputs(inputs: Sequence[Path], output: Path) -> list[tuple[str, Path]
     for path in inputs:
         if path.is_dir():
             files += [file for file in list_images(path) if file.resolve() != output.resolve()]
-        elif path.is_file():
+        elif path.is_file() or inside(str(path)):
             files.append(path)
         elif str(path) == "SamplePhotos":
             files += photo_files("astronaut.png", "coffee.png")

@@ -72,7 +72,7 @@ class ParquetDataset(ImageDataset):
         require_images(len(self), str(self.root))
         if (largest := int(table[:, 2].max())) > LARGE_GROUP:
             logger.info("%s: an image is read with its row group of up to %d", self.root, largest)
-        self.class_names, self._classes = _classes_of(
+        self.class_names, self._classes = classes_of(
             labels or [None] * len(self), _class_names(first, self.label_column)
         )
 
@@ -217,7 +217,7 @@ def _class_names(parquet: "pq.ParquetFile", column: str) -> list[str]:
         return []
 
 
-def _classes_of(labels: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def classes_of(labels: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names, and int32 [N] with -1 where there is no label."""
     if names:  # numbers, -1 where a test set has none
         numbers = np.array([UNLABELLED if label is None else label for label in labels], np.int32)

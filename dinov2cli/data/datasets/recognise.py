@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from dinov2cli.console import logger
+from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import data_root
@@ -11,12 +12,13 @@ from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.datasets.parquet import ParquetDataset, holds_images, parquet_files
 from dinov2cli.data.datasets.shards import COMPRESSED, ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import DELIMITERS, TableDataset
+from dinov2cli.data.spelling import HDF5_SUFFIXES, holds_arrays
 from dinov2cli.errors import DataError
 
 TRAIN = {"train", "training"}
 OTHERS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 """Names of folders that, beside one of `TRAIN`, are parts of a dataset and not classes."""
-FILES = (".tar", ".zip", ".parquet", *DELIMITERS)
+FILES = (".tar", ".zip", ".parquet", ".h5", ".hdf5", *DELIMITERS)
 """Of files that hold a dataset."""
 
 
@@ -31,7 +33,7 @@ def recognise(path: Path) -> ImageDataset:
 
 def is_dataset_file(file: str | Path) -> bool:
     """Whether a file, by its name, holds a dataset and not one image."""
-    return str(file).lower().endswith((*FILES, *COMPRESSED))
+    return str(file).lower().endswith((*FILES, *COMPRESSED, *HDF5_SUFFIXES))
 
 
 def of_file(file: Path) -> ImageDataset:
@@ -39,6 +41,8 @@ def of_file(file: Path) -> ImageDataset:
     if not is_dataset_file(file):
         raise DataError(f"{file} is a file that is no dataset; datasets are folders and {', '.join(FILES)} files")
     suffix = file.suffix.lower()
+    if suffix in HDF5_SUFFIXES:
+        return ArraysDataset(str(file))
     if suffix == ".parquet" and holds_images(file):
         return ParquetDataset(str(file))
     return TableDataset(str(file)) if suffix in (".parquet", *DELIMITERS) else ArchiveDataset(file)
@@ -46,6 +50,8 @@ def of_file(file: Path) -> ImageDataset:
 
 def of_folder(folder: Path) -> ImageDataset:
     """The dataset in a folder. What is found in it, if it is not simply images, is logged."""
+    if holds_arrays(str(folder)):
+        return ArraysDataset(str(folder))
     with os.scandir(folder) as entries:
         found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
     folders = sorted(name for name, is_folder in found.items() if is_folder)
@@ -64,7 +70,7 @@ def of_folder(folder: Path) -> ImageDataset:
         )
         return of_folder(inner)
     archives = [name for name in files if name.lower().endswith((".zip", *COMPRESSED))]
-    tables = [name for name in files if os.path.splitext(name)[1].lower() in DELIMITERS]
+    tables = [name for name in files if os.path.splitext(name)[1].lower() in (*DELIMITERS, *HDF5_SUFFIXES)]
     if not folders and len(archives) == 1:
         logger.info("%s: the images are those of %s in it", folder, archives[0])
         return ArchiveDataset(folder / archives[0])

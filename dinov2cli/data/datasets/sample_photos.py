@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from dinov2cli.data.datasets.base import ImageDataset
-from dinov2cli.data.decoding import USUAL, LazyImage, Reading, decode_image
+from dinov2cli.data.decoding import USUAL, LazyImage, Reading, StoredImage, decode_image
 from dinov2cli.data.formats.stored import Stored
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -71,7 +71,7 @@ class SamplePhotos(ImageDataset):
         top, left = int((tile.shape[0] - side) * down), int((tile.shape[1] - side) * right)
         crop = tile[top : top + side, left : left + side]
         crop = cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC)
-        return _Crop(_tinted(crop, rng), self.path(index), reading)
+        return StoredImage(Stored(_tinted(crop, rng), "PNG", (0, 255), rgb=True), self.path(index), reading)
 
     def encoded(self, index: int) -> bytes:
         return cv2.imencode(".png", cv2.cvtColor(self.image(index), cv2.COLOR_RGB2BGR))[1].tobytes()
@@ -84,17 +84,6 @@ class SamplePhotos(ImageDataset):
 
     def describe(self) -> str:
         return f"SamplePhotos {self.split}: {len(self)} crops of {len(PHOTOS)} photos"
-
-
-class _Crop(LazyImage):
-    """Pixels that were never a file of their own."""
-
-    def __init__(self, crop: np.ndarray, path: str, reading: Reading) -> None:
-        super().__init__(b"", path, reading)
-        self._crop = Stored(crop, "PNG", (0, 255), rgb=True)
-
-    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
-        return self._crop
 
 
 def _tiles_of(photo: np.ndarray, split: str) -> list[np.ndarray]:

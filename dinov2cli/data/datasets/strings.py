@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import ImageNet
@@ -17,7 +18,7 @@ from dinov2cli.data.datasets.recognise import recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
-from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, joined, options_of, unquoted
+from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, inside, joined, options_of, unquoted
 from dinov2cli.errors import DataError
 from dinov2cli.site import read_site
 
@@ -31,6 +32,7 @@ class DatasetKind(NamedTuple):
 
 KINDS = {
     "Archive": DatasetKind(ArchiveDataset, EXAMPLES["Archive"]),
+    "Arrays": DatasetKind(ArraysDataset, EXAMPLES["Arrays"]),
     "Folder": DatasetKind(FolderDataset, EXAMPLES["Folder"]),
     "ImageNet": DatasetKind(ImageNet, EXAMPLES["ImageNet"]),
     "ImageNet22k": DatasetKind(ImageNet22k, EXAMPLES["ImageNet22k"]),
@@ -95,6 +97,8 @@ def _one_dataset(text: str) -> ImageDataset:
 
 def _kind_of(text: str) -> tuple[str, dict[str, str]] | None:
     """The kind of dataset that a string names, with its options."""
+    if (place := inside(unquoted(text))) and text.partition(":")[0] not in KINDS:
+        return "Arrays", {"file": place.file, "path": place.path}
     name, _, rest = text.partition(":")
     if name in SHORT and rest:
         name = SHORT[name]

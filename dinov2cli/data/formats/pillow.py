@@ -21,6 +21,8 @@ _OTHERWISE = {
     ".heif": "pip install pillow-heif, or convert it to JPEG or AVIF",
     ".fits": "save its array as .npy (astropy.io.fits.getdata and numpy.save)",
     ".nii": "save its slices as .npy (nibabel.load(...).get_fdata() and numpy.save)",
+    ".h5": "name the array in it: FILE.h5::/PATH",
+    ".hdf5": "name the array in it: FILE.hdf5::/PATH",
     ".svg": "render it to PNG",
     ".hdr": "save it as float TIFF or .npy",
     ".exr": "save it as float TIFF or .npy",
