@@ -1,7 +1,14 @@
 """The errors that dino2 raises for its users: one clear message each, no traceback."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+# What an OSError may say of the machine; others (a file that is missing, a pipe that is closed) say something of dino2.
+OF_THE_MACHINE = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV,
+    errno.ENOSPC, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE,
+}  # fmt: skip
 
 
 class Dino2Error(Exception):
@@ -41,6 +48,26 @@ class CheckpointError(Dino2Error):
 
 class EnvironmentProblem(Dino2Error):
     """A missing package, device, permission or disk space."""
+
+
+@contextmanager
+def machine_problems() -> Iterator[None]:
+    """Turn an OSError inside that says something of the machine (a full or read-only disk, a limit, a permission) into
+    an EnvironmentProblem, for the places that do not say it better themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if isinstance(error.filename, (str, bytes)) else ""
+        hints = {
+            errno.ENOSPC: "Make space and run the same command again.",
+            errno.EDQUOT: "Make space and run the same command again.",
+            errno.EMFILE: "Raise the limit of open files (`ulimit -n`), or use fewer workers.",
+        }
+        raise EnvironmentProblem(
+            f"{where}{error.strerror or error}", hints.get(error.errno, "Mend that and run the same command again.")
+        ) from error
 
 
 class ProcessKilled(EnvironmentProblem):

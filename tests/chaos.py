@@ -95,8 +95,8 @@ def main() -> int:
             try:
                 play(history, plan, until, counts)
             except Violation as violation:
-                violations.append(f"history {number}: {violation} (see {history.folder})")
-                print(f"VIOLATION {violations[-1]}\n{history.said()[-3000:]}", flush=True)
+                violations.append(f"history {number}: {violation} (see {history.folder})\n{history.said()[-3000:]}")
+                print(f"VIOLATION {violations[-1]}", flush=True)
                 raise
             done = {"histories": 1, "starts": len(history.logs), "exact": history.exact, "bounded": history.bounded}
             total += collections.Counter(done)

@@ -1,17 +1,22 @@
 """A disk that fills up during training: a clear end, nothing good lost, and the run goes on once there is space."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import TINY, metrics_of, write_images
+
+from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.launch.notes import reported
 
 LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=40", "optim.epochs=1", "train.checkpoint_period=5",
           "evaluation.eval_period_iterations=40", "train.batch_size_per_gpu=4"]  # fmt: skip
@@ -37,6 +42,26 @@ def start(images: Path, run: Path, processes: int) -> subprocess.Popen[str]:
 def fill(folder: Path, leave: int) -> None:
     with (folder / "filler").open("wb") as file:
         file.write(b"\0" * (shutil.disk_usage(folder).free - leave))
+
+
+def test_what_the_machine_refuses_anywhere_is_one_message_and_what_is_missing_stays_a_fault(tmp_path: Path) -> None:
+    name = tmp_path / ("long" * 100)
+    with pytest.raises(EnvironmentProblem, match=f"^{name}: File name too long\nMend that"), reported():
+        name.write_text("")
+    with pytest.raises(EnvironmentProblem, match="^File too large"), reported(), files_of_at_most(10):
+        (tmp_path / "large").write_bytes(b"0" * 20)
+    with pytest.raises(FileNotFoundError), reported():
+        (tmp_path / "missing").read_text()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.long

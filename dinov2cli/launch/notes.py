@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dinov2cli.errors import Dino2Error, ProcessKilled
+from dinov2cli.errors import Dino2Error, ProcessKilled, machine_problems
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID, is_supervised, worker_rank
 
@@ -49,9 +49,13 @@ class Note:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """In a supervised worker, turn what ends the code inside into a note and an exit code; elsewhere, do nothing."""
+    """In a supervised worker, turn what ends the code inside into a note and an exit code.
+
+    What ends it for the machine's sake becomes an EnvironmentProblem first, in every process.
+    """
     try:
-        yield
+        with machine_problems():
+            yield
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # torch has some that are no `Exception`

@@ -129,7 +129,8 @@ def owning(run: Path, *, take_over: bool = False) -> Iterator[None]:
         ended.set()
         thread.join()
         if _is_ours(path, mine):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read-only now: the error that ends this says so better
+                path.unlink(missing_ok=True)
 
 
 def _take(path: Path, mine: Owner, *, take_over: bool) -> None:
