@@ -226,11 +226,12 @@ class MetricLogger:
 
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _iteration_of(line) < resume_at]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _iteration_of(line) < resume_at]
+                write_text(path, "".join(line + "\n" for line in kept))
+            self._file = path.open("a", buffering=1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; non-finite numbers become null, which every JSON reader takes.

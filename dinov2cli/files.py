@@ -37,7 +37,9 @@ def replacing(path: Path, *, flush: bool = False) -> Iterator[Path]:
         if aside.is_dir():  # a rename replaces an empty folder only
             shutil.rmtree(path, ignore_errors=True)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (aside, str(aside)):
+            error.filename = str(path)  # the name that people know
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:

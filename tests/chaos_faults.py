@@ -125,7 +125,7 @@ def read_only(history: History) -> str:
             history.start()
         return history.ends(
             {2, 0},
-            r"(could not|cannot) be written|is not yours to write|weights are in",
+            r"(could not|cannot) be written|is not yours to write|Read-only file system|weights are in",
         )
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)

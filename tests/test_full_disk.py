@@ -16,6 +16,7 @@ import torch
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.files import write_text
 from dinov2cli.launch.notes import reported
 
 LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=40", "optim.epochs=1", "train.checkpoint_period=5",
@@ -46,9 +47,9 @@ def fill(folder: Path, leave: int) -> None:
 
 def test_what_the_machine_refuses_anywhere_is_one_message_and_what_is_missing_stays_a_fault(tmp_path: Path) -> None:
     name = tmp_path / ("long" * 100)
-    with pytest.raises(EnvironmentProblem, match=f"^{name}: File name too long\nMend that"), reported():
-        name.write_text("")
-    with pytest.raises(EnvironmentProblem, match="^File too large"), reported(), files_of_at_most(10):
+    with pytest.raises(EnvironmentProblem, match=rf"^{name}: File name too long\nMend that"), reported():
+        write_text(name, "")  # under another name at first
+    with pytest.raises(EnvironmentProblem, match=r"^File too large"), reported(), files_of_at_most(10):
         (tmp_path / "large").write_bytes(b"0" * 20)
     with pytest.raises(FileNotFoundError), reported():
         (tmp_path / "missing").read_text()
