@@ -1,6 +1,7 @@
 """The errors that dino2 raises for its users: one clear message each, no traceback."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -59,7 +60,7 @@ def machine_problems() -> Iterator[None]:
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
-        where = f"{error.filename}: " if isinstance(error.filename, (str, bytes)) else ""
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         hints = {
             errno.ENOSPC: "Make space and run the same command again.",
             errno.EDQUOT: "Make space and run the same command again.",

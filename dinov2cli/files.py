@@ -40,10 +40,11 @@ def replacing(path: Path, *, flush: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (aside, str(aside)):
             error.filename = str(path)  # the name that people know
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is away, or read-only
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
         raise
 
 
