@@ -2,10 +2,9 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
+import ready
 
 from dinov2cli.cli.main import TREE
 from dinov2cli.cli.tree import Command
@@ -32,10 +31,7 @@ def test_every_parameter_has_help(command: Command) -> None:
 
 @every_command
 def test_help_can_be_printed(command: Command) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "dinov2cli", *command.path[1:], "--help"],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    result = ready.dino2(*command.path[1:], "--help", env={**os.environ, "COLUMNS": "200"})
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for option in command.options:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ready
 from PIL import Image
 from tiny_run import TINY, metrics_of, write_images
 
@@ -14,9 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dinov2cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}  # wide, so that no line is folded
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return ready.dino2(*arguments, env={**os.environ, "COLUMNS": "250"})  # wide, so that no line is folded
 
 
 @pytest.fixture(scope="module")

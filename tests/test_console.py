@@ -5,11 +5,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import ready
 from rich.console import Console
 from tiny_run import TINY, write_images
 
@@ -94,16 +94,17 @@ def test_names_that_others_use_mean_the_same() -> None:
 
 def typed(*words: str | Path, cwd: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
     """Seconds from the last line to the end of the process, and what it said."""
-    environment = {**os.environ, "DINO2_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dinov2cli", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
-    assert process.stdout is not None
+    reading, writing = os.pipe()
+    with open(writing, "wb") as written:
+        environment = {**os.environ, "DINO2_CACHE": str(cwd / "cache")}
+        process = ready.server().start(*words, stdout=written, stderr=written, env=environment, cwd=cwd)
     said, last = b"", time.monotonic()
-    while block := os.read(process.stdout.fileno(), 1 << 16):
-        said, last = said + block, time.monotonic()
+    with open(reading, "rb"):
+        while block := os.read(reading, 1 << 16):
+            said, last = said + block, time.monotonic()
     code = process.wait()
     took = time.monotonic() - last
-    return took, subprocess.CompletedProcess(command, code, said.decode(), "")
+    return took, subprocess.CompletedProcess(process.args, code, said.decode(), "")
 
 
 def test_a_process_ends_with_its_last_line_and_quiet_and_verbose(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """What a step is said to take against what it takes, and against the hardware the presets were made for."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 import pytest
+import ready
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,7 +152,7 @@ print((most() - before) * 1024)
 @pytest.mark.parametrize("variant", [["train.batch_size_per_gpu=32"], [*VARIANTS[4], "train.batch_size_per_gpu=32"]])
 def test_resident_memory_grows_by_what_is_expected(variant: list[str]) -> None:
     code = GROWTH.format(overrides=[*SIZES, *variant])
-    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    grown = int(ready.server().run(code=code).stdout)
     expected = gigabytes(config_of(*variant))
     without_optimizer = (expected.total - expected.optimizer) * 1e9
     assert grown == pytest.approx(without_optimizer, rel=0.25)

@@ -5,7 +5,6 @@ all others and of the examples of `--help`, are given to the real command line, 
 """
 
 import ast
-import json
 import os
 import re
 import runpy
@@ -13,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -243,23 +241,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["train", "--preset", "demo", "--data", str(home / "photos"), "--output-dir", str(run), "--cpu", *TINY],
         ["eval", "knn", str(run), "--train-dataset", train, "--val-dataset", val, "--device", "cpu"],
     ):
-        subprocess.run([sys.executable, "-m", "dinov2cli", *words], check=True, capture_output=True, timeout=300)
+        done = ready.dino2(*words, timeout=300)
+        assert done.returncode == 0, done.stderr
     return home
 
 
 @pytest.fixture(scope="module")
 def dino2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The program, ready (`ready.py`), with what makes its commands small."""
-    folder = tmp_path_factory.mktemp("bin")
-    address, program = str(folder / "socket"), folder / "dino2"
-    program.write_text(ready.PROGRAM.format(python=sys.executable, address=address))
+    program, server = tmp_path_factory.mktemp("bin") / "dino2", ready.Server(more=SMALLER)
+    program.write_text(ready.PROGRAM.format(python=sys.executable, address=server.address))
     program.chmod(0o755)
-    with subprocess.Popen([sys.executable, ready.__file__, address, json.dumps(SMALLER)]) as server:
-        while not os.path.exists(address):
-            assert server.poll() is None
-            time.sleep(0.1)
-        yield program
-        server.kill()
+    yield program
+    server.close()
 
 
 @pytest.mark.long

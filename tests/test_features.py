@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_in_processes
 
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor, fitting_image_size
+from dinov2cli.eval.features import Features
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
@@ -173,21 +174,17 @@ def test_damaged_cache_is_noticed(damage: str, images: Path, tmp_path: Path, cap
     assert json.loads((entry / "entry.json").read_text())["parts"]  # and repaired
 
 
-def extract_part(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def extract_part(folder: str) -> Features:
     cache = FeatureCache(Path(folder) / "cache")
     extract = Extractor(tiny_model(), num_workers=0, cache=cache, device="cpu")
-    torch.save(extract(make_dataset(f"{folder}/images")), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return extract(make_dataset(f"{folder}/images"))
 
 
 def test_two_processes_extract_consecutive_parts(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mp.spawn(extract_part, args=(2, str(tmp_path)), nprocs=2)
+    parts = run_in_processes(2, extract_part, str(tmp_path))
     alone = Extractor(tiny_model(), num_workers=0, device="cpu")(make_dataset(str(images)))
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     torch.testing.assert_close(torch.cat([part.cls for part in parts]), alone.cls, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.cat([part.indices for part in parts]), alone.indices)
     with caplog.at_level("INFO", logger="dino2"):  # one process reads what two have written

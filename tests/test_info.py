@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 import yaml
 from typer.testing import CliRunner
 from weight_samples import PLAIN, REGISTERS, export_model, sample_state, save
@@ -96,8 +94,7 @@ def test_json_is_the_only_thing_on_standard_output(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "eval" / "training_300").mkdir()
     (run / "eval" / "training_300" / "teacher_checkpoint.pth").write_bytes(b"PK cut")  # passed over with a warning
-    command = [sys.executable, "-m", "dinov2cli", "info", str(run), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = ready.dino2("info", run, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["training"]["iteration"] == 199
     assert "training_300" in result.stderr

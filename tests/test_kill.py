@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 from tiny_run import TINY, metrics_of, write_images
 
@@ -18,13 +19,11 @@ KILLS = 10
 LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=50", "train.checkpoint_period=5", "evaluation.eval_period_iterations=50"]
 
 
-def start(images: Path, run: Path, workers: int) -> subprocess.Popen[bytes]:
-    overrides = [*TINY, *LENGTH, f"train.num_workers={workers}"]
-    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--data", str(images), "--output-dir", str(run)]
-    log = (run.parent / f"{run.name}.log").open("ab")
-    # A session of its own, so that loader workers are killed with their parent as a node failure would.
-    return subprocess.Popen([*command, *overrides], stdout=log, stderr=log, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+def start(images: Path, run: Path, workers: int) -> ready.Process:
+    words = ["train", "--cpu", "--data", images, "--output-dir", run, *TINY, *LENGTH, f"train.num_workers={workers}"]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        # A session of its own, so that loader workers are killed with their parent as a node failure would.
+        return ready.server().start(*words, stdout=log, stderr=log, start_new_session=True)
 
 
 def progress(run: Path) -> int:

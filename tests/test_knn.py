@@ -1,12 +1,13 @@
 """k-NN: equal to a plain numpy implementation of the protocol, whatever the chunking, and on two processes."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_in_processes
 
+from dinov2cli import distributed
 from dinov2cli.errors import DataError
 from dinov2cli.eval import nearest
 from dinov2cli.eval.features import Features
@@ -136,30 +137,25 @@ def test_sets_without_common_class() -> None:
         evaluate_knn(train, strangers, KnnSettings((10,)))
 
 
-def knn_of_part(rank: int, world: int, folder: str) -> None:
-    """One of several processes: holds its part of train and val, and writes the results it sees."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def knn_of_part() -> tuple[Any, Any]:
+    """In one of several processes, which holds its part of train and val: the results it sees."""
     settings = KnnSettings((10, 50), n_per_class=(-1, 4), n_tries=2)
     parts = []
     for whole in (make_features(401, clustered=True, seed=6), make_features(99, clustered=True, seed=7)):
-        here = torch.arange(whole.size).tensor_split(world)[rank]
+        here = torch.arange(whole.size).tensor_split(distributed.world_size())[distributed.rank()]
         parts.append(Features({"cls": whole.cls[here]}, whole.targets[here], here, whole.size))
-    results = evaluate_knn(parts[0], parts[1], settings)
     loo = evaluate_knn(parts[0], parts[0], KnnSettings((10,)), leave_one_out=True)
-    torch.save((results, loo), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return evaluate_knn(parts[0], parts[1], settings), loo
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(knn_of_part, args=(2, str(tmp_path)), nprocs=2)
+def test_two_processes_equal_one() -> None:
+    results = run_in_processes(2, knn_of_part)
     train, val = make_features(401, clustered=True, seed=6), make_features(99, clustered=True, seed=7)
     alone = (
         evaluate_knn(train, val, KnnSettings((10, 50), n_per_class=(-1, 4), n_tries=2)),
         evaluate_knn(train, train, KnnSettings((10,)), leave_one_out=True),
     )
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == alone
+    assert results == [alone, alone]
 
 
 def test_gaps_in_the_positions_change_nothing() -> None:

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_in_processes
 from tiny_run import write_images
 from torch import Tensor
 
@@ -122,20 +123,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(frozen_crops: bool, images
         probe(images, tmp_path, frozen_crops=frozen_crops, batch_size=8)
 
 
-def probe_of_part(rank: int, world: int, folder: str, images: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def probe_of_part(images: Path) -> list[tuple[Any, ...]]:
     results = [probe(images, batch_size=8, frozen_crops=frozen) for frozen in (False, True)]
-    torch.save([(r.best, r.accuracy, r.head.state_dict()) for r in results], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return [(result.best, result.accuracy, result.head.state_dict()) for result in results]
 
 
-def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
-    mp.spawn(probe_of_part, args=(2, str(tmp_path), images), nprocs=2)
+def test_two_processes_equal_one(images: Path) -> None:
+    results = run_in_processes(2, probe_of_part, images)
     for i, frozen in enumerate((False, True)):
         alone = probe(images, batch_size=16, frozen_crops=frozen)
-        for rank in range(2):
-            best, accuracy, head = torch.load(tmp_path / f"{rank}.pt", weights_only=False)[i]
+        for of_process in results:
+            best, accuracy, head = of_process[i]
             assert best == alone.best and accuracy == alone.accuracy
             torch.testing.assert_close(head["weight"], alone.head.weight, rtol=1e-3, atol=1e-5)
 

@@ -1,17 +1,16 @@
 """Logistic regression: scikit-learn's solutions at every C, from one batched L-BFGS, on one process or two."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_in_processes
 from sklearn.linear_model import LogisticRegression
 
+from dinov2cli import distributed
 from dinov2cli.errors import DataError
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.lbfgs import minimise
-from dinov2cli.eval.logreg import C_VALUES, LogregSettings, evaluate_logreg, hold_out_tenth, sweep
+from dinov2cli.eval.logreg import C_VALUES, LogregResult, LogregSettings, evaluate_logreg, hold_out_tenth, sweep
 from dinov2cli.eval.metrics import MetricType
 from dinov2cli.eval.softmax_regression import fit
 
@@ -140,23 +139,18 @@ def test_too_few_images() -> None:
         evaluate_logreg(one_class, one_class)
 
 
-def logreg_of_part(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+def logreg_of_part() -> LogregResult:
     parts = []
     for whole in (make_features(301, 8), make_features(99, 9)):
-        here = torch.arange(whole.size).tensor_split(world)[rank]
+        here = torch.arange(whole.size).tensor_split(distributed.world_size())[distributed.rank()]
         parts.append(Features({"cls": whole.cls[here]}, whole.targets[here], here, whole.size))
-    result = evaluate_logreg(*parts, settings=LogregSettings(Cs=C_VALUES[8:32:6]))
-    torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return evaluate_logreg(*parts, settings=LogregSettings(Cs=C_VALUES[8:32:6]))
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(logreg_of_part, args=(2, str(tmp_path)), nprocs=2)
+def test_two_processes_equal_one() -> None:
+    results = run_in_processes(2, logreg_of_part)
     alone = evaluate_logreg(make_features(301, 8), make_features(99, 9), settings=LogregSettings(Cs=C_VALUES[8:32:6]))
-    for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for together in results:
         assert together.accuracy == alone.accuracy and together.best_C == alone.best_C
         assert together.sweep == alone.sweep
         torch.testing.assert_close(together.classifier.weight, alone.classifier.weight, rtol=1e-3, atol=1e-4)

@@ -7,12 +7,11 @@ the features cached for it, and what the same version then made of the rest. Mad
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 import torch
 from tiny_run import metrics_of
 
@@ -38,9 +37,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def dino2(folder: Path, *words: str) -> str:
-    environment = os.environ | {"DINO2_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "dinov2cli", *words]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = ready.dino2(*words, cwd=folder, env=os.environ | {"DINO2_CACHE": str(folder / "cache")})
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import ready
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.console import Interrupted, signals_as_exceptions
@@ -24,13 +23,8 @@ from dinov2cli.train.run_folder import RunFolder
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dinov2cli", *map(str, words)]
-
-
 def dino2(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250", **environment}
-    return subprocess.run(command(*words), capture_output=True, text=True, env=environment)
+    return ready.dino2(*words, env={**os.environ, "COLUMNS": "250", **environment})
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +44,11 @@ def elsewhere() -> Owner:
 
 
 @pytest.fixture
-def training(images: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def training(images: Path, tmp_path: Path) -> Iterator[tuple[ready.Process, Path]]:
     """A training of a minute and more, that has written its first metrics."""
     run = tmp_path / "run"
     words = ["train", "--cpu", "--data", images, "--output-dir", run, *TINY, "optim.epochs=3000"]
-    process = subprocess.Popen(command(*words), text=True, stderr=subprocess.PIPE)
+    process = ready.server().start(*words)
     until = time.monotonic() + 120
     while not (run / "training_metrics.json").exists() or len(metrics_of(run)) < 2:
         assert time.monotonic() < until and process.poll() is None
@@ -64,9 +58,7 @@ def training(images: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[st
     process.wait()
 
 
-def test_a_second_training_is_refused_and_the_first_goes_on(
-    training: tuple[subprocess.Popen[str], Path], images: Path
-) -> None:
+def test_a_second_training_is_refused_and_the_first_goes_on(training: tuple[ready.Process, Path], images: Path) -> None:
     first, run = training
     words = ["train", "--cpu", "--data", images, "--output-dir", run, *TINY, "optim.epochs=3000"]
     for more in ([], ["--no-resume"], ["--gpus", "2"]):
@@ -82,14 +74,14 @@ def test_a_second_training_is_refused_and_the_first_goes_on(
 
 
 def test_a_killed_training_leaves_a_folder_that_goes_on_at_once(
-    training: tuple[subprocess.Popen[str], Path], images: Path
+    training: tuple[ready.Process, Path], images: Path
 ) -> None:
     first, run = training
     first.kill()
     first.wait()
     assert (run / NAME).exists()
     words = ["train", "--cpu", "--data", images, "--output-dir", run, *TINY, "optim.epochs=3000"]
-    again = subprocess.Popen(command(*words), text=True, stderr=subprocess.PIPE)
+    again = ready.server().start(*words)
     until = time.monotonic() + 120
     while (found := owner_of(run)) is None or found[0].pid != again.pid:
         assert time.monotonic() < until and again.poll() is None
@@ -165,14 +157,20 @@ def test_slurm_knows_whether_a_job_has_ended(
             pass
 
 
-def compete(run: Path, held: Path, number: int) -> None:
-    try:
-        with owning(run):
-            (held / f"{number}").touch()
-            time.sleep(0.3)
-    except ConfigError:
-        return
-    (held / f"{number}").unlink()
+COMPETE = """
+import sys, time
+from pathlib import Path
+from dinov2cli.errors import ConfigError
+from dinov2cli.launch.owner import owning
+run, mine = map(Path, sys.argv[1:])
+try:
+    with owning(run):
+        mine.touch()
+        time.sleep(0.3)
+        mine.unlink()
+except ConfigError:
+    pass
+"""
 
 
 def test_of_many_that_find_a_dead_owner_one_at_a_time_gets_the_folder(tmp_path: Path) -> None:
@@ -180,14 +178,12 @@ def test_of_many_that_find_a_dead_owner_one_at_a_time_gets_the_folder(tmp_path: 
     run.mkdir()
     held.mkdir()
     write(run, replace(Owner.this(), pid=2**22 - 3, born="1"))
-    processes = [get_context("spawn").Process(target=compete, args=(run, held, number)) for number in range(6)]
-    for process in processes:
-        process.start()
+    processes = [ready.server().start(run, held / f"{number}", code=COMPETE) for number in range(6)]
     most = 0
-    while any(process.is_alive() for process in processes):
+    while None in [process.poll() for process in processes]:
         most = max(most, len(list(held.iterdir())))
         time.sleep(0.005)
-    assert most == 1
+    assert most == 1 and {process.returncode for process in processes} == {0}
     assert not list(run.iterdir())
 
 
@@ -196,8 +192,11 @@ def test_who_has_lost_the_folder_ends_without_writing(tmp_path: Path, elsewhere:
         "import sys, time\nfrom pathlib import Path\nfrom dinov2cli.launch import owner\nowner.BEAT_S = 0.2\n"
         f"with owner.owning(Path({str(tmp_path)!r})):\n    print('mine', flush=True)\n    time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "mine\n"
+    reading, writing = os.pipe()
+    with open(writing, "wb") as written:
+        process = ready.server().start(code=code, stdout=written)
+    with open(reading) as said:
+        assert said.readline() == "mine\n"
     aside = tmp_path / "aside"
     aside.write_text(json.dumps(asdict(elsewhere)))
     aside.rename(tmp_path / NAME)

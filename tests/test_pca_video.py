@@ -13,6 +13,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+import ready
 import torch
 from PIL import Image
 from skimage import data
@@ -517,9 +518,9 @@ def test_basis_of_another_model_is_refused(tmp_path: Path, weights: Path, capsys
 def test_interrupted_command_leaves_no_output(tmp_path: Path, weights: Path) -> None:
     video = write_video(tmp_path / "in.mp4", frames=3000, codec="mpeg4", size=(32, 32))
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-m", "dinov2cli", "pca-video", video, tmp_path / "out" / "o.mp4", "--model", weights,
-               "--resolution", "6", "--fit-frames", "4", "--batch-size", "1"]  # fmt: skip
-    process = subprocess.Popen([str(part) for part in command], start_new_session=True)
+    words = ["pca-video", video, tmp_path / "out" / "o.mp4", "--model", weights,
+             "--resolution", "6", "--fit-frames", "4", "--batch-size", "1"]  # fmt: skip
+    process = ready.server().start(*words, start_new_session=True)
     aside = tmp_path / "out" / ".o.mp4.partial"
     while process.poll() is None and not (aside.exists() and aside.stat().st_size > 0):
         time.sleep(0.02)

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import ready
 import yaml
 
 from dinov2cli.config import Preset, find_preset, list_presets, load_config
@@ -24,9 +25,7 @@ NAMES = {
 
 
 def dino2(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", "dinov2cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return ready.dino2(*arguments, env={**os.environ, "COLUMNS": "100"})
 
 
 def test_all_presets_are_there() -> None:

@@ -1,13 +1,12 @@
 """Large TIFFs by region: the pixels of the whole, of any layout, without the memory for the whole."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import ready
 import tifffile
 
 from dinov2cli.config.images import RGB
@@ -153,8 +152,7 @@ def test_memory_is_that_of_some_rows(tmp_path: Path) -> None:
     tile = np.zeros((256, 256, 3), np.uint8)
     options: dict[str, Any] = {"shape": (8192, 8192, 3), "dtype": np.uint8, "tile": (256, 256), "photometric": "rgb"}
     tifffile.imwrite(tmp_path / "a.tif", iter([tile] * 1024), **options)  # 200 MB
-    words = [sys.executable, "-c", PEAK, str(tmp_path)]
-    grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    grown = int(ready.server().run(tmp_path, code=PEAK).stdout)
     assert grown < 100, f"{grown} MB"
 
 

@@ -4,14 +4,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import ready
 import torch
 from tiny_run import TINY
 from torch import Tensor
@@ -118,27 +117,16 @@ def _graph_breaks_of_a_block_that_prints() -> tuple[dict[str, int], int]:
 
 
 def test_the_command_reports_and_needs_a_compiler_or_says_so(tmp_path: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "dinov2cli",
-        "bench",
-        "train",
-        *TINY,
-        "train.compile=false",
-        "--rehearse",
-        "--card",
-        "a100",
-        "--json",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    words = ["bench", "train", *TINY, "train.compile=false", "--rehearse", "--card", "a100", "--json"]
+    done = ready.dino2(*words)
+    assert done.returncode == 0, done.stderr
     (variant,) = json.loads(done.stdout)["variants"]
     assert variant["card"] == "a100" and variant["waits"] == {} and variant["graph_breaks"] is None
 
     if torch.cuda.is_available():
         return
     nowhere = os.environ | {"PATH": str(tmp_path), "DINO2_CACHE": str(tmp_path)}
-    done = subprocess.run(words, capture_output=True, text=True, env=nowhere)
+    done = ready.dino2(*words, env=nowhere)
     assert done.returncode == 2
     assert "C++ compiler" in done.stderr and "Traceback" not in done.stderr
 

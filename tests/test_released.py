@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import multiprocessing
 import re
 import threading
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_in_processes
 from safetensors.torch import save_file
 from weight_samples import assert_same_state, sample_model, save
 
@@ -240,9 +240,7 @@ def fetch_in_process(url: str) -> bytes:
 @pytest.mark.slow
 def test_processes_share_one_download(site: Site) -> None:
     site.behaviours = ["slow"]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        contents = pool.map(fetch_in_process, [f"{site.url}/weights.pth"] * 2)
-    assert contents == [CONTENT] * 2
+    assert run_in_processes(2, fetch_in_process, f"{site.url}/weights.pth") == [CONTENT] * 2
     assert len(site.requests) == 1
 
 

@@ -3,10 +3,10 @@
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ready
 import yaml
 from tiny_run import TINY, metrics_of, write_images
 
@@ -19,9 +19,7 @@ SHORT = [*TINY, "optim.epochs=2", "optim.warmup_epochs=1"]
 
 
 def dino2(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
-    command = [sys.executable, "-m", "dinov2cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    return ready.dino2(*words, cwd=cwd, env={**os.environ, "COLUMNS": "250"})
 
 
 @pytest.fixture(scope="module")

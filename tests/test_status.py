@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 from tiny_run import TINY, write_images
 
 from dinov2cli.errors import ConfigError
@@ -18,9 +19,7 @@ from dinov2cli.launch.status import read_status
 
 
 def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "dinov2cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
-    return subprocess.run(words, capture_output=True, text=True, env=environment)
+    return ready.dino2(*arguments, env={**os.environ, "COLUMNS": "250"})
 
 
 def write_run(run: Path, *, ages: list[float], state: str = "training", data_times: list[float] | None = None) -> Path:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ready
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.train.run_folder import RunFolder
@@ -47,7 +48,7 @@ def test_heartbeats_tell_state_and_pace(tmp_path: Path) -> None:
 
 
 def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], timeout=120, capture_output=True, text=True)
+    result = ready.server().run(tmp_path, code=HANGING, timeout=120)
     assert result.returncode == 1
     stacks = RunFolder(tmp_path).stacks(0).read_text()
     assert "stuck_here" in stacks and "after 8 iterations" in stacks

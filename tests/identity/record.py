@@ -5,6 +5,7 @@ script runs on every version of the code. See README.md beside it.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1]))
+from ready import HEAVY, Server
+
 Record = dict[str, Any]
 
 # Never the same twice.
@@ -32,31 +36,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-
-# Runs each command in a fork of one process that has imported what takes seconds and is not dino2. To take such a
-# process down in the usual way takes seconds as well.
-SERVER = """
-import atexit, json, os, sys, threading
-import cv2, numpy, pydantic, rich.console, torch, torch._dynamo, typer, typer.rich_utils, yaml
-for words, log in json.load(sys.stdin):
-    if os.fork():
-        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-        continue
-    for stream, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv, code = ["dino2", *words], 1
-    try:
-        from dinov2cli.cli.main import main
-        main(words)
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
-"""
 
 COMMAND_TREE = """
 import enum, json, sys, types, typing
@@ -136,6 +115,18 @@ class Failed(Exception):
     """A command that should have worked did not; the message holds what it said."""
 
 
+def environment(checkout: Path) -> dict[str, str]:
+    # What pytest or a shell says of its terminal must not count; the number of threads may be another.
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return os.environ | ENVIRONMENT | threads | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(checkout)}
+
+
+@functools.cache
+def server(checkout: Path) -> Server:
+    """Has imported what is not dino2: each command takes dino2 itself from the checkout, as it is then."""
+    return Server(HEAVY, environment=environment(checkout))
+
+
 class Session:
     """A folder in which commands run, with generated images in `images/` and `clip/`.
 
@@ -143,35 +134,27 @@ class Session:
     """
 
     def __init__(self, folder: Path, checkout: Path) -> None:
-        self.folder, self.checkout, self.commands = folder, checkout, 0
+        self.folder, self.checkout = folder, checkout
         write_images(folder / "images")
         write_clip(folder / "clip")
+        own = {"DINO2_CACHE": str(self.folder / "cache"), "DINO2_CONFIG": str(self.folder / "dino2.yaml")}
+        self.environment = environment(checkout) | own
 
     def run(self, *commands: list[str], fails: bool = False) -> list[tuple[int, str, str]]:
         """Exit code, standard output and standard error of each command; `Failed` unless all exit with 0."""
-        logs = [str(self.folder / f"command{self.commands + i}") for i in range(len(commands))]
-        self.commands += len(commands)
-        self.python(SERVER, json.dumps(list(zip(commands, logs, strict=True))))
         results = []
-        for words, log, code in zip(commands, logs, self.last.split(), strict=True):
-            out, err = Path(log + ".out").read_text(), Path(log + ".err").read_text()
-            if int(code) and not fails:
-                raise Failed(f"dino2 {' '.join(words)}: exit code {code}\n{out}\n{err}")
-            results.append((int(code), out, err))
+        for words in commands:
+            done = server(self.checkout).run(*words, cwd=self.folder, env=self.environment)
+            if done.returncode and not fails:
+                raise Failed(f"dino2 {' '.join(words)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+            results.append((done.returncode, done.stdout, done.stderr))
         return results
 
-    def python(self, code: str, given: str = "") -> str:
-        # What pytest or a shell says of its terminal must not count; the number of threads may be another.
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        own = {"DINO2_CACHE": str(self.folder / "cache"), "DINO2_CONFIG": str(self.folder / "dino2.yaml")}
-        environment = os.environ | ENVIRONMENT | threads | own | {"PYTHONSAFEPATH": "1"}
-        environment["PYTHONPATH"] = str(self.checkout)
-        result = subprocess.run(
-            [sys.executable, "-c", code], input=given, capture_output=True, text=True, cwd=self.folder, env=environment
-        )
+    def python(self, code: str) -> str:
+        words = [sys.executable, "-c", code]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=self.folder, env=self.environment)
         if result.returncode:
             raise Failed(f"{result.stdout}\n{result.stderr}")
-        self.last = result.stdout
         return result.stdout
 
     def train(self, run: str, *words: str) -> list[str]:
