@@ -8,10 +8,12 @@ what a shell can find as `dino2`, with the path of a server's socket filled in.
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
 import json
+import math
 import os
 import selectors
 import shutil
@@ -41,6 +43,19 @@ with socket.socket(socket.AF_UNIX) as server:
     number, ended = (int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big") for _ in range(2))
     sys.exit(os.waitstatus_to_exitcode(ended) % 256)
 """
+
+
+def ask(connection: socket.socket, what: dict[str, Any], streams: list[int]) -> None:
+    message = json.dumps(what).encode()
+    socket.send_fds(connection, [len(message).to_bytes(4, "big")], streams)
+    connection.sendall(message)
+
+
+def told(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What is asked for, and the standard streams of it; nothing when the other side has ended."""
+    size, streams, *_ = socket.recv_fds(connection, 4, 3)
+    with connection.makefile("rb") as file:
+        return json.loads(file.read(int.from_bytes(size, "big")) or "{}"), streams
 
 
 class Process:
@@ -113,12 +128,15 @@ class Server:
         stderr: IO[Any] | None = None,
         code: str | None = None,
         start_new_session: bool = False,
+        workers: bool = False,
     ) -> Process:
-        """Begin `dino2 WORDS`, or `python -c CODE WORDS`; streams that are not given are this process's own."""
+        """Begin `dino2 WORDS`, or `python -c CODE WORDS`; streams that are not given are this process's own.
+
+        `workers`: the processes that it starts in turn have done their imports, too.
+        """
         typed = list(map(str, words))
         what = {"words": typed, "folder": str(cwd or os.getcwd()), "environment": dict(env or os.environ),
-                "code": code, "session": start_new_session}  # fmt: skip
-        message = json.dumps(what).encode()
+                "code": code, "session": start_new_session, "workers": workers}  # fmt: skip
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
         with open(os.devnull, "rb") as nothing:
@@ -126,8 +144,7 @@ class Server:
                 (stdin or nothing).fileno(),
                 *(each.fileno() if each else n for n, each in ((1, stdout), (2, stderr))),
             ]
-            socket.send_fds(connection, [len(message).to_bytes(4, "big")], streams)
-        connection.sendall(message)
+            ask(connection, what, streams)
         return Process(connection, typed)
 
     def run(self, *words: str | Path, timeout: float = 600, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -193,35 +210,41 @@ def serve(address: str, more: dict[str, list[str]]) -> None:
             break
 
 
-def do(connection: socket.socket, more: dict[str, list[str]]) -> None:
+def do(connection: socket.socket, more: dict[str, list[str]]) -> NoReturn:
     """Do the command that the other side sends, and end."""
-    size, descriptors, *_ = socket.recv_fds(connection, 4, 3)
-    with connection.makefile("rb") as file:
-        what = json.loads(file.read(int.from_bytes(size, "big")))
+    what, streams = told(connection)
     connection.close()
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    if what.get("session"):
-        os.setsid()
-    os.chdir(what["folder"])
-    os.environ.clear()
-    os.environ.update(what["environment"])
-    if console := sys.modules.get("dinov2cli.console"):  # its streams as they would be now
-        console.out.__init__()  # type: ignore[misc]
-        console.err.__init__(stderr=True)  # type: ignore[misc]
     words = what["words"]
     behind = next((added for command, added in more.items() if words[: len(command.split())] == command.split()), [])
     for option in (word for word in behind if word.startswith("--")):
         while option in words:  # an option is given once
             place = words.index(option)
             del words[place : place + 2]
+    words += behind
+    if what.get("workers"):
+        subprocess.Popen = functools.partial(begin, Nursery(), subprocess.Popen)  # type: ignore[assignment, misc]
+    if what.get("session"):
+        os.setsid()
+    become(what, streams)
+
+
+def become(what: dict[str, Any], streams: list[int]) -> NoReturn:
+    """Be the process that is asked for, to its end."""
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(what["folder"])
+    os.environ.clear()
+    os.environ.update(what["environment"])
+    if console := sys.modules.get("dinov2cli.console"):  # its streams as they would be now
+        console.out.__init__()  # type: ignore[misc]
+        console.err.__init__(stderr=True)  # type: ignore[misc]
     try:
         if what.get("code") is not None:
-            sys.argv = ["-c", *words]
+            sys.argv = ["-c", *what["words"]]
             exec(compile(what["code"], "<string>", "exec"), {"__name__": "__main__"})
             end(0)
-        sys.argv = ["dino2", *words, *behind]
+        sys.argv = ["dino2", *what["words"]]
         from dinov2cli.cli.main import main
 
         main()
@@ -242,6 +265,83 @@ def end(code: object) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+class Nursery:
+    """A fork of a process before it has done anything, of which its children are made: they are its own all the same,
+    as the parent of a fork's fork that loses its parent is the next above that has said that it takes such."""
+
+    def __init__(self) -> None:
+        self.socket, asked = socket.socketpair()
+        self.parent = os.getpid()
+        set_child_subreaper = 36
+        assert ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+        if os.fork() == 0:
+            self.socket.close()
+            self.bear(asked)
+        asked.close()
+
+    def bear(self, asked: socket.socket) -> NoReturn:
+        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches all that a terminal has started
+        os.closerange(3, asked.fileno())  # the streams of its parent among them, whose end others wait for
+        os.closerange(asked.fileno() + 1, 1024)
+        while True:
+            what, streams = told(asked)
+            if not streams:  # the parent has ended
+                os._exit(0)
+            if (between := os.fork()) == 0:
+                if os.fork():
+                    os._exit(0)
+                while os.getppid() != self.parent:
+                    time.sleep(0.001)
+                if what["session"]:
+                    os.setsid()
+                signal.signal(signal.SIGINT, kept)
+                asked.sendall(struct.pack(">I", os.getpid()))
+                asked.close()
+                become(what, streams)
+            os.waitpid(between, 0)
+            for descriptor in streams:
+                os.close(descriptor)
+
+
+class Child:
+    """A process begun by a `Nursery`, to be dealt with like a `subprocess.Popen`."""
+
+    def __init__(self, nursery: Nursery, what: dict[str, Any]) -> None:
+        self.args, self.returncode = what["words"], None
+        ask(nursery.socket, what, [0, 1, 2])
+        self.pid = struct.unpack(">I", nursery.socket.recv(4, socket.MSG_WAITALL))[0]
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(found[1])
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = time.monotonic() + (math.inf if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def begin(nursery: Nursery, plain: type[subprocess.Popen[Any]], words: list[str], **how: Any) -> Any:
+    """In place of `subprocess.Popen`: what begins with `python -m dinov2cli` or `python -c` is a fork."""
+    if words[:3] == [sys.executable, "-m", "dinov2cli"]:
+        what = {"words": words[3:], "code": None}
+    elif words[:2] == [sys.executable, "-c"]:
+        what = {"words": words[3:], "code": words[2]}
+    else:
+        return plain(words, **how)
+    assert how.keys() <= {"env", "start_new_session"}
+    what |= {"folder": os.getcwd(), "environment": dict(how.get("env") or os.environ)}
+    return Child(nursery, {**what, "session": how.get("start_new_session", False)})
 
 
 if __name__ == "__main__":

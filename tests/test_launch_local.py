@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 from tiny_run import TINY, metrics_of, write_images
 
@@ -25,14 +26,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(images: Path, run: Path, *more: str) -> list[str]:
-    arguments = ["train", "--cpu", "--data", str(images), "--output-dir", str(run), *TINY, *more]
-    return [sys.executable, "-m", "dinov2cli", *arguments]
+    return ["train", "--cpu", "--data", str(images), "--output-dir", str(run), *TINY, *more]
 
 
-def start(images: Path, run: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(images: Path, run: Path, *more: str) -> ready.Process:
     with run.with_suffix(".log").open("ab") as log:
         words = [*command(images, run, *more), "--gpus", "2"]
-        return subprocess.Popen(words, stdout=log, stderr=log, env=ENVIRONMENT)
+        return ready.server().start(*words, stdout=log, stderr=log, env=ENVIRONMENT, workers=True)
 
 
 def lines_of(run: Path) -> int:
@@ -40,21 +40,15 @@ def lines_of(run: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def wait_for_line(process: subprocess.Popen[bytes], run: Path, number: int) -> None:
+def wait_for_line(process: ready.Process, run: Path, number: int) -> None:
     while lines_of(run) < number:
         assert process.poll() is None, run.with_suffix(".log").read_text()
         time.sleep(0.01)
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process numbers of the workers, by rank."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    pids = [pid for file in children for pid in file.read_text().split()]
-    ranks = {}
-    for pid in pids:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks.update({int(value[5:]): int(pid) for value in variables if value.startswith(b"RANK=")})
-    return [ranks[rank] for rank in sorted(ranks)]
+def workers_of(run: Path) -> list[int]:
+    """Process numbers of the workers, by rank, as they say themselves."""
+    return [json.loads(path.read_text())["pid"] for path in sorted((run / "logs/heartbeat").glob("rank_*.json"))]
 
 
 def loaders_of(worker: int) -> list[int]:
@@ -97,12 +91,15 @@ def assert_equal_runs(run: Path, whole: Path) -> None:
 
 def test_two_processes_are_those_of_torchrun_by_hand(images: Path, tmp_path: Path) -> None:
     by_us, by_hand = tmp_path / "us", tmp_path / "hand"
-    process = start(images, by_us)
-    assert process.wait(timeout=120) == 0, by_us.with_suffix(".log").read_text()
-    log = by_us.with_suffix(".log").read_text()
+    # Each process begins with the start of Python, as those of the other tests do not.
+    dino2 = ["-m", "dinov2cli"]
+    words = [sys.executable, *dino2, *command(images, by_us), "--gpus", "2"]
+    result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    log = result.stderr
     assert "2; sharding" in log and "elastic" not in log and log.count("iteration 1/12") == 1
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run([*torchrun, *command(images, by_hand)[1:]], capture_output=True, text=True, env=ENVIRONMENT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *dino2]
+    result = subprocess.run([*torchrun, *command(images, by_hand)], capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     assert metrics_of(by_us) == metrics_of(by_hand)
     assert metrics_of(by_us)[0]["current_batch_size"] == 16
@@ -120,7 +117,7 @@ def test_an_error_of_all_is_said_once_and_leaves_nothing(
     arguments: list[str], message: str, images: Path, tmp_path: Path
 ) -> None:
     words = [*command(images, tmp_path / "run"), "--gpus", "2", *arguments]
-    result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    result = ready.dino2(*words, env=ENVIRONMENT, workers=True)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("error: ") == 1 and message in result.stderr
     assert "Traceback" not in result.stderr and "start again" not in result.stderr
@@ -130,7 +127,7 @@ def test_an_error_of_all_is_said_once_and_leaves_nothing(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
     words = [word for word in command(images, tmp_path / "run") if word != "--cpu"]
-    result = subprocess.run([*words, "--gpus", "2"], capture_output=True, text=True, env=ENVIRONMENT)
+    result = ready.dino2(*words, "--gpus", "2", env=ENVIRONMENT)
     assert result.returncode == 2
     assert "--gpus 2: this machine has no GPU" in result.stderr and "--cpu" in result.stderr
 
@@ -138,10 +135,10 @@ def test_more_gpus_than_there_are(images: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_evaluation_in_two_processes_is_said_once_and_as_in_one(images: Path, whole: Path) -> None:
     data = ["--train-dataset", str(images), "--val-dataset", str(images), "--nb-knn", "5", "--device", "cpu"]
-    words = [sys.executable, "-m", "dinov2cli", "eval", "knn", str(whole), *data, "--no-cache", "--json"]
+    words = ["eval", "knn", str(whole), *data, "--no-cache", "--json"]
     results = []
     for more in ([], ["--gpus", "2"]):
-        result = subprocess.run([*words, *more], capture_output=True, text=True, env=ENVIRONMENT)
+        result = ready.dino2(*words, *more, env=ENVIRONMENT, workers=True)
         assert result.returncode == 0, result.stderr
         results.append(json.loads(result.stdout)["rows"])
     assert results[0] == results[1]
@@ -152,7 +149,7 @@ def test_a_signal_ends_all_processes_saved(number: signal.Signals, images: Path,
     run = tmp_path / "run"
     process = start(images, run, *LONGER, "train.num_workers=1")
     wait_for_line(process, run, 7)
-    workers = workers_of(process)
+    workers = workers_of(run)
     assert len(workers) == 2
     process.send_signal(number)
     assert process.wait(timeout=60) == 130
@@ -168,7 +165,7 @@ def test_a_second_ctrl_c_does_not_wait(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(images, run, *LONGER)
     wait_for_line(process, run, 3)
-    workers = workers_of(process)
+    workers = workers_of(run)
     os.kill(workers[1], signal.SIGSTOP)  # so that the first cannot be obeyed
     process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -183,7 +180,7 @@ def test_a_process_that_hangs_is_replaced(images: Path, whole: Path, tmp_path: P
     run = tmp_path / "run"
     process = start(images, run, *LONGER, "train.hang_timeout=8")
     wait_for_line(process, run, 12)
-    os.kill(workers_of(process)[1], signal.SIGSTOP)
+    os.kill(workers_of(run)[1], signal.SIGSTOP)
     assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
     (restart,) = read_restarts(run)
     assert restart.kind == "crash" and "rank_00000.txt" in restart.reason
@@ -198,7 +195,7 @@ def test_starting_over_is_done_once_not_at_every_restart(images: Path, whole: Pa
     while not (run / "previous_1").exists():
         time.sleep(0.05)
     wait_for_line(process, run, 12)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
     assert_equal_runs(run, whole)
     assert [path.name for path in run.glob("previous_*")] == ["previous_1"]
@@ -209,9 +206,9 @@ def test_a_killed_process_or_loader_is_no_more_than_a_pause(images: Path, whole:
     run = tmp_path / "run"
     process = start(images, run, *LONGER, "train.num_workers=1")
     wait_for_line(process, run, 12)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
+    os.kill(workers_of(run)[1], signal.SIGKILL)
     wait_for_line(process, run, 40)
-    os.kill(loaders_of(workers_of(process)[0])[0], signal.SIGKILL)
+    os.kill(loaders_of(workers_of(run)[0])[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0, run.with_suffix(".log").read_text()
     first, second = read_restarts(run)
     assert (first.kind, first.rank, first.reason) == ("death", 1, "was killed (SIGKILL)")
@@ -225,7 +222,7 @@ def test_no_process_outlives_the_launcher(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(images, run, *LONGER, "train.num_workers=1")
     wait_for_line(process, run, 3)
-    workers = workers_of(process)
+    workers = workers_of(run)
     loaders = [loader for worker in workers for loader in loaders_of(worker)]
     assert len(workers) == 2 and len(loaders) >= 2
     process.kill()
@@ -252,8 +249,8 @@ except Dino2Error as error:
 def supervise(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Run two processes of `code` under a supervisor of their own."""
     run = tmp_path / "run"
-    words = [sys.executable, "-c", SUPERVISE, code, str(tmp_path / "notes"), str(run)]
-    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    words = [code, str(tmp_path / "notes"), str(run)]
+    return ready.server().run(*words, code=SUPERVISE, env=ENVIRONMENT, timeout=200, workers=True)
 
 
 @pytest.mark.long
@@ -353,8 +350,11 @@ def test_a_death_on_one_machine_starts_the_processes_of_both_again(tmp_path: Pat
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-c", TWO_MACHINES, code, str(tmp_path / "notes"), str(tmp_path / "run")]
-    machines = [subprocess.Popen([*words, str(node), str(port)], env=ENVIRONMENT) for node in (0, 1)]
+    words = [code, tmp_path / "notes", tmp_path / "run"]
+    machines = [
+        ready.server().start(*words, str(node), str(port), code=TWO_MACHINES, env=ENVIRONMENT, workers=True)
+        for node in (0, 1)
+    ]
     assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
     (restart,) = read_restarts(tmp_path / "run")
     assert (restart.kind, restart.rank, restart.reason) == ("death", 3, "was killed (SIGKILL)")
