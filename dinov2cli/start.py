@@ -35,6 +35,7 @@ from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.trainer import OnlineKnn, Trainer
 from dinov2cli.train.verdicts import collapse_of
+from dinov2cli.train.watch import watched_start
 
 
 def run(request: TrainRequest) -> None:
@@ -59,6 +60,26 @@ def train(config: Config, request: TrainRequest) -> None:
 def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitStack) -> None:
     folder = RunFolder(Path(config.train.output_dir))
     until_the_end.enter_context(signals_as_exceptions())
+    with watched_start(folder, config.train.hang_timeout):
+        trainer = _prepare(config, request, folder, until_the_end)
+    if request.dry_run:
+        rehearse(trainer)
+        if not request.cpu and distributed.is_main():
+            from dinov2cli.bench.rehearse import short_form
+            from dinov2cli.train.display import print_plan
+
+            print_plan([("on a GPU", short_form(config))], [])
+    else:
+        trainer.train()
+        if distributed.is_main():
+            if collapse := collapse_of(folder.path):
+                logger.warning("the run looked collapsed %s", collapse)
+            for line in ending(folder, trainer.total):
+                logger.info(line)
+
+
+def _prepare(config: Config, request: TrainRequest, folder: RunFolder, until_the_end: ExitStack) -> Trainer:
+    """The trainer, with the run folder taken until the end."""
     # Read first, so that a wrong one is found before anything is written.
     with distributed.same_error_everywhere():
         dataset, online_knn = make_dataset(config.train.dataset_path), make_online_knn(config)
@@ -91,7 +112,7 @@ def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitSt
         if distributed.is_main():
             logger.info("%s", report)
 
-    trainer = Trainer(
+    return Trainer(
         config,
         device,
         dataset=dataset,
@@ -100,20 +121,6 @@ def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitSt
         online_knn=online_knn,
         on_teacher=on_teacher,
     )
-    if request.dry_run:
-        rehearse(trainer)
-        if not request.cpu and distributed.is_main():
-            from dinov2cli.bench.rehearse import short_form
-            from dinov2cli.train.display import print_plan
-
-            print_plan([("on a GPU", short_form(config))], [])
-    else:
-        trainer.train()
-        if distributed.is_main():
-            if collapse := collapse_of(folder.path):
-                logger.warning("the run looked collapsed %s", collapse)
-            for line in ending(folder, trainer.total):
-                logger.info(line)
 
 
 def make_online_knn(config: Config) -> OnlineKnn | None:

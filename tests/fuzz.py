@@ -5,9 +5,9 @@
     python tests/fuzz.py --only 1234                    # one case again, with its traceback
 
 The n-th case is a function of (seed, n). A worker reads each in a folder of its own, with 2 GB of memory on top of
-what it starts with and ten seconds; the parent starts another one where it dies or hangs. An audit hook sees what is
-executed and where files are written. Allowed are `read`, and `refused` by one of dino2's own errors; all else is a
-fault.
+what it starts with and ten seconds of the processor, or a minute by the clock; the parent starts another one where it
+dies or hangs. An audit hook sees what is executed and where files are written. Allowed are `read`, and `refused` by one
+of dino2's own errors; all else is a fault.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import random
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from typing import Any
 from fuzz_cases import KINDS, Seeds
 
 MEMORY = 2 << 30
-SECONDS = 10.0
+SECONDS, BY_THE_CLOCK = 10.0, 60.0  # a hang: so much of the processor, or of time on a machine that does other things
 
 # ---- The worker ------------------------------------------------------------------------------------------------------
 
@@ -85,14 +86,13 @@ def work(seed: int, root: Path) -> None:
             _reader(seeds, kind, f"warm/{kind}", root)()
     started_with = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (started_with + MEMORY, resource.RLIM_INFINITY))
-    stack = (root / "stack").open("w")
+    faulthandler.register(signal.SIGUSR1, file=(root / "stack").open("w"))
     answers.write("ready\n")
     for line in sys.stdin:
         number, kind = line.split()
         noted.clear()
         watching[0] = False
-        began, trace = time.monotonic(), ""
-        faulthandler.dump_traceback_later(SECONDS - 1, file=stack)
+        began, trace = time.process_time(), ""
         try:
             read = _reader(seeds, kind, f"{seed}/{number}", root)
             watching[0] = True
@@ -103,11 +103,10 @@ def work(seed: int, root: Path) -> None:
         except BaseException as error:
             outcome, trace = f"fault {type(error).__name__}", traceback.format_exc()
         watching[0] = False
-        faulthandler.cancel_dump_traceback_later()
         if noted or (root / "canary").exists():
             outcome, trace = "fault: " + ("; ".join(noted) or "the canary"), trace
             (root / "canary").unlink(missing_ok=True)
-        took = round(time.monotonic() - began, 2)
+        took = round(time.process_time() - began, 2)
         answer = {"outcome": outcome, "seconds": took, "trace": trace[:3000] + trace[3000:][-1000:]}
         answers.write(json.dumps(answer) + "\n")
 
@@ -134,7 +133,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        assert self.answer(120) == "ready", "the worker does not start"
+        assert self.answer(1200) == "ready", "the worker does not start"
 
     def answer(self, seconds: float) -> str | None:
         assert self.process.stdout is not None
@@ -142,12 +141,20 @@ class Worker:
             return None
         return self.process.stdout.readline().strip()
 
+    def used(self) -> float:
+        """Seconds of the processor so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def ask(self, number: int, kind: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         print(number, kind, file=self.process.stdin, flush=True)
-        answer = self.answer(SECONDS)
-        if answer is None:
-            return {"outcome": f"fault: hangs for {SECONDS:.0f} s", "trace": (self.root / "stack").read_text()}
+        began, used = time.monotonic(), self.used()
+        while (answer := self.answer(1)) is None:
+            if self.used() - used > SECONDS or time.monotonic() - began > BY_THE_CLOCK:
+                self.process.send_signal(signal.SIGUSR1)
+                time.sleep(1)
+                return {"outcome": f"fault: hangs for {SECONDS:.0f} s", "trace": (self.root / "stack").read_text()}
         if not answer:
             return {"outcome": f"fault: dies ({self.process.wait()})", "trace": ""}
         return dict(json.loads(answer))

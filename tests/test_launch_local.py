@@ -246,11 +246,17 @@ except Dino2Error as error:
 """
 
 
-def supervise(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Run two processes of `code` under a supervisor of their own."""
+def waiting(limits: dict[str, float]) -> str:
+    return "import dinov2cli.launch.supervisor as s\n" + "".join(
+        f"s.{key} = {value}\n" for key, value in limits.items()
+    )
+
+
+def supervise(code: str, tmp_path: Path, **limits: float) -> subprocess.CompletedProcess[str]:
+    """Run two processes of `code` under a supervisor of their own, which waits so long and no longer."""
     run = tmp_path / "run"
     words = [code, str(tmp_path / "notes"), str(run)]
-    return ready.server().run(*words, code=SUPERVISE, env=ENVIRONMENT, timeout=200, workers=True)
+    return ready.server().run(*words, code=waiting(limits) + SUPERVISE, env=ENVIRONMENT, timeout=200, workers=True)
 
 
 @pytest.mark.long
@@ -285,6 +291,22 @@ def test_a_process_that_has_reported_its_failure_and_does_not_end_is_ended(tmp_p
     result = supervise(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert [(each.rank, each.kind) for each in read_restarts(tmp_path / "run")] == [(1, "crash")]
+
+
+@pytest.mark.long
+def test_a_process_that_does_not_begin_is_replaced(tmp_path: Path) -> None:
+    code = """if True:
+        import os, time
+        from pathlib import Path
+        from dinov2cli.launch.notes import mark
+        if Path(os.environ["DINO2_NOTES"]).name == "start_0" and os.environ["RANK"] == "1":
+            time.sleep(600)
+        mark("joining")
+    """
+    result = supervise(code, tmp_path, BEGINNING=3, LOOK=0.5)
+    assert result.returncode == 0, result.stderr
+    (restart,) = read_restarts(tmp_path / "run")
+    assert (restart.rank, restart.kind, restart.reason) == (1, "crash", "did not begin within 0.05 minutes")
 
 
 def test_progress_allows_any_number_of_failures(tmp_path: Path) -> None:
@@ -360,6 +382,30 @@ def test_a_death_on_one_machine_starts_the_processes_of_both_again(tmp_path: Pat
     assert (restart.kind, restart.rank, restart.reason) == ("death", 3, "was killed (SIGKILL)")
     seen = sorted(path.name for path in tmp_path.glob("start_*"))
     assert seen == [f"start_{start} rank {rank} local {rank % 2}" for start in (0, 1) for rank in range(4)]
+
+
+@pytest.mark.long
+def test_machines_that_are_ready_wait_for_one_that_is_not(tmp_path: Path) -> None:
+    """As where it fetches weights first, which the others have."""
+    code = """if True:
+        import os, time
+        import torch.distributed as dist
+        from dinov2cli.launch.notes import mark
+        if os.environ["RANK"] == "3":
+            time.sleep(8)
+        mark("joining")
+        dist.init_process_group("gloo")
+        mark("joined")
+        dist.barrier()
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    limited = waiting({"JOINING": 2, "LOOK": 0.5}) + TWO_MACHINES
+    words = [sys.executable, "-c", limited, code, str(tmp_path / "notes"), str(tmp_path / "run")]
+    machines = [subprocess.Popen([*words, str(node), str(port)], env=ENVIRONMENT) for node in (0, 1)]
+    assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    assert not read_restarts(tmp_path / "run")
 
 
 def test_kills_are_forgiven_longer_than_crashes() -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -212,13 +213,17 @@ if __name__ == "__main__":
 
 
 def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
+    """Also where TMPDIR is longer than the path of a socket may be: without one, no batch would ever come."""
     (tmp_path / "script.py").write_text(INTERRUPTED)
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), *SMALL, "train.num_workers=2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "TMPDIR": str(long)},
     )
     assert process.stdout is not None
     workers_pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -234,6 +239,16 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
     for pid in workers_pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_long_tmpdir_without_a_short_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(workers, "SHORT_FOLDERS", (str(tmp_path / "none"),))
+    with pytest.raises(EnvironmentProblem, match=f"TMPDIR={long} is too long") as caught:
+        make_train_loader(small_config("train.num_workers=1"), start=0, stop=1)
+    assert "train.num_workers=0" in str(caught.value)
 
 
 DIED = "DataLoader worker (pid 7) is killed by signal: "

@@ -57,6 +57,30 @@ def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("known", [True, False], ids=["in a run folder", "in none yet"])
+def test_a_hang_before_the_first_iteration_ends_the_process(known: bool, tmp_path: Path) -> None:
+    """The data are a pipe that nobody writes to, as a network disk that does not answer."""
+    images, run = tmp_path / "data", tmp_path / "run"
+    (run / "logs").mkdir(parents=True) if known else None
+    os.mkfifo(tmp_path / "listing")
+    code = f"""if True:
+        import dinov2cli.start, sys
+        from dinov2cli.cli.main import main
+        def stuck_here(*arguments):
+            return open({str(tmp_path / "listing")!r})
+        dinov2cli.start.make_dataset = stuck_here
+        main(sys.argv[1:])
+    """
+    words = ["train", "--cpu", "--data", str(write_images(images)), "--output-dir", str(run), *TINY]
+    command = [sys.executable, "-c", code, *words, "train.hang_timeout=1"]
+    result = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    said = " ".join(result.stderr.split())
+    assert result.returncode == 1 and "the run hangs" in said and "4 times train.hang_timeout=1" in said
+    assert "stuck_here" in (RunFolder(run).stacks(0).read_text() if known else result.stderr)
+    assert known or not run.exists()
+
+
+@pytest.mark.long
 def test_a_run_with_a_process_that_hangs_reports_it_and_goes_on(tmp_path: Path) -> None:
     """One of two processes is frozen: the other waits for it, says so, and both start again from the checkpoint."""
     images, run = write_images(tmp_path / "data"), tmp_path / "run"

@@ -73,6 +73,8 @@ class Loader(Generic[Batch]):
     ) -> None:
         self.dataset = dataset
         self.num_workers = workers.choose_workers(num_workers)
+        if self.num_workers:
+            workers.make_folder_for_sockets()
         self._loader = DataLoader(
             _Batches(batch),
             batch_size=None,  # an item is a whole batch, so nothing depends on which worker makes it

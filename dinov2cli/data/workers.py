@@ -4,6 +4,7 @@ import mmap
 import os
 import signal
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ from dinov2cli.errors import Dino2Error, EnvironmentProblem, ProcessKilled
 
 MAX_WORKERS = 16
 """Beyond this, one process's loaders no longer speed up: its own collation and copies are the limit."""
+
+
+SOCKET_PATH = 103
+"""Bytes that the path of a Unix socket may have: 107 on Linux, 103 on macOS."""
+SOCKET_NAME = len("/pymp-12345678/listener-12345678")
 
 
 class WorkerError(NamedTuple):
@@ -36,6 +42,39 @@ def choose_workers(wanted: int | None) -> int:
 def start_method(num_workers: int) -> str | None:
     """How loader processes start: forked on Linux, so that they share the dataset's listing instead of copying it."""
     return "fork" if num_workers > 0 and sys.platform == "linux" else None
+
+
+def make_folder_for_sockets() -> None:
+    """Where loader processes listen, whose batches are handed over as file descriptors; made before they are started.
+
+    multiprocessing makes it where temporary files go. Below a long TMPDIR there is no room for the names of sockets;
+    a loader would find that out when nobody hears it any more, and the training would wait for its batches for ever.
+
+    Raises:
+        EnvironmentProblem: no folder with a short name can be written.
+    """
+    from multiprocessing.util import get_temp_dir
+
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) + SOCKET_NAME <= SOCKET_PATH:
+        get_temp_dir()
+        return
+    for folder in SHORT_FOLDERS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            try:
+                tempfile.tempdir = folder
+                get_temp_dir()  # the same from now on, for the processes that this one starts, too
+            finally:
+                tempfile.tempdir = usual
+            return
+    raise EnvironmentProblem(
+        f"TMPDIR={usual} is too long: the sockets of the data loaders there have room for "
+        f"{SOCKET_PATH - SOCKET_NAME} bytes, and {', '.join(SHORT_FOLDERS)} cannot be written",
+        "Set TMPDIR to a folder with a short name, or train.num_workers=0 (--num-workers 0).",
+    )
+
+
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def available_cores() -> int:

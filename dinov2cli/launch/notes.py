@@ -5,7 +5,6 @@ unexpectedly leaves its traceback and exits with 1. A worker without a note was 
 """
 
 import json
-import math
 import os
 import signal
 import sys
@@ -87,10 +86,9 @@ def mark(stage: Literal["joining", "joined"]) -> None:
         write_text(Path(os.environ[NOTES_FOLDER]) / f"{worker_rank():05d}.{stage}", "")
 
 
-def time_of_mark(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> float:
-    """When a worker made the mark, in seconds since 1970; infinity if it has not."""
-    path = folder / f"{rank:05d}.{stage}"
-    return path.stat().st_mtime if path.exists() else math.inf
+def is_marked(folder: Path, rank: int, stage: Literal["joining", "joined"]) -> bool:
+    """Whether a worker has made the mark."""
+    return (folder / f"{rank:05d}.{stage}").exists()
 
 
 def write_note(folder: Path, note: Note) -> None:

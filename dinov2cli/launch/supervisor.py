@@ -5,7 +5,6 @@ machines meet in a store that the first one keeps, before every start: it decide
 that dies takes the others with it, and all start again, as often as that brings the run forward.
 """
 
-import math
 import os
 import signal
 import subprocess
@@ -24,14 +23,18 @@ from torch.distributed import DistError, HashStore, Store, TCPStore
 from dinov2cli.console import Interrupted, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
-from dinov2cli.launch.notes import Note, cause, read_notes, time_of_mark, write_note
+from dinov2cli.launch.notes import Note, cause, is_marked, read_notes, write_note
 from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_restarts, record_restart
 
 # Seconds to wait
 LAST_WORDS = 3.0  # for the notes of the other workers after one has failed, before they are killed
 PATIENCE = 30.0  # for the workers to end after one has reported a failure
-JOINING = 120.0  # for a machine's workers, once all are ready, to join the others, times the machines: it takes a
-# second, but torch waits for a lost connection for hours
+BEGINNING = 3600.0  # for a training's workers to be ready to join the others: slow disks, and weights to fetch
+JOINING = (
+    120.0  # for the workers, once those of all machines are ready, to join, times the machines: it takes a second,
+)
+# but torch waits for a lost connection for hours
+LOOK = 5.0  # between two looks at the notes
 MEETING = 900.0  # for the supervisors of the other machines
 PARTING = 30.0  # for the other machines to leave the store at the end, and for a killed process
 
@@ -106,6 +109,8 @@ class Supervisor:
         self.round, self.notes = -1, group.notes  # the notes since the last start are in a folder of their own
         self.stopped = self.given_up = False  # the run ended otherwise than by finishing; as it came no further
         self.looked = 0.0  # when the notes were last read
+        self.started = 0.0  # when the workers were started
+        self.all_ready: float | None = None  # since when all machines' workers can join each other
 
     @contextmanager
     def signals_handed_on(self) -> Iterator[None]:
@@ -209,6 +214,7 @@ class Supervisor:
             # Of what torch's C++ layer remarks, that which matters is said here, once.
             environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **own}
             self.workers.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        self.started, self.all_ready = time.monotonic(), None
         for number in self.signals:  # that came while they were being started; SIGTERM twice does no harm
             self.hand_on(number)
 
@@ -227,19 +233,30 @@ class Supervisor:
             time.sleep(0.1 if self.group.nodes == 1 else 0.5)
 
     def waits_in_vain(self) -> bool:
-        """Whether they wait for ever: for one that has reported a failure and does not end, or to join the others."""
-        now = time.time()
-        if time.monotonic() - self.looked < 5:
+        """Whether they wait for ever: for one that has reported a failure and does not end, to begin, or to join."""
+        now = time.monotonic()
+        if now - self.looked < LOOK:
             return False
-        self.looked = time.monotonic()
-        ready = max(time_of_mark(self.notes, rank, "joining") for rank in self.ranks)
-        if now - ready > JOINING * min(self.group.nodes, 5):
-            late = [rank for rank in self.ranks if time_of_mark(self.notes, rank, "joined") == math.inf]
-            for rank in late:
-                write_note(self.notes, Note(rank, "death", "did not get a connection to the others"))
-            if late:
-                return True
-        return any(note.kind != "interrupted" and now - note.time > PATIENCE for note in read_notes(self.notes))
+        self.looked = now
+        if any(each.kind != "interrupted" and time.time() - each.time > PATIENCE for each in read_notes(self.notes)):
+            return True
+        late, why = self.without("joining"), f"did not begin within {BEGINNING / 60:.3g} minutes"
+        if not late:
+            self.store.set(self.keys("ready")[self.group.node], "yes")
+        if self.all_ready is None and self.store.check(self.keys("ready")):
+            self.all_ready = now
+        if self.all_ready is not None:
+            late, why = self.without("joined"), "did not get a connection to the others"
+            is_late = now - self.all_ready > JOINING * min(self.group.nodes, 5)
+        else:
+            is_late = self.group.run is not None and now - self.started > BEGINNING
+        for rank in late if is_late else []:
+            write_note(self.notes, Note(rank, "death", why))
+        return is_late and bool(late)
+
+    def without(self, stage: Literal["joining", "joined"]) -> list[int]:
+        """The ranks of this machine that have not come to a stage of their start."""
+        return [rank for rank in self.ranks if not is_marked(self.notes, rank, stage)]
 
     def bury(self) -> None:
         """End all workers of this machine after one has failed, and write notes for those who could not."""

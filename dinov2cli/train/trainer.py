@@ -139,14 +139,14 @@ class Trainer:
             return
         loader = self.make_loader()
         with ExitStack() as stack:
+            timeout = self.config.train.hang_timeout
+            watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=timeout)
+            self.watch = stack.enter_context(watch)
             with distributed.same_error_everywhere():
                 self.print_plan(loader)
                 if distributed.is_main():
                     self.config.save(self.folder.config)
                 self.record.open(self.iteration, stack)
-            timeout = self.config.train.hang_timeout
-            watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=timeout)
-            self.watch = stack.enter_context(watch)
             stack.callback(self.checkpointer.finish)
             if self.iteration == 0:
                 self.score_teacher()

@@ -6,10 +6,13 @@ import json
 import os
 import socket
 import statistics
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 from dinov2cli import distributed
 from dinov2cli.console import logger
@@ -18,6 +21,53 @@ from dinov2cli.train.run_folder import RunFolder
 
 WRITE_EVERY_S = 5.0
 GRACE_S = 5.0  # between a process's stacks and its end: the others reach their time-out about now
+STARTING = 4  # times `train.hang_timeout`, for listing the data, making the networks and loading a checkpoint
+
+
+@contextlib.contextmanager
+def watched_start(folder: RunFolder, hang_timeout: float) -> Iterator[None]:
+    """Around what a process does before it trains: as `Watch`, where it takes `STARTING` times `hang_timeout` seconds.
+
+    The stacks go to standard error where the run has no folder yet.
+    """
+    begun, limit, ended = time.monotonic(), STARTING * hang_timeout, threading.Event()
+
+    def watch() -> None:
+        if ended.wait(limit):
+            return
+        path = folder.stacks(distributed.rank()) if (folder.path / "logs").is_dir() else None
+        nothing = f"no iteration {time.monotonic() - begun:.0f} s after the start"
+        write_stacks(path, nothing)
+        allowed = f"{STARTING} times train.hang_timeout={hang_timeout:g}"
+        stacks = f"in {path.parent}" if path else "above"
+        end_hanging(ended, f"{nothing} ({allowed}): the run hangs. The stacks of all processes are {stacks}")
+
+    thread = threading.Thread(target=watch, name="start watch", daemon=True)
+    if hang_timeout:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def write_stacks(path: Path | None, headline: str) -> None:
+    """The stacks of all threads of this process, into a file, or on standard error."""
+    who = f"rank {distributed.rank()} on {socket.gethostname()}, pid {os.getpid()}"
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(path.open("w")) if path is not None else sys.stderr
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {who}: {headline}", file=file, flush=True)
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def end_hanging(ended: threading.Event, text: str) -> NoReturn:
+    """End this process, once the others have written their stacks; the first says why."""
+    ended.wait(GRACE_S)
+    if distributed.is_main():
+        logger.error("%s", text)
+    os._exit(1)  # nothing gentler ends a process that is stuck in a collective or in a driver
 
 
 class Watch:
@@ -98,21 +148,12 @@ class Watch:
     def _report_hang(self, silence: float) -> None:
         self.state = "hanging"
         self._write()
-        with contextlib.suppress(OSError):
-            self.stacks.parent.mkdir(parents=True, exist_ok=True)
-            with self.stacks.open("w") as file:
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.facts['rank']} on {self.facts['host']}, "
-                      f"pid {self.facts['pid']}: no iteration for {silence:.0f} s, after {self.facts['iteration']} "
-                      "iterations", file=file)  # fmt: skip
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        self._ended.wait(GRACE_S)
-        if distributed.is_main():
-            logger.error(
-                "no iteration for %.0f s (train.hang_timeout=%g): the run hangs after %d iterations. The stacks of all "
-                "processes are in %s", silence, self.hang_timeout, self.facts["iteration"], self.stacks.parent,
-            )  # fmt: skip
-        os._exit(1)  # nothing gentler ends a process that is stuck in a collective or in a driver
+        done = self.facts["iteration"]
+        write_stacks(self.stacks, f"no iteration for {silence:.0f} s, after {done} iterations")
+        end_hanging(
+            self._ended, f"no iteration for {silence:.0f} s (train.hang_timeout={self.hang_timeout:g}): the run hangs "
+            f"after {done} iterations. The stacks of all processes are in {self.stacks.parent}",
+        )  # fmt: skip
 
     def _write(self) -> None:
         """Replace the heartbeat file; a disk that is full or away for a moment must not end a run."""
