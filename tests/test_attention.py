@@ -8,7 +8,7 @@ from dinov2cli.config import load_config
 from dinov2cli.device import Precision
 from dinov2cli.models import attention
 from dinov2cli.models.attention import AttentionUse, TokenLayout, choose_attention_backend, why_not
-from dinov2cli.train.trainer import choose_attention
+from dinov2cli.train.choices import choose_attention
 
 CPU = torch.device("cpu")
 USE = AttentionUse(CPU, torch.float32, heads=2, channels=8, lengths=(17, 5))

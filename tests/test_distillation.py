@@ -128,7 +128,7 @@ def test_the_teachers_cost_is_counted(place: Path) -> None:
     parameters = 4e-9 * sum(value.numel() for value in teacher_states(SSLMetaArch(distilled)).values())
     assert memory[1].teacher - memory[0].teacher == pytest.approx(parameters)
     flops = step_flops(distilled)
-    assert step_flops(plain).frozen == 0 < flops.frozen < flops.step
+    assert not step_flops(plain).passes and 0 < flops.passes["frozen_teacher"] < flops.step
     # The frozen teacher, twice as wide, costs more than the moving average that is not asked any more.
     assert flops.step > step_flops(plain).step
 

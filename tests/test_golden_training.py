@@ -84,15 +84,7 @@ def test_distillation_equals_the_reference(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"student: {{{options}}}")
     config = load_config(overrides=[*DISTILLATION, f"distillation.teacher={weights}"])
     for number, step in enumerate(train_steps(golden, config, arrays(golden, "init_student/"), CPU)):
-        printed = {key: golden[f"step{number}/loss/{key}"].item() for key in ("total", "koleo_loss", "ibot_loss")}
-        # DINOv3's code prints other parts of the same total: means over the pairs of crops, which are 6 of local and
-        # global ones and 2 of global ones, KoLeo without its weight, and iBOT of both crops.
-        printed |= {
-            f"dino_{crops}_crops_loss": golden[f"step{number}/loss/dino_{crops}_crops_loss"].item() * share
-            for crops, share in (("local", 6 / 8), ("global", 2 / 8))
-        }
-        printed["koleo_loss"] *= config.dino.koleo_loss_weight
-        printed["ibot_loss"] /= 2
+        printed = printed_by_dinov3(golden, number, config)
         for key, value in {**step.losses, "total": step.total}.items():
             assert value == pytest.approx(printed[key], rel=1e-5), (number, key)
         for module, norm in step.grad_norms.items():
@@ -101,6 +93,42 @@ def test_distillation_equals_the_reference(tmp_path: Path) -> None:
     assert_final_weights(step.objective.teacher, arrays(golden, "final_ema/"))
     frozen = step.objective.networks.followers["frozen_teacher"].state_dict()
     assert frozen.keys() == teacher.keys() and all(torch.equal(frozen[key], teacher[key]) for key in teacher)
+
+
+def printed_by_dinov3(golden: np.lib.npyio.NpzFile, number: int, config: Config) -> dict[str, float]:
+    """Its losses as ours are: it prints other parts of the same total.
+
+    Means over the pairs of crops, which are 6 of local and global ones and 2 of global ones, KoLeo without its weight,
+    and iBOT of both crops.
+    """
+    losses = arrays(golden, f"step{number}/loss/")
+    printed = {key: value.item() for key, value in losses.items() if "weight" not in key}
+    for crops, share in (("local", 6 / 8), ("global", 2 / 8)):
+        printed[f"dino_{crops}_crops_loss"] *= share
+    printed["koleo_loss"] *= config.dino.koleo_loss_weight
+    printed["ibot_loss"] /= 2
+    return printed
+
+
+def test_gram_anchoring_equals_the_reference() -> None:
+    """With larger crops for the Gram teacher, which is refreshed once, after the second step."""
+    golden = np.load(GOLDEN / "train_gram.npz")
+    gram = ["use_loss=true", "img_level=true", "it_load_ema_teacher=0", "update_frequency=2", "it_first_update=2",
+            "max_updates=1"]  # fmt: skip
+    sizes = ["train.batch_size_per_gpu=2", "crops.gram_teacher_crops_size=64"]
+    config = load_config(overrides=[*DISTILLATION, *sizes, *(f"gram.{word}" for word in gram)])
+    initial, before = arrays(golden, "init_student/"), arrays(golden, "init_gram_teacher/")
+    for number, step in enumerate(train_steps(golden, config, initial, CPU, before)):
+        for key, value in {**step.losses, "total": step.total}.items():
+            assert value == pytest.approx(printed_by_dinov3(golden, number, config)[key], rel=1e-5), (number, key)
+        for module, norm in step.grad_norms.items():
+            assert norm == pytest.approx(golden[f"step{number}/grad_norm/{module}"].item(), rel=1e-4), number
+        now = step.objective.networks.followers["gram_teacher"].state_dict()
+        refreshed = any(not torch.equal(now[key], before[key]) for key in now)
+        assert refreshed == golden[f"step{number}/gram_refreshed_after"], number
+        before = {key: value.clone() for key, value in now.items()}
+    assert_final_weights(step.objective.student, arrays(golden, "final_student/"))
+    assert_final_weights(step.objective.teacher, arrays(golden, "final_ema/"))
 
 
 def assert_final_weights(network: torch.nn.Module, final: dict[str, torch.Tensor]) -> None:
@@ -120,12 +148,18 @@ def config_of(name: str, *overrides: str) -> Config:
 
 
 def train_steps(
-    golden: np.lib.npyio.NpzFile, config: Config, initial: dict[str, torch.Tensor], device: torch.device
+    golden: np.lib.npyio.NpzFile,
+    config: Config,
+    initial: dict[str, torch.Tensor],
+    device: torch.device,
+    gram_teacher: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[Step]:
     """The recorded four steps from the given weights, with our code."""
     objective = SSLMetaArch(config).train()
     objective.student.load_state_dict(initial, strict=True)
     objective.teacher.load_state_dict(initial, strict=True)
+    if gram_teacher is not None:
+        objective.networks.followers["gram_teacher"].load_state_dict(gram_teacher, strict=True)
     objective.to(device)
     optimizer = build_optimizer(objective.student, config)
     for number in range(4):
@@ -151,6 +185,7 @@ def arrays(golden: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]
 
 def batch_of(golden: np.lib.npyio.NpzFile, step: int, config: Config) -> MultiCropBatch:
     crops = arrays(golden, f"step{step}/")
+    larger = crops.get("gram_teacher_crops")
     masks = crops["masks"]
     per_image = masks.sum(1, keepdim=True).clamp(min=1)
     return MultiCropBatch(
@@ -161,6 +196,7 @@ def batch_of(golden: np.lib.npyio.NpzFile, step: int, config: Config) -> MultiCr
         masks_weight=(1 / per_image).expand_as(masks)[masks],
         iteration=step,
         samples=torch.arange(config.train.batch_size_per_gpu),
+        gram_teacher_crops=None if larger is None else pixels(larger),
     )
 
 

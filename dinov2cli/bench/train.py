@@ -27,12 +27,12 @@ from dinov2cli.errors import ConfigError
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.site import read_site
 from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.choices import choose_attention, choose_compile
 from dinov2cli.train.cost import estimate, masked_patches, room_for_gaps, step_flops
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.step import TrainingStep
-from dinov2cli.train.trainer import choose_attention, choose_compile
 
 WARM_UP = 2
 REST = ("heads and losses", "backward", "optimizer", "EMA")

@@ -89,6 +89,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     """Values that are fine one by one and do not fit each other: `key=value: what is wrong and what would be right`."""
     crops, student, optim = config.crops, config.student, config.optim
     yield from _unfit_crops(crops, student.patch_size)
+    yield from _unfit_gram_crops(config)
     yield from _unfit_channels(config.data, student.in_chans)
     for key, (low, high) in (
         ("crops.global_crops_scale", crops.global_crops_scale),
@@ -113,6 +114,13 @@ def _contradictions(config: Config) -> Iterator[str]:
     if not config.distillation.teacher and config.distillation.patches != "masked":
         patches = config.distillation.patches
         yield f"distillation.patches={patches}: there is no teacher to learn from; set distillation.teacher (--teacher)"
+    yield from config.gram.contradictions()
+    if (config.dino.local_loss_weight_schedule is not None) != config.dino.reweight_dino_local_loss:
+        set_one = str(config.dino.reweight_dino_local_loss).lower()
+        yield (
+            f"dino.reweight_dino_local_loss={set_one}: goes with dino.local_loss_weight_schedule, as both are set or "
+            "neither"
+        )
     for key in ("knn_train_dataset", "knn_val_dataset"):
         if config.evaluation.knn_period > 0 and not getattr(config.evaluation, key):
             yield (
@@ -134,6 +142,25 @@ def _unfit_crops(crops: schema.Crops, patch: int) -> Iterator[str]:
         yield (
             f"crops.global_crops_size={crops.global_crops_size}: must be at least "
             f"crops.local_crops_size={crops.local_crops_size}; swap them, or make the global crops larger"
+        )
+
+
+def _unfit_gram_crops(config: Config) -> Iterator[str]:
+    size, patch = config.crops.gram_teacher_crops_size, config.student.patch_size
+    if size is None:
+        return
+    said = f"crops.gram_teacher_crops_size={size}"
+    if not config.gram.has_own_teacher():
+        why = "gram.ema_teacher=true has" if config.gram.use_loss else "gram.use_loss=false has"
+        yield f"{said}: {why} no Gram teacher to see such crops; set crops.gram_teacher_crops_size=null"
+    if size % patch:
+        yield f"{said}: must be a multiple of student.patch_size={patch}, such as {-(-size // patch) * patch}"
+    if size < config.crops.global_crops_size:
+        yield f"{said}: must be at least crops.global_crops_size={config.crops.global_crops_size}"
+    if config.data.device_augment and not config.crops.gram_teacher_no_distortions:
+        yield (
+            "data.device_augment=true: the Gram teacher's crops are made in the loader processes; set "
+            "crops.gram_teacher_no_distortions=true, or data.device_augment=false"
         )
 
 

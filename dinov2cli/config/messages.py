@@ -42,8 +42,8 @@ def explain(error: ValidationError, layers: Sequence[tuple[dict[str, Any], str]]
     lines: list[str] = []
     unknown = False
     for problem in error.errors(include_url=False):
-        path = [str(part) for part in problem["loc"] if not isinstance(part, int)]
-        unknown = unknown or problem["type"] == "extra_forbidden"
+        path = [str(part) for part in problem["loc"] if not isinstance(part, int)][:2]  # a value may have parts
+        unknown = unknown or (problem["type"] == "extra_forbidden" and ".".join(path) not in FIELDS)
         for line in _lines(problem, path, said_by(layers, path)[0]):
             about = path or line.partition("=")[0].split(".")  # a contradiction names its first key
             source = said_by(layers, about)[1]
@@ -78,7 +78,7 @@ def _lines(problem: Any, path: list[str], value: Any) -> Iterator[str]:
     if not path:  # contradictions between keys, already in words
         yield from str(problem["ctx"]["error"]).splitlines()
         return
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" and key not in FIELDS:
         yield _unknown_key(key, value)
     elif key in FIELDS:
         known = choices(FIELDS[key])

@@ -11,6 +11,7 @@ WITHOUT_EFFECT: dict[tuple[str, str], tuple[Any, ...] | None] = {  # None: any v
     ("train", "saveckp_freq"): None,
     ("train", "cache_dataset"): None,
     ("train", "cell_augmentation"): (False, None),
+    ("gram", "compute_stats"): (False,),
     ("student", "in_chans"): (None,),
     ("student", "channel_adaptive"): (False, None),
 }

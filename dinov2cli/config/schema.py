@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
@@ -51,6 +52,10 @@ class Dino(Group):
     head_nlayers: int = key(3, "Layers of the head's MLP.", ge=1)
     head_hidden_dim: int = key(2048, "Width of the head's MLP.", ge=1)
     koleo_loss_weight: float = key(0.1, "Weight of the KoLeo spread regulariser.", ge=0)
+    reweight_dino_local_loss: bool = key(False, "Weigh the local crops' part of the loss by a schedule.")
+    local_loss_weight_schedule: ScheduleOfWeight | None = key(
+        None, "That schedule, as gram.loss_weight_schedule; 1 is the weight without one."
+    )
 
 
 class Ibot(Group):
@@ -232,6 +237,15 @@ class Crops(Group):
     local_crops_scale: AreaRange = key((0.05, 0.32), "Area range of the local crops.")
     global_crops_size: int = key(224, "Side of the global crops; a multiple of patch_size.", ge=1)
     local_crops_size: int = key(96, "Side of the local crops; a multiple of patch_size.", ge=1)
+    gram_teacher_crops_size: int | None = key(
+        None,
+        "Side of the global crops as the Gram teacher sees them, of which the student's are resized; null: it sees "
+        "the student's.",
+        ge=1,
+    )
+    gram_teacher_no_distortions: bool = key(
+        False, "The Gram teacher's crops have no changes of colour, blur and solarization; false: the student's."
+    )
     blur_prob: ThreeFractions = key(
         (0.0, 0.9, 0.5),
         "(dino2) Blur probability of global crop 1, global crop 2 and the local crops. The published code "
@@ -297,6 +311,7 @@ class Groups(Group):
     student: Student = Student()
     teacher: Teacher = Teacher()
     distillation: Distillation = Distillation()
+    gram: Gram = Gram()
     optim: Optim = Optim()
     crops: Crops = Crops()
     data: Data = Data()

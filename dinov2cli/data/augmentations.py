@@ -18,10 +18,14 @@ GLOBAL_CROPS = 2
 
 
 class Crops(NamedTuple):
-    """Views of one image: arrays [S, S, C] of its dtype, larger S for the global ones."""
+    """Views of one image: arrays [S, S, C] of its dtype, larger S for the global ones.
+
+    `gram_teacher_crops` are the global ones as a Gram teacher sees them; empty where it sees no others.
+    """
 
     global_crops: list[np.ndarray]
     local_crops: list[np.ndarray]
+    gram_teacher_crops: list[np.ndarray]
 
 
 class MultiCropAugmentation:
@@ -52,6 +56,9 @@ class MultiCropAugmentation:
         }
         global_ = CropRecipe(crops.global_crops_size, tuple(crops.global_crops_scale), blur_global1, **colour)
         local = CropRecipe(crops.local_crops_size, tuple(crops.local_crops_scale), blur_local, **colour)
+        if crops.gram_teacher_crops_size:
+            plain = crops.gram_teacher_no_distortions
+            global_ = replace(global_, larger=crops.gram_teacher_crops_size, larger_is_plain=plain)
         second = replace(global_, blur=blur_global2, solarize=crops.solarize_prob)
         return cls((global_, second, *[local] * crops.local_crops_number))
 
@@ -67,7 +74,7 @@ class MultiCropAugmentation:
 
 Step = Callable[[np.ndarray, CropParameters], np.ndarray]
 GEOMETRIC_STEPS: dict[str, Step] = {
-    "resized crop": lambda image, drawn: pixels.resized_crop(image, *drawn.box, drawn.size),
+    "resized crop": lambda image, drawn: pixels.resized_crop(image, *drawn.box, drawn.taken_at),
     "flip": lambda crop, drawn: pixels.flip(crop) if drawn.flip else crop,
 }
 COLOR_STEPS: dict[str, Step] = {
@@ -88,10 +95,25 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
 
     All views take a step before any takes the next: the step's code and tables stay in the processor's cache.
     """
-    views = [image] * len(drawn)
-    for step in (*GEOMETRIC_STEPS.values(), *(COLOR_STEPS.values() if color else ())):
+    views = _taken([image] * len(drawn), drawn, GEOMETRIC_STEPS)
+    larger = [view for view, p in zip(views, drawn, strict=True) if p.larger and p.larger_is_plain]
+    views = [_in_its_size(view, p) if p.larger_is_plain else view for view, p in zip(views, drawn, strict=True)]
+    if color:
+        views = _taken(views, drawn, COLOR_STEPS)
+    larger += [view for view, p in zip(views, drawn, strict=True) if p.larger and not p.larger_is_plain]
+    views = [_in_its_size(view, p) for view, p in zip(views, drawn, strict=True)]
+    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:], larger)
+
+
+def _taken(views: list[np.ndarray], drawn: list[CropParameters], steps: dict[str, Step]) -> list[np.ndarray]:
+    for step in steps.values():
         views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
-    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
+    return views
+
+
+def _in_its_size(view: np.ndarray, drawn: CropParameters) -> np.ndarray:
+    """A view that was taken larger; any other as it is."""
+    return pixels.resize(view, drawn.size, drawn.size) if drawn.larger else view
 
 
 def render_regions(image: LargeImage, drawn: list[CropParameters], *, color: bool = True) -> Crops:
@@ -105,13 +127,17 @@ def render_regions(image: LargeImage, drawn: list[CropParameters], *, color: boo
     together = Box(top, left, bottom - top, right - left)
     if sum(p.box.height * p.box.width for p in drawn) >= together.height * together.width:
         return render_crops(*_part(image, together, drawn), color=color)
-    views = [render_crops(*_part(image, p.box, [p]), color=color).global_crops[0] for p in drawn]
-    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])
+    alone = [render_crops(*_part(image, p.box, [p]), color=color) for p in drawn]
+    views, larger = (
+        [each.global_crops[0] for each in alone],
+        [view for each in alone for view in each.gram_teacher_crops],
+    )
+    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:], larger)
 
 
 def _part(image: LargeImage, box: Box, drawn: list[CropParameters]) -> tuple[np.ndarray, list[CropParameters]]:
     # Twice the crops' own size at least: a box is rounded to whole pixels of what is read.
-    shrink = power_of_two(min(min(p.box.height, p.box.width) / p.size for p in drawn) / 2)
+    shrink = power_of_two(min(min(p.box.height, p.box.width) / p.taken_at for p in drawn) / 2)
     pixels = image.region(box, shrink)
     moved = [p._replace(box=p.box._replace(top=p.box.top - box.top, left=p.box.left - box.left)) for p in drawn]
     return pixels, [shrunk(p, shrink, *pixels.shape[:2]) for p in moved]
@@ -158,7 +184,7 @@ def mean_and_std(statistics: Statistics, device: torch.device) -> tuple[Tensor, 
 
 def shrink_for(parameters: list[CropParameters]) -> int:
     """How much smaller, 1, 2, 4 or 8 times, an image can be decoded with every crop still being reduced in size."""
-    reduction = min(min(p.box.height, p.box.width) / p.size for p in parameters)
+    reduction = min(min(p.box.height, p.box.width) / p.taken_at for p in parameters)
     return max(shrink for shrink in (1, 2, 4, 8) if shrink == 1 or shrink <= reduction)
 
 

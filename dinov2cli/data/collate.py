@@ -31,6 +31,7 @@ class MultiCropBatch:
     pending: with `data.device_augment`, the colour decisions of (global, local) crops; `to` applies them on the device.
         Crops are uint8 or float32 in 0..1 then, [..., H, W, C].
     statistics: with which crops are normalised.
+    gram_teacher_crops: the global crops as a Gram teacher sees them, [2B, ...] likewise; None where it sees no others.
     """
 
     global_crops: Tensor
@@ -43,6 +44,7 @@ class MultiCropBatch:
     bad: list[str] = field(default_factory=list)
     pending: tuple[ColorDecisions, ColorDecisions] | None = None
     statistics: Statistics = IMAGENET
+    gram_teacher_crops: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False, compiled: bool = False) -> "MultiCropBatch":
         """The batch with its tensors on `device`, where pending colour operations are done: float32 crops then.
@@ -57,7 +59,9 @@ class MultiCropBatch:
             normalize_levels(color_crops(views, decisions, compiled=compiled), self.statistics)
             for views, decisions in crops
         )
-        return replace(moved, global_crops=of_global, local_crops=of_local, pending=None)
+        larger = moved.gram_teacher_crops  # has no colour operations
+        larger = None if larger is None else normalize_pixels(larger, self.statistics)
+        return replace(moved, global_crops=of_global, local_crops=of_local, gram_teacher_crops=larger, pending=None)
 
     def pin_memory(self) -> "MultiCropBatch":
         """The batch with its tensors in page-locked memory, from which copies to a GPU run in the background."""
@@ -69,8 +73,11 @@ class MultiCropBatch:
 
     def normalized(self) -> "MultiCropBatch":
         """The batch with float32 crops, as a network takes them."""
-        of_global, of_local = (normalize(crops, self.statistics) for crops in (self.global_crops, self.local_crops))
-        return replace(self, global_crops=of_global, local_crops=of_local)
+        of_global, of_local, larger = (
+            None if crops is None else normalize(crops, self.statistics)
+            for crops in (self.global_crops, self.local_crops, self.gram_teacher_crops)
+        )
+        return replace(self, global_crops=of_global, local_crops=of_local, gram_teacher_crops=larger)
 
     def _map(self, function: Any) -> "MultiCropBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -91,13 +98,15 @@ class CropBuffers:
     def __init__(self, recipes: tuple[CropRecipe, ...], batch_size: int, channels: int = 3) -> None:
         self.batch_size, self.channels = batch_size, channels
         self._sizes = [recipe.size for recipe in recipes]
+        self._larger = [recipe.larger for recipe in recipes if recipe.larger]
         self._allocate(torch.uint8)
 
     def _allocate(self, dtype: torch.dtype) -> None:
         of = self.batch_size, self.channels, dtype
         self.global_crops = _empty_views(self._sizes[:GLOBAL_CROPS], *of)
         self.local_crops = _empty_views(self._sizes[GLOBAL_CROPS:], *of)
-        self._places = self.global_crops.numpy(), self.local_crops.numpy()
+        self.gram_teacher_crops = _empty_views(self._larger, *of)
+        self._places = tuple(crops.numpy() for crops in (self.global_crops, self.local_crops, self.gram_teacher_crops))
 
     def put(self, image: int, crops: Crops) -> None:
         """Store the crops of the batch's image with this number."""
@@ -133,9 +142,9 @@ def collate(
     masked_per_image = masks_.sum(dim=1, keepdim=True).clamp(min=1)
     views = list(zip(*(parameters or ()), strict=True))
     colors = [[p for view in part for p in view] for part in (views[:GLOBAL_CROPS], views[GLOBAL_CROPS:])]
-    of_global, of_local = crops.global_crops, crops.local_crops
+    of_global, of_local, larger = crops.global_crops, crops.local_crops, crops.gram_teacher_crops
     if of_global.dtype != torch.uint8 and not parameters:
-        of_global, of_local = (normalize_pixels(views, statistics) for views in (of_global, of_local))
+        of_global, of_local, larger = (normalize_pixels(views, statistics) for views in (of_global, of_local, larger))
     return MultiCropBatch(
         global_crops=of_global,
         local_crops=of_local,
@@ -147,6 +156,7 @@ def collate(
         bad=bad,
         pending=(ColorDecisions.of(colors[0]), ColorDecisions.of(colors[1])) if parameters else None,
         statistics=statistics,
+        gram_teacher_crops=larger if len(larger) else None,
     )
 
 

@@ -29,6 +29,9 @@ class CropRecipe:
         colors: whether the channels are red, green and blue; others have brightness and contrast alone.
         channel_dropout: probability with which a channel is left out.
         means: of the channels, in 0..1, which are then put there; one a channel.
+        larger: height and width at which the crop is taken, to be kept like this, too, before it gets its size; 0: it
+            is taken at its size.
+        larger_is_plain: what is kept has no changes of colour.
     """
 
     size: int
@@ -40,6 +43,8 @@ class CropRecipe:
     colors: bool = True
     channel_dropout: float = 0.0
     means: tuple[float, ...] = ()
+    larger: int = 0
+    larger_is_plain: bool = False
 
 
 class Box(NamedTuple):
@@ -72,6 +77,13 @@ class CropParameters(NamedTuple):
     blur_sigma: float
     solarize: bool
     dropped: tuple[tuple[int, float], ...] = ()
+    larger: int = 0
+    larger_is_plain: bool = False
+
+    @property
+    def taken_at(self) -> int:
+        """Height and width to which the box is resized first."""
+        return self.larger or self.size
 
 
 def draw_crops(
@@ -115,6 +127,8 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
         grayscale=gray < recipe.grayscale and recipe.colors,
         blur_sigma=_between(*BLUR_SIGMA, sigma) if blur < recipe.blur else 0.0,
         solarize=solarize < recipe.solarize,
+        larger=recipe.larger,
+        larger_is_plain=recipe.larger_is_plain,
     )
 
 

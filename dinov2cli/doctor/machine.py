@@ -18,7 +18,7 @@ from dinov2cli.device import main_memory
 from dinov2cli.doctor.finding import Check, Finding, Situation, failure, ok, warning
 from dinov2cli.errors import ConfigError
 from dinov2cli.site import read_site, shown, user_file
-from dinov2cli.train.trainer import choose_attention
+from dinov2cli.train.choices import choose_attention
 
 PREFETCHED = 2  # batches that each loader process prepares ahead, torch's default
 TENSORS_OF_A_BATCH = 6
@@ -196,6 +196,7 @@ def batch_bytes(config: Config) -> int:
     """Size of one process's batch on its way from the loader."""
     crops, batch = config.crops, config.train.batch_size_per_gpu
     pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    pixels += 2 * (crops.gram_teacher_crops_size or 0) ** 2
     as_bytes = config.data.normalize_on_device or config.data.device_augment
     return batch * pixels * 3 * (1 if as_bytes else 4)
 

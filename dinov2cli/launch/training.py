@@ -123,6 +123,11 @@ def first_look(request: TrainRequest) -> TrainRequest:
             from dinov2cli.models.load.locate import check_there
 
             check_there(config.student.pretrained_weights)
+    if config.gram.ckpt and not resumed:
+        with wrong.noted():
+            from dinov2cli.train.gram_teacher import check_weights_there
+
+            check_weights_there(config)
     if config.distillation.teacher:
         with wrong.noted():
             from dinov2cli.train.frozen_teacher import check_teacher_there
@@ -202,6 +207,8 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
             given.append(f"evaluation.{key}={absolute(complete(labelled, split))}")
     if (weights := user_path(config.student.pretrained_weights)) != Path() and weights.exists():
         given.append(f"student.pretrained_weights={weights.absolute()}")
+    if config.gram.ckpt and user_path(config.gram.ckpt).exists():
+        given.append(f"gram.ckpt={user_path(config.gram.ckpt).absolute()}")
     config = load(overrides=given)
     resume = not request.no_resume
     if config.student.pretrained_weights and read_weights:

@@ -4,7 +4,7 @@ Shape legend: B images, S student crops, M masked patches, K prototypes.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -136,16 +136,27 @@ class CenteredTerm(LossTerm):
 
 
 class DINOTerm(CenteredTerm):
-    """Every student crop against the teacher's view of every *other* crop of its image: one term with two sums."""
+    """Every student crop against the teacher's view of every *other* crop of its image: one term with two sums.
+
+    Args:
+        local_weight: of the local crops' sum, by iteration; None: 1. What is logged of them is without it.
+    """
 
     scores = "cls_scores"
     reads = frozenset({scores})
     reads_of_follower = frozenset({"cls", scores})
     watched = True
 
-    def __init__(self, centering: nn.Module) -> None:
+    def __init__(self, centering: nn.Module, local_weight: Callable[[int], float] | None = None) -> None:
         super().__init__(centering)
         self.loss = DINOLoss()
+        self.local_weight, self._local_weight = local_weight, 1.0
+
+    def targets(self, tokens: Tokens, values: Mapping[str, float]) -> Tensor:
+        """As of any; the weight of the local crops in this iteration is kept until `forward`."""
+        if self.local_weight is not None:
+            self._local_weight = self.local_weight(int(values["iteration"]))
+        return super().targets(tokens, values)
 
     def forward(self, tokens: Tokens, targets: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """[n*B, K] and [2B, K] to a scalar."""
@@ -159,7 +170,8 @@ class DINOTerm(CenteredTerm):
         of_local = torch.zeros_like(of_global)
         if n_local:
             of_local = self.loss(local_scores.unflatten(0, (n_local, -1)), views) / n_terms
-        return of_global + of_local, {"dino_local_crops_loss": of_local, "dino_global_crops_loss": of_global}
+        weighted = of_local if self.local_weight is None else self._local_weight * of_local
+        return of_global + weighted, {"dino_local_crops_loss": of_local, "dino_global_crops_loss": of_global}
 
 
 class iBOTTerm(CenteredTerm):  # noqa: N801

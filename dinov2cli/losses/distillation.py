@@ -6,6 +6,8 @@ average of these heads gives the targets, of the student and of the heads themse
 clustering with swapped predictions (Caron et al., "SwAV"; for patches, as in Darcet et al., "CAPI").
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from dinov2cli.losses.cross_entropy import DINOTerm, iBOTTerm
@@ -17,13 +19,16 @@ class DistilledDINOTerm(DINOTerm):
 
     Args:
         centering: of the teacher's scores.
+        local_weight: as of `DINOTerm`.
         fresh_heads: also train the heads that make these, on the teacher's class tokens.
     """
 
     watches_student = True
 
-    def __init__(self, centering: nn.Module, *, fresh_heads: bool) -> None:
-        super().__init__(centering)
+    def __init__(
+        self, centering: nn.Module, local_weight: Callable[[int], float] | None = None, *, fresh_heads: bool
+    ) -> None:
+        super().__init__(centering, local_weight)
         self.reads = DINOTerm.reads | {"cls"} | ({"teacher_cls_scores"} if fresh_heads else set())
         self.reads_of_follower = frozenset({"cls", *(() if fresh_heads else ("cls_scores",))})
 

@@ -35,6 +35,14 @@ class Batch(Protocol):
         """Float32 [2B, 3, H, W]."""
 
     @property
+    def masks(self) -> Tensor:
+        """Bool [2B, N]."""
+
+    @property
+    def mask_indices(self) -> Tensor:
+        """Int64 [M], where `masks` is true, counted over 2B*N."""
+
+    @property
     def masks_weight(self) -> Tensor:
         """Float32 [M], 1 / (masked patches of that patch's image)."""
 

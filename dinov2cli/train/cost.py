@@ -21,7 +21,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
-from dinov2cli.train.networks import FROZEN_TEACHER, build_backbone
+from dinov2cli.train.networks import TEACHER, build_backbone
 from dinov2cli.train.objective import SSLMetaArch
 
 GB = 1e9
@@ -59,8 +59,8 @@ class StepFlops(NamedTuple):
     """Forward and backward; in the last block, most of it for the tokens in use alone."""
     whole: float
     """With every token of the last block."""
-    frozen: float
-    """The part of `step` that a frozen teacher's pass is."""
+    passes: dict[str, float]
+    """The parts of `step` that the passes of other followers than the teacher are, by their names."""
 
 
 def estimate(config: Config, *, world_size: int, sharding: str, precision: str) -> MemoryEstimate:
@@ -75,7 +75,7 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
     """
     first, second = (_measure(config, depth, precision) for depth in (1, 2))
-    block = _Measured(*(two - one for one, two in zip(first, second, strict=True)))
+    block = _Measured(*(two - one for one, two in zip(first[:-1], second[:-1], strict=True)), {})
     if config.train.activation_checkpointing:
         block = block._replace(peak=first.stream)  # all that is kept of it, until it is computed again
     student, followers, activations = (
@@ -97,8 +97,10 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
 def step_flops(config: Config) -> StepFlops:
     """FLOPs of an average step."""
     first, second = (_measure(config, depth, "fp32") for depth in (1, 2))
-    step = first.flops + (config.arch().depth - 1) * (second.flops - first.flops)
-    return StepFlops(step, step + second.left_out, first.frozen)
+    more = config.arch().depth - 1
+    step = first.flops + more * (second.flops - first.flops)
+    passes = {name: one + more * (second.passes[name] - one) for name, one in first.passes.items()}
+    return StepFlops(step, step + second.left_out, passes)
 
 
 def class_token_flops(config: Config, image_size: int) -> int:
@@ -122,8 +124,8 @@ class _Measured(NamedTuple):
     flops: float
     left_out: float
     """FLOPs that the last block saves, attention apart."""
-    frozen: float
-    """FLOPs of a frozen teacher, attention included."""
+    passes: dict[str, float]
+    """FLOPs of other followers than the teacher, attention included."""
 
 
 @torch.enable_grad()  # a step has gradients, even if the caller has switched them off
@@ -144,11 +146,8 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
         student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
         peaks: list[int] = []
         student.register_forward_pre_hook(lambda *_: peaks.append(arrays.begin_again()))
-        frozen = objective.networks.followers.get(FROZEN_TEACHER.name)
-        attention_before: list[int] = []
-        if frozen is not None:
-            frozen.register_forward_pre_hook(lambda *_: attention_before.append(casts.attention_flops))
-            frozen.register_forward_hook(lambda *_: attention_before.append(casts.attention_flops))
+        others = {name: net for name, net in objective.networks.followers.items() if name != TEACHER.name}
+        attention = {name: casts.count_attention_of(network) for name, network in others.items()}
         before = arrays.peak = arrays.held
         values = {"iteration": 0, "teacher_temp": 1.0}
         objective(batch, values, torch.Generator().manual_seed(0)).total.backward()
@@ -167,8 +166,7 @@ def _measure(config: Config, depth: int, precision: str) -> _Measured:
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
         left_out,
-        sum(counts.get(f"SSLMetaArch.{FROZEN_TEACHER.name}", {}).values())
-        + (attention_before[1] - attention_before[0] if attention_before else 0),
+        {name: sum(counts.get(f"SSLMetaArch.{name}", {}).values()) + sum(attention[name]) for name in others},
     )
 
 
@@ -186,7 +184,12 @@ def shapes_of_batch(config: Config) -> MultiCropBatch:
     masks = torch.empty(GLOBAL_CROPS * batch, patches, dtype=torch.bool)
     indices, samples = (torch.empty(number, dtype=torch.int64) for number in (masked, batch))
     arrays = of_global, of_local, masks, indices, torch.empty(masked)
-    return MultiCropBatch(*arrays, iteration=0, samples=samples, statistics=config.images().statistics)
+    larger = None
+    if side := crops.gram_teacher_crops_size:
+        larger = torch.empty(GLOBAL_CROPS * batch, side, side, channels, dtype=torch.uint8)
+    return MultiCropBatch(
+        *arrays, iteration=0, samples=samples, statistics=config.images().statistics, gram_teacher_crops=larger
+    )
 
 
 def masked_patches(config: Config) -> int:
@@ -241,6 +244,13 @@ class _Precision(TorchFunctionMode):
         self.dtypes = dict.fromkeys((F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention), dtype)
         self.dtypes[F.layer_norm] = torch.float32
         self.attention_flops = 0
+
+    def count_attention_of(self, network: nn.Module) -> list[int]:
+        """To which every pass of the network adds the FLOPs of its attention."""
+        parts: list[int] = []
+        network.register_forward_pre_hook(lambda *_: parts.append(-self.attention_flops))
+        network.register_forward_hook(lambda *_: parts.append(self.attention_flops))
+        return parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (dtype := self.dtypes.get(func)) is not None:

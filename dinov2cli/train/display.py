@@ -17,11 +17,11 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
 from dinov2cli.data.look import look_at
-from dinov2cli.train import frozen_teacher
+from dinov2cli.train import frozen_teacher, gram_teacher
 from dinov2cli.train.cost import step_flops
 from dinov2cli.train.forewarnings import forewarnings
 from dinov2cli.train.judgement import judge
-from dinov2cli.train.networks import SSLNetwork
+from dinov2cli.train.networks import FROZEN_TEACHER, SSLNetwork
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.verdicts import baselines_of, json_lines
 
@@ -59,11 +59,19 @@ def plan_rows(
 
 
 def teacher_rows(config: Config) -> dict[str, str]:
-    """For the plan: what a distillation learns from, and what it costs; empty without one."""
-    if not config.distillation.teacher:
-        return {}
-    flops = step_flops(config)
-    return {"teacher": f"{frozen_teacher.describe(config)}; {flops.frozen / flops.step:.0%} of a step's operations"}
+    """For the plan: what a distillation and Gram anchoring learn from, and what it costs; empty without them."""
+    rows: dict[tuple[str, str], str] = {}
+    if config.distillation.teacher:
+        rows["teacher", FROZEN_TEACHER.name] = frozen_teacher.describe(config)
+    if config.gram.use_loss:
+        rows["Gram teacher", gram_teacher.NAME] = gram_teacher.describe(config)
+    flops = step_flops(config) if rows else None
+    told = {}
+    for (title, name), words in rows.items():
+        assert flops is not None
+        of_step = f"; {flops.passes[name] / flops.step:.0%} of a step's operations" if name in flops.passes else ""
+        told[title] = words + of_step
+    return told
 
 
 def count_parameters(module: nn.Module) -> str:

@@ -121,7 +121,10 @@ class Follower(NamedTuple):
     Args:
         name: under which its weights are saved.
         rule: how it follows, a key of `RULES`.
-        period: iterations between the snapshots that `snapshot` takes.
+        period: iterations between the snapshots that `snapshot` takes; 0: none.
+        first, most: iterations before the first of them, and how many there are; None: any number.
+        loads_at: iterations after which it takes one whatever the period says; -1: never.
+        sees: which crops of the batch.
         make: builds it, whole and with its weights, from the configuration and the attention backend; without it, it is
             built as the student is, and begins as the student does.
         is_saved: with the run; not so what can be read again where it came from.
@@ -130,6 +133,10 @@ class Follower(NamedTuple):
     name: str
     rule: str
     period: int = 1
+    first: int = 0
+    most: int | None = None
+    loads_at: int = -1
+    sees: str = "global_crops"
     make: Callable[[Config, str], SSLNetwork] | None = None
     is_saved: bool = True
 
@@ -200,8 +207,13 @@ def frozen(networks: Networks, network: SSLNetwork, follower: Follower, values: 
 
 
 def snapshot(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
-    """What the teacher is after every `period` iterations."""
-    if (int(values["iteration"]) + 1) % follower.period == 0:
+    """What the teacher is after every `period` iterations, within the follower's limits."""
+    done = int(values["iteration"]) + 1
+    due = done == follower.loads_at
+    if follower.period and done % follower.period == 0 and done >= follower.first:
+        with_this = done // follower.period - max(0, follower.first - 1) // follower.period
+        due = due or follower.most is None or with_this <= follower.most
+    if due:
         copy(networks.teacher, network)
 
 

@@ -13,6 +13,8 @@ from dinov2cli.losses import (
     DINOTerm,
     DistilledDINOTerm,
     DistilledIBOTTerm,
+    GramLoss,
+    GramTerm,
     KoLeoTerm,
     LossTerm,
     SinkhornKnoppCentering,
@@ -20,9 +22,10 @@ from dinov2cli.losses import (
     iBOTTerm,
 )
 from dinov2cli.train.frozen_teacher import has_fresh_heads
+from dinov2cli.train.gram_teacher import gram_follower
 from dinov2cli.train.monitors import TeacherView
 from dinov2cli.train.networks import FROZEN_TEACHER, OF_TEACHER, TEACHER, Follower, NetworkOutputs, Networks, SSLNetwork
-from dinov2cli.train.schedules import Schedule
+from dinov2cli.train.schedules import Schedule, gram_loss_weight, local_loss_weight
 
 
 class Losses(NamedTuple):
@@ -56,11 +59,11 @@ CENTERINGS: dict[str, Callable[[int], nn.Module]] = {
 
 def dino(config: Config) -> Term:
     """Class tokens against the teacher's."""
-    centering = CENTERINGS[config.train.centering](config.dino.head_n_prototypes)
+    centering, local = CENTERINGS[config.train.centering](config.dino.head_n_prototypes), local_loss_weight(config)
     if config.distillation.teacher:
-        loss = DistilledDINOTerm(centering, fresh_heads=has_fresh_heads(config))
+        loss = DistilledDINOTerm(centering, local, fresh_heads=has_fresh_heads(config))
         return Term(loss, config.dino.loss_weight, FROZEN_TEACHER)
-    return Term(DINOTerm(centering), config.dino.loss_weight)
+    return Term(DINOTerm(centering, local), config.dino.loss_weight)
 
 
 def koleo(config: Config) -> Term:
@@ -78,7 +81,25 @@ def ibot(config: Config) -> Term:
     return Term(iBOTTerm(centering), config.ibot.loss_weight)
 
 
-TERMS: dict[str, Callable[[Config], Term | None]] = {"dino": dino, "koleo": koleo, "ibot": ibot}
+def gram(config: Config) -> Term | None:
+    """Similarities between patches against the Gram teacher's."""
+    keys = config.gram
+    if not keys.use_loss:
+        return None
+    loss = GramLoss(
+        normalized=keys.normalized, remove_neg=keys.remove_neg, remove_only_teacher_neg=keys.remove_only_teacher_neg
+    )
+    term = GramTerm(
+        loss,
+        img_level=keys.img_level,
+        tokens_used=keys.tokens_used,
+        resize_method=keys.global_teacher_resize_method,
+        antialias=keys.global_teacher_resize_antialias,
+    )
+    return Term(term, gram_loss_weight(config), gram_follower(config))
+
+
+TERMS: dict[str, Callable[[Config], Term | None]] = {"dino": dino, "koleo": koleo, "ibot": ibot, "gram": gram}
 """The terms in the order in which they are computed and summed; None where a run does without one.
 
 Whoever has a term of his own puts it here before the run begins.
@@ -159,7 +180,7 @@ class SSLMetaArch(nn.Module):
     def targets(
         self, batch: MultiCropBatch, values: Mapping[str, float]
     ) -> tuple[dict[str, Any], NetworkOutputs | None]:
-        """What the student has to predict, by term, from the followers' view of the unmasked global crops.
+        """What the student has to predict, by term, from the followers' views of the unmasked global crops.
 
         Of the targets only those of the class tokens are kept: the patches' would stay in memory through the next step.
 
@@ -167,7 +188,7 @@ class SSLMetaArch(nn.Module):
             this; and the features of a frozen teacher whose heads are trained with the student, else None.
         """
         seen: dict[str, NetworkOutputs] = {
-            name: network([batch.global_crops], [None], batch.mask_indices)
+            name: network([getattr(batch, self.networks.rules[name].sees)], [None], batch.mask_indices)
             for name, network in self.networks.followers.items()
             if network.reads
         }

@@ -122,6 +122,7 @@ class Record:
                 "current_batch_size": self.images_per_iteration,
                 **losses,
                 "teacher_temp": values["teacher_temp"],
+                **({"gram_loss_weight": values["gram_loss_weight"]} if self.config.gram.use_loss else {}),
                 **{f"grad_norm_{name}": norm for name, norm in grad_norms.items()},
                 **self.health(reading),
                 "bad_images": self.bad_images,

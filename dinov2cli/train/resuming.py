@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.gram import Gram
 from dinov2cli.config.schema import Crops, Data, Dino, Evaluation, Ibot, Student
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.console import logger
@@ -26,6 +27,7 @@ SCHEDULED_KEYS = {
     "optim.scaling_rule", "optim.freeze_last_layer_epochs", "optim.weight_decay", "optim.weight_decay_end",
     "student.freeze_backbone_epochs", "teacher.momentum_teacher", "teacher.final_momentum_teacher",
     "teacher.warmup_teacher_temp", "teacher.teacher_temp", "teacher.warmup_teacher_temp_epochs",
+    "gram.loss_weight", "gram.loss_weight_schedule", "dino.reweight_dino_local_loss", "dino.local_loss_weight_schedule",
 }  # fmt: skip
 # What may change between two sessions of a run without a word: where and how it runs, what is written and measured.
 FREE_KEYS = {
@@ -42,6 +44,7 @@ NAMED_KEYS = {
     "compute_precision.precision", "compute_precision.grad_scaler", "dino.loss_weight", "dino.koleo_loss_weight",
     "ibot.loss_weight", "ibot.mask_sample_probability", "ibot.mask_ratio_min_max", "train.dataset_path", "train.seed",
     "distillation.teacher", "distillation.patches",
+    *(f"gram.{key}" for key in Gram.model_fields if f"gram.{key}" not in SCHEDULED_KEYS),
     "student.drop_path_rate", "student.drop_path_uniform", *(f"student.{key}" for key in RESIZING),
     *(f"student.pretrained_{key}" for key in ("weights", "channels", "patches")), "optim.clip_grad",
     "optim.patch_embed_lr_mult", "optim.layerwise_decay", "optim.adamw_beta1", "optim.adamw_beta2",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from dinov2cli.config import Config
+from dinov2cli.config.gram import WeightSchedule
 
 Schedule = Callable[[int], float]
 """A value for the iteration, counted from 0."""
@@ -28,11 +29,46 @@ class Schedules:
             "weight_decay": lambda i: cosine(i, total, optim.weight_decay, optim.weight_decay_end),
             "momentum": lambda i: cosine(i, total, teacher.momentum_teacher, teacher.final_momentum_teacher),
             "teacher_temp": lambda i: linear(i, temp_warmup, teacher.warmup_teacher_temp, teacher.teacher_temp),
+            "dino_local_loss_weight": local_loss_weight(config) or (lambda i: 1.0),
+            "gram_loss_weight": gram_loss_weight(config),
         }
 
     def at(self, iteration: int) -> dict[str, float]:
         """What the step of this iteration goes by: the value of every schedule, and `iteration` itself."""
         return {"iteration": iteration, **{name: value(iteration) for name, value in self.functions.items()}}
+
+
+def local_loss_weight(config: Config) -> Schedule | None:
+    """Of the local crops' part of DINO's loss; None where it is 1."""
+    schedule = config.dino.local_loss_weight_schedule
+    return None if schedule is None else weight_schedule(schedule, config)
+
+
+def gram_loss_weight(config: Config) -> Schedule:
+    """Of the Gram loss; 0 before there is a Gram teacher."""
+    gram = config.gram
+    if not gram.use_loss:
+        return lambda iteration: 0.0
+    schedule = gram.loss_weight_schedule
+    weight = (lambda iteration: gram.loss_weight) if schedule is None else weight_schedule(schedule, config)
+    return frozen_until(0 if gram.ckpt else gram.it_load_ema_teacher, weight)
+
+
+def weight_schedule(schedule: WeightSchedule, config: Config) -> Schedule:
+    """Linear from `start` to `peak`, which is the first value after it; a half cosine with both its ends; `end`."""
+    warmup = config.iterations(schedule.warmup_epochs)
+    rest = config.iterations() - warmup
+    length = rest if schedule.cosine_epochs is None else config.iterations(schedule.cosine_epochs)
+
+    def weight(iteration: int) -> float:
+        if iteration < warmup:
+            return schedule.start + (schedule.peak - schedule.start) * iteration / warmup
+        if iteration - warmup >= length:
+            return schedule.end
+        turned = math.cos(math.pi * (iteration - warmup) / max(1, length - 1))
+        return schedule.end + 0.5 * (schedule.peak - schedule.end) * (1 + turned)
+
+    return weight
 
 
 def frozen_until(start: int, schedule: Schedule) -> Schedule:

@@ -17,14 +17,15 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.loaders import Loader, make_train_loader
 from dinov2cli.data.workers import loader_errors
-from dinov2cli.device import Precision, why_not_compile
-from dinov2cli.errors import ConfigError, TrainingFailure
-from dinov2cli.models.attention import AttentionUse, choose_attention_backend
+from dinov2cli.device import Precision
+from dinov2cli.errors import TrainingFailure
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.choices import choose_attention, choose_compile
 from dinov2cli.train.cost import describe, estimate, room_for_gaps
 from dinov2cli.train.display import plan_rows, print_plan, teacher_rows
+from dinov2cli.train.gram_teacher import GramTeacher
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
@@ -101,6 +102,8 @@ class Trainer:
             if init_backbone is not None and not resume:
                 init_backbone(self.objective.student.backbone)
                 self.objective.networks.begin()
+        self.gram_teacher = GramTeacher(config, self.objective.networks, is_saved="gram_teacher" in facts)
+        self.gram_teacher.read()
         self.config, self.total, self.accumulation = config, config.iterations(), config.train.gradient_accumulation
         expected = estimate(config, world_size=self.world_size, sharding=mode, precision=self.precision.name)
         tight = device.type == "cpu" and not room_for_gaps(expected)
@@ -253,6 +256,7 @@ class Trainer:
         if self.record.nonfinite:
             return
         facts = {**batch_facts(self.given_config, self.config, self.world_size), **self.data_facts}
+        facts |= self.gram_teacher.facts()
         wait = wait or self.iteration == self.total
         with self.watch.doing("saving"):
             self.checkpointer.save(self.iteration, self.state(), facts=facts, wait=wait)
@@ -285,9 +289,11 @@ class Trainer:
     def load(self) -> None:
         """Go on from the newest whole checkpoint."""
         state = self.state()
+        state["model"] = self.gram_teacher.what_is_saved(state["model"])
         iteration = self.checkpointer.load_latest(state)
         assert iteration is not None, "the caller has seen a checkpoint"
         self.iteration = iteration
+        self.gram_teacher.join(iteration)
         self.record.samples_seen, self.record.bad_images = (int(value) for value in state["counters"])
         if self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(state["scaler"])
@@ -301,27 +307,3 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "counters": torch.tensor([self.record.samples_seen, self.record.bad_images]),
         }
-
-
-def choose_attention(config: Config, device: torch.device, precision: Precision) -> tuple[str, str]:
-    """Attention backend and reason.
-
-    Raises:
-        ConfigError: the configured one does not run here.
-    """
-    asked, vit, crops = config.student.attention_backend, config.vit(), config.crops
-    sizes = [crops.global_crops_size, *([crops.local_crops_size] if crops.local_crops_number else [])]
-    lengths = tuple(vit.prefix_tokens + (size // vit.patch_size) ** 2 for size in sizes)
-    use = AttentionUse(device, precision.dtype, vit.num_heads, vit.embed_dim // vit.num_heads, lengths)
-    try:
-        return choose_attention_backend(asked, use)
-    except ValueError as error:
-        raise ConfigError(f"student.attention_backend={asked}: {error}", "auto chooses one that runs.") from error
-
-
-def choose_compile(config: Config, device: torch.device) -> tuple[bool, str]:
-    """Whether the step goes through torch.compile, and the reason."""
-    if config.train.compile != "auto":
-        return config.train.compile, "as configured"
-    problem = why_not_compile(device)
-    return problem is None, problem or "fewer and larger kernels on a GPU"
