@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_in_processes
-from tiny_run import TINY, metrics_of, write_images, write_teacher
+from tiny_run import GRAM, TINY, metrics_of, write_images, write_teacher
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
@@ -32,8 +32,11 @@ VARIANTS = {
     "sinkhorn_knopp": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "ibot.head_n_prototypes=24",
                        "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16"],
 }  # fmt: skip
-DISTILLED = [pytest.param("", id="plain"), *(pytest.param(name, marks=pytest.mark.long) for name in ("own", "fresh"))]
-"""A run without a frozen teacher, with one that has heads, with one for which heads are trained."""
+DISTILLED = [
+    pytest.param("", id="plain"),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("own", "fresh", "gram")),
+]
+"""A run without a frozen teacher, with one that has heads, with one for which heads are trained; with a Gram teacher."""
 COMPARED = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss", "grad_norm_backbone")
 WHOLE = 8
 """Images of an iteration, however many processes share them."""
@@ -46,6 +49,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distilling(kind: str, folder: Path, *overrides: str) -> list[str]:
     """Overrides that give the run the teacher of this kind."""
+    if kind == "gram":
+        return GRAM
     return [f"distillation.teacher={write_teacher(folder, *overrides, heads=kind == 'own')}"] if kind else []
 
 
@@ -85,6 +90,7 @@ def part_of(batch: MultiCropBatch, part: int, parts: int) -> MultiCropBatch:
     return MultiCropBatch(
         cut(batch.global_crops), cut(batch.local_crops), masks, masks.flatten().nonzero().flatten(),
         (1 / masked.float()).expand_as(masks)[masks], batch.iteration, cut(batch.samples),
+        gram_teacher_crops=None if batch.gram_teacher_crops is None else cut(batch.gram_teacher_crops),
     )  # fmt: skip
 
 

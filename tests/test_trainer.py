@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import TINY, metrics_of, write_images, write_teacher
+from tiny_run import GRAM, TINY, metrics_of, write_images, write_teacher
 
 from dinov2cli.config import load_config
-from dinov2cli.errors import ConfigError, DataError, TrainingFailure
+from dinov2cli.errors import ConfigError, DataError, TrainingFailure, WeightsError
 from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.trainer import Trainer
 
@@ -94,13 +94,15 @@ def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_train
     assert torch.equal(before[frozen], after[frozen])
 
 
-@pytest.mark.parametrize("teacher", [None, "with heads", "backbone alone"])
+@pytest.mark.parametrize("teacher", [None, "with heads", "backbone alone", "Gram teacher"])
 @pytest.mark.parametrize("variant", [[], ["train.centering=sinkhorn_knopp", "ibot.separate_head=true",
                                           "ibot.head_n_prototypes=24", "train.gradient_accumulation=2"]])  # fmt: skip
 def test_an_interrupted_run_resumes_bit_for_bit(
     make_trainer: Callable[..., Trainer], variant: list[str], teacher: str | None, tmp_path: Path
 ) -> None:
-    if teacher:
+    if teacher == "Gram teacher":
+        variant = [*variant, *GRAM]
+    elif teacher:
         sizes = [word for word in variant if word.startswith("ibot")]
         variant = [*variant, f"distillation.teacher={write_teacher(tmp_path, *sizes, heads=teacher == 'with heads')}"]
     whole = make_trainer("whole", *variant)
@@ -114,6 +116,36 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     again = make_trainer("parts", *variant)
     again.train()  # finished already: nothing happens
     assert_same_weights(weights(whole), weights(again))
+
+
+def test_a_run_takes_up_gram_anchoring(
+    make_trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint holds no Gram teacher: that begins as the teacher does then, or as the weights that are named."""
+    monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
+    make_trainer("run", "optim.epochs=1").train()
+    joined = make_trainer("run", *GRAM, "gram.update_frequency=6")
+    gram, teacher = joined.objective.networks.followers["gram_teacher"], joined.objective.teacher.state_dict()
+    anchor = {name: value.clone() for name, value in gram.state_dict().items()}
+    assert joined.iteration == 4 and all(torch.equal(value, teacher[name]) for name, value in anchor.items())
+    assert "takes up Gram anchoring; its Gram teacher is the teacher after 4 iterations" in caplog.text
+    stop_after(joined, 4)
+    named = joined.folder.teacher(3)
+    # Its checkpoint does: what the keys say of the beginning does not count any more.
+    again = make_trainer("run", *GRAM, "gram.update_frequency=6", f"gram.ckpt={named}-which-is-gone")
+    assert_same_weights(anchor, again.objective.networks.followers["gram_teacher"].state_dict())
+    again.train()
+    lines = metrics_of(again.folder.path)
+    assert "gram_loss" not in lines[3] and lines[4]["gram_loss"] > 0 and lines[4]["gram_loss_weight"] == 1.0
+    # Named weights, in a run of its own, and without the loss again.
+    words = ["gram.use_loss=true", f"gram.ckpt={named}", "gram.rep_update=false"]
+    fresh = make_trainer("fresh", *words)
+    fresh.train()
+    assert_same_weights(anchor, fresh.objective.networks.followers["gram_teacher"].state_dict())
+    without = make_trainer("fresh", "optim.epochs=4")
+    assert without.iteration == 12 and "gram_teacher" not in without.objective.networks.followers
+    with pytest.raises(WeightsError, match=r"^gram.ckpt: .*cannot start this model"):
+        make_trainer("other", *words, "student.embed_dim=32")
 
 
 def test_work_lost_after_the_checkpoint_is_done_again(make_trainer: Callable[..., Trainer]) -> None:

@@ -57,6 +57,10 @@ def write_teacher(folder: Path, *overrides: str, heads: bool = True) -> Path:
     return run
 
 
+GRAM = ["gram.use_loss=true", "gram.img_level=true", "gram.it_load_ema_teacher=3", "gram.update_frequency=4",
+        "crops.gram_teacher_crops_size=48"]  # fmt: skip
+"""Overrides: anchored to what the teacher was after 3, 4, 8 and 12 iterations, with larger crops."""
+
 TIMES = {"iter_time", "data_time"}
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dinov2cli.train.verdicts import HIGHEST, LOWEST
 
+SPREAD_OF = 2048
+
 
 class TeacherView(NamedTuple):
     """What the teacher makes of a batch's global crops.
@@ -43,6 +45,8 @@ class TeacherHealth(NamedTuple):
             by chance, and near that where features tell nothing of an image.
         patch_similarity: mean cosine similarity between patches of a crop: 1 for patches that are all alike; None where
             none are masked.
+        patch_spread: standard deviation of these similarities within a crop: it falls where patches lose what tells
+            them apart, and the crop's contents show in them less and less.
     """
 
     teacher_entropy: float
@@ -51,6 +55,7 @@ class TeacherHealth(NamedTuple):
     effective_rank: float
     crops_matched: float
     patch_similarity: float | None = None
+    patch_spread: float | None = None
 
 
 @torch.no_grad()
@@ -73,6 +78,7 @@ def teacher_numbers(view: TeacherView) -> dict[str, Tensor]:
     }
     if view.patches is not None and view.crop_of_patch is not None and len(view.patches):
         numbers["patch_similarity"] = patch_similarity(view.patches, view.crop_of_patch, len(cls_SD))
+        numbers["patch_spread"] = patch_spread(view.patches, view.crop_of_patch, len(cls_SD))
     return numbers
 
 
@@ -85,7 +91,7 @@ def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
         feature_std=numbers["feature_std"].item(),
         effective_rank=entropy(singular / singular.sum().clamp(min=1e-12)).exp().item(),
         crops_matched=numbers["crops_matched"].item(),
-        patch_similarity=numbers["patch_similarity"].item() if "patch_similarity" in numbers else None,
+        **{name: numbers[name].item() for name in ("patch_similarity", "patch_spread") if name in numbers},
     )
 
 
@@ -96,6 +102,22 @@ def patch_similarity(patches_MD: Tensor, crop_M: Tensor, crops: int) -> Tensor:
     n_S = torch.zeros(crops, device=crop_M.device).index_add_(0, crop_M, torch.ones_like(crop_M, dtype=torch.float32))
     pairs = (n_S * (n_S - 1)).sum().clamp(min=1)
     return (sums_SD.double().square().sum() - n_S.sum()) / pairs
+
+
+def patch_spread(patches_MD: Tensor, crop_M: Tensor, crops: int) -> Tensor:
+    """Standard deviation of the cosine similarities of different patches of a crop around that crop's mean, scalar.
+
+    Of the first `SPREAD_OF` patches, as every pair of them is looked at.
+    """
+    unit_MD, crop_M = F.normalize(patches_MD[:SPREAD_OF].float(), dim=-1), crop_M[:SPREAD_OF]
+    same_MM = (crop_M[:, None] == crop_M).float().fill_diagonal_(0)
+    similarity_MM = (unit_MD @ unit_MD.T) * same_MM
+    count_S, sum_S, squares_S = (
+        torch.zeros(crops, device=crop_M.device).index_add_(0, crop_M, of_pairs.sum(1))
+        for of_pairs in (same_MM, similarity_MM, similarity_MM.square())
+    )
+    around_mean_S = squares_S - sum_S.square() / count_S.clamp(min=1)
+    return (around_mean_S.sum() / count_S.sum().clamp(min=1)).clamp(min=0).sqrt()
 
 
 def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:
