@@ -36,7 +36,7 @@ DISTILLED = [
     pytest.param("", id="plain"),
     *(pytest.param(name, marks=pytest.mark.long) for name in ("own", "fresh", "gram")),
 ]
-"""A run without a frozen teacher, with one that has heads, with one for which heads are trained; with a Gram teacher."""
+"""A run without another teacher, with a frozen one that has heads, or for which heads are trained, with a Gram one."""
 COMPARED = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "ibot_loss", "grad_norm_backbone")
 WHOLE = 8
 """Images of an iteration, however many processes share them."""

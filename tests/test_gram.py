@@ -128,7 +128,7 @@ def test_local_crops_are_weighed_by_their_schedule() -> None:
         ([*GRAM, "crops.gram_teacher_crops_size=24"], r"size=24: must be at least crops.global_crops_size=32"),
         ([*GRAM, "gram.tokens_used=masked"], r"gram.tokens_used=masked: .* set gram.img_level=false"),
         ([*GRAM, "data.device_augment=true"], r"data.device_augment=true: .*crops.gram_teacher_no_distortions=true"),
-        ([*GRAM, "gram.loss_weight_schedule={start: 0, peak: 2, ends: 2}"], r"gram.loss_weight_schedule=.*must be \{st"),
+        ([*GRAM, "gram.loss_weight_schedule={start: 0, peak: 2, ends: 2}"], r"gram.loss_weight_schedule=.*must be \{"),
         ([*GRAM, "gram.loss_weight_schedule=3"], r"gram.loss_weight_schedule=3: must be \{start: A"),
         (["dino.reweight_dino_local_loss=true"], r"reweight_dino_local_loss=true: goes with dino.local_loss_weight_sc"),
     ],
