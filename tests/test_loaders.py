@@ -21,8 +21,9 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.data.decoding import LazyImage, Reading
 from dinov2cli.data.loaders import make_eval_loader, make_train_loader, refuse_too_many_bad
+from dinov2cli.data.randomness import place_drawn
 from dinov2cli.data.transforms import EvalTransform
-from dinov2cli.errors import DataError, EnvironmentProblem, ProcessKilled
+from dinov2cli.errors import ConfigError, DataError, EnvironmentProblem, ProcessKilled
 
 SMALL = [
     "train.dataset_path=SamplePhotos:split=TRAIN", "train.batch_size_per_gpu=3", "student.patch_size=8",
@@ -78,6 +79,46 @@ def test_same_bytes_for_any_number_of_workers_and_after_a_restart() -> None:
         config = small_config(f"train.num_workers={count}")
         assert [bytes_of(b) for b in make_train_loader(config, start=0, stop=6)] == whole
         assert [bytes_of(b) for b in make_train_loader(config, start=4, stop=6)] == whole[4:]
+
+
+def test_an_iteration_has_one_of_several_resolutions() -> None:
+    """By (seed, iteration) alone: the same for any number of workers, after a restart, in all processes and their
+    accumulated batches."""
+    sizes = ["crops.global_crops_size=[24, 48]", "crops.local_crops_size=[16, 24]", "train.num_workers=0"]
+    words = [*sizes, "crops.global_local_crop_pairs_ratios=[0.7, 0.3]", "train.gradient_accumulation=2"]
+    config = small_config(*words)
+    assert config.vit().img_size == 48, "positions are kept for the largest"
+
+    def sides_of(batch: MultiCropBatch) -> tuple[int, int]:
+        assert batch.masks.shape[1] == (batch.global_crops.shape[1] // 8) ** 2
+        return batch.global_crops.shape[1], batch.local_crops.shape[1]
+
+    whole = list(make_train_loader(config, start=0, stop=24))
+    sides = [sides_of(batch) for batch in whole]
+    assert set(sides) == {(24, 16), (48, 24)} and sides[::2] == sides[1::2]
+    drawn = [place_drawn(config.train.seed, iteration, (0.7, 0.3)) for iteration in range(2000)]
+    assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.05)
+    assert sides[::2] == [((24, 16), (48, 24))[place] for place in drawn[:12]]
+    assert sides == [sides_of(b) for b in make_train_loader(config, start=0, stop=24, rank=1, world_size=2)]
+    bytes_ = [bytes_of(batch) for batch in whole[6:10]]
+    for workers_ in (0, 2):
+        again = small_config(*words[:-3], *words[-2:], f"train.num_workers={workers_}")
+        assert [bytes_of(b) for b in make_train_loader(again, start=6, stop=10)] == bytes_
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["crops.global_crops_size=[24, 48]"], r"global_crops_size=\[24, 48\]: has 2 sides, and .*=\[1.0\] 1; gi"),
+        (["crops.global_local_crop_pairs_ratios=[0.5, 0.5]"], r"ratios=\[0.5, 0.5\]: is for lists of sides"),
+        (["crops.global_local_crop_pairs_ratios=0.5"], r"ratios=\[0.5\]: add up to 0.5, and must to 1"),
+        (["crops.global_crops_size=[]"], r"crops.global_crops_size=\[\]: must be a whole number, at least 1, or"),
+        (["crops.local_crops_size=[8, a]"], r"crops.local_crops_size=\[8, \"a\"\]: must be a whole number, at least"),
+    ],
+)  # fmt: skip
+def test_sides_that_do_not_go_together_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_config(*words)
 
 
 def test_ranks_share_one_global_order() -> None:

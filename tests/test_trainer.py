@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import GRAM, TINY, metrics_of, write_images, write_teacher
+from tiny_run import GRAM, MIXED, TINY, metrics_of, write_images, write_teacher
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, DataError, TrainingFailure, WeightsError
@@ -101,7 +101,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     make_trainer: Callable[..., Trainer], variant: list[str], teacher: str | None, tmp_path: Path
 ) -> None:
     if teacher == "Gram teacher":
-        variant = [*variant, *GRAM]
+        variant = [*variant, *GRAM, *(MIXED if variant else [])]
     elif teacher:
         sizes = [word for word in variant if word.startswith("ibot")]
         variant = [*variant, f"distillation.teacher={write_teacher(tmp_path, *sizes, heads=teacher == 'with heads')}"]

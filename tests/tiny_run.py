@@ -61,6 +61,10 @@ GRAM = ["gram.use_loss=true", "gram.img_level=true", "gram.it_load_ema_teacher=3
         "crops.gram_teacher_crops_size=48"]  # fmt: skip
 """Overrides: anchored to what the teacher was after 3, 4, 8 and 12 iterations, with larger crops."""
 
+MIXED = ["crops.global_crops_size=[32, 48]", "crops.local_crops_size=[16, 24]",
+         "crops.gram_teacher_crops_size=[48, 64]", "crops.global_local_crop_pairs_ratios=[0.6, 0.4]"]  # fmt: skip
+"""Overrides, beside GRAM: iterations of two resolutions."""
+
 TIMES = {"iter_time", "data_time"}
 
 

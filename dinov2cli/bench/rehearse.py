@@ -56,7 +56,12 @@ REACHED = 0.81
 GPU = torch.device("cuda", 0)
 SMALL = {
     "student": {"arch": "vit_tiny", "embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8},
-    "crops": {"global_crops_size": 32, "local_crops_size": 16},
+    "crops": {
+        "global_crops_size": 32,
+        "local_crops_size": 16,
+        "gram_teacher_crops_size": None,
+        "global_local_crop_pairs_ratios": (1.0,),
+    },
     "train": {"batch_size_per_gpu": 4},
 }
 """Sizes at which compilation is rehearsed: where graphs break does not depend on them."""
@@ -238,7 +243,7 @@ def batch_in_main_memory(config: Config) -> MultiCropBatch:
     batch = shapes_of_batch(config)
     if config.data.device_augment:
         recipes = MultiCropAugmentation.from_config(config).recipes
-        side = 2 * config.crops.global_crops_size
+        side = 2 * config.crops.largest().global_size
         drawn = [draw_crops(recipes, side, side, sample_rng(0, k)) for k in range(config.train.batch_size_per_gpu)]
         views = list(zip(*drawn, strict=True))
         of_global, of_local = (

@@ -272,8 +272,8 @@ class _TimedStep:
 def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
     """Median GFLOP/s of the step's own matrix products: the blocks' layers, the prototypes, and one square product."""
     dim = config.arch().embed_dim
-    batch, crops, patch = config.train.batch_size_per_gpu, config.crops, config.student.patch_size
-    sizes = [crops.global_crops_size] * GLOBAL_CROPS + [crops.local_crops_size] * crops.local_crops_number
+    batch, crops, patch = config.train.batch_size_per_gpu, config.crops.largest(), config.student.patch_size
+    sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * config.crops.local_crops_number
     tokens = batch * sum((size // patch) ** 2 + config.vit().prefix_tokens for size in sizes)
     blocks = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
     rows = batch * len(sizes) + masked_patches(config)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import model_validator
 
 from dinov2cli.config import schema
+from dinov2cli.config.crops import Crops, Resolution
 from dinov2cli.config.images import IMAGENET_MEAN, ImageOptions, Images
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.files import write_text, writing
@@ -37,7 +38,13 @@ class Config(schema.Groups):
     def vit(self) -> ViTConfig:
         """The backbone that the student and the teacher have."""
         options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
-        return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.global_crops_size)
+        return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.largest().global_size)
+
+    def at(self, resolution: Resolution) -> "Config":
+        """The run as it is in an iteration of this resolution; to be built from, not saved."""
+        sides = {"global_crops_size": resolution.global_size, "local_crops_size": resolution.local_size}
+        more = {"gram_teacher_crops_size": resolution.gram_teacher_size, "global_local_crop_pairs_ratios": (1.0,)}
+        return self.model_copy(update={"crops": self.crops.model_copy(update=sides | more)})
 
     def images(self) -> Images:
         """What the backbone expects of its images."""
@@ -88,8 +95,10 @@ class Config(schema.Groups):
 def _contradictions(config: Config) -> Iterator[str]:
     """Values that are fine one by one and do not fit each other: `key=value: what is wrong and what would be right`."""
     crops, student, optim = config.crops, config.student, config.optim
-    yield from _unfit_crops(crops, student.patch_size)
-    yield from _unfit_gram_crops(config)
+    if lists := list(_unfit_lists(crops)):
+        yield from lists
+        return  # what else there is to say would be of sides that do not go together
+    yield from _unfit_crops(config)
     yield from _unfit_channels(config.data, student.in_chans)
     for key, (low, high) in (
         ("crops.global_crops_scale", crops.global_crops_scale),
@@ -129,35 +138,47 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
 
 
-def _unfit_crops(crops: schema.Crops, patch: int) -> Iterator[str]:
-    sizes = {"global_crops_size": crops.global_crops_size}
-    if crops.local_crops_number > 0:
-        sizes["local_crops_size"] = crops.local_crops_size
-    for key, size in sizes.items():
-        if size % patch:
-            below, above = size // patch * patch, -(-size // patch) * patch
-            nearest = f"{below} or {above}" if below else f"{above}"
-            yield f"crops.{key}={size}: must be a multiple of student.patch_size={patch}, such as {nearest}"
-    if crops.local_crops_number > 0 and crops.global_crops_size < crops.local_crops_size:
-        yield (
-            f"crops.global_crops_size={crops.global_crops_size}: must be at least "
-            f"crops.local_crops_size={crops.local_crops_size}; swap them, or make the global crops larger"
-        )
+def _unfit_lists(crops: Crops) -> Iterator[str]:
+    ratios = crops.global_local_crop_pairs_ratios
+    lists = {name: sides for name, sides in crops.sides().items() if isinstance(sides, tuple)}
+    for name, sides in lists.items():
+        if len(sides) != len(ratios):
+            yield (
+                f"crops.{name}={list(sides)}: has {len(sides)} sides, and crops.global_local_crop_pairs_ratios="
+                f"{list(ratios)} {len(ratios)}; give as many of both"
+            )
+    if not lists and len(ratios) > 1:
+        yield f"crops.global_local_crop_pairs_ratios={list(ratios)}: is for lists of sides, and there is none"
+    if abs(sum(ratios) - 1) > 1e-6:
+        yield f"crops.global_local_crop_pairs_ratios={list(ratios)}: add up to {sum(ratios):g}, and must to 1"
 
 
-def _unfit_gram_crops(config: Config) -> Iterator[str]:
-    size, patch = config.crops.gram_teacher_crops_size, config.student.patch_size
-    if size is None:
-        return
-    said = f"crops.gram_teacher_crops_size={size}"
-    if not config.gram.has_own_teacher():
+def _unfit_crops(config: Config) -> Iterator[str]:
+    crops, patch, uses_gram = config.crops, config.student.patch_size, config.gram.has_own_teacher()
+    for name, given in crops.sides().items():
+        if name == "local_crops_size" and not crops.local_crops_number:
+            continue
+        for size in given if isinstance(given, tuple) else [given]:
+            if size is not None and size % patch:
+                below, above = size // patch * patch, -(-size // patch) * patch
+                nearest = f"{below} or {above}" if below else f"{above}"
+                yield f"crops.{name}={size}: must be a multiple of student.patch_size={patch}, such as {nearest}"
+    for each in crops.resolutions():
+        if crops.local_crops_number > 0 and each.global_size < each.local_size:
+            yield (
+                f"crops.global_crops_size={each.global_size}: must be at least crops.local_crops_size="
+                f"{each.local_size}; swap them, or make the global crops larger"
+            )
+        if each.gram_teacher_size is not None and each.gram_teacher_size < each.global_size:
+            yield (
+                f"crops.gram_teacher_crops_size={each.gram_teacher_size}: must be at least crops.global_crops_size="
+                f"{each.global_size}"
+            )
+    if (size := crops.gram_teacher_crops_size) is not None and not uses_gram:
         why = "gram.ema_teacher=true has" if config.gram.use_loss else "gram.use_loss=false has"
-        yield f"{said}: {why} no Gram teacher to see such crops; set crops.gram_teacher_crops_size=null"
-    if size % patch:
-        yield f"{said}: must be a multiple of student.patch_size={patch}, such as {-(-size // patch) * patch}"
-    if size < config.crops.global_crops_size:
-        yield f"{said}: must be at least crops.global_crops_size={config.crops.global_crops_size}"
-    if config.data.device_augment and not config.crops.gram_teacher_no_distortions:
+        shown = list(size) if isinstance(size, tuple) else size
+        yield f"crops.gram_teacher_crops_size={shown}: {why} no Gram teacher to see such crops; set it to null"
+    if crops.gram_teacher_crops_size and config.data.device_augment and not crops.gram_teacher_no_distortions:
         yield (
             "data.device_augment=true: the Gram teacher's crops are made in the loader processes; set "
             "crops.gram_teacher_no_distortions=true, or data.device_augment=false"
@@ -187,10 +208,10 @@ def _deviations(config: Config) -> Iterator[str]:
         yield f"compute_precision.precision={precision.precision}: {used}; the reference runs fp16 with a scaler"
     elif not precision.grad_scaler:
         yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
-    if config.crops.blur_prob != schema.Crops.model_fields["blur_prob"].default:
+    if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
         yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
     for key in ("color_jitter_prob", "grayscale_prob", "solarize_prob"):
-        value, default = getattr(config.crops, key), schema.Crops.model_fields[key].default
+        value, default = getattr(config.crops, key), Crops.model_fields[key].default
         if value != default:
             yield f"crops.{key}={value}: the reference uses {default}"
     if config.data.exif_orientation:

@@ -4,10 +4,11 @@ Groups and keys carry the names of the DINOv2 reference, and the defaults are it
 are marked "(dino2)" in their description.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
+from dinov2cli.config.crops import Crops, Fraction
 from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
@@ -25,11 +26,7 @@ def _without_memeff(value: Any) -> Any:
     return value.removesuffix("_memeff") if isinstance(value, str) else value
 
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-AreaRange = Annotated[tuple[Share, Share], FromList]
 FractionRange = Annotated[tuple[Fraction, Fraction], FromList]
-ThreeFractions = Annotated[tuple[Fraction, Fraction, Fraction], FromList]
 Tasks = Annotated[tuple[Task, ...], FromList]
 Texts = Annotated[tuple[str, ...], FromList]
 
@@ -224,41 +221,6 @@ class Optim(Group):
     layerwise_decay: float = key(0.9, "Learning-rate factor from a block to the one below.", gt=0, le=1)
     adamw_beta1: float = key(0.9, "AdamW's first beta.", ge=0, lt=1)
     adamw_beta2: float = key(0.999, "AdamW's second beta.", ge=0, lt=1)
-
-
-class Crops(Group):
-    """Multi-crop augmentation. Sizes in pixels, scales as shares of the image's area."""
-
-    global_crops_number: ClassVar[int] = 2
-    """Global crops per image; the losses are defined for two."""
-
-    global_crops_scale: AreaRange = key((0.32, 1.0), "Area range of the two global crops.")
-    local_crops_number: int = key(8, "Local crops per image.", ge=0)
-    local_crops_scale: AreaRange = key((0.05, 0.32), "Area range of the local crops.")
-    global_crops_size: int = key(224, "Side of the global crops; a multiple of patch_size.", ge=1)
-    local_crops_size: int = key(96, "Side of the local crops; a multiple of patch_size.", ge=1)
-    gram_teacher_crops_size: int | None = key(
-        None,
-        "Side of the global crops as the Gram teacher sees them, of which the student's are resized; null: it sees "
-        "the student's.",
-        ge=1,
-    )
-    gram_teacher_no_distortions: bool = key(
-        False, "The Gram teacher's crops have no changes of colour, blur and solarization; false: the student's."
-    )
-    blur_prob: ThreeFractions = key(
-        (0.0, 0.9, 0.5),
-        "(dino2) Blur probability of global crop 1, global crop 2 and the local crops. The published code "
-        "runs the default; what it spells out is [1.0, 0.1, 0.5].",
-    )
-    color_jitter_prob: Fraction = key(
-        0.8, "(dino2) Probability of a jitter of brightness, contrast, saturation and hue."
-    )
-    grayscale_prob: Fraction = key(0.2, "(dino2) Probability that a crop loses its colour.")
-    solarize_prob: Fraction = key(0.2, "(dino2) Probability that global crop 2 is solarized.")
-    channel_dropout_prob: Fraction = key(
-        0.0, "(dino2) Probability with which a crop goes without a channel, never without all: its mean is put there."
-    )
 
 
 class Data(ImageOptions):

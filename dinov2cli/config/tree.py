@@ -48,6 +48,8 @@ def expectation(field: FieldInfo) -> str:
 def _in_words(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):  # Annotated[...]
         return _in_words(get_args(annotation)[0], [*_flat(annotation.__metadata__), *metadata])
+    if words := next((item for item in metadata if isinstance(item, Words)), None):
+        return words.expected
     if get_origin(annotation) is Literal:
         return f"one of {', '.join(map(_spelled, get_args(annotation)))}"
     if get_origin(annotation) in (Union, UnionType):
@@ -58,8 +60,6 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
         if parts[-1] is Ellipsis:
             return f"a list, each {_in_words(parts[0], [])}"
         return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
-    if words := next((item for item in metadata if isinstance(item, Words)), None):
-        return words.expected
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return kind + _bounds(metadata)
 

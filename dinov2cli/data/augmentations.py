@@ -43,8 +43,8 @@ class MultiCropAugmentation:
 
     @classmethod
     def from_config(cls, config: Any) -> "MultiCropAugmentation":
-        """The recipes that `config.crops` describes; solarization is for the second global view alone."""
-        crops = config.crops
+        """The recipes that `config.crops` describes, at its largest resolution; the second global view is solarized."""
+        crops, resolution = config.crops, config.crops.largest()
         blur_global1, blur_global2, blur_local = crops.blur_prob
         images = config.images()
         colour = {
@@ -54,11 +54,11 @@ class MultiCropAugmentation:
             "channel_dropout": crops.channel_dropout_prob,
             "means": images.statistics.mean,
         }
-        global_ = CropRecipe(crops.global_crops_size, tuple(crops.global_crops_scale), blur_global1, **colour)
-        local = CropRecipe(crops.local_crops_size, tuple(crops.local_crops_scale), blur_local, **colour)
-        if crops.gram_teacher_crops_size:
+        global_ = CropRecipe(resolution.global_size, tuple(crops.global_crops_scale), blur_global1, **colour)
+        local = CropRecipe(resolution.local_size, tuple(crops.local_crops_scale), blur_local, **colour)
+        if resolution.gram_teacher_size:
             plain = crops.gram_teacher_no_distortions
-            global_ = replace(global_, larger=crops.gram_teacher_crops_size, larger_is_plain=plain)
+            global_ = replace(global_, larger=resolution.gram_teacher_size, larger_is_plain=plain)
         second = replace(global_, blur=blur_global2, solarize=crops.solarize_prob)
         return cls((global_, second, *[local] * crops.local_crops_number))
 

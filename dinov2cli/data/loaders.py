@@ -15,7 +15,7 @@ from dinov2cli.data.crop_parameters import CropParameters
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.data.masking import masks_of_batches
-from dinov2cli.data.randomness import mask_rng, sample_rng
+from dinov2cli.data.randomness import mask_rng, place_drawn, sample_rng
 from dinov2cli.data.regions import LargeImage
 from dinov2cli.data.sampler import Order
 from dinov2cli.errors import DataError, Dino2Error
@@ -119,8 +119,11 @@ class _TrainBatches:
         self.order = dataset.order(self.seed)
         self.images = config.images()
         self.reading = Reading.of(self.images, config)
-        self.augmentation = MultiCropAugmentation.from_config(config)
-        self.make_masks = masks_of_batches(config)
+        resolutions = config.crops.resolutions()
+        self.shares, self.accumulation = [each.share for each in resolutions], config.train.gradient_accumulation
+        configs = [config.at(each) for each in resolutions]
+        self.augmentations = [MultiCropAugmentation.from_config(each) for each in configs]
+        self.mask_makers = [masks_of_batches(each) for each in configs]
         self.device_augment = config.data.device_augment
         self.scaled_decode = config.data.scaled_decode
         self.normalize_here = not (config.data.normalize_on_device or config.data.device_augment)
@@ -128,16 +131,18 @@ class _TrainBatches:
     def batch(self, step: int) -> MultiCropBatch:
         first = self.sample_of_step_0 + (step * self.world_size + self.rank) * self.batch_size
         bad: list[str] = []
-        buffers = CropBuffers(self.augmentation.recipes, self.batch_size, self.images.in_chans)
+        drawn = place_drawn(self.seed, step // self.accumulation, self.shares)
+        augmentation = self.augmentations[drawn]
+        buffers = CropBuffers(augmentation.recipes, self.batch_size, self.images.in_chans)
         samples, parameters = [], []
         for image in range(self.batch_size):
-            sample = self.sample(first + image, bad)
+            sample = self.sample(first + image, bad, augmentation)
             buffers.put(image, sample.crops)
             samples.append(sample.dataset_index)
             parameters.append(sample.parameters)
         batch = collate(
             buffers,
-            self.make_masks(mask_rng(self.seed, step, self.rank)),
+            self.mask_makers[drawn](mask_rng(self.seed, step, self.rank)),
             iteration=step,
             samples=samples,
             bad=bad,
@@ -146,18 +151,18 @@ class _TrainBatches:
         )
         return batch.normalized() if self.normalize_here else batch
 
-    def sample(self, k: int, bad: list[str]) -> "_Sample":
+    def sample(self, k: int, bad: list[str], augmentation: MultiCropAugmentation) -> "_Sample":
         """The run's k-th sample.
 
         An unreadable image is replaced by the next in the run's order, and its path is added to `bad`.
         """
-        return first_readable(self.order, k, lambda index: self.crops_of(index, k), bad)
+        return first_readable(self.order, k, lambda index: self.crops_of(index, k, augmentation), bad)
 
-    def crops_of(self, index: int, k: int) -> "_Sample":
+    def crops_of(self, index: int, k: int, augmentation: MultiCropAugmentation) -> "_Sample":
         """Image `index`, with the random decisions of sample `k`."""
         encoded = self.dataset.open(index, self.reading)
         height, width = encoded.size
-        parameters = self.augmentation.draw(height, width, sample_rng(self.seed, k))
+        parameters = augmentation.draw(height, width, sample_rng(self.seed, k))
         if isinstance(encoded, LargeImage):
             return _Sample(index, render_regions(encoded, parameters, color=not self.device_augment), parameters)
         shrink = shrink_for(parameters) if self.scaled_decode and encoded.can_shrink else 1

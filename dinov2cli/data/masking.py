@@ -63,11 +63,12 @@ class MaskingGenerator:
 
 
 def masks_of_batches(config: Config) -> Callable[[np.random.Generator], np.ndarray]:
-    """What draws the masks of a batch of the run, as `make_masks` returns them: the two global crops of each image.
+    """What draws the masks of a batch of the run, as `make_masks` returns them: the two global crops of each image,
+    at the run's largest resolution.
 
     With `distillation.patches=all` they choose every patch.
     """
-    size, patch = config.crops.global_crops_size, config.student.patch_size
+    size, patch = config.crops.largest().global_size, config.student.patch_size
     if config.compares_all_patches():
         return lambda rng: np.ones((2 * config.train.batch_size_per_gpu, (size // patch) ** 2), dtype=bool)
     return partial(

@@ -3,6 +3,7 @@
 Philox is a counter-based generator: a key and a counter name a stream directly, there is no state to carry.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -16,6 +17,7 @@ class Stream(IntEnum):
     SAMPLE_PHOTOS = 3
     LINEAR_PROBE = 4
     STOCHASTIC_DEPTH = 5
+    RESOLUTION = 6
 
 
 def sample_rng(seed: int, k: int) -> np.random.Generator:
@@ -26,6 +28,12 @@ def sample_rng(seed: int, k: int) -> np.random.Generator:
 def mask_rng(seed: int, step: int, rank: int) -> np.random.Generator:
     """Generator for the masks of micro step `step` on process `rank`."""
     return keyed_rng(seed, Stream.MASKS, step, rank)
+
+
+def place_drawn(seed: int, iteration: int, shares: Sequence[float]) -> int:
+    """Which of several things an iteration has, the same in every process; each as often as its share says."""
+    number = keyed_rng(seed, Stream.RESOLUTION, iteration).random()
+    return min(int(np.searchsorted(np.cumsum(shares), number, side="right")), len(shares) - 1)
 
 
 def keyed_rng(seed: int, stream: Stream, high: int, low: int = 0) -> np.random.Generator:

@@ -194,9 +194,9 @@ def shared_memory(situation: Situation) -> Finding:
 
 def batch_bytes(config: Config) -> int:
     """Size of one process's batch on its way from the loader."""
-    crops, batch = config.crops, config.train.batch_size_per_gpu
-    pixels = 2 * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
-    pixels += 2 * (crops.gram_teacher_crops_size or 0) ** 2
+    crops, batch = config.crops.largest(), config.train.batch_size_per_gpu
+    pixels = 2 * crops.global_size**2 + config.crops.local_crops_number * crops.local_size**2
+    pixels += 2 * (crops.gram_teacher_size or 0) ** 2
     as_bytes = config.data.normalize_on_device or config.data.device_augment
     return batch * pixels * 3 * (1 if as_bytes else 4)
 

@@ -15,7 +15,9 @@ def choose_attention(config: Config, device: torch.device, precision: Precision)
         ConfigError: the configured one does not run here.
     """
     asked, vit, crops = config.student.attention_backend, config.vit(), config.crops
-    sizes = [crops.global_crops_size, *([crops.local_crops_size] if crops.local_crops_number else [])]
+    resolutions = crops.resolutions()
+    sizes = [each.global_size for each in resolutions]
+    sizes += [each.local_size for each in resolutions if crops.local_crops_number]
     lengths = tuple(vit.prefix_tokens + (size // vit.patch_size) ** 2 for size in sizes)
     use = AttentionUse(device, precision.dtype, vit.num_heads, vit.embed_dim // vit.num_heads, lengths)
     try:

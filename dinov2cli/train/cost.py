@@ -74,6 +74,7 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         sharding: `none`, `ddp` or `fsdp` (parameters, gradients and moments split over the processes).
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
     """
+    config = config.at(config.crops.largest())
     first, second = (_measure(config, depth, precision) for depth in (1, 2))
     block = _Measured(*(two - one for one, two in zip(first[:-1], second[:-1], strict=True)), {})
     if config.train.activation_checkpointing:
@@ -96,6 +97,19 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
 
 def step_flops(config: Config) -> StepFlops:
     """FLOPs of an average step."""
+    resolutions = config.crops.resolutions()
+    of_each = [_step_flops(config.at(each)) for each in resolutions]
+    step, whole = (
+        sum(each.share * flops for each, flops in zip(resolutions, part, strict=True))
+        for part in zip(*(each[:2] for each in of_each), strict=True)
+    )
+    shares = list(zip(resolutions, of_each, strict=True))
+    passes = {name: sum(each.share * flops.passes[name] for each, flops in shares) for name in of_each[0].passes}
+    return StepFlops(step, whole, passes)
+
+
+def _step_flops(config: Config) -> StepFlops:
+    """At one resolution."""
     first, second = (_measure(config, depth, "fp32") for depth in (1, 2))
     more = config.arch().depth - 1
     step = first.flops + more * (second.flops - first.flops)
@@ -175,17 +189,17 @@ def _size(module: nn.Module) -> float:
 
 
 def shapes_of_batch(config: Config) -> MultiCropBatch:
-    """Shapes of a batch in which as much is masked as on average."""
-    crops, batch, masked = config.crops, config.train.batch_size_per_gpu, masked_patches(config)
-    patches = (crops.global_crops_size // config.student.patch_size) ** 2
-    sizes = ((GLOBAL_CROPS, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size))
+    """Shapes of a batch of the largest resolution in which as much is masked as on average."""
+    crops, batch, masked = config.crops.largest(), config.train.batch_size_per_gpu, masked_patches(config)
+    patches = (crops.global_size // config.student.patch_size) ** 2
+    sizes = ((GLOBAL_CROPS, crops.global_size), (config.crops.local_crops_number, crops.local_size))
     channels = config.student.in_chans
     of_global, of_local = (torch.empty(n * batch, size, size, channels, dtype=torch.uint8) for n, size in sizes)
     masks = torch.empty(GLOBAL_CROPS * batch, patches, dtype=torch.bool)
     indices, samples = (torch.empty(number, dtype=torch.int64) for number in (masked, batch))
     arrays = of_global, of_local, masks, indices, torch.empty(masked)
     larger = None
-    if side := crops.gram_teacher_crops_size:
+    if side := crops.gram_teacher_size:
         larger = torch.empty(GLOBAL_CROPS * batch, side, side, channels, dtype=torch.uint8)
     return MultiCropBatch(
         *arrays, iteration=0, samples=samples, statistics=config.images().statistics, gram_teacher_crops=larger
@@ -193,12 +207,12 @@ def shapes_of_batch(config: Config) -> MultiCropBatch:
 
 
 def masked_patches(config: Config) -> int:
-    """Masked patches of a batch as they are on average."""
+    """Masked patches of a batch of the largest resolution as they are on average."""
     if not config.ibot.loss_weight:
         return 0
     low, high = config.ibot.mask_ratio_min_max
     images = int(GLOBAL_CROPS * config.train.batch_size_per_gpu * config.ibot.mask_sample_probability)
-    patches = (config.crops.global_crops_size // config.student.patch_size) ** 2
+    patches = (config.crops.largest().global_size // config.student.patch_size) ** 2
     if config.compares_all_patches():
         return GLOBAL_CROPS * config.train.batch_size_per_gpu * patches
     return round(images * patches * (low + high) / 2)

@@ -40,7 +40,9 @@ def plan_rows(
     resumed = f", resumed after {counted(iteration, 'iteration')}" if iteration else ""
     shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
-    sizes = f"2 of {crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} pixels"
+    each = [f"2 of {r.global_size} and {crops.local_crops_number} of {r.local_size}" for r in crops.resolutions()]
+    shares = [f", {r.share:.0%} of iterations" if len(each) > 1 else "" for r in crops.resolutions()]
+    sizes = "; ".join(f"{sides} pixels{share}" for sides, share in zip(each, shares, strict=True))
     peak = config.scaled_lr(world)
     look = look_at(loader.dataset, Reading.of(config.images(), config))
     for warning in (*look.mixtures(), *forewarnings(config, batch)):

@@ -107,7 +107,8 @@ def describe(config: Config) -> str:
     if gram.ema_teacher:
         return "the running teacher"
     begins = gram.ckpt or f"the teacher before iteration {gram.it_load_ema_teacher}"
-    size = crops.gram_teacher_crops_size or crops.global_crops_size
+    sizes = [str(each.gram_teacher_size or each.global_size) for each in crops.resolutions()]
+    size = " or ".join(sizes)
     if not gram.rep_update:
         return f"{begins}, crops of {size} pixels, never refreshed"
     first = -(-max(gram.it_first_update, 1) // gram.update_frequency) * gram.update_frequency

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.crops import Crops
 from dinov2cli.config.gram import Gram
-from dinov2cli.config.schema import Crops, Data, Dino, Evaluation, Ibot, Student
+from dinov2cli.config.schema import Data, Dino, Evaluation, Ibot, Student
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
