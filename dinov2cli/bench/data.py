@@ -11,7 +11,7 @@ import torch
 
 from dinov2cli.bench.clock import Measured, table
 from dinov2cli.config import Config, load_config
-from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, GLOBAL_CROPS, Crops, MultiCropAugmentation
+from dinov2cli.data.augmentations import COLOR_STEPS, GEOMETRIC_STEPS, MultiCropAugmentation, in_their_sizes
 from dinov2cli.data.collate import CropBuffers, collate
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.decoding import Reading
@@ -99,7 +99,7 @@ def time_stages(config: Config, dataset: ImageDataset, images: int) -> dict[str,
                 views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
         place = k % batch_size
         with timed("collate"):
-            buffers.put(place, Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:]))
+            buffers.put(place, in_their_sizes(views, drawn))
         if place == batch_size - 1 or k == images - 1:
             with timed("masks"):
                 masks = make_masks(mask_rng(0, abs(k), 0))

@@ -174,9 +174,9 @@ def _unfit_crops(config: Config) -> Iterator[str]:
                 f"crops.gram_teacher_crops_size={each.gram_teacher_size}: must be at least crops.global_crops_size="
                 f"{each.global_size}"
             )
-    if (size := crops.gram_teacher_crops_size) is not None and not uses_gram:
+    if (larger := crops.gram_teacher_crops_size) is not None and not uses_gram:
         why = "gram.ema_teacher=true has" if config.gram.use_loss else "gram.use_loss=false has"
-        shown = list(size) if isinstance(size, tuple) else size
+        shown = list(larger) if isinstance(larger, tuple) else larger
         yield f"crops.gram_teacher_crops_size={shown}: {why} no Gram teacher to see such crops; set it to null"
     if crops.gram_teacher_crops_size and config.data.device_augment and not crops.gram_teacher_no_distortions:
         yield (

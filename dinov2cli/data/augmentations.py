@@ -25,7 +25,7 @@ class Crops(NamedTuple):
 
     global_crops: list[np.ndarray]
     local_crops: list[np.ndarray]
-    gram_teacher_crops: list[np.ndarray]
+    gram_teacher_crops: list[np.ndarray] = []  # noqa: RUF012  (never changed)
 
 
 class MultiCropAugmentation:
@@ -96,13 +96,13 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
     All views take a step before any takes the next: the step's code and tables stay in the processor's cache.
     """
     views = _taken([image] * len(drawn), drawn, GEOMETRIC_STEPS)
-    larger = [view for view, p in zip(views, drawn, strict=True) if p.larger and p.larger_is_plain]
-    views = [_in_its_size(view, p) if p.larger_is_plain else view for view, p in zip(views, drawn, strict=True)]
+    plain = in_their_sizes(views, drawn) if drawn[0].larger_is_plain else None
+    if plain is not None:
+        views = [*plain.global_crops, *plain.local_crops]
     if color:
         views = _taken(views, drawn, COLOR_STEPS)
-    larger += [view for view, p in zip(views, drawn, strict=True) if p.larger and not p.larger_is_plain]
-    views = [_in_its_size(view, p) for view, p in zip(views, drawn, strict=True)]
-    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:], larger)
+    crops = in_their_sizes(views, drawn)
+    return crops if plain is None else crops._replace(gram_teacher_crops=plain.gram_teacher_crops)
 
 
 def _taken(views: list[np.ndarray], drawn: list[CropParameters], steps: dict[str, Step]) -> list[np.ndarray]:
@@ -111,9 +111,12 @@ def _taken(views: list[np.ndarray], drawn: list[CropParameters], steps: dict[str
     return views
 
 
-def _in_its_size(view: np.ndarray, drawn: CropParameters) -> np.ndarray:
-    """A view that was taken larger; any other as it is."""
-    return pixels.resize(view, drawn.size, drawn.size) if drawn.larger else view
+def in_their_sizes(views: list[np.ndarray], drawn: list[CropParameters]) -> Crops:
+    """All views as crops; those that were taken larger are kept so, and resized."""
+    larger = [view for view, p in zip(views, drawn, strict=True) if p.larger]
+    if larger:
+        views = [pixels.resize(v, p.size, p.size) if p.larger else v for v, p in zip(views, drawn, strict=True)]
+    return Crops(views[:GLOBAL_CROPS], views[GLOBAL_CROPS:], larger)
 
 
 def render_regions(image: LargeImage, drawn: list[CropParameters], *, color: bool = True) -> Crops:

@@ -73,10 +73,8 @@ class MultiCropBatch:
 
     def normalized(self) -> "MultiCropBatch":
         """The batch with float32 crops, as a network takes them."""
-        of_global, of_local, larger = (
-            None if crops is None else normalize(crops, self.statistics)
-            for crops in (self.global_crops, self.local_crops, self.gram_teacher_crops)
-        )
+        of_global, of_local = (normalize(crops, self.statistics) for crops in (self.global_crops, self.local_crops))
+        larger = None if self.gram_teacher_crops is None else normalize(self.gram_teacher_crops, self.statistics)
         return replace(self, global_crops=of_global, local_crops=of_local, gram_teacher_crops=larger)
 
     def _map(self, function: Any) -> "MultiCropBatch":

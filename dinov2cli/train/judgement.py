@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 from dinov2cli.config import Config, load_config
 from dinov2cli.errors import ConfigError
 from dinov2cli.train.forewarnings import Advice, class_tokens, cold, forewarnings, too_many_prototypes
-from dinov2cli.train.verdicts import HIGHEST, LOWEST, baselines_of, json_lines
+from dinov2cli.train.verdicts import (
+    HIGHEST,
+    LOWEST,
+    baselines_of,
+    fall_of,
+    json_lines,
+    keys_of_anchoring,
+    spreads_of,
+)
 
 MOST_LOOKS = 20
 FEWEST_TOKENS = 8  # of an iteration, for its monitors to mean something
@@ -95,8 +103,13 @@ def judge(run: Path) -> Judgement | None:
     images = int(seen.get("current_batch_size", config.effective_batch()))
     advice = list(_from_monitors(config, seen, len(recent), images))
     if scores is None:
-        return _without_scores(config, seen, advice, forewarnings(config, images))
-    return _with_scores(config, seen, scores, advice, forewarnings(config, images))
+        judgement = _without_scores(config, seen, advice, forewarnings(config, images))
+    else:
+        judgement = _with_scores(config, seen, scores, advice, forewarnings(config, images))
+    if fall := fall_of(spreads_of(lines, max(config.iterations(config.optim.warmup_epochs), total // 10))):
+        degrades = Advice(str(fall), keys_of_anchoring(run, fall, config))
+        judgement = judgement._replace(advice=[*judgement.advice, degrades])
+    return judgement
 
 
 def _with_scores(

@@ -1,8 +1,10 @@
 """What the monitors said against a run, beside its metrics: for its end, `status`, `results` and the plot. No torch."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
+from dinov2cli.config import Config
 from dinov2cli.console import counted
 from dinov2cli.files import parse_json
 
@@ -15,6 +17,8 @@ BASELINES_FILE = "knn_baselines.json"
 # Beyond these a teacher is judged to have collapsed.
 LOWEST = {"feature_std": 0.02, "effective_rank": 1.5, "prototypes_in_use": 1.5}
 HIGHEST = {"teacher_entropy": 0.9999}
+MOST_OF_SPREAD = 0.7
+"""Share of its highest below which `patch_spread` tells of patches that lose what they were."""
 
 
 class Collapse(NamedTuple):
@@ -50,6 +54,49 @@ def collapse_of(run: Path) -> Collapse | None:
     last = int(verdicts[-1]["iteration"])
     lasts = not newest or last >= int(newest[0]["iteration"])
     return Collapse(int(verdicts[0]["iteration"]), last, len(verdicts), lasts, str(verdicts[-1]["verdict"]))
+
+
+class Fall(NamedTuple):
+    """Of `patch_spread`: its highest median, after which iteration that was, and the last one."""
+
+    best: float
+    at: int
+    now: float
+
+    def __str__(self) -> str:
+        return (
+            f"patches of an image lose what tells them apart: patch_spread was {self.best:.3f} at iteration {self.at} "
+            f"and has fallen to {self.now:.3f}; segmentation and depth suffer from it, while k-NN may still rise"
+        )
+
+
+def fall_of(spreads: list[tuple[int, float]]) -> Fall | None:
+    """Whether `patch_spread`, by iteration, has fallen far below what it was: medians of tenths of the looks, of three
+    at least."""
+    size = max(3, len(spreads) // 10)
+    parts = [spreads[max(0, end - size) : end] for end in range(len(spreads), size - 1, -size)][::-1]
+    medians = [(median(spread for _, spread in part), part[-1][0]) for part in parts]
+    if len(medians) < 2:
+        return None
+    (best, at), now = max(medians), medians[-1][0]
+    return Fall(best, at, now) if now < MOST_OF_SPREAD * best else None
+
+
+def spreads_of(lines: list[dict[str, Any]], begins: int) -> list[tuple[int, float]]:
+    """`patch_spread` by iteration, after the one in which learning begins."""
+    found = [(int(line["iteration"]), line.get("patch_spread")) for line in lines]
+    return [(at, float(spread)) for at, spread in found if at > begins and isinstance(spread, int | float)]
+
+
+def keys_of_anchoring(run: Path, fall: Fall, config: Config) -> str:
+    """Which keys would keep patches as they were before: anchored to the teacher checkpoint from about then."""
+    if config.gram.use_loss:
+        return f"gram.loss_weight={2 * config.gram.loss_weight:g}, or an earlier gram.ckpt"
+    numbers = [path.name.removeprefix("training_") for path in run.glob("eval/training_*")]
+    there = [int(number) for number in numbers if number.isdigit()]
+    nearest = min(there, key=lambda iteration: abs(iteration - fall.at), default=None)
+    anchor = "an earlier teacher" if nearest is None else f"{run}/eval/training_{nearest}/teacher_checkpoint.pth"
+    return f"gram.use_loss=true gram.img_level=true gram.rep_update=false gram.ckpt={anchor}"
 
 
 class Baselines(NamedTuple):
