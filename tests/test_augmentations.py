@@ -11,9 +11,10 @@ from PIL import Image
 from scipy import stats
 
 from dinov2cli.config import load_config
-from dinov2cli.data.augmentations import MultiCropAugmentation, shrink_for, shrunk
+from dinov2cli.data import pixels
+from dinov2cli.data.augmentations import COLOR_STEPS, MultiCropAugmentation, render_crops, shrink_for, shrunk
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, draw_crops, random_box
-from dinov2cli.data.datasets.sample_photos import photo_files
+from dinov2cli.data.datasets.sample_photos import SamplePhotos, photo_files
 from dinov2cli.data.decoding import read_image
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.data.randomness import sample_rng
@@ -161,3 +162,33 @@ def test_colour_probabilities_come_from_the_config() -> None:
     crop = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     drawn = MultiCropAugmentation.from_config(config)(crop, sample_rng(0, 0))
     assert all((view == view[..., :1]).all() for view in [*drawn.global_crops, *drawn.local_crops])
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_gram_teacher_sees_the_students_crops_larger(plain: bool) -> None:
+    """The same box and flip; with the same colours, or with none and the student's distorted in their own size."""
+    image = SamplePhotos("TRAIN").image(3)
+    words = [
+        "gram.use_loss=true", "gram.it_load_ema_teacher=0", "crops.gram_teacher_crops_size=96", "crops.solarize_prob=1",
+        "crops.global_crops_size=48", "crops.local_crops_size=24", "student.patch_size=8", "crops.local_crops_number=2",
+        f"crops.gram_teacher_no_distortions={str(plain).lower()}",
+    ]  # fmt: skip
+    augmentation = MultiCropAugmentation.from_config(load_config(overrides=words))
+    for k in range(4):
+        drawn = augmentation.draw(*image.shape[:2], sample_rng(0, k))
+        crops = render_crops(image, drawn)
+        assert [len(views) for views in crops] == [2, 2, 2]
+        assert [view.shape[0] for views in crops for view in views] == [48, 48, 24, 24, 96, 96]
+        for view, larger, decisions in zip(crops.global_crops, crops.gram_teacher_crops, drawn[:2], strict=True):
+            untouched = pixels.resized_crop(image, *decisions.box, 96)
+            untouched = pixels.flip(untouched) if decisions.flip else untouched
+            kept, expected = untouched, pixels.resize(untouched, 48, 48)
+            for step in COLOR_STEPS.values():
+                kept, expected = step(kept, decisions), step(expected, decisions)
+            assert np.array_equal(larger, untouched if plain else kept)
+            assert np.array_equal(view, expected if plain else pixels.resize(kept, 48, 48))
+        # Without colours, as they go to a device that augments.
+        uncoloured = render_crops(image, drawn, color=False)
+        assert np.array_equal(uncoloured.gram_teacher_crops[1], crops.gram_teacher_crops[1]) == plain
+        smaller = [decisions._replace(larger=0, larger_is_plain=False) for decisions in drawn]
+        assert np.array_equal(render_crops(image, smaller).local_crops[0], crops.local_crops[0])

@@ -205,7 +205,7 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         ("student.ffn=mlp", "student.ffn=mlp: no such key; did you mean student.ffn_layer?"),
         ("optm.base_lr=1", "optm: no such group; did you mean optim?"),
         ("dino.zzz=1", "dino.zzz=1: no such key; dino has loss_weight, head_n_prototypes, head_bottleneck_dim, "
-         "head_nlayers, head_hidden_dim, koleo_loss_weight"),
+         "head_nlayers, head_hidden_dim, koleo_loss_weight, reweight_dino_local_loss, local_loss_weight_schedule"),
         # words with a meaning
         ("data.value_range=[9, 1]",
          "data.value_range=[9, 1]: must be auto, dtype, [LOW, HIGH] or percentile [P, Q]"),

@@ -102,7 +102,7 @@ def test_the_running_teacher_may_be_the_gram_teacher() -> None:
     assert losses.logged["gram_loss"] > 0, "patches that the student does not see differ"
     batch.masks.zero_()
     unmasked = replace(batch, mask_indices=batch.mask_indices[:0], masks_weight=batch.masks_weight[:0])
-    assert objective(unmasked, values).logged["gram_loss"] == pytest.approx(0, abs=1e-10)
+    assert objective(unmasked, values).logged["gram_loss"].item() == pytest.approx(0, abs=1e-10)
 
 
 def test_local_crops_are_weighed_by_their_schedule() -> None:

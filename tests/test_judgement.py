@@ -1,5 +1,6 @@
 """Whether a run learns: runs that were made to fail are told so and why, and a run that learns is told nothing."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from dinov2cli.losses import DINOLoss, SoftmaxCentering
 from dinov2cli.train import objective
 from dinov2cli.train.forewarnings import STUDENT_TEMP, forewarnings
 from dinov2cli.train.judgement import judge
+from dinov2cli.train.verdicts import fall_of
 
 SMALL = [
     "dino.head_n_prototypes=64", "dino.head_bottleneck_dim=32", "dino.head_hidden_dim=64",
@@ -190,3 +192,28 @@ def test_settings_that_do_not_fit_a_short_run_are_told_before_it(word: str, chan
 
 def test_the_student_temperature_is_the_losses() -> None:
     assert DINOLoss().student_temp == STUDENT_TEMP
+
+
+def test_patches_that_degrade_are_told_with_the_keys_that_keep_them(tmp_path: Path) -> None:
+    """A locality that stays, wavers or rises is none; one that falls is, with the teacher from about its height."""
+    rng = np.random.default_rng(0)
+    waver, at = rng.normal(0, 0.02, 200), np.arange(200)
+    for localities in (0.3 + waver, 0.2 + at / 1000 + waver, 0.3 - at / 4000 + waver):
+        assert fall_of(list(zip(at.tolist(), localities.tolist(), strict=True))) is None
+    falling = np.where(at < 100, 0.2 + at / 1000, 0.3 - (at - 100) / 500) + waver
+    fall = fall_of(list(zip(at.tolist(), falling.tolist(), strict=True)))
+    assert fall is not None and 80 <= fall.at <= 120 and fall.best == pytest.approx(0.3, abs=0.03)
+    config = load_config(overrides=[*SMALL, "optim.epochs=10"])
+    config.save(tmp_path / "config.yaml")
+    locality_of = dict(zip(at.tolist(), falling.tolist(), strict=True))
+    lines = [{"iteration": i, "crops_matched": 0.9, "patch_locality": each} for i, each in locality_of.items()]
+    (tmp_path / "training_metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for iteration in (39, 99, 159):
+        (tmp_path / "eval" / f"training_{iteration}").mkdir(parents=True)
+    judgement = judge(tmp_path)
+    assert judgement is not None and judgement.learns
+    (found,) = judgement.advice
+    assert "patches lose what they show of their place: patch_locality was 0." in found.found
+    keys = found.change.split()
+    assert keys[-1] == f"gram.ckpt={tmp_path}/eval/training_99/teacher_checkpoint.pth"
+    assert load_config(overrides=[*SMALL, *keys]).gram.use_loss

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console, RenderableType
@@ -18,7 +19,14 @@ from dinov2cli.cli.main import main
 from dinov2cli.eval.baselines import names
 from dinov2cli.eval.results import RunResults
 from dinov2cli.launch.status import read_status
-from dinov2cli.train.monitors import TeacherView, collapse_verdict, entropy, teacher_health, teacher_numbers
+from dinov2cli.train.monitors import (
+    TeacherView,
+    collapse_verdict,
+    entropy,
+    patch_locality,
+    teacher_health,
+    teacher_numbers,
+)
 
 S, D, K = 64, 32, 128
 
@@ -130,3 +138,26 @@ def test_training_ends_with_where_the_weights_are_the_score_beside_baselines_and
     results = RunResults.of(run)
     assert results.baselines == found["top1"]
     assert "without training: raw pixels 100.0, colour histogram 100.0" in said(results)
+
+
+def test_the_locality_of_patches() -> None:
+    """Adjacent patches against all pairs of a crop, each crop around its own mean; none without order in the image."""
+    torch.manual_seed(0)
+    side = 6
+    rows, columns = (each.flatten() for each in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    place, crop = torch.stack([rows, columns], -1).repeat(3, 1), torch.arange(3).repeat_interleave(side**2)
+    noise = torch.randn(3 * side**2, 16)
+    smooth = noise.view(3, side, side, 16).permute(0, 3, 1, 2)
+    smooth = torch.nn.functional.avg_pool2d(smooth, 3, 1, 1).permute(0, 2, 3, 1).reshape(-1, 16)
+    assert patch_locality(noise, crop, place, 3) == pytest.approx(0, abs=0.15)
+    assert patch_locality(smooth, crop, place, 3) > 1
+    # By hand, of one crop; alone or with others, as each is around its own mean.
+    unit = torch.nn.functional.normalize(smooth[: side**2], dim=-1)
+    pairs = [(a, b) for a in range(side**2) for b in range(side**2) if a != b]
+    similarity = {pair: float(unit[pair[0]] @ unit[pair[1]]) for pair in pairs}
+    adjacent = [similarity[a, b] for a, b in pairs if abs(rows[a] - rows[b]) + abs(columns[a] - columns[b]) == 1]
+    every = np.array(list(similarity.values()))
+    expected = (np.mean(adjacent) - every.mean()) / every.std()
+    alone = slice(side**2)
+    assert patch_locality(smooth[alone], crop[alone], place[alone], 1).item() == pytest.approx(expected, rel=1e-3)
+    assert patch_locality(torch.ones(9, 4), crop[:9], place[:9], 1).isfinite()

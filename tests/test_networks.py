@@ -96,3 +96,20 @@ def test_a_network_that_begins_anew_takes_the_students_weights() -> None:
     networks.student.backbone.cls_token.data.fill_(3.0)
     networks.begin()
     assert (networks.teacher.backbone.cls_token == 3.0).all()
+
+
+@torch.no_grad()
+def test_crops_of_any_resolution_are_seen_in_training_as_in_inference() -> None:
+    """Positions are kept for the largest crops of the run, and resized for others by the same rule."""
+    words = ["crops.global_crops_size=[32, 48]", "crops.local_crops_size=[16, 24]"]
+    config = config_of(*words, "crops.global_local_crop_pairs_ratios=[0.5, 0.5]", "student.drop_path_rate=0")
+    student = build_network(config, reads=frozenset({"cls", "patches"})).train()
+    assert student.backbone.pos_embed.shape[1] == 1 + 36
+    for resolution in config.crops.resolutions():
+        batch = synthetic_batch(config.at(resolution)).normalized()
+        crops = [batch.global_crops, batch.local_crops]
+        assert [each.shape[-1] for each in crops] == [resolution.global_size, resolution.local_size]
+        found = student(crops, [None, None], batch.mask_indices)
+        features = [student.backbone(each, is_training=True) for each in crops]
+        torch.testing.assert_close(found["cls"], torch.cat([each["x_norm_clstoken"] for each in features]))
+        torch.testing.assert_close(found["patches"], features[0]["x_norm_patchtokens"])

@@ -47,7 +47,7 @@ def test_an_old_run_resumes_and_gives_the_losses_that_it_would_have_given(old: P
     metrics = metrics_of(old / "run")
     assert [line["iteration"] for line in metrics] == list(range(20))
     for line, expected in zip(metrics[12:], EXPECTED["metrics"], strict=True):
-        later = {"crops_matched", "patch_similarity", "patch_spread"}
+        later = {"crops_matched", "patch_similarity", "patch_locality"}
         assert line.keys() - expected.keys() == later, "monitors that came later"
         for key, value in expected.items():
             assert line[key] == pytest.approx(value, rel=ROUNDING.get(key, OTHERWISE)), (line["iteration"], key)

@@ -81,6 +81,20 @@ def test_training_recipes_of_the_paper() -> None:
     assert load_config(preset="vits14").effective_batch(8) == load_config(preset="vitb14").effective_batch(8) == 1024
 
 
+def test_adaptation_to_a_higher_resolution_is_the_papers_training_but_for_what_it_says() -> None:
+    """10,000 iterations at 518 pixels; schedules compressed, learning rate lowered, heads fresh."""
+    adapted, large = load_config(preset="adapt_518"), load_config(preset="vitl14")
+    assert adapted.iterations() == 10_000 and adapted.optim.base_lr < large.optim.base_lr
+    differences = {
+        key for key in FIELDS if getattr(getattr(large, key.split(".")[0]), key.split(".")[1])
+        != getattr(getattr(adapted, key.split(".")[0]), key.split(".")[1])
+    }  # fmt: skip
+    schedules = {"optim.epochs", "optim.base_lr", "optim.warmup_epochs", "teacher.warmup_teacher_temp_epochs"}
+    run = {"train.batch_size_per_gpu", "train.dataset_path", "evaluation.eval_period_iterations"}
+    student = {"student.ffn_layer", "student.drop_path_rate", "student.freeze_backbone_epochs"}
+    assert differences == {"crops.global_crops_size", *schedules, *run, *student}
+
+
 @pytest.mark.parametrize("size", "sblg")
 def test_released_architectures(size: str) -> None:
     plain, registers = load_config(preset=f"vit{size}14_pretrain"), load_config(preset=f"vit{size}14_reg4_pretrain")

@@ -33,7 +33,8 @@ def test_run_schedules() -> None:
     schedules = Schedules(config, world_size=32)
     first, later, peak, last = (schedules.at(i) for i in (0, 15, 99, config.iterations() - 1))
     expected = {"lr": 0, "last_layer_lr": 0, "backbone_lr": 0, "weight_decay": 0.04, "momentum": 0.992}
-    assert first == pytest.approx({"iteration": 0, **expected, "teacher_temp": 0.04})
+    loss_weights = {"dino_local_loss_weight": 1.0, "gram_loss_weight": 0.0}
+    assert first == pytest.approx({"iteration": 0, **expected, "teacher_temp": 0.04, **loss_weights})
     assert later["last_layer_lr"] == later["lr"] > 0 == later["backbone_lr"] and schedules.at(9)["last_layer_lr"] == 0
     assert peak["lr"] == pytest.approx(0.004 * (64 * 32 / 1024) ** 0.5)
     assert 1e-6 <= last["lr"] < 1.1e-5 and 0.399 < last["weight_decay"] <= 0.4 and last["teacher_temp"] == 0.07

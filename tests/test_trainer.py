@@ -123,6 +123,7 @@ def test_a_run_takes_up_gram_anchoring(
 ) -> None:
     """Its checkpoint holds no Gram teacher: that begins as the teacher does then, or as the weights that are named."""
     monkeypatch.setattr(logging.getLogger("dino2"), "propagate", True)
+    caplog.set_level(logging.INFO, "dino2")
     make_trainer("run", "optim.epochs=1").train()
     joined = make_trainer("run", *GRAM, "gram.update_frequency=6")
     gram, teacher = joined.objective.networks.followers["gram_teacher"], joined.objective.teacher.state_dict()

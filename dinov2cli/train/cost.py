@@ -76,8 +76,7 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     """
     config = config.at(config.crops.largest())
     first, second = (_measure(config, depth, precision) for depth in (1, 2))
-    one_more = [two - one for one, two in zip(first[:-1], second[:-1], strict=True)]
-    block = _Measured(*one_more, passes={})
+    block = _Measured._make([*(two - one for one, two in zip(first[:-1], second[:-1], strict=True)), {}])
     if config.train.activation_checkpointing:
         block = block._replace(peak=first.stream)  # all that is kept of it, until it is computed again
     student, followers, activations = (

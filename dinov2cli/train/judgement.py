@@ -16,7 +16,7 @@ from dinov2cli.train.verdicts import (
     fall_of,
     json_lines,
     keys_of_anchoring,
-    spreads_of,
+    localities_of,
 )
 
 MOST_LOOKS = 20
@@ -106,7 +106,7 @@ def judge(run: Path) -> Judgement | None:
         judgement = _without_scores(config, seen, advice, forewarnings(config, images))
     else:
         judgement = _with_scores(config, seen, scores, advice, forewarnings(config, images))
-    if fall := fall_of(spreads_of(lines, max(config.iterations(config.optim.warmup_epochs), total // 10))):
+    if fall := fall_of(localities_of(lines, max(config.iterations(config.optim.warmup_epochs), total // 10))):
         degrades = Advice(str(fall), keys_of_anchoring(run, fall, config))
         judgement = judgement._replace(advice=[*judgement.advice, degrades])
     return judgement

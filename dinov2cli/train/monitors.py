@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov2cli.train.verdicts import HIGHEST, LOWEST
 
-SPREAD_OF = 2048
+LOCALITY_OF = 2048
 
 
 class TeacherView(NamedTuple):
@@ -24,12 +24,14 @@ class TeacherView(NamedTuple):
         targets: the class tokens' target distributions [S, K].
         patches: tokens of some patches [M, D], those that the student does not see; None where nothing is masked.
         crop_of_patch: int64 [M], the crop of each.
+        place_of_patch: int64 [M, 2], its row and column in the crop.
     """
 
     cls: Tensor
     targets: Tensor
     patches: Tensor | None = None
     crop_of_patch: Tensor | None = None
+    place_of_patch: Tensor | None = None
 
 
 class TeacherHealth(NamedTuple):
@@ -45,8 +47,8 @@ class TeacherHealth(NamedTuple):
             by chance, and near that where features tell nothing of an image.
         patch_similarity: mean cosine similarity between patches of a crop: 1 for patches that are all alike; None where
             none are masked.
-        patch_spread: standard deviation of these similarities within a crop: it falls where patches lose what tells
-            them apart, and the crop's contents show in them less and less.
+        patch_locality: how much more similar than others the adjacent patches of a crop are, in standard deviations of
+            all similarities in it. It rises as patches learn to show what is where, and falls where they lose it.
     """
 
     teacher_entropy: float
@@ -55,7 +57,7 @@ class TeacherHealth(NamedTuple):
     effective_rank: float
     crops_matched: float
     patch_similarity: float | None = None
-    patch_spread: float | None = None
+    patch_locality: float | None = None
 
 
 @torch.no_grad()
@@ -78,7 +80,8 @@ def teacher_numbers(view: TeacherView) -> dict[str, Tensor]:
     }
     if view.patches is not None and view.crop_of_patch is not None and len(view.patches):
         numbers["patch_similarity"] = patch_similarity(view.patches, view.crop_of_patch, len(cls_SD))
-        numbers["patch_spread"] = patch_spread(view.patches, view.crop_of_patch, len(cls_SD))
+        assert view.place_of_patch is not None, "given with the crops"
+        numbers["patch_locality"] = patch_locality(view.patches, view.crop_of_patch, view.place_of_patch, len(cls_SD))
     return numbers
 
 
@@ -91,7 +94,7 @@ def teacher_health(numbers: Mapping[str, Tensor]) -> TeacherHealth:
         feature_std=numbers["feature_std"].item(),
         effective_rank=entropy(singular / singular.sum().clamp(min=1e-12)).exp().item(),
         crops_matched=numbers["crops_matched"].item(),
-        **{name: numbers[name].item() for name in ("patch_similarity", "patch_spread") if name in numbers},
+        **{name: numbers[name].item() for name in ("patch_similarity", "patch_locality") if name in numbers},
     )
 
 
@@ -104,20 +107,27 @@ def patch_similarity(patches_MD: Tensor, crop_M: Tensor, crops: int) -> Tensor:
     return (sums_SD.double().square().sum() - n_S.sum()) / pairs
 
 
-def patch_spread(patches_MD: Tensor, crop_M: Tensor, crops: int) -> Tensor:
-    """Standard deviation of the cosine similarities of different patches of a crop around that crop's mean, scalar.
+def patch_locality(patches_MD: Tensor, crop_M: Tensor, place_M2: Tensor, crops: int) -> Tensor:
+    """Mean similarity of adjacent patches, less that of their crop, over the standard deviation around that; scalar.
 
-    Of the first `SPREAD_OF` patches, as every pair of them is looked at.
+    Of the first `LOCALITY_OF` patches, as every pair of them is looked at.
+
+    Args:
+        place_M2: row and column of each patch.
     """
-    unit_MD, crop_M = F.normalize(patches_MD[:SPREAD_OF].float(), dim=-1), crop_M[:SPREAD_OF]
+    few = slice(LOCALITY_OF)
+    unit_MD, crop_M, place_M2 = F.normalize(patches_MD[few].float(), dim=-1), crop_M[few], place_M2[few]
     same_MM = (crop_M[:, None] == crop_M).float().fill_diagonal_(0)
-    similarity_MM = (unit_MD @ unit_MD.T) * same_MM
-    count_S, sum_S, squares_S = (
+    adjacent_MM = same_MM * ((place_M2[:, None] - place_M2).abs().sum(-1) == 1)
+    similarity_MM = unit_MD @ unit_MD.T
+    sums_S, pairs_S = (
         torch.zeros(crops, device=crop_M.device).index_add_(0, crop_M, of_pairs.sum(1))
-        for of_pairs in (same_MM, similarity_MM, similarity_MM.square())
+        for of_pairs in (similarity_MM * same_MM, same_MM)
     )
-    around_mean_S = squares_S - sum_S.square() / count_S.clamp(min=1)
-    return (around_mean_S.sum() / count_S.sum().clamp(min=1)).clamp(min=0).sqrt()
+    above_mean_MM = similarity_MM - (sums_S / pairs_S.clamp(min=1))[crop_M][:, None]
+    of_adjacent = (above_mean_MM * adjacent_MM).sum() / adjacent_MM.sum().clamp(min=1)
+    spread = ((above_mean_MM.square() * same_MM).sum() / same_MM.sum().clamp(min=1)).sqrt()
+    return of_adjacent / spread.clamp(min=1e-6)
 
 
 def collapse_verdict(health: TeacherHealth, samples: int) -> str | None:

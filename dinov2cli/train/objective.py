@@ -1,6 +1,5 @@
 """DINOv2's objective: student, followers, and the terms between them (DINOv2 paper, section 4)."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -203,9 +202,10 @@ class SSLMetaArch(nn.Module):
             tokens = seen.get(term.follower.name, {}) if term.follower else {}
             targets[name] = term.loss.targets(tokens, values)
             if term.loss.watched and not term.loss.watches_student:
-                per_crop = math.prod(side // self.config.student.patch_size for side in batch.global_crops.shape[-2:])
-                crop_of_patch = batch.mask_indices // per_crop
-                self.last_view = TeacherView(tokens["cls"], targets[name], tokens.get("masked"), crop_of_patch)
+                rows, columns = (side // self.config.student.patch_size for side in batch.global_crops.shape[-2:])
+                crop, place = batch.mask_indices // (rows * columns), batch.mask_indices % (rows * columns)
+                places = torch.stack([place // columns, place % columns], dim=-1)
+                self.last_view = TeacherView(tokens["cls"], targets[name], tokens.get("masked"), crop, places)
         return targets, of_teacher
 
     def saved_state(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dinov2cli.train.monitors import TeacherView, collapse_verdict, teacher_heal
 from dinov2cli.train.objective import Losses
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.trackers import Tracker, make_trackers
-from dinov2cli.train.verdicts import fall_of, json_lines, keys_of_anchoring, spreads_of
+from dinov2cli.train.verdicts import fall_of, json_lines, keys_of_anchoring, localities_of
 
 
 class StepResult(NamedTuple):
@@ -79,7 +79,7 @@ class Record:
         self.nonfinite = 0  # consecutive iterations that were left out
         self.collapsed = 0  # looks in a row at which the monitors said so
         self.warned_at = 0  # iteration of the last warning of it
-        self.spreads: list[tuple[int, float]] = []  # of patches, by iteration, once learning has begun
+        self.localities: list[tuple[int, float]] = []  # of patches, by iteration, once learning has begun
         self.warned_of_patches_at: int | None = None
         self.loggers: list[Tracker] = []
         self.verdicts: MetricLogger | None = None
@@ -90,7 +90,7 @@ class Record:
             trackers = make_trackers(self.config, self.folder.path, resume_at=iteration)
             self.loggers = [MetricLogger(self.folder.metrics, resume_at=iteration), *trackers]
             self.verdicts = MetricLogger(self.folder.verdicts, resume_at=iteration)
-            self.spreads = spreads_of(json_lines(self.folder.metrics), self.begins())
+            self.localities = localities_of(json_lines(self.folder.metrics), self.begins())
             stack.callback(self.verdicts.close)
         for each in self.loggers:
             stack.callback(each.close)
@@ -198,8 +198,8 @@ class Record:
         if verdict and self.verdicts is not None:
             self.verdicts.write({"iteration": reading.iteration, "verdict": verdict})
         self.collapsed = self.collapsed + 1 if verdict else 0
-        if begun and health.patch_spread is not None:
-            self.spreads.append((reading.iteration, health.patch_spread))
+        if begun and health.patch_locality is not None:
+            self.localities.append((reading.iteration, health.patch_locality))
             self.look_at_patches(reading.iteration)
         return health._asdict()
 
@@ -209,7 +209,7 @@ class Record:
 
     def look_at_patches(self, iteration: int) -> None:
         """Warn of patches that degrade, again in every tenth of the run."""
-        last, fall = self.warned_of_patches_at, fall_of(self.spreads)
+        last, fall = self.warned_of_patches_at, fall_of(self.localities)
         if fall and (last is None or iteration >= last + self.total / 10):
             keys = keys_of_anchoring(self.folder.path, fall, self.config)
             logger.warning("iteration %d: %s. Change: %s", iteration, fall, keys)

@@ -17,8 +17,8 @@ BASELINES_FILE = "knn_baselines.json"
 # Beyond these a teacher is judged to have collapsed.
 LOWEST = {"feature_std": 0.02, "effective_rank": 1.5, "prototypes_in_use": 1.5}
 HIGHEST = {"teacher_entropy": 0.9999}
-MOST_OF_SPREAD = 0.7
-"""Share of its highest below which `patch_spread` tells of patches that lose what they were."""
+MOST_OF_LOCALITY = 0.85
+"""Share of its highest below which `patch_locality` tells of patches that degrade."""
 
 
 class Collapse(NamedTuple):
@@ -57,7 +57,7 @@ def collapse_of(run: Path) -> Collapse | None:
 
 
 class Fall(NamedTuple):
-    """Of `patch_spread`: its highest median, after which iteration that was, and the last one."""
+    """Of `patch_locality`: its highest median, after which iteration that was, and the last one."""
 
     best: float
     at: int
@@ -65,27 +65,29 @@ class Fall(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"patches of an image lose what tells them apart: patch_spread was {self.best:.3f} at iteration {self.at} "
+            f"patches lose what they show of their place: patch_locality was {self.best:.3f} at iteration {self.at} "
             f"and has fallen to {self.now:.3f}; segmentation and depth suffer from it, while k-NN may still rise"
         )
 
 
-def fall_of(spreads: list[tuple[int, float]]) -> Fall | None:
-    """Whether `patch_spread`, by iteration, has fallen far below what it was: medians of tenths of the looks, of three
-    at least."""
-    size = max(3, len(spreads) // 10)
-    parts = [spreads[max(0, end - size) : end] for end in range(len(spreads), size - 1, -size)][::-1]
-    medians = [(median(spread for _, spread in part), part[-1][0]) for part in parts]
+def fall_of(localities: list[tuple[int, float]]) -> Fall | None:
+    """Whether `patch_locality`, by iteration, has fallen far below what it was.
+
+    Medians count, of tenths of the looks, and of three at least.
+    """
+    size = max(3, len(localities) // 10)
+    parts = [localities[max(0, end - size) : end] for end in range(len(localities), size - 1, -size)][::-1]
+    medians = [(median(value for _, value in part), part[-1][0]) for part in parts]
     if len(medians) < 2:
         return None
     (best, at), now = max(medians), medians[-1][0]
-    return Fall(best, at, now) if now < MOST_OF_SPREAD * best else None
+    return Fall(best, at, now) if now < MOST_OF_LOCALITY * best else None
 
 
-def spreads_of(lines: list[dict[str, Any]], begins: int) -> list[tuple[int, float]]:
-    """`patch_spread` by iteration, after the one in which learning begins."""
-    found = [(int(line["iteration"]), line.get("patch_spread")) for line in lines]
-    return [(at, float(spread)) for at, spread in found if at > begins and isinstance(spread, int | float)]
+def localities_of(lines: list[dict[str, Any]], begins: int) -> list[tuple[int, float]]:
+    """`patch_locality` by iteration, after the one in which learning begins."""
+    found = [(int(line["iteration"]), line.get("patch_locality")) for line in lines]
+    return [(at, float(value)) for at, value in found if at > begins and isinstance(value, int | float)]
 
 
 def keys_of_anchoring(run: Path, fall: Fall, config: Config) -> str:
