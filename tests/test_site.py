@@ -14,8 +14,9 @@ from dinov2cli.data.datasets.strings import KINDS
 from dinov2cli.data.spelling import EXAMPLES, complete
 from dinov2cli.errors import ConfigError, DataError, Several
 from dinov2cli.eval.first_look import datasets_for
+from dinov2cli.launch.local import Elsewhere
 from dinov2cli.launch.slurm import wanted_for
-from dinov2cli.launch.training import print_origins, resolve_config
+from dinov2cli.launch.training import launch, print_origins, resolve_config
 from dinov2cli.requests.base import run
 from dinov2cli.requests.datasets import AddDatasetRequest, ForgetDatasetRequest, ShowDatasetRequest
 from dinov2cli.requests.launch import Slurm
@@ -326,6 +327,9 @@ def test_another_run_in_the_default_folder_is_not_touched(missing: int, state: s
     config.save("runs/demo/config.yaml")
     (Path("runs/demo/checkpoints") / f"iteration_{config.iterations() - missing:07d}").mkdir(parents=True)
     assert resolve_config(request) == config, "the same command goes on"
+    if not missing:  # and where there is nothing left to do, it says so: no job waits in a queue for that
+        assert launch(request.model_copy(update={"slurm": Slurm(nodes=2)})) == Elsewhere(None)
+        assert not Path("runs/demo/slurm").exists()
     other = request.model_copy(update={"overrides": (*request.overrides, "train.seed=1")})
     with pytest.raises(ConfigError) as caught:
         resolve_config(other)

@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dinov2cli.cli import command
-from dinov2cli.cli.main import app, main
-from dinov2cli.cli.variadic import refuse_twice, repeat_names
+from dinov2cli.cli.main import app
+from dinov2cli.cli.variadic import repeat_names
 from dinov2cli.errors import ConfigError
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.eval import LinearRequest
@@ -88,23 +88,3 @@ def test_ckpt_is_never_taken_for_a_value(
 def test_a_word_too_many_is_refused_with_what_was_taken_for_ckpt(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^'run' is no change of the configuration.*evaluated is 'B'"):
         typed("linear --test-datasets A B run", monkeypatch)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["pca-image", "a.png", "b.png", "--model", "x", "--model=y"],
-        ["knn", "RUN", "--temperature", "0.1", "--nb-knn", "3", "5", "--temperature", "0.2"],
-        ["embed", "RUN", "--data", "a", "--output", "x.csv", "--batch-size", "3", "--batch_size", "4"],
-    ],
-)
-def test_an_option_of_one_value_given_twice_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2 and "is given twice: " in capsys.readouterr().err
-
-
-def test_values_that_look_like_options_are_values() -> None:
-    valued = {"--model", "--output-dir", "--nb-knn"}
-    refuse_twice(["--output-dir", "--model", "--model", "x", "--", "--model", "y"], [("--model",)], valued)
-    refuse_twice(["--nb-knn", "3", "--nb-knn", "5"], [("--model",)], valued)

@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from dinov2cli.cli.refusals import expected
 from dinov2cli.cli.tree import COMPLETERS, Parameter, parameters
 from dinov2cli.cli.variadic import VariadicCommand
 from dinov2cli.errors import ConfigError, Dino2Error
@@ -51,20 +52,24 @@ def checked(request: type[Request], values: Any) -> Request:
     try:
         return request.model_validate(values)
     except ValidationError as error:
-        names = {each.path: each.as_typed for each in parameters(request)}
-        lines = [_explain(problem, names) for problem in error.errors(include_url=False)]
+        by_path = {each.path: each for each in parameters(request)}
+        lines = [_explain(problem, by_path) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _explain(problem: ErrorDetails, names: Mapping[tuple[str, ...], str]) -> str:
+def _explain(problem: ErrorDetails, by_path: Mapping[tuple[str, ...], Parameter]) -> str:
     if problem["type"] == "value_error":  # a validator's own words
         return str(problem["ctx"]["error"])
     path = tuple(part for part in problem["loc"] if isinstance(part, str))
-    name = next((names[path[:end]] for end in range(len(path), 0, -1) if path[:end] in names), ".".join(path))
+    found = next((by_path[path[:end]] for end in range(len(path), 0, -1) if path[:end] in by_path), None)
+    name = found.as_typed if found else ".".join(path)
     if problem["type"] == "missing":
         return f"{name} is missing"
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{name} {problem['input']}: {message.replace('input should be', 'must be')}"
+    if found is None:
+        return f"{name} {problem['input']}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{name} {problem['input']}: must be of {found.help[:1].lower()}{found.help[1:].removesuffix('.')}"
+    return f"{name} {problem['input']}: must be {expected(found)}"
 
 
 def perform(request: Request) -> None:
@@ -130,7 +135,7 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
     flags = (*each.flags[:-2], "/".join(each.flags[-2:])) if default is True else each.flags
     info = (typer.Argument if each.is_argument else partial(typer.Option, *flags))(
         help=each.help,
-        metavar=each.metavar,
+        metavar=each.metavar or (each.as_typed if each.is_argument else None),
         min=each.bounds.get("ge"),
         max=each.bounds.get("le"),
         rich_help_panel=each.panel,

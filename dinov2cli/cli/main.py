@@ -12,8 +12,8 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli.command import add_command, perform, request_from
+from dinov2cli.cli.refusals import GroupOfCommands
 from dinov2cli.cli.tree import Command, command_tree
-from dinov2cli.cli.unknown import GroupOfCommands
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from dinov2cli.cli.completion.words import complete_override, complete_preset
@@ -54,6 +55,17 @@ class Parameter(NamedTuple):
     def takes_value(self) -> bool:
         return self.plain is not bool
 
+    def takes(self, value: str) -> bool:
+        """Whether a value, as it is typed, is of the type and within the bounds."""
+        from pydantic import TypeAdapter, ValidationError
+
+        kind: Any = Annotated[self.plain, Field(ge=self.bounds.get("ge"), le=self.bounds.get("le"))]
+        try:
+            TypeAdapter(kind if self.bounds else self.plain).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
     @property
     def flags(self) -> tuple[str, ...]:
         """Spellings of an option; a switch that is on by default also has `--no-`. Empty for an argument."""
@@ -69,7 +81,7 @@ class Parameter(NamedTuple):
     @property
     def as_typed(self) -> str:
         """What messages call it."""
-        return (self.metavar or self.name.upper()) if self.is_argument else self.flags[0]
+        return (self.metavar or self.name.upper()).removesuffix("...") if self.is_argument else self.flags[0]
 
     @property
     def words(self) -> list[tuple[str, str]]:

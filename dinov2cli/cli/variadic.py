@@ -1,14 +1,12 @@
 """Options that take several values after one name (`--nb-knn 10 20`), as the reference implementation's do."""
 
 import re
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
+from dinov2cli.cli.refusals import refuse
 from dinov2cli.cli.tree import Parameter
-from dinov2cli.cli.unknown import refuse_unknown
-from dinov2cli.errors import ConfigError
 
 # `a.b=value`: a change of the configuration, never an option's value. A dataset string has a ':' before its '='.
 _OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
@@ -20,7 +18,7 @@ class VariadicCommand(TyperCommand):
     parameters: ClassVar[list[Parameter]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option's name before each value, then parse as usual."""
+        """Repeat the option's name before each value, refuse what is wrong (`refuse`), then parse as usual."""
         options = [each for each in self.parameters if each.takes_value and not each.is_argument]
         valued = {flag for each in options for flag in each.flags}
         lists = {flag for each in options if each.many and not each.typed.get("one_each") for flag in each.flags}
@@ -29,10 +27,8 @@ class VariadicCommand(TyperCommand):
         waits = any(each.is_argument and "completes" not in each.typed for each in self.parameters)
         waits = waits and not any(word.split("=")[0] in instead for word in args)
         words = repeat_names(args, lists, valued, waits=waits)
-        known = {flag for each in self.parameters for flag in each.flags} | set(ctx.help_option_names)
-        has_keys = any(each.typed.get("completes") == "overrides" for each in self.parameters)
-        refuse_unknown(words, known, valued, ctx.command_path, has_keys=has_keys)
-        refuse_twice(words, [each.flags for each in options if not each.many], valued)
+        if not ctx.resilient_parsing:  # a shell that completes them
+            refuse(words, self.parameters, ctx.command_path, set(ctx.help_option_names))
         return super().parse_args(ctx, words)
 
 
@@ -64,32 +60,6 @@ def repeat_names(words: list[str], lists: set[str], valued: set[str], *, waits: 
             waits = waits and not _is_word(word)
         spread.append(word)
     return spread
-
-
-def refuse_twice(words: list[str], singles: Iterable[tuple[str, ...]], valued: set[str]) -> None:
-    """Refuse an option of one value that is given twice: else the last one would win in silence.
-
-    Args:
-        singles: the flags of each such option.
-        valued: flags that take a value.
-
-    Raises:
-        ConfigError: names the option, and both values.
-    """
-    first_of = {flag: flags[0] for flags in singles for flag in flags}
-    given: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            return
-        flag, equals, value = word.partition("=")
-        if flag not in valued:
-            continue
-        value = value if equals else next(rest, "")
-        if (name := first_of.get(flag)) is not None:
-            if name in given:
-                raise ConfigError(f"{name} is given twice: {given[name]} and {value}", "Leave one of them out.")
-            given[name] = value
 
 
 def _is_number(word: str) -> bool:

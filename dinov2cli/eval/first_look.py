@@ -125,7 +125,11 @@ def plan(request: EvalRequest) -> Plan:
     config = known_config(request)
     trains = not getattr(request, "head", None)
     train, val = datasets_for(config, request.train_dataset or (None if trains else "none"), request.val_dataset)
-    beside = "beside the run's teacher" if run_of(request.checkpoint) else "printed only"
+    beside = (
+        "beside the run's teacher"
+        if run_of(request.checkpoint)
+        else "printed only: the weights are in no run; --output-dir DIR keeps them"
+    )
     rows = {"evaluation": request.command}
     rows["checkpoint"] = request.checkpoint + ("" if Path(request.checkpoint).exists() else " (downloaded if need be)")
     if trains:

@@ -108,6 +108,9 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
     extra: dict[str, Any] = {}
     leak = None
     if request.head is None:
+        if trial.folder is None:
+            logger.warning("%s is in no run: the head is not kept, and a probe cut short begins anew; --output-dir DIR "
+                           "keeps both", request.checkpoint)  # fmt: skip
         train_images = labelled(trial.train_dataset, "train", "a linear probe")
         leak = trial.overlap(train_images, val_images)
         n_classes, names = int(torch.as_tensor(train_images.targets()).max()) + 1, train_images.class_names

@@ -116,6 +116,8 @@ class Trial:
                 write_reference_lines(self.folder / f"results_eval_{task}.json", lines)
             if (gathered := subject.run or self.request.output_dir) is not None:
                 logger.info("results added to %s", add_result(gathered, evaluation))
+            else:
+                logger.info("%s is in no run: nothing is written; --output-dir DIR keeps the results", where)
         distributed.barrier()
         return evaluation
 

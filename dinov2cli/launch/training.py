@@ -61,6 +61,13 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         request = request.model_copy(update={"teacher": config.distillation.teacher or None})
         launch_local(request, processes, None if request.dry_run else run)
         return Elsewhere(None)
+    if not (request.dry_run or request.no_resume) and is_finished(run, config):
+        from dinov2cli.train.display import ending
+
+        logger.info("finished already: %d of %d iterations", config.iterations(), config.iterations())
+        for line in ending(RunFolder(run), config.iterations()):
+            logger.info(line)
+        return Elsewhere(None)
     name, folder = f"dino2-{run.absolute().name}", run.absolute() / "slurm"
     usual = read_site().settings.slurm.gpus or GPUS_PER_NODE
     wanted = slurm.wanted_for(request.slurm, request.gpus, cpu=request.cpu, usual=usual)
@@ -74,6 +81,11 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
     RunFolder(run).make()
     return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run))
+
+
+def is_finished(run: Path, config: Config) -> bool:
+    """Whether all iterations of this configuration are done, by the names of the checkpoints alone."""
+    return newest_checkpoint(run) >= config.iterations()
 
 
 def completed(request: TrainRequest) -> TrainRequest:
@@ -238,13 +250,11 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
         changed = {key: text for key, text in changed.items() if not key.startswith("student.") or key in chosen}
     if not changed:
         return
-    newest = newest_checkpoint(folder.path)
-    is_finished = newest is not None and newest >= load_config(config_file=folder.config).iterations()
+    state = "a finished" if is_finished(folder.path, load_config(config_file=folder.config)) else "an unfinished"
     texts = [*list(changed.values())[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])]
     free = next(path for n in range(2, 1000) if not (path := folder.path.with_name(f"{folder.path.name}-{n}")).exists())
     raise ConfigError(
-        f"{folder.path} holds a{' finished' if is_finished else 'n unfinished'} run of another configuration: "
-        + ", ".join(texts),
+        f"{folder.path} holds {state} run of another configuration: " + ", ".join(texts),
         f"Choose: --output-dir {free} for a run of its own,\n"
         f"        --output-dir {folder.path} to go on with that run, changed so,\n"
         "        --no-resume to start over there; that run's files move to previous_1/ and so on.",

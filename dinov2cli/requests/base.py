@@ -121,7 +121,8 @@ class CheckpointRequest(Request):
     def _one_checkpoint_or_other(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = [values[name] for name in ("checkpoint", "model") if values.get(name)]
         if len(given) != 1:
-            raise ValueError(f"CKPT and --model {given[1]} are both given" if given else "CKPT is missing")
+            missing = "CKPT is missing: name a run folder, a weights file or a released model"
+            raise ValueError(f"CKPT and --model {given[1]} are both given" if given else missing)
         return {**values, "checkpoint": given[0], "model": None}
 
 

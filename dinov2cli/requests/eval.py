@@ -57,7 +57,11 @@ class EvalRequest(
         flags="--train-dataset --data",
     )
     val_dataset: str | None = option(None, "Labelled images to classify, likewise.", metavar="DATASET")
-    output_dir: Path | None = option(None, "Where results go; by default beside the run's teacher.", metavar="DIR")
+    output_dir: Path | None = option(
+        None,
+        "Where results go; by default beside the run's teacher. Of weights outside of a run they are printed only.",
+        metavar="DIR",
+    )
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
     pretrained_weights: str | None = option(
         None, "Another way to give CKPT.", metavar="CKPT", names_argument=True, flags="--model --pretrained-weights"

@@ -1,0 +1,197 @@
+"""Words that no request can be made of: refused, all at once, with what was probably meant or what is taken."""
+
+import difflib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from typer.core import TyperGroup
+
+from dinov2cli.cli.tree import Parameter
+from dinov2cli.errors import ConfigError, Problems
+
+ALIKE, CLOSE = 0.8, 0.6  # shares of letters in common: surely a slip, and worth a guess
+
+
+class GroupOfCommands(TyperGroup):
+    """A group that refuses what is none of its commands as the rest of dino2 does."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word names.
+
+        Raises:
+            ConfigError: there is none of that name; the nearest is named.
+        """
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            own = {name: name for name in self.commands}
+            below = {leaf: f"{name} {leaf}" for name, group in self.commands.items()
+                     for leaf in getattr(group, "commands", ())}  # fmt: skip
+            names = below | own | {"help": "--help", "version": "--version"}
+            close = difflib.get_close_matches(args[0], names, n=1, cutoff=CLOSE)
+            guess = f"did you mean {names[close[0]]}?" if close else f"there is {', '.join(self.commands)}"
+            raise ConfigError(f"{args[0]}: no such command; {guess}", f"{ctx.command_path} --help shows them.")
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Options before the command, those that there are.
+
+        Raises:
+            ConfigError: another option is typed there.
+        """
+        known = [flag for each in self.get_params(ctx) for flag in (*each.opts, *each.secondary_opts)]
+        if args and is_flag(args[0]) and (flag := args[0].partition("=")[0]) not in known:
+            alike = nearest(flag, known)
+            guess = (
+                f"did you mean {alike}?"
+                if alike
+                else f"those of a command stand behind it: {ctx.command_path} COMMAND {flag}"
+            )
+            raise ConfigError(f"{flag}: no such option; {guess}", f"{ctx.command_path} --help shows them.")
+        if args and is_flag(args[0]) and "=" in args[0]:
+            raise ConfigError(f"{args[0]}: {flag} takes no value")
+        return super().parse_args(ctx, args)
+
+
+def refuse(words: Sequence[str], parameters: Sequence[Parameter], command: str, helps: set[str]) -> None:
+    """Refuse what cannot be made a request of, all of it at once.
+
+    Args:
+        words: what is typed behind the command, with an option's name before each of its values.
+        parameters: what the command takes; `helps` are the flags that show its help.
+
+    Raises:
+        ConfigError: options that there are not, given twice, without a value or with a wrong one; words too many;
+            what must be given and is not.
+    """
+    of_flag = {flag: each for each in parameters for flag in each.flags}
+    typed = list(_pairs(words, {flag for flag, each in of_flag.items() if each.takes_value}, of_flag.keys() | helps))
+    wrong = Problems()
+    for number, (flag, value) in enumerate(typed):
+        with wrong.noted():
+            if flag and flag not in of_flag and flag not in helps:
+                following = value or next((word for name, word in typed[number + 1 : number + 2] if not name), None)
+                _refuse_unknown(flag, following, parameters, of_flag.keys() | helps, command)
+    if not wrong.found:  # else a word may be the value of an option that is misspelt
+        given = {of_flag[flag].path for flag, _ in typed if flag in of_flag}
+        if not helps & {flag for flag, _ in typed}:
+            with wrong.noted():
+                _refuse_missing(given, [word for flag, word in typed if not flag], parameters, command)
+        with wrong.noted():
+            _refuse_words_too_many([word or "" for flag, word in typed if not flag], parameters, command)
+    first: dict[tuple[str, ...], str] = {}
+    for flag, value in typed:
+        with wrong.noted():
+            if flag in of_flag:
+                _refuse_value(flag, value, of_flag[flag])
+                _refuse_twice(value or "", of_flag[flag], first)
+    wrong.tell()
+
+
+def _pairs(words: Sequence[str], valued: set[str], known: set[str]) -> Iterator[tuple[str, str | None]]:
+    """(flag, value or None) of each option that is typed, ("", word) of each other word."""
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            yield from (("", each) for each in rest)
+            return
+        if not is_flag(word):
+            yield "", word
+        elif equals:
+            yield flag, value
+        else:
+            yield flag, rest.popleft() if flag in valued and rest and rest[0] not in known else None
+
+
+def _refuse_unknown(
+    flag: str, value: str | None, parameters: Sequence[Parameter], known: set[str], command: str
+) -> None:
+    meant = nearest(flag, known, ALIKE)
+    if not meant and any(each.typed.get("completes") == "overrides" for each in parameters):
+        meant = key_named(flag, value or "VALUE")
+    meant = meant or nearest(flag, known)
+    guess = f"; did you mean {meant}?" if meant else ""
+    raise ConfigError(f"{flag}: no such option{guess}", f"{command} --help shows those there are.")
+
+
+def _refuse_missing(
+    given: set[tuple[str, ...]], words: Sequence[str | None], parameters: Sequence[Parameter], command: str
+) -> None:
+    options = [each for each in parameters if not each.is_argument and each.path not in given]
+    arguments = [each for each in parameters if each.is_argument][len(words) :]
+    if missing := [each.as_typed for each in (*arguments, *options) if each.field.is_required()]:
+        are = "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"{' and '.join(missing)} {are} missing", f"{command} --help shows what it takes.")
+
+
+def _refuse_words_too_many(words: Sequence[str], parameters: Sequence[Parameter], command: str) -> None:
+    arguments = [each for each in parameters if each.is_argument]
+    if len(words) > len(arguments) and not any(each.many for each in arguments):
+        named = " and ".join(each.as_typed for each in arguments) or "options"
+        extra = " ".join(words[len(arguments) :])
+        raise ConfigError(f"{extra}: {command} takes {named} alone", f"{command} --help shows what it takes.")
+
+
+def _refuse_value(flag: str, value: str | None, parameter: Parameter) -> None:
+    if not parameter.takes_value:
+        if value is not None:
+            raise ConfigError(f"{flag}={value}: {flag} takes no value")
+    elif value is None:
+        raise ConfigError(f"{flag}: its value is missing; it takes {expected(parameter)}")
+    elif not parameter.takes(value):
+        raise ConfigError(f"{flag} {value or repr('')}: must be {expected(parameter)}{_guess(value, parameter)}")
+
+
+def _refuse_twice(value: str, parameter: Parameter, first: dict[tuple[str, ...], str]) -> None:
+    """Else the last one would win in silence."""
+    if parameter.many or not parameter.takes_value:
+        return
+    if parameter.path in first:
+        name = parameter.as_typed
+        raise ConfigError(f"{name} is given twice: {first[parameter.path]} and {value}", "Leave one of them out.")
+    first[parameter.path] = value
+
+
+def expected(parameter: Parameter) -> str:
+    """What an option takes, in words: `a whole number, at least 1`."""
+    if get_origin(parameter.plain) is not Literal and parameter.plain not in (int, float):
+        return parameter.metavar or ("a path" if parameter.plain is Path else "a word")
+    from dinov2cli.config.tree import expectation
+
+    return expectation(parameter.field).removesuffix(", or null").removeprefix("a list, each ")
+
+
+def _guess(value: str, parameter: Parameter) -> str:
+    words = get_args(parameter.plain) if get_origin(parameter.plain) is Literal else ()
+    close = difflib.get_close_matches(value.lower(), {word.lower(): word for word in words}, n=1, cutoff=CLOSE)
+    return next((f"; did you mean {word}?" for word in words if [word.lower()] == close), "")
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word is an option's name: `--x` or `-x`, no dash alone and no negative number."""
+    return word.startswith("-") and word.strip("-")[:1].isalpha()
+
+
+def nearest(flag: str, known: Iterable[str], cutoff: float = CLOSE) -> str | None:
+    """The flag most like this one, where one is: what it is the beginning of, before what it resembles."""
+    name = _bare(flag)
+    names = {_bare(each): each for each in sorted(known, key=lambda each: "_" not in each)}
+    if not name.startswith("no-"):  # which means the contrary
+        names = {bare: each for bare, each in names.items() if not bare.startswith("no-")}
+    begun = sorted((bare for bare in names if bare.startswith(name)), key=len)
+    close = (begun if len(name) > 1 else []) or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return names[close[0]] if close else None
+
+
+def key_named(flag: str, value: str) -> str | None:
+    """The key of the configuration, as it is typed, that an option of this name would be: `--lr` is optim.base_lr."""
+    from dinov2cli.config.messages import suggest
+
+    key = suggest(_bare(flag).replace("-", "_"))
+    return f"{key}={value}" if key else None
+
+
+def _bare(flag: str) -> str:
+    return flag.lstrip("-").replace("_", "-")
