@@ -12,10 +12,12 @@ import dinov2cli
 from dinov2cli.config import find_preset, load_config
 from dinov2cli.config.choosing import CONTINUING, RECIPES, Machine, choose
 from dinov2cli.console import logger
+from dinov2cli.doctor.report import training_of
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.launch.training import completed, first_look, resolve_config
-from dinov2cli.launch.typed import with_preset
+from dinov2cli.launch.typed import tell_of_more_images, with_preset
 from dinov2cli.requests.launch import Slurm
+from dinov2cli.requests.tools import DoctorRequest
 from dinov2cli.requests.train import TrainRequest
 
 CPU, LAPTOP, A100, EIGHT = Machine(2), Machine(8, 1, 8.0), Machine(16, 1, 80.0), Machine(128, 8, 80.0)
@@ -73,6 +75,10 @@ def test_it_is_said_why_and_the_run_is_named_after_its_data(photos: Path, said: 
     assert config.student == load_config("small_1k").student
     assert "no preset given: 16 RGB images, of about 100 pixels, no GPU, " in said.text
     assert "-> preset small_1k (up to 3,000 images)" in said.text
+    for words, of_train in (({}, "small_1k"), ({"preset": "demo"}, "demo")):  # dino2 doctor takes the same, no folder
+        training = training_of(DoctorRequest(data="photos", cpu=True, **words))
+        assert (training.preset, training.output_dir) == (of_train, None)
+    assert training_of(DoctorRequest(data="/gone", cpu=True)).preset is None, "the check of the data tells of it"
     for index in range(30):
         Image.fromarray(np.zeros((28, 40), np.uint8)).save(photos / "class0" / f"gray{index}.png")
     assert with_preset(TrainRequest(data="photos", cpu=True)).preset == "small_pictures"
@@ -102,6 +108,29 @@ def test_other_wishes(photos: Path) -> None:
         first_look(TrainRequest(data="photos", cpu=True, overrides=("optim.epoch=3",)))
     with pytest.raises(ConfigError, match=r"crops.global_crops_size=50: must be a multiple"):
         first_look(TrainRequest(data="photos", cpu=True, overrides=("crops.global_crops_size=50",)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "processes", "message"),
+    [
+        ("small_1k", (), 1, ""),
+        (
+            "small_1k",
+            (),
+            8,
+            "made for 64 images an iteration, and 8 processes take 512; train.batch_size_per_gpu=8 keeps",
+        ),
+        ("small_1k", (), 3, "made for 64 images an iteration, and 3 processes take 192\n"),
+        ("demo.yaml", ("train.batch_size_per_gpu=16",), 2, ""),
+        ("vits14", (), 64, ""),
+    ],
+)
+def test_more_images_than_a_preset_is_made_for_are_told(
+    preset: str, overrides: tuple[str, ...], processes: int, message: str, said: pytest.LogCaptureFixture
+) -> None:
+    request = TrainRequest(preset=preset, overrides=overrides)
+    tell_of_more_images(request, load_config(preset, overrides=overrides), processes)
+    assert message in said.text and bool(message) == bool(said.text)
 
 
 def test_a_run_goes_on_as_it_began_whatever_would_be_chosen_now(photos: Path, said: pytest.LogCaptureFixture) -> None:

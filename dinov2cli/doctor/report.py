@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,21 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dinov2cli import distributed
-from dinov2cli.config import Config, load_config
+from dinov2cli.config import Config
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.device import choose_device
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine, problem_of, severity
 from dinov2cli.doctor.machine import MACHINE
 from dinov2cli.doctor.run import DATA, MODEL, OUTPUT
-from dinov2cli.errors import ConfigError, Dino2Error
+from dinov2cli.errors import ConfigError, DataError, Dino2Error
+from dinov2cli.launch.typed import typed_config, with_preset
 from dinov2cli.requests.tools import DoctorRequest
-from dinov2cli.site import read_site
+from dinov2cli.requests.train import TrainRequest
 
 ALL = {**MACHINE, **DATA, **MODEL, **OUTPUT}
 COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold red"}
@@ -74,7 +76,7 @@ class Report:
         return {"status": max(self.findings.values(), key=severity).status, "checks": checks}
 
     def __rich__(self) -> Group:
-        rows = Table("check", "", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
+        rows = Table("check", "", Column("finding", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
         for name, found in self.findings.items():
             text = f"{found.text}\n{found.remedy}".strip()
             rows.add_row(Text(name), Text(found.status, style=COLOURS[found.status]), Text(text))
@@ -88,10 +90,10 @@ def run(request: DoctorRequest) -> Report:
         ConfigError: what is asked for makes no configuration.
         DataError, EnvironmentProblem: a run would fail, in all processes but the first, which reports it.
     """
-    config = configuration(request)
-    checks, left_out = choose_checks(
-        config, with_model=bool(request.arguments or request.preset or request.config_file)
-    )
+    training = training_of(request)
+    config = typed_config(training)
+    with_model = bool(request.arguments or training.preset or training.config_file)
+    checks, left_out = choose_checks(config, with_model=with_model)
     with distributed.process_group():
         with distributed.same_error_everywhere():
             device = choose_device("cpu" if request.cpu else "auto")
@@ -101,8 +103,8 @@ def run(request: DoctorRequest) -> Report:
     return report
 
 
-def configuration(request: DoctorRequest) -> Config:
-    """The configuration that the options say: as in `dino2 train`, or that of the run named first."""
+def training_of(request: DoctorRequest) -> TrainRequest:
+    """The training that the options say: as `dino2 train` takes them, or that of the run named first."""
     words, config_file = list(request.arguments), request.config_file
     if words and "=" not in words[0]:
         run = Path(words.pop(0))
@@ -115,9 +117,11 @@ def configuration(request: DoctorRequest) -> Config:
             )
         config_file = run / "config.yaml"
         words = [f"train.output_dir={run}", *words]
-    words += [f"train.dataset_path={request.data}"] if request.data is not None else []
-    words += [f"train.output_dir={request.output_dir}"] if request.output_dir is not None else []
-    return load_config(request.preset, config_file, words, read_site().keys())
+    typed = TrainRequest(preset=request.preset, config_file=config_file, data=request.data, overrides=tuple(words),
+                         output_dir=request.output_dir, cpu=request.cpu)  # fmt: skip
+    with suppress(DataError):  # of which the check of the data tells
+        typed = with_preset(typed)
+    return typed.model_copy(update={"output_dir": request.output_dir})  # not where it would be by default
 
 
 def choose_checks(config: Config, *, with_model: bool) -> tuple[dict[str, Check], list[str]]:

@@ -25,6 +25,7 @@ from dinov2cli.launch.typed import (
     overrides_of,
     own_file,
     said_here,
+    tell_of_more_images,
     typed_config,
     with_preset,
 )
@@ -57,6 +58,7 @@ def launch(request: TrainRequest) -> Elsewhere | None:
         if (processes := processes_here(request.gpus, cpu=request.cpu)) == 1:
             return None
         config = resolve_config(request)
+        tell_of_more_images(request, config, processes)
         # All processes, and those that start again, learn from the one that is there now.
         request = request.model_copy(update={"teacher": config.distillation.teacher or None})
         launch_local(request, processes, None if request.dry_run else run)
@@ -72,12 +74,14 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     usual = read_site().settings.slurm.gpus or GPUS_PER_NODE
     wanted = slurm.wanted_for(request.slurm, request.gpus, cpu=request.cpu, usual=usual)
     request = request.model_copy(update={"cpu": wanted.cpu})
+    processes = wanted.gpus * (wanted.slurm.nodes or 1)
     tell_of_fewer_nodes(request, wanted, config)
+    tell_of_more_images(request, config, processes)
     if request.dry_run:
         from dinov2cli.train.dry_run import print_plan_of_job
 
         config = resolve_config(request) if config.distillation.teacher else config
-        print_plan_of_job(config, processes=wanted.gpus * (wanted.slurm.nodes or 1), cpu=wanted.cpu)
+        print_plan_of_job(config, processes=processes, cpu=wanted.cpu)
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
     RunFolder(run).make()
     return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run))

@@ -23,6 +23,8 @@ from dinov2cli.train.run_folder import RunFolder, written_by_dino2
 
 SIZE = {f"student.{key}" for key in ("arch", "embed_dim", "depth", "num_heads", "patch_size")}
 """Who types one of these has chosen a model, and gets the defaults, which are the reference's, for the rest."""
+FOR_ONE_PROCESS = {"demo", *(recipe.preset for recipe in RECIPES if recipe.gpus <= 1)}
+"""Presets made for one process: with more, an iteration has more images, and learning rate and epochs change."""
 LOOKED_AT = 100
 
 
@@ -119,6 +121,19 @@ def _as_it_may_be(request: TrainRequest) -> Config:
     typed_config(request)
     assert problem is not None
     raise problem
+
+
+def tell_of_more_images(request: TrainRequest, config: Config, processes: int) -> None:
+    """Warn where several processes make more images of an iteration than a preset for one process is made for."""
+    preset = find_preset(request.preset).name if request.preset else None
+    if preset not in FOR_ONE_PROCESS:
+        return
+    images, own = config.effective_batch(processes), load_config(preset).effective_batch(1)
+    if images > own:
+        each = config.train.batch_size_per_gpu * own / images
+        keep = f"; train.batch_size_per_gpu={each:.0f} keeps {own}" if each.is_integer() else ""
+        logger.warning("preset %s is made for %d images an iteration, and %d processes take %d%s",
+                       preset, own, processes, images, keep)  # fmt: skip
 
 
 def machine_of(request: TrainRequest) -> Machine:

@@ -92,8 +92,10 @@ def print_plan(rows: Iterable[tuple[str, str]], deviations: Iterable[str]) -> No
     err.print(table)
     if listed := list(deviations):
         err.print("Departures from the reference's published code:")
+        departures = Table.grid("", Column(overflow="fold"), padding=(0, 1, 0, 0))
         for line in listed:
-            err.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
+            departures.add_row("  -", Text(line))
+        err.print(departures)
 
 
 def ending(folder: RunFolder, total: int) -> Iterator[str]:
