@@ -720,6 +720,7 @@ _dino2() {
         "dino2 datasets stats")
             case "$prev" in
                 --channels) :; return ;;
+                --percentiles) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --max-images) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --write) :; return ;;
                 --preset) COMPREPLY=($(compgen -W "adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitb14_distilled vitg14 vitl14 vitl14_distilled vitl16_short vits14 vits14_distilled vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain" -- "$cur")); return ;;
@@ -729,7 +730,7 @@ _dino2() {
                 --background) :; return ;;
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
-            options="--channels --max-images --write --preset --num-workers --max-bad-fraction --json --quiet -q --verbose --value-range --background --no-exif-orientation --max-image-gb --help -h"
+            options="--channels --percentiles --max-images --write --preset --num-workers --max-bad-fraction --json --quiet -q --verbose --value-range --background --no-exif-orientation --max-image-gb --help -h"
             words="" ;;
         "dino2 presets")
             options="--help -h"

@@ -1646,6 +1646,7 @@ complete -c dino2 -n '__dino2_at dino2 datasets remove' -l quiet -s q -d 'Show w
 complete -c dino2 -n '__dino2_at dino2 datasets remove' -l verbose -d 'Show all that is done, and where an error arose.'
 complete -c dino2 -n '__dino2_at dino2 datasets remove' -l help -s h -d 'Show this message and exit.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l channels -r -F -d 'Channels to use, in this order: numbers from 0, or the files\' names.'
+complete -c dino2 -n '__dino2_at dino2 datasets stats' -l percentiles -x -d 'Measure first which values these percentiles of the whole set are; they become data.value_range: black and white.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l max-images -x -d 'Images to look at, drawn at random; 0: all.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l write -r -F -d 'Write student.in_chans and the data keys into this configuration, a new one or one that is there.'
 complete -c dino2 -n '__dino2_at dino2 datasets stats' -l preset -x -a 'adapt_518 continue_from_weights demo single_gpu small_100k small_10k small_1k small_pictures vitb14 vitb14_distilled vitg14 vitl14 vitl14_distilled vitl16_short vits14 vits14_distilled vitb14_pretrain vitb14_reg4_pretrain vitg14_pretrain vitg14_reg4_pretrain vitl14_pretrain vitl14_reg4_pretrain vits14_pretrain vits14_reg4_pretrain' -d 'Begin the new configuration with this preset.'

@@ -16,6 +16,9 @@ import dinov2cli
 from dinov2cli.config import load_config
 from dinov2cli.data import statistics
 from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.decoding import USUAL
+from dinov2cli.data.formats.stored import Stored
+from dinov2cli.data.percentiles import Levels
 from dinov2cli.data.statistics import with_settings
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.requests.datasets import DatasetStatsRequest
@@ -54,6 +57,29 @@ def test_each_image_counts_the_same(tmp_path: Path, images: list[np.ndarray]) ->
     expected = config.images()
     assert expected.in_chans == 2 and expected.channels == ("2", "0") and expected.value_range == "[0, 4095]"
     assert list(expected.statistics.mean) == found.mean and list(expected.statistics.std) == found.std
+
+
+def test_percentiles_of_the_set_are_its_black_and_white(tmp_path: Path, images: list[np.ndarray]) -> None:
+    """Each image counts the same, channels that are not read do not; what is written is read by a training."""
+    found = dinov2cli.run(asked(tmp_path, value_range=None, percentiles=(1, 99), write=tmp_path / "cells.yaml"))
+    levels = np.concatenate([np.rint(values[..., [2, 0]] * 4095).reshape(-1) for values in images])
+    shares = np.concatenate([np.full(values[..., :2].size, 1 / values[..., :2].size) for values in images])
+    order = np.argsort(levels)
+    black, white = (levels[order][np.searchsorted(shares[order].cumsum(), p / 100 * 300)] for p in (1, 99))
+    assert load_config(config_file=tmp_path / "cells.yaml").images().value_range == f"[{black:.0f}, {white:.0f}]"
+    assert 0 < black < white < 4095 and found.min == [0, 0] and found.max == [1, 1]
+
+
+def test_percentiles_of_any_numbers() -> None:
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(0, 1000, 20_000), rng.integers(-3000, 4000, 20_000), rng.lognormal(0, 5, 20_000)):
+        sums = Levels()
+        sums.add(Stored(values.astype(np.float32).reshape(100, 200, 1), "npy"), USUAL, "x.npy")
+        for p in (0, 0.1003, 25.003, 50.003, 99.9003, 100):  # between two ranks
+            right = np.percentile(values, p, method="inverted_cdf")
+            found = sums.percentile(p)
+            assert abs(found) <= abs(right) and abs(found - right) <= 5e-4 * abs(right), (p, found, right)
+            assert values.dtype.kind != "i" or found == right
 
 
 def test_workers_and_a_restart_change_nothing(

@@ -280,6 +280,10 @@ class LazyImage:
             return Stored(zeros, "JPEG", (0, 255), orientation=orientation)
         return self._stored(pages_are_channels=not self._reading.images.are_rgb)
 
+    def stored(self) -> Stored:
+        """The samples as they are stored."""
+        return self._stored(pages_are_channels=not self._reading.images.are_rgb)
+
     def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
         return read_stored(self._data, self._path, self._reading.max_image_gb, shrink, pages_are_channels)
 

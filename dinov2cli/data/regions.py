@@ -87,6 +87,10 @@ class LargeImage(LazyImage):
         first = self._read(Box(0, 0, 1, 1))
         return replace(first, array=np.broadcast_to(first.array, (*self.size, first.array.shape[2])))
 
+    def stored(self) -> Stored:
+        height, width = self.size
+        return self._read(Box(0, 0, height, width), power_of_two(min(height, width) / SHOWN_SIDE))
+
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """The whole, [ceil(H/s), ceil(W/s), C]; by default so much smaller that its short side has `SHOWN_SIDE`."""
         height, width = self.size

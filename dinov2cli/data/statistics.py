@@ -9,10 +9,11 @@ import math
 import os
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader, refuse_too_many_bad
+from dinov2cli.data.percentiles import Levels
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.files import digest, write_text, writing
@@ -99,6 +101,9 @@ class Sums:
         self.low, self.high = np.minimum(self.low, low).tolist(), np.maximum(self.high, high).tolist()
 
 
+Total = TypeVar("Total", Sums, Levels)
+
+
 def run(request: DatasetStatsRequest) -> ChannelStatistics:
     """Measure what the request names, and write the keys where it says.
 
@@ -113,8 +118,17 @@ def run(request: DatasetStatsRequest) -> ChannelStatistics:
     if not request.channels:
         usual = reading.images.model_copy(update={"in_chans": usual_channels(dataset, reading)})
         reading = replace(reading, images=usual)
+    how = request.max_images, request.num_workers, request.max_bad_fraction
+    if request.percentiles:
+        levels = measure(dataset, reading, Levels(), _add_levels, *how)
+        black, white = (levels.percentile(p) for p in request.percentiles)
+        if black == white:
+            raise DataError(f"{dataset.describe()}: its percentiles {request.percentiles} are both {black:g}",
+                            "Give others with --percentiles, such as 0 100.")  # fmt: skip
+        said = reading.images.model_copy(update={"value_range": f"[{black:.6g}, {white:.6g}]"})
+        reading = replace(reading, images=said)
     images = reading.images
-    sums = measure(dataset, reading, request.max_images, request.num_workers, request.max_bad_fraction)
+    sums = measure(dataset, reading, Sums(images.in_chans), _add_pixels, *how)
     mean = np.array(sums.mean) / sums.images
     std = np.sqrt(np.maximum(np.array(sums.square) / sums.images - mean**2, 0))
     flat = [name for name, spread in zip(_names(images), std, strict=True) if spread < 5e-5]
@@ -155,28 +169,47 @@ def usual_channels(dataset: ImageDataset, reading: Reading) -> int:
     return max(found)
 
 
+def _add_pixels(sums: Sums, dataset: ImageDataset, index: int, reading: Reading) -> None:
+    sums.add(dataset.image(index, reading))
+
+
+def _add_levels(levels: Levels, dataset: ImageDataset, index: int, reading: Reading) -> None:
+    levels.add(dataset.open(index, reading).stored(), reading, dataset.path(index))
+
+
 def measure(
-    dataset: ImageDataset, reading: Reading, most: int, num_workers: int | None = None, allowed: float = 0.01
-) -> Sums:
+    dataset: ImageDataset,
+    reading: Reading,
+    total: Total,
+    add: Callable[[Total, ImageDataset, int, Reading], None],
+    most: int,
+    num_workers: int | None = None,
+    allowed: float = 0.01,
+) -> Total:
     """Add up `most` images (0: all), going on where an interrupted one of the same set and settings was.
+
+    Args:
+        total: of no images yet.
 
     Raises:
         DataError: more than the share `allowed` cannot be read.
     """
     order, count = SampleOrder(len(dataset), SEED), min(most or len(dataset), len(dataset))
 
-    def batch(number: int) -> Sums:
-        sums = Sums(reading.images.in_chans)
+    empty = json.dumps(asdict(total))
+
+    def batch(number: int) -> Total:
+        sums = type(total)(**json.loads(empty))
         for k in range(number * BATCH, min((number + 1) * BATCH, count)):
             try:
-                sums.add(dataset.image(order.index(k), reading))
+                add(sums, dataset, order.index(k), reading)
             except UnreadableImage as error:
                 sums.bad.append(str(error))
         return sums
 
-    identity = digest(json.dumps([_fingerprint(dataset), reading.images.model_dump(mode="json"), count]))
+    identity = digest(json.dumps([_fingerprint(dataset), reading.images.model_dump(mode="json"), count, empty]))
     state = cache_folder("statistics") / f"{identity[:24]}.json"
-    total = _kept(state) or Sums(reading.images.in_chans)
+    total = _kept(state, type(total)) or total
     if total.batches:
         logger.info("going on after %d images", total.batches * BATCH)
     batches = -(-count // BATCH)
@@ -228,9 +261,9 @@ def _text_of(request: DatasetStatsRequest) -> str:
     return ""
 
 
-def _kept(state: Path) -> Sums | None:
+def _kept(state: Path, kind: type[Total]) -> Total | None:
     try:
-        return Sums(**json.loads(state.read_text()))
+        return kind(**json.loads(state.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -70,6 +70,8 @@ class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov
 
         dino2 datasets stats ~/cells --write cells.yaml
 
+        dino2 datasets stats ~/cells --percentiles 0.5 99.5 --write cells.yaml
+
         dino2 datasets stats ~/cells --channels 0 2 4 --value-range '[0, 4095]' --write nuclei.yaml --preset vits14
     """
 
@@ -77,6 +79,10 @@ class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov
     channels: tuple[str, ...] = option(
         (), "Channels to use, in this order: numbers from 0, or the files' names.", default_text="all",
         metavar="CHANNEL",
+    )  # fmt: skip
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], ...] = option(
+        (), "Measure first which values these percentiles of the whole set are; they become data.value_range: black "
+        "and white.", metavar="P Q", default_text="off",
     )  # fmt: skip
     max_images: int = option(10_000, "Images to look at, drawn at random; 0: all.", ge=0)
     write: Path | None = option(
@@ -92,4 +98,8 @@ class DatasetStatsRequest(ImagesRequest, command="datasets stats", run_by="dinov
     def _goes_together(self) -> Self:
         if self.preset is not None and self.write is None:
             raise ValueError("--preset goes with --write")
+        if self.percentiles and (len(self.percentiles) != 2 or self.percentiles[0] >= self.percentiles[1]):
+            raise ValueError("--percentiles: must be two, the lower first, such as 1 99")
+        if self.percentiles and self.value_range is not None:
+            raise ValueError("--percentiles measures what --value-range says; give one of them")
         return self
