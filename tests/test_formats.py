@@ -13,15 +13,17 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
-from dinov2cli.config.images import Images
+from dinov2cli.config.images import RGB, Images
 from dinov2cli.data import workers
-from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_stored
+from dinov2cli.data.decoding import LazyImage, Reading, UnreadableImage, decode_image, read_stored
 from dinov2cli.data.formats.stored import turned
+from dinov2cli.visualize.rendering import shown
 
 H, W = 12, 16
 BANDS = np.repeat([0.0, 0.25, 0.5, 1.0], 4)
@@ -81,13 +83,14 @@ def packed_tiff(bits: int) -> bytes:
 
 def levels(data: bytes, name: str = "x", **images: object) -> list[int]:
     """Those of the four bands; R = G = B everywhere."""
-    image = decode_image(data, name, Reading(Images(**images)))
+    image = shown(decode_image(data, name, Reading(Images(**images))), RGB)
     assert image.dtype == np.uint8 and (image == image[..., :1]).all() and (image == image[:1]).all()
     return [int(image[0, x, 0]) for x in (2, 6, 10, 14)]
 
 
 def corners(image: np.ndarray) -> list[tuple[int, ...]]:
     height, width = image.shape[:2]
+    image = shown(image, RGB)
     return [tuple(map(int, image[y, x])) for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
 
 
@@ -218,15 +221,13 @@ def transparent(kind: str) -> bytes:
         cut.putpalette([*RED, *GREEN])
         return saved(cut, "GIF", transparency=1)
     if kind == "png16":
-        import cv2
-
         wide = rgba.astype(np.uint16)[..., [2, 1, 0, 3]] * 257
         return cv2.imencode(".png", wide)[1].tobytes()
     if kind == "tiff":
         return tiff(rgba, photometric="rgb", extrasamples=["unassalpha"])
     if kind == "tiff, premultiplied":
-        shown = np.dstack([quarters() * (opacity[..., None] > 0), opacity])
-        return tiff(shown, photometric="rgb", extrasamples=["assocalpha"])
+        multiplied = np.dstack([quarters() * (opacity[..., None] > 0), opacity])
+        return tiff(multiplied, photometric="rgb", extrasamples=["assocalpha"])
     if kind == "pam":
         head = b"P7\nWIDTH 16\nHEIGHT 12\nDEPTH 4\nMAXVAL 255\nTUPLTYPE RGB_ALPHA\nENDHDR\n"
         return head + rgba.tobytes()
@@ -236,11 +237,38 @@ def transparent(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "palette", "png16", "tiff", "tiff, premultiplied", "pam"])
 def test_what_is_transparent_shows_one_background(kind: str) -> None:
     left = [RED, RED] if kind == "palette" else [RED, BLUE]
-    for background, shown in (("mean", MEAN), ("[255, 0, 9]", (255, 0, 9))):
+    for background, behind in (("mean", MEAN), ("[255, 0, 9]", (255, 0, 9))):
         seen = corners(decode_image(transparent(kind), "x", Reading(Images(background=background))))
-        assert seen == [left[0], shown, left[1], shown]
+        assert seen == [left[0], behind, left[1], behind]
     hidden = corners(decode_image(transparent(kind), "x", Reading(Images(background="drop"))))
     assert hidden[0::2] == left and (kind == "tiff, premultiplied" or hidden[1] == GREEN)
+
+
+def test_nothing_is_rounded_of_more_than_eight_bits() -> None:
+    """Colours of 16 bits reach the network as they are; those of 8 stay bytes, and gray is called gray."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 65536, (H, W, 4), dtype=np.uint16)
+    rgb, gray = rgba[..., :3], rgba[..., :1]
+    files = {
+        "png": (cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes(), rgb),
+        "png, gray": (cv2.imencode(".png", gray)[1].tobytes(), gray),
+        "tiff": (tiff(rgb, photometric="rgb"), rgb),
+        "ppm": (b"P6 16 12 65535\n" + rgb.astype(">u2").tobytes(), rgb),
+        "npy": (npy(rgb), rgb),
+    }
+    for name, (data, samples) in files.items():
+        right = np.broadcast_to((samples / 65535).astype(np.float32), (H, W, 3))
+        np.testing.assert_array_equal(decode_image(data, "x"), right, err_msg=name)
+    mixed = decode_image(cv2.imencode(".png", rgba[..., [2, 1, 0, 3]])[1].tobytes(), "x")
+    share = rgba[..., 3:] / 65535
+    right = rgb / 65535 * share + np.array([0.485, 0.456, 0.406]) * (1 - share)
+    assert np.abs(mixed - right).max() < 1e-6
+    for kind in ("PNG", "JPEG", "WEBP", "BMP"):
+        for mode, channels in (("L", 1), ("RGB", 3)):
+            data = saved(Image.fromarray(quarters()).convert(mode), kind)
+            assert decode_image(data, "x").dtype == np.uint8
+            expected = 3 if kind == "WEBP" else channels  # which has no gray
+            assert read_stored(data, "x").channels == LazyImage(data, "x").channels == expected, (kind, mode)
 
 
 def flat(count: int, step: int, dtype: type) -> np.ndarray:
@@ -309,7 +337,7 @@ def test_palettes_of_a_tiff() -> None:
     indices = np.repeat(np.arange(4, dtype=np.uint8), 4)[None].repeat(H, 0)
     table = np.zeros((3, 256), np.uint16)
     table[:, :4] = np.array([RED, GREEN, BLUE, GRAY]).T * 257
-    image = decode_image(tiff(indices, photometric="palette", colormap=table), "x")
+    image = shown(decode_image(tiff(indices, photometric="palette", colormap=table), "x"), RGB)
     assert [tuple(image[0, x]) for x in (2, 6, 10, 14)] == [RED, GREEN, BLUE, GRAY]
 
 
@@ -456,13 +484,15 @@ def test_what_tifffile_writes_comes_back_or_is_refused() -> None:
         assert stored.array.shape == image.shape and stored.array.dtype.isnative, how
         np.testing.assert_array_equal(stored.array.astype(dtype), image, err_msg=str(how))
         assert (stored.inverted, stored.rgb, stored.alpha) == (white_is_zero and not rgb, rgb, False), how
-        shown = {"u": True, "b": True, "i": False, "f": False}[dtype.kind] and (count in (1, 3) or rgb)
-        came_back += shown
-        if shown:
+        is_shown = {"u": True, "b": True, "i": False, "f": False}[dtype.kind] and (count in (1, 3) or rgb)
+        came_back += is_shown
+        if is_shown:
             white = 1 if dtype.kind == "b" else np.iinfo(dtype).max
             right = image[..., :3].astype(np.float64) / white * 255
             right = 255 - right if stored.inverted else right
-            assert np.abs(decode_image(data, "name") - right).max() <= 0.51, how
+            found = decode_image(data, "name")
+            assert (found.dtype == np.uint8) == (dtype.itemsize == 1), how
+            assert np.abs(found * (1.0 if found.dtype == np.uint8 else 255.0) - right).max() <= 1e-4, how
         else:
             with pytest.raises(UnreadableImage, match=r"^name: (has \d+ channels|signed|floating|its)"):
                 decode_image(data, "name")

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinov2cli.config.images import Images
+from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_stored
+from dinov2cli.visualize.rendering import shown
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -46,7 +47,7 @@ def bands(low: float, high: float, dtype: type) -> np.ndarray:
 
 
 def levels(data: bytes, **images: Any) -> list[int]:
-    image = decode_image(data, "x.dcm", Reading(Images(**images)))
+    image = shown(decode_image(data, "x.dcm", Reading(Images(**images))), RGB)
     assert image.shape == (12, 16, 3) and (image == image[:1, :, :1]).all()
     return [int(image[0, x, 0]) for x in (2, 6, 10, 14)]
 
@@ -100,7 +101,7 @@ def test_colours_frames_and_palettes() -> None:
     table = {f"{color}PaletteColorLookupTableData": (np.arange(256) * 257 ^ mask).astype("<u2").tobytes()
              for color, mask in (("Red", 0), ("Green", 0xFFFF), ("Blue", 0))}  # fmt: skip
     sizes = {f"{color}PaletteColorLookupTableDescriptor": [256, 0, 16] for color in ("Red", "Green", "Blue")}
-    image = decode_image(dicom(bands(0, 255, np.uint8), 8, "PALETTE COLOR", **sizes, **table), "x")
+    image = shown(decode_image(dicom(bands(0, 255, np.uint8), 8, "PALETTE COLOR", **sizes, **table), "x"), RGB)
     assert [tuple(image[0, x]) for x in (2, 14)] == [(0, 255, 0), (255, 0, 255)]
 
 

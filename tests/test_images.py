@@ -42,11 +42,13 @@ def test_the_same_features_from_a_path_a_picture_an_array_a_tensor_and_the_trans
     picture = Image.open(file)
     array = np.asarray(picture)
     expected = Extractor(model, num_workers=0, device="cpu")(make_dataset(str(photos))).cls
-    forms = [file, str(file), picture, array, torch.as_tensor(array.copy()).permute(2, 0, 1), array / 255.0]
+    forms = [file, str(file), picture, array, torch.as_tensor(array.copy()).permute(2, 0, 1)]
     for form in forms:
         features = dinov2cli.embed(form, model)
         assert features.shape == (24,) and features.dtype == torch.float32
         torch.testing.assert_close(features, expected[0], rtol=0, atol=1e-6)
+    finer = dinov2cli.embed(array / 255.0, model)  # floats are not rounded to levels when they are resized
+    torch.testing.assert_close(finer, expected[0], rtol=0, atol=2e-2)
     several = dinov2cli.embed(forms, model, batch_size=4)
     torch.testing.assert_close(several, expected[:1].expand(len(forms), -1), rtol=0, atol=1e-6)
     normalised = model.transform(picture)

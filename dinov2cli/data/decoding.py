@@ -3,7 +3,7 @@
     bytes --read_stored--> Stored: samples [H, W, C] as the file has them, and what it says of them   (formats/)
           --upright------> turned by EXIF's orientation                                      data.exif_orientation
           --values-------> uint8 where the file's black and white are 0 and 255, else float32 in 0..1  data.value_range
-          --to_rgb-------> uint8 [H, W, 3]: grey repeated, transparent parts over one background       data.background
+          --to_rgb-------> [H, W, 3]: grey repeated, transparent parts over one background             data.background
           or --to_channels-> [H, W, C], where a network takes other channels than red, green and blue    data.channels
 
 `Reading` holds these settings; it is made of a configuration's `data` keys or of a command's options. What is left out
@@ -112,9 +112,10 @@ def read_image(path: Path, reading: Reading = USUAL) -> np.ndarray:
 
 
 def decode_image(data: bytes | memoryview, path: str, reading: Reading = USUAL, *, shrink: int = 1) -> np.ndarray:
-    """Pixels of an encoded image: RGB, uint8 [H, W, 3]; or what channels are asked for, those as they are stored.
+    """Pixels of an encoded image: RGB [H, W, 3]; or what channels are asked for, those as they are stored.
 
-    Channels are uint8 where these are all that the file has between black and white, else float32 in 0..1.
+    They are uint8 where the file has 8 bits (of channels that are no colours: and 0 and 255 are black and white), else
+    float32 in 0..1.
 
     Args:
         path: for messages, and for types that have no signature of their own.
@@ -147,8 +148,8 @@ def read_stored(
     """An image as its file stores it. Raises `UnreadableImage` as `decode_image` does, but for values and channels."""
     if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
         check_memory(path, jpeg.height // shrink, jpeg.width // shrink, 3, limit_gb)
-        if (image := fast.decode_jpeg(data, shrink)) is not None:
-            return Stored(image, "JPEG", (0, 255), rgb=True, orientation=jpeg.orientation)
+        if (image := fast.decode_jpeg(data, shrink, jpeg.components)) is not None:
+            return Stored(image, "JPEG", (0, 255), rgb=jpeg.components == 3, orientation=jpeg.orientation)
     elif shrink == 1 and (png := fast.png_header(data)) is not None:
         check_memory(path, png.height, png.width, fast.PNG_CHANNELS.get(png.color, 4) * -(-png.bits // 8), limit_gb)
         if (image := fast.decode_png(data, png)) is not None:
@@ -216,7 +217,9 @@ def _black_and_white(samples: np.ndarray, stored: Stored, value_range: str, path
 
 
 def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:
-    """What is not asked to be N channels: `values` [H, W, C] as uint8 RGB [H, W, 3].
+    """What is not asked to be N channels: `values` [H, W, C] as RGB [H, W, 3].
+
+    Of files of 8 bits and fewer they are uint8, else float32 in 0..1, so that nothing is rounded.
 
     One channel is repeated; of more than three that begin with red, green and blue, these are taken, with a warning.
 
@@ -230,25 +233,31 @@ def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.n
         image = image[..., :3]
     elif channels not in (1, 3):
         raise UnreadableImage(path, f"has {channels} channels, and gray (1) or RGB (3) is asked for")
-    levels = image if image.dtype == np.uint8 else cv2.convertScaleAbs(image, alpha=255).reshape(image.shape)
-    if channels == 1:
-        levels = np.repeat(levels, 3, axis=2)
+    if image.dtype != np.uint8 and stored.array.dtype.itemsize == 1:  # of 8 bits and fewer, levels lose nothing
+        image = cv2.convertScaleAbs(image, alpha=255).reshape(image.shape)
+    colors = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB) if channels == 1 else image
     if stored.alpha and images.background != "drop":
-        are_bytes = stored.array.dtype == np.uint8 and stored.span == (0, 255)
-        opacity = stored.array[..., -1:] if are_bytes else as_bytes(opacity_of(stored))
-        levels = over_background(levels, opacity, images)
-    return np.ascontiguousarray(levels)
+        colors = over_background(colors, opacity_of(stored) if colors.dtype != np.uint8 else _opacity(stored), images)
+    return np.ascontiguousarray(colors)
+
+
+def _opacity(stored: Stored) -> np.ndarray:
+    are_bytes = stored.array.dtype == np.uint8 and stored.span == (0, 255)
+    return stored.array[..., -1:] if are_bytes else as_bytes(opacity_of(stored))
 
 
 def over_background(colors: np.ndarray, opacity: np.ndarray, images: Images) -> np.ndarray:
-    """uint8 [H, W, 3] with opacity uint8 [H, W, 1], laid over what `images` names: uint8 [H, W, 3].
+    """[H, W, 3] with opacity [H, W, 1], both uint8 or float32 in 0..1, laid over what `images` names: [H, W, 3].
 
-    Over the mean, what is transparent reaches the network as zeros, to within half a level.
+    Over the mean, what is transparent reaches the network as zeros, of bytes to within half a level.
     """
     rule, color = background_of(images.background)
     if rule == "drop":
         return colors
-    below = (np.array(color or np.multiply(images.statistics.mean, 255)) + 0.5).astype(np.uint32)
+    below = np.array(color or np.multiply(images.statistics.mean, 255))
+    if colors.dtype != np.uint8:
+        return np.asarray(colors * opacity + (below / 255).astype(np.float32) * (1 - opacity), np.float32)
+    below = (below + 0.5).astype(np.uint32)
     laid = (colors.astype(np.uint32) * opacity + below * (255 - opacity.astype(np.uint32)) + 127) // 255
     return np.asarray(laid, np.uint8)
 
@@ -270,6 +279,8 @@ class LazyImage:
     @property
     def channels(self) -> int:
         """How many the file has, opacity apart."""
+        if self._header is not None and self._header.components in (1, 3):
+            return self._header.components
         return self._stored(pages_are_channels=True).channels
 
     def described(self) -> Stored:

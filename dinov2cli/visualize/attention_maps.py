@@ -64,7 +64,7 @@ def attention_maps(
 
     Args:
         model: in evaluation mode.
-        picture: RGB uint8 [H, W, 3].
+        picture: as the network is shown it, uint8 or float32 in 0..1 [H, W, C].
         resolution: patches along the short side.
         block: index of the block; -1 is the last.
 

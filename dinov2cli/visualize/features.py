@@ -65,7 +65,8 @@ class PatchFeatures:
         for item, picture in items:
             grid = self.grid((picture.shape[0], picture.shape[1]), pixel_aspect)
             fitted = resize(picture, (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size))
-            if batch and (batch[0][1].shape != fitted.shape or len(batch) >= self.batch_size(grid)):
+            unlike = bool(batch) and (batch[0][1].shape, batch[0][1].dtype) != (fitted.shape, fitted.dtype)
+            if batch and (unlike or len(batch) >= self.batch_size(grid)):
                 yield from self._run(batch)
                 batch = []
             batch.append((item, fitted))

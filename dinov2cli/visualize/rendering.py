@@ -30,7 +30,7 @@ def shown(pixels: NDArray[Any], images: Images, channels: str | None = None) -> 
     `channels` as in `places_shown`; one is drawn grey, two are red and green.
     """
     if images.are_rgb:
-        return np.asarray(pixels)
+        return np.asarray(pixels) if pixels.dtype == np.uint8 else _to_bytes(pixels)
     planes = []
     for place in places_shown(images, channels):
         plane = pixels[..., place].astype(np.float32)

@@ -59,19 +59,31 @@ def exif_orientation(exif: bytes | memoryview) -> int:
 
 
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+_REDUCED_GRAY = {
+    1: cv2.IMREAD_GRAYSCALE,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 
-def decode_jpeg(data: bytes | memoryview, shrink: int) -> np.ndarray | None:
-    """RGB of a whole JPEG of one or three components, uint8 [H, W, 3]; None where OpenCV does not."""
+def decode_jpeg(data: bytes | memoryview, shrink: int, components: int = 3) -> np.ndarray | None:
+    """Gray or RGB of a whole JPEG of one or three components, uint8 [H, W, C]; None where OpenCV does not."""
     # libjpeg fills what is missing with gray and only warns, so OpenCV would pass a truncated file off as an image.
     # Tars pad members with up to 511 zero bytes.
     if b"\xff\xd9" not in bytes(data[-2:]) and b"\xff\xd9" not in bytes(data[-1024:]):
         return None
     encoded = np.frombuffer(data, np.uint8)
+    if components == 1:
+        return _with_axis(cv2.imdecode(encoded, _REDUCED_GRAY[shrink] | cv2.IMREAD_IGNORE_ORIENTATION))
     if shrink == 1:
         return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     image = cv2.imdecode(encoded, _REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _with_axis(gray: np.ndarray | None) -> np.ndarray | None:
+    return None if gray is None else gray[..., None]
 
 
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
@@ -117,9 +129,11 @@ def is_plain_png(data: bytes | memoryview) -> bool:
 
 
 def decode_png(data: bytes | memoryview, header: PngHeader) -> np.ndarray | None:
-    """Samples [H, W, C] of a PNG that OpenCV decodes as the format says, uint8 RGB or 16 bits as stored; else None."""
+    """Samples [H, W, C] of a PNG that OpenCV decodes as the format says, those of 8 or 16 bits; else None."""
     encoded = np.frombuffer(data, np.uint8)
-    if header.bits == 8 and header.color in (0, 2) and is_plain_png(data):
+    if header.bits == 8 and header.color == 0 and is_plain_png(data):
+        return _with_axis(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION))
+    if header.bits == 8 and header.color == 2 and is_plain_png(data):
         return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if header.bits == 16 and header.color in (2, 4, 6) and is_plain_png(data):  # Pillow drops their low bytes
         image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)

@@ -16,6 +16,7 @@ from dinov2cli.console import logger
 from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.decoding import Reading, over_background, read_image
 from dinov2cli.errors import DataError
+from dinov2cli.visualize.rendering import shown
 from dinov2cli.visualize.video.writer import is_drawn_here
 
 USUAL_MILLISECONDS = 100
@@ -47,7 +48,7 @@ class ImageFolder:
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
         for index in range(0, len(self.paths), every):
-            image = of_size(read_image(self.paths[index], self.reading), self.size)
+            image = of_size(shown(read_image(self.paths[index], self.reading), self.reading.images), self.size)
             yield Frame(image, index * self.time_base, self.time_base)
 
 
