@@ -1,4 +1,4 @@
-"""Large TIFFs by region: what is not needed is not read, and of a pyramid the level that fits.
+"""Large TIFFs and whole slides by region: what is not needed is not read, and of a pyramid the level that fits.
 
 H, W: of the image; s: how many times smaller a region is read, a power of two.
 """
@@ -13,13 +13,15 @@ from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, TiffFile
 
 from dinov2cli.data.crop_parameters import Box
 from dinov2cli.data.decoding import USUAL, ImageSize, LazyImage, Reading, UnreadableImage, pixels_of
-from dinov2cli.data.formats.stored import Stored
+from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES, opened_slide
+from dinov2cli.data.formats.stored import Stored, check_memory
 from dinov2cli.data.formats.tiff import REMEDY, named, orientation, refuse_what_is_not_read, stored_samples
 from dinov2cli.data.workers import warn_once
 
-SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn")
+SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", *SLIDES)
 LARGE_FILE = 64 << 20
-"""Bytes of a file from which on it is read by region; smaller ones are read at once, which is faster."""
+"""Bytes of a TIFF from which on it is read by region; smaller ones are read at once, which is faster. Slides are always
+read by region: a few bytes of them may be many pixels."""
 SHOWN_SIDE = 1024
 """A large image as a whole is read so much smaller that its shorter side still has so many pixels."""
 ROWS = 256
@@ -27,20 +29,24 @@ ROWS = 256
 
 
 def open_image(path: str, reading: Reading = USUAL) -> "LargeImage | None":
-    """The image in a large TIFF, of which its header has been read; None for what is to be read at once."""
-    if not path.lower().endswith(SUFFIXES) or not os.path.isfile(path) or os.path.getsize(path) < LARGE_FILE:
+    """The image in a large TIFF or a slide, of which its header has been read; None for what is to be read at once."""
+    name = path.lower()
+    if not name.endswith((*SUFFIXES, *OTHER_SLIDES)) or not os.path.isfile(path):
+        return None
+    if not name.endswith((*SLIDES, *OTHER_SLIDES)) and os.path.getsize(path) < LARGE_FILE:
         return None
     try:
-        image = LargeImage(path, reading)
+        image = SlideImage(path, reading) if name.endswith(OTHER_SLIDES) else LargeImage(path, reading)
     except UnreadableImage:
         raise
     except Exception as error:  # tifffile raises whatever its parsing of a damaged file runs into
-        raise UnreadableImage(path, f"damaged TIFF ({str(error) or type(error).__name__})") from error
+        kind = "slide" if name.endswith(OTHER_SLIDES) else "TIFF"
+        raise UnreadableImage(path, f"damaged {kind} ({str(error) or type(error).__name__})") from error
     return image if image.has_regions else None
 
 
 class LargeImage(LazyImage):
-    """A TIFF whose pixels are read by region.
+    """A TIFF whose pixels are read by region, if it `has_regions`.
 
     Raises:
         UnreadableImage: it is of a kind that is not read.
@@ -60,7 +66,7 @@ class LargeImage(LazyImage):
             if factor & (factor - 1) == 0 and same and level.keyframe.samplesperpixel == page.samplesperpixel:
                 self._levels.setdefault(factor, level.keyframe)
         self._page = page
-        self.has_regions = (
+        self.has_regions = bool(
             len(series.shape) == len(page.shape)  # no stack
             and page.bitspersample % 8 == 0
             and page.imagedepth == 1
@@ -73,6 +79,11 @@ class LargeImage(LazyImage):
     @property
     def can_shrink(self) -> bool:
         return True
+
+    @property
+    def dtype(self) -> Any:
+        """Of the samples."""
+        return self._page.dtype
 
     @property
     def size(self) -> ImageSize:
@@ -107,8 +118,8 @@ class LargeImage(LazyImage):
             UnreadableImage: damaged, or its values cannot be told from a part of it.
         """
         rule = str(self._reading.images.value_range)
-        if rule.startswith("percentile") or (rule == "auto" and self._page.dtype.kind != "u"):
-            raise UnreadableImage(self._path, f"of {self._page.dtype} samples in a large image, read in parts, "
+        if rule.startswith("percentile") or (rule == "auto" and self.dtype.kind != "u"):
+            raise UnreadableImage(self._path, f"of {self.dtype} samples in a large image, read in parts, "
                                   "black and white have to be said: data.value_range=[LOW, HIGH] (dtype: 0 to 1 for "
                                   "floating point)")  # fmt: skip
         return pixels_of(self._read(box, shrink), self._path, self._reading)
@@ -132,6 +143,38 @@ class LargeImage(LazyImage):
         except Exception as error:
             needs = f": {REMEDY}" if "imagecodecs" in str(error) else ""
             raise UnreadableImage(self._path, f"damaged TIFF ({str(error) or type(error).__name__}){needs}") from error
+
+
+class SlideImage(LargeImage):
+    """A slide of a type that is no TIFF, through openslide: RGB, with opacity where nothing was scanned.
+
+    Raises:
+        UnreadableImage: openslide is missing, or does not read it.
+    """
+
+    has_regions = True
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: str, reading: Reading) -> None:
+        self._path, self._reading = path, reading
+        self._slide = opened_slide(path)
+
+    @property
+    def size(self) -> ImageSize:
+        width, height = self._slide.dimensions
+        return ImageSize(height, width)
+
+    def _read(self, box: Box, shrink: int = 1) -> Stored:
+        level = self._slide.get_best_level_for_downsample(shrink + 0.01)  # levels are seldom whole times smaller
+        factor = max(1.0, self._slide.level_downsamples[level])
+        height, width = (max(1, round(side / factor)) for side in (box.height, box.width))
+        check_memory(self._path, height, width, 4, self._reading.max_image_gb)
+        area = np.asarray(self._slide.read_region((box.left, box.top), level, (width, height)))
+        size = -(-box.width // shrink), -(-box.height // shrink)
+        if area.shape[1::-1] != size:
+            area = cv2.resize(area, size, interpolation=cv2.INTER_AREA)
+        is_opaque = bool((area[..., 3] == 255).all())
+        return Stored(area[..., : 3 if is_opaque else 4], "slide", (0, 255), rgb=True, alpha=not is_opaque)
 
 
 def power_of_two(limit: float) -> int:
