@@ -5,6 +5,7 @@ measured, and what the second adds is added for each further one. Attention coun
 matrix products have the precision of the run.
 """
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
 from dinov2cli.train.networks import TEACHER, build_backbone
-from dinov2cli.train.objective import SSLMetaArch
+from dinov2cli.train.objective import TERMS, SSLMetaArch
 
 GB = 1e9
 FLOAT32 = 4
@@ -142,14 +143,28 @@ class _Measured(NamedTuple):
     """FLOPs of other followers than the teacher, attention included."""
 
 
-@torch.enable_grad()  # a step has gradients, even if the caller has switched them off
 def _measure(config: Config, depth: int, precision: str) -> _Measured:
-    """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice."""
+    """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice.
+
+    What was measured once in this process is known: a training is asked about for its sharding, its memory and its plan.
+    """
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
     size = {"arch": "vit", **config.arch()._asdict(), "depth": depth}
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
-    once = config.train.model_copy(update={"activation_checkpointing": False})
-    config = config.model_copy(update={"student": options, "train": once})
+    once = config.train.model_copy(update={"activation_checkpointing": False, "dataset_path": "", "output_dir": ""})
+    config = config.model_copy(update={"student": options, "train": once, "evaluation": Config().evaluation})
+    if config.distillation.teacher:  # whose folder may hold another one by now
+        return _run_step(config, precision)
+    return _known_step(config, precision, tuple(TERMS.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _known_step(config: Config, precision: str, terms: object) -> _Measured:
+    return _run_step(config, precision)
+
+
+@torch.enable_grad()  # a step has gradients, even if the caller has switched them off
+def _run_step(config: Config, precision: str) -> _Measured:
     counter = FlopCounterMode(display=False)
     with META, counter, Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
