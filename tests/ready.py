@@ -182,8 +182,9 @@ def serve(address: str, more: dict[str, list[str]]) -> None:
         each.setblocking(False)
     signal.set_wakeup_fd(ended[1].fileno())
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    asked.bind(address)
+    asked.bind(f"{address}.new")
     asked.listen()
+    os.rename(f"{address}.new", address)
     there = selectors.DefaultSelector()
     for each in (asked, ended[0], sys.stdin):
         there.register(each, selectors.EVENT_READ)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import ready
 
 CODE = """
 import resource, torch
@@ -20,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
 def test_large_arrays_reuse_memory() -> None:
-    faults = int(subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True).stdout)
+    faults = int(ready.server().run(code=CODE).stdout)
     pages_written = 10 * 40_000_000 // 4096
     assert faults < pages_written / 20
 

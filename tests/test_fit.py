@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import ready
 import torch
 from tiny_run import TINY, write_images
 from torch import Tensor
@@ -168,4 +169,5 @@ with memory_given_back():
     assert not keep_freed_memory(room=False)
 assert keep_freed_memory()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = ready.server().run(code=code)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ready
 
 from dinov2cli.errors import ConfigError
 from dinov2cli.launch.environment import SLURM_OPTIONS
@@ -38,6 +39,8 @@ def run(arguments: list[str], path: str, *, torch_too: bool = False) -> subproce
         f"    assert {torch_too} or 'torch' not in sys.modules, 'torch was imported'\n"
     )
     environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
+    if torch_too:
+        return ready.server().run(code=code, env=environment)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 

@@ -19,7 +19,7 @@ from dinov2cli.launch.status import read_status
 
 
 def dino2(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return ready.dino2(*arguments, env={**os.environ, "COLUMNS": "250"})
+    return ready.dino2(*arguments, env={**os.environ, "COLUMNS": "250"}, workers="--gpus" in arguments)
 
 
 def write_run(run: Path, *, ages: list[float], state: str = "training", data_times: list[float] | None = None) -> Path:

@@ -146,12 +146,13 @@ class _Measured(NamedTuple):
 def _measure(config: Config, depth: int, precision: str) -> _Measured:
     """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice.
 
-    What was measured once in this process is known: a training is asked about for its sharding, its memory and its plan.
+    What was measured once in this process is known: a training is asked about for its sharding, memory and plan.
     """
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
     size = {"arch": "vit", **config.arch()._asdict(), "depth": depth}
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
-    once = config.train.model_copy(update={"activation_checkpointing": False, "dataset_path": "", "output_dir": ""})
+    elsewhere = {"dataset_path": "", "output_dir": "", "sharding": "auto"}  # has no part in it
+    once = config.train.model_copy(update={"activation_checkpointing": False, **elsewhere})
     config = config.model_copy(update={"student": options, "train": once, "evaluation": Config().evaluation})
     if config.distillation.teacher:  # whose folder may hold another one by now
         return _run_step(config, precision)
