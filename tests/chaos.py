@@ -2,11 +2,12 @@
 
     python tests/chaos.py --minutes 60 --seed 1          # one history after the other, on this machine
     python tests/chaos.py --seed 1 --history 7           # that history again
+    python tests/chaos.py --slurm CLUSTER --minutes 20   # as jobs on the cluster of tests/slurm/cluster_up.sh CLUSTER
 
 A history is one run in one folder, from its first start to its end, with faults on the way. Which faults, after how
 many iterations, at which process and with what delay is a function of (seed, history); it is printed before it is
 played. The step of the training in which a fault lands is the machine's. `chaos_faults.py` has the faults, each with
-what must come of it, and `chaos_history.py` what must hold after each:
+what must come of it, `chaos_slurm.py` those of jobs, and `chaos_history.py` what must hold after each:
 
 - every line of the metrics equals that of the undisturbed run to the last bit, none is lost, none is there twice. From
   where images could not be read or were replaced, or the number of processes was another, the mean `total_loss` of 20
@@ -23,11 +24,15 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from chaos_faults import FAULTS, LEFT_OUT
 from chaos_history import BOUND, IMAGES, History, Violation
+from chaos_slurm import SLURM_FAULTS, SlurmHistory
 from tiny_run import write_images
 
 
@@ -41,7 +46,13 @@ def plan_of(seed: int, number: int, kinds: list[str], faults: int) -> list[tuple
     return plan
 
 
-def play(history: History, plan: list[tuple[str, int, str]], until: float, counts: dict[str, int]) -> None:
+def play(
+    history: History,
+    plan: list[tuple[str, int, str]],
+    faults: Mapping[str, Callable[[Any], str]],
+    until: float,
+    counts: dict[str, int],
+) -> None:
     for number, (kind, advance, seed) in enumerate(plan):
         if time.monotonic() > until or history.is_done():
             break
@@ -54,7 +65,7 @@ def play(history: History, plan: list[tuple[str, int, str]], until: float, count
         time.sleep(history.rng.random() * 0.1)
         at, began = history.lines(), time.monotonic()
         try:
-            outcome = FAULTS[kind](history)
+            outcome = faults[kind](history)
         except Violation as violation:
             raise Violation(f"fault {number}, {kind} after iteration {at}: {violation}") from violation
         history.check()
@@ -67,14 +78,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=10, help="of a history")
-    parser.add_argument("--kinds", nargs="+", choices=[*FAULTS])
+    parser.add_argument(
+        "--faults", type=int, help="of a history; by default 10, of jobs, to which more happens a minute, 4"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=[*{**FAULTS, **SLURM_FAULTS}])
     parser.add_argument("--history", type=int, help="play this one alone")
+    parser.add_argument("--slurm", type=Path, metavar="CLUSTER", help="state folder of a cluster")
     parser.add_argument("--place", type=Path, help="where to work; what was found stays there")
     given = parser.parse_args()
     place = given.place or Path(tempfile.mkdtemp(prefix="dino2-chaos-"))
     place.mkdir(parents=True, exist_ok=True)
-    kinds = given.kinds or list(FAULTS)
+    faults: Mapping[str, Callable[[Any], str]] = SLURM_FAULTS if given.slurm else FAULTS
+    kinds = given.kinds or list(faults)
+    make = partial(SlurmHistory, cluster=given.slurm.resolve()) if given.slurm else History
+    in_one = given.faults or (4 if given.slurm else 10)
     began = time.monotonic()
     until = began + given.minutes * 60
     write_images(place / "data", per_class=IMAGES // 2)
@@ -88,12 +105,12 @@ def main() -> int:
     deviation = 0.0
     number = given.history or 0
     while time.monotonic() < until and (given.history is None or number == given.history):
-        with suppress(Violation), History(place, f"{given.seed}/{number}", place / "run") as history:
-            plan = plan_of(given.seed, number, kinds, given.faults)
+        with suppress(Violation), make(place, f"{given.seed}/{number}", place / "run") as history:
+            plan = plan_of(given.seed, number, kinds, in_one)
             shown = ", ".join(f"+{advance} {kind}" for kind, advance, _ in plan)
             print(f"seed {given.seed} history {number} ({time.monotonic() - began:.0f} s): {shown}", flush=True)
             try:
-                play(history, plan, until, counts)
+                play(history, plan, faults, until, counts)
             except Violation as violation:
                 violations.append(f"history {number}: {violation} (see {history.folder})\n{history.said()[-3000:]}")
                 print(f"VIOLATION {violations[-1]}", flush=True)

@@ -71,9 +71,7 @@ def tell_to_stop_early(history: History) -> str:
 
 def hang_briefly(history: History) -> str:
     """A process, loader or the launcher stands still, and goes on."""
-    assert history.life is not None
-    who, launcher = history.rng.choice("ptl"), history.life.pid
-    pid = launcher if who == "l" else history.pick(history.trainers if who == "t" else history.loaders)
+    pid = history.pick(history.rng.choice((history.loaders, history.trainers, history.launchers)))
     kill(pid, signal.SIGSTOP)
     time.sleep(history.rng.uniform(0.5, 5))
     kill(pid, signal.SIGCONT)

@@ -55,13 +55,14 @@ class History:
         self.exact = self.bounded = 0  # lines that were compared at the end
         self.deviation = 0.0
         self.clock = self.folder / "clock"
+        self.own_disk_wanted = self.own_clock_wanted = True
 
     def __enter__(self) -> "History":
         self.disk.mkdir(parents=True)
         (self.folder / "tmp").mkdir()
         shutil.copytree(self.whole.parent / "data", self.data)
         self.clock.write_bytes(bytes(8))
-        self.has_own_disk = mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs", self.disk)
+        self.has_own_disk = self.own_disk_wanted and mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs", self.disk)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -88,7 +89,7 @@ class History:
         given = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250", MARK: self.token,
                  "TMPDIR": str(self.folder / "tmp"), "DINO2_CONFIG": str(self.folder / "none.yaml"),
                  "DINO2_CACHE": str(self.folder / "cache")}  # fmt: skip
-        if library := fake_clock():
+        if self.own_clock_wanted and (library := fake_clock()):
             given |= {"LD_PRELOAD": library, "CHAOS_CLOCK": str(self.clock)}
         return given
 
@@ -161,8 +162,11 @@ class History:
         for words in says:
             if not re.search(words, text):
                 raise Violation(f"exit code {code}, and nothing says {words!r}")
-        self.check_down(left_cleanly=code == 0 or (code == 130 and "interrupted: saved" in text))
+        self.check_down(left_cleanly=self.left_cleanly(code, text))
         return f"exit code {code}"
+
+    def left_cleanly(self, code: int, text: str) -> bool:
+        return code == 0 or (code == 130 and "interrupted: saved" in text)
 
     def kill_all(self) -> None:
         """As a loss of power: everything at once."""
@@ -194,6 +198,9 @@ class History:
     def trainers(self) -> list[int]:
         """The training processes, children of the one that was started."""
         return children(self.life.pid) if self.life is not None else []
+
+    def launchers(self) -> list[int]:
+        return [self.life.pid] if self.life is not None else []
 
     def loaders(self) -> list[int]:
         return [loader for trainer in self.trainers() for loader in children(trainer)]
@@ -296,8 +303,13 @@ class History:
         self.check_metrics()
         if self.lines() != TOTAL:
             raise Violation(f"finished with {self.lines()} lines")
-        usual = (".started-by", ".metadata")
-        if aside := [str(p.relative_to(self.run)) for p in self.run.rglob(".*") if p.name not in usual]:
+        usual = (
+            "**/.started-by",
+            "**/.metadata",
+            "slurm/*/.submission_file_*",
+        )  # the last: submitit's link to a script
+        left = [p.relative_to(self.run) for p in self.run.rglob(".*")]
+        if aside := [str(path) for path in left if not any(Path("/", path).match(name) for name in usual)]:
             raise Violation(f"left aside at the end: {aside}")
         status = subprocess.run([sys.executable, "-m", "dinov2cli", "status", str(self.run), "--json"],
                                 env=self.environment(), capture_output=True, text=True)  # fmt: skip

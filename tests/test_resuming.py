@@ -4,15 +4,18 @@ import logging
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ready
 import yaml
 from tiny_run import TINY, metrics_of, write_images
 
+from dinov2cli.config import load_config
 from dinov2cli.config.tree import FIELDS
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.spelling import absolute
+from dinov2cli.errors import ConfigError
 from dinov2cli.train import resuming
 
 SHORT = [*TINY, "optim.epochs=2", "optim.warmup_epochs=1"]
@@ -49,6 +52,40 @@ def test_every_key_has_one_rule(key: str) -> None:
     )
     assert sum(key in group for group in groups) == 1
     assert resuming.on_resume(key).startswith("no" if key in resuming.SHAPING_KEYS else "yes")
+
+
+def another(value: Any) -> Any:
+    """A value of the same kind; of names any, as nothing looks at them."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value / 2 + 0.01
+    return "other" if isinstance(value, str) else (0.125, *value[1:])
+
+
+def test_a_changed_key_is_refused_named_drawn_or_free_as_its_rule_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = load_config(overrides=SHORT)
+    before.save(tmp_path / "config.yaml")
+    for key in FIELDS:
+        group, _, name = key.partition(".")
+        values = getattr(before, group)
+        value = "none" if key == "optim.scaling_rule" else another(getattr(values, name))
+        after = before.model_copy(update={group: values.model_copy(update={name: value})})
+        caplog.clear()
+        says, refused = "", False
+        with caplog.at_level("WARNING", logger="dino2"):
+            try:
+                resuming.check_resumable(tmp_path / "config.yaml", after, iteration=1)
+            except ConfigError as error:
+                refused, says = True, error.message
+        says += caplog.text
+        rule = resuming.on_resume(key)
+        assert refused == (rule == "no"), key
+        is_named = key in says or (key == "distillation.digest" and "learns from" in says)
+        assert is_named == (rule in ("no", "yes, schedules shown", "yes, named")), (key, says)
+        assert ("other schedules" in says) == (rule == "yes, schedules shown"), key
 
 
 def test_the_run_folder_alone_resumes_from_anywhere(trained: Path, tmp_path: Path) -> None:

@@ -209,12 +209,14 @@ CONF
 fi
 start slurmctld -f "$SLURM_CONF"
 until_port "$port" slurmctld
-for ((i = 1; i <= nodes; i++)); do
-  # the mount's source, as the kernel names it, marks every process of the cluster's jobs for cluster_down.sh
-  start unshare -m --propagation slave bash -c 'mount --bind "$1" /etc/hosts &&
-    awk "\$5 == \"/etc/hosts\" {m = \$4} END {print m}" /proc/self/mountinfo >"$4" && exec slurmd -f "$2" -N "$3"' \
-    _ "$S/etc/hosts" "$SLURM_CONF" "n$i" "$S/run/mark"
-done
+# Starts the daemon of a node, now and when a test has killed it. The mount's source, as the kernel names it, marks every
+# process of the cluster's jobs for cluster_down.sh.
+cat >"$S/slurmd.sh" <<CONF
+exec env CLUSTER_STATE="$S" unshare -m --propagation slave bash -c 'mount --bind "$S/etc/hosts" /etc/hosts &&
+  awk "\\\$5 == \\"/etc/hosts\\" {m = \\\$4} END {print m}" /proc/self/mountinfo >"$S/run/mark" &&
+  exec slurmd -f "$SLURM_CONF" -N "\$1"' _ "\$1" </dev/null >>"$S/log/start.log" 2>&1
+CONF
+for ((i = 1; i <= nodes; i++)); do bash "$S/slurmd.sh" "n$i"; done
 for ((k = 0; k < wait_s * 5; k++)); do all_idle && break; sleep .2; done
 trap - ERR
 if ! all_idle; then

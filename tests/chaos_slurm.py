@@ -1,0 +1,356 @@
+"""The faults of `chaos.py --slurm`: what befalls jobs, machines and daemons; the training is a job of two machines."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from chaos_faults import alive, damage, hang, hang_briefly, images_replaced, kill, kill_loader, kill_process
+from chaos_history import PATIENCE_S, History, Violation, children
+
+NODES = ("n1", "n2")
+FINAL = {"COMPLETED": 0, "CANCELLED": 130, "FAILED": 1, "TIMEOUT": 1, "NODE_FAIL": 1, "OUT_OF_MEMORY": 1}
+LOOK_S = 0.5  # between two questions to Slurm
+
+
+class Job:
+    """A submitted training, dealt with like a process: `returncode` is that of its command, 130 when cancelled."""
+
+    def __init__(self, number: str, log: Path) -> None:
+        self.number, self.log, self.returncode = number, log, None
+        self.state, self.asked = "PENDING", 0.0
+
+    def poll(self) -> int | None:
+        if self.returncode is None and time.monotonic() - self.asked > LOOK_S:
+            shown = slurm("scontrol", "show", "job", self.number, "--oneliner").stdout  # nothing while Slurm is down
+            self.asked = time.monotonic()
+            if found := re.search(r"JobState=(\w+)", shown):
+                self.state = found[1]
+            if self.state in FINAL and (code := re.search(r"ExitCode=(\d+):", shown)):
+                self.returncode = int(code[1]) or FINAL[self.state]
+                if self.state == "CANCELLED":
+                    self.returncode = FINAL[self.state]
+        return self.returncode
+
+    def wait(self, seconds: float = 120) -> int:
+        until = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise Violation(f"job {self.number} is {self.state} for {seconds} s")
+            time.sleep(0.1)
+        return code
+
+    def terminate(self) -> None:
+        slurm("scancel", self.number)
+
+
+class SlurmHistory(History):
+    """A history whose training is submitted to the cluster of two machines that `tests/slurm/cluster_up.sh` starts."""
+
+    life: Job | None  # type: ignore[assignment]
+
+    def __init__(self, place: Path, name: str, whole: Path, cluster: Path) -> None:
+        super().__init__(place, name, whole)
+        self.cluster, self.own_disk_wanted, self.own_clock_wanted = cluster, False, False
+        os.environ["SLURM_CONF"] = f"{cluster}/etc/slurm.conf"
+
+    def __exit__(self, *error: object) -> None:
+        if self.life is not None:
+            self.life.terminate()
+            with suppress(Violation):
+                self.life.wait()
+            self.life = None
+        for node in NODES:
+            self.make_well(node)
+        super().__exit__(*error)
+
+    # ---- Starting and watching -------------------------------------------------------------------------------------
+
+    @property
+    def job(self) -> Job:
+        assert self.life is not None
+        return self.life
+
+    def submit(self, *more: str) -> Job:
+        said = self.refused_or_said(*more)
+        if said.returncode:
+            raise Violation(f"the job was not submitted, exit code {said.returncode}: {said.stderr[-2000:]}")
+        facts = dict(line.split(maxsplit=1) for line in said.stdout.splitlines())
+        return Job(facts["job"], Path(facts["log"]))
+
+    def refused_or_said(self, *more: str) -> "subprocess.CompletedProcess[str]":
+        words = self.words("--nodes", "2", "--timeout-min", "60", *more)
+        return subprocess.run(words, capture_output=True, text=True, env=self.environment(), timeout=PATIENCE_S)
+
+    def start(self, processes: int = 2, *more: str) -> None:
+        assert self.life is None
+        self.life = self.submit(*more)
+        self.logs.append(self.life.log)
+
+    def said(self) -> str:
+        """What the present job has said so far, on all its machines."""
+        if not self.logs:
+            return ""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.logs[-1].parent.glob("*_log.out")))
+
+    def left_cleanly(self, code: int, text: str) -> bool:
+        return code == 0  # a job that is cancelled has its seconds, which may not do
+
+    def kill_all(self) -> None:
+        """As a loss of power on all machines, after which the job is not there any more."""
+        if self.life is not None:
+            for pid in self.processes():
+                kill(pid)
+            self.life.terminate()
+            self.life.wait()
+            self.life = None
+        self.check_down(left_cleanly=False)
+
+    # ---- Processes and machines ------------------------------------------------------------------------------------
+
+    def trainers(self) -> list[int]:
+        """The training processes of both machines; each leads its process group."""
+        return [pid for pid in self.processes() if b"RANK" in variables(pid) and leads(pid)]
+
+    def loaders(self) -> list[int]:
+        return [loader for trainer in self.trainers() for loader in children(trainer)]
+
+    def launchers(self) -> list[int]:
+        """The tasks of both machines, each of which has started training processes."""
+        return sorted({parent(pid) for pid in self.trainers()} - {0, 1})
+
+    def daemon(self, name: str) -> int:
+        return int((self.cluster / "run" / f"{name}.pid").read_text())
+
+    def start_daemon(self, name: str) -> None:
+        node = name.partition("-")[2]
+        words = ["bash", f"{self.cluster}/slurmd.sh", node] if node else ["slurmctld"]
+        subprocess.run(words, env={**os.environ, "CLUSTER_STATE": str(self.cluster)}, check=True, timeout=60,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def make_well(self, node: str) -> None:
+        if not alive(self.daemon(f"slurmd-{node}")):
+            self.start_daemon(f"slurmd-{node}")
+        if not alive(self.daemon("slurmctld")):
+            self.start_daemon("slurmctld")
+        slurm("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def of_machine(self, node: str) -> list[int]:
+        """All of the job on a machine, with Slurm's own processes for it."""
+        mine = [pid for pid in self.processes() if variables(pid).get(b"SLURMD_NODENAME") == node.encode()]
+        return [*mine, *{parent(pid) for pid in mine if comm(parent(pid)) == "slurmstepd"}]
+
+
+def slurm(*words: str) -> "subprocess.CompletedProcess[str]":
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(words, capture_output=True, text=True, timeout=30)
+    return subprocess.CompletedProcess(words, 1, "", "no answer")
+
+
+def variables(pid: int) -> dict[bytes, bytes]:
+    with suppress(OSError):
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return {name: value for name, _, value in (pair.partition(b"=") for pair in pairs)}
+    return {}
+
+
+def leads(pid: int) -> bool:
+    with suppress(OSError):
+        return os.getpgid(pid) == pid and alive(pid)
+    return False
+
+
+def parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def comm(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+# ---- What befalls jobs -----------------------------------------------------------------------------------------------
+
+
+def kill_task(history: SlurmHistory) -> str:
+    """A machine's task, with it the training processes there; Slurm ends the job, which must be started again."""
+    kill(history.pick(history.launchers))
+    return history.goes_on()
+
+
+def requeue(history: SlurmHistory) -> str:
+    history.advance(1)
+    slurm("scontrol", "requeue", history.job.number)
+    return history.goes_on()
+
+
+def time_is_up(history: SlurmHistory) -> str:
+    """What Slurm sends before the time limit, to the tasks, or to the script and all their processes, too."""
+    history.advance(1)
+    more = history.rng.choice(([], [], ["--batch"], ["--full"]))
+    slurm("scancel", "--signal", "USR2", *more, history.job.number)
+    return f"{' '.join(more) or 'tasks'}: {history.goes_on()}"
+
+
+def preemption(history: SlurmHistory) -> str:
+    """A job of more importance takes both machines for some seconds."""
+    words = ["srun", "--partition", "high", "--nodes", "2", "--exclusive", "sleep", str(history.rng.choice((0, 3)))]
+    other = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    if other.returncode:
+        raise Violation(f"the other job: {other.stderr}")
+    return history.goes_on()
+
+
+def cancelled(history: SlurmHistory) -> str:
+    """For good: the next submission goes on."""
+    time.sleep(history.rng.random() * 8)  # also while it starts
+    history.job.terminate()
+    outcome = history.ends({130, 0})
+    history.start()
+    return f"{outcome}, {history.goes_on()}"
+
+
+def submitted_again(history: SlurmHistory) -> str:
+    """The same words again, as a job or here, while the job trains: refused, and the first one goes on."""
+    history.advance(1)
+    more: tuple[str, ...] = history.rng.choice(((), ("--no-resume",)))
+    if history.rng.random() < 0.3:
+        said = subprocess.run(history.words(*more), capture_output=True, text=True, env=history.environment())
+    else:
+        said = history.refused_or_said(*more)
+    refuse(history, said)
+    return history.goes_on()
+
+
+def submitted_while_queued(history: SlurmHistory) -> str:
+    """The same words again while the job waits in the queue: after a requeue, or since it was submitted."""
+    if history.rng.random() < 0.5:
+        slurm("scontrol", "requeuehold", history.job.number)
+        history.wait_for(lambda: history.job.poll() is None and "HOLD" in held(history), "a job that waits", 60)
+    else:
+        history.kill_all()
+        history.start(2, "--slurm", "hold=true")
+    refuse(history, history.refused_or_said())
+    slurm("scontrol", "release", history.job.number)
+    return history.goes_on()
+
+
+def held(history: SlurmHistory) -> str:
+    shown = slurm("scontrol", "show", "job", history.job.number, "--oneliner").stdout
+    found = re.search(r"JobState=(\w+) Reason=(\w+)", shown)
+    return f"{found[2].upper()} HOLD" if found and found[1] == "PENDING" and "eld" in found[2] else ""
+
+
+def refuse(history: SlurmHistory, said: "subprocess.CompletedProcess[str]") -> None:
+    refused = said.returncode == 2 and re.search(r"is being trained by process|has a job already", said.stderr)
+    if not history.ended() and (not refused or "Traceback" in said.stderr):
+        raise Violation(f"the second submission ended with {said.returncode}: {said.stdout} {said.stderr[-2000:]}")
+
+
+def submitted_twice_at_once(history: SlurmHistory) -> str:
+    """Two submissions at the same moment: one trains, and the other is refused, if need be when its job begins."""
+    history.kill_all()
+    words = history.words("--nodes", "2", "--timeout-min", "60")
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=history.environment()) for _ in range(2)]  # fmt: skip
+    jobs = []
+    for process in both:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        if process.returncode == 0:
+            facts = dict(line.split(maxsplit=1) for line in stdout.splitlines())
+            jobs.append(Job(facts["job"], Path(facts["log"])))
+        elif process.returncode != 2 or "has a job already" not in stderr:
+            raise Violation(f"one of two submissions ended with {process.returncode}: {stderr[-2000:]}")
+    if not jobs:
+        raise Violation("neither of two submissions was taken")
+    history.life = jobs[0]
+    if len(jobs) == 2:
+        history.wait_for(lambda: any(job.poll() is not None for job in jobs), "one of two jobs to be refused")
+        refused = next(job for job in jobs if job.poll() is not None)
+        said = refused.log.read_text(errors="replace")
+        if refused.returncode != 2 or "error: " not in said or "Traceback" in said:
+            raise Violation(f"one of two jobs ended with {refused.returncode}: {said[-2000:]}")
+        history.life = next(job for job in jobs if job is not refused)
+    history.logs.append(history.job.log)
+    return f"{len(jobs)} jobs, {history.goes_on()}"
+
+
+# ---- What befalls machines and daemons -------------------------------------------------------------------------------
+
+
+def kill_node_daemon(history: SlurmHistory) -> str:
+    """slurmd of a machine, which is started again after a while: the job's processes live on."""
+    name = f"slurmd-{history.rng.choice(NODES)}"
+    with away(history, name):
+        time.sleep(history.rng.uniform(1, 15))
+    return f"{name}: {history.goes_on()}"
+
+
+def kill_controller(history: SlurmHistory) -> str:
+    """slurmctld, likewise."""
+    with away(history, "slurmctld"):
+        time.sleep(history.rng.uniform(1, 10))
+    return history.goes_on()
+
+
+@contextmanager
+def away(history: SlurmHistory, name: str) -> Iterator[None]:
+    kill(pid := history.daemon(name))
+    history.wait_for(lambda: not alive(pid), f"the end of {name}", 20)
+    try:
+        yield
+    finally:
+        history.start_daemon(name)
+
+
+def machine_crashes(history: SlurmHistory) -> str:
+    """All of the job on a machine, and its slurmd, as where a machine starts again: Slurm starts the job again."""
+    history.advance(1)
+    node = history.rng.choice(NODES)
+    with away(history, f"slurmd-{node}"):
+        for pid in history.of_machine(node):
+            kill(pid)
+        time.sleep(history.rng.uniform(1, 10))
+    slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    return f"{node}: {history.goes_on()}"
+
+
+def machine_down(history: SlurmHistory) -> str:
+    """An administrator declares a machine dead, and alive again: Slurm ends the job there, and starts it again."""
+    history.advance(1)
+    node = history.rng.choice(NODES)
+    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
+    time.sleep(history.rng.uniform(0, 8))
+    slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    return f"{node}: {history.goes_on()}"
+
+
+def drained(history: SlurmHistory) -> str:
+    """A machine that takes no more jobs: this one goes on, or waits, when it is queued again, until it is back."""
+    history.advance(1)
+    node = history.rng.choice(NODES)
+    slurm("scontrol", "update", f"nodename={node}", "state=drain", "reason=chaos")
+    queued = history.rng.random() < 0.5
+    if queued:
+        slurm("scontrol", "requeue", history.job.number)
+        time.sleep(history.rng.uniform(3, 10))
+        if history.ended():
+            history.ends({0})
+    else:
+        history.goes_on()
+    slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    return f"{node}{', queued' if queued else ''}: {history.goes_on()}"
+
+
+SLURM_FAULTS: dict[str, Callable[[SlurmHistory], str]] = {
+    each.__name__: each
+    for each in (kill_loader, kill_process, kill_task, requeue, time_is_up, preemption, cancelled, submitted_again,
+                 submitted_while_queued, submitted_twice_at_once, kill_node_daemon, kill_controller, machine_crashes,
+                 machine_down, drained, hang_briefly, hang, damage, images_replaced)
+}  # fmt: skip
