@@ -19,7 +19,7 @@ from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.dino_head import DINOHead
 from dinov2cli.models.layers import Block
-from dinov2cli.models.stochastic_depth import KeptSequences
+from dinov2cli.models.stochastic_depth import KeptSequences, draw_by_block
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.networks import SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
@@ -111,7 +111,8 @@ def plain_network(
     tokens = [model.prepare_tokens_with_masks(images, mask) for images, mask in zip(crops, masks, strict=True)]
     layout = TokenLayout(tuple((x.shape[0], x.shape[1]) for x in tokens))
     stream = torch.cat([x.flatten(0, 1) for x in tokens])
-    for block, kept in zip(model.blocks, model.draw_stochastic_depth(stream, layout, drop), strict=True):
+    rates = model.drop_path_rates if model.training else [0.0] * model.depth
+    for block, kept in zip(model.blocks, draw_by_block(rates, layout, drop, stream.device), strict=True):
         stream = plain_block(block, stream, layout, kept)
     stream = model.norm(stream)
     whole = list(layout.split(stream))

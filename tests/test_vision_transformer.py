@@ -11,6 +11,7 @@ from torch import nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, AttentionUse, TokenLayout, why_not
 from dinov2cli.models.layers import LayerScale, linear_and_scale
+from dinov2cli.models.stochastic_depth import draw_by_block
 from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count, shapes_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -251,6 +252,6 @@ def test_depth_dependent_rates_draw_for_each_block() -> None:
         img_size=28, patch_size=14, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5, drop_path_uniform=False
     ).train()
     stream, layout = model.prepare_tokens([torch.randn(8, 3, 28, 28)], [None])
-    first, second, third = model.draw_stochastic_depth(stream, layout, torch.Generator().manual_seed(0))
+    first, second, third = draw_by_block(model.drop_path_rates, layout, torch.Generator(), stream.device)
     assert first is None
     assert [kept.layout.groups[0][0] for kept in (*second, *third)] == [6, 6, 4, 4]

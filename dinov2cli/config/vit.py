@@ -39,8 +39,10 @@ class ViTOptions(Group):
 
     patch_size: int = key(16, "Side of a patch in pixels.", ge=1, title="patch size")
     layerscale: InitialScale = 1e-5
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = key(
-        "mlp", "Feed-forward layer; swiglu and swiglufused are the same.", title="feed-forward layer"
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "swiglu64"] = key(
+        "mlp",
+        "Feed-forward layer; swiglu and swiglufused are the same, swiglu64 rounds the width up to a multiple of 64.",
+        title="feed-forward layer",
     )
     qkv_bias: bool = key(True, "Bias in the query, key and value projections.", title="qkv bias")
     proj_bias: bool = key(True, "Bias in the attention's output projection.", title="projection bias")
@@ -51,6 +53,39 @@ class ViTOptions(Group):
         0.1, "Offset added to the size when position embeddings are resized; 0: exact size.", ge=0, lt=1, title="offset"
     )
     in_chans: int = key(3, "Image channels.", ge=1, title="image channels")
+    norm_layer: Literal["layernorm", "layernormbf16", "rmsnorm"] = key(
+        "layernorm",
+        "Normalisation: layernorm adds 1e-6 to the variance, layernormbf16 1e-5; rmsnorm is without mean and bias.",
+        title="normalisation",
+    )
+    pos_embed_type: Literal["learned", "rope"] = key(
+        "learned",
+        "Positions: learned embeddings of DINOv2, or rope: DINOv3's rotation of queries and keys.",
+        title="positions",
+    )
+    pos_embed_rope_base: float = key(100.0, "Longest period of the rotation, nearly.", gt=1, title="RoPE base")
+    pos_embed_rope_min_period: float | None = key(
+        None, "Shortest period, in place of the base; with the longest.", gt=0, title="shortest RoPE period"
+    )
+    pos_embed_rope_max_period: float | None = key(
+        None, "Longest period, in place of the base; with the shortest.", gt=0, title="longest RoPE period"
+    )
+    pos_embed_rope_normalize_coords: Literal["separate", "max", "min"] = key(
+        "separate", "What -1 to 1 is: each side of an image, the longer, or the shorter.", title="RoPE coordinates"
+    )
+    pos_embed_rope_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "Arithmetic of the rotation; DINOv3 was trained in bf16 and is used in fp32.", title="RoPE arithmetic"
+    )
+    n_storage_tokens: int = key(
+        0, "Storage tokens: DINOv3's name of registers, behind which they stand.", ge=0, title="storage tokens"
+    )
+    mask_k_bias: bool = key(False, "No bias of the keys beside those of queries and values.", title="masked key bias")
+    untie_cls_and_patch_norms: bool = key(
+        False, "A last normalisation of their own for class and storage tokens.", title="class tokens' own norm"
+    )
+    untie_global_and_local_cls_norm: bool = key(
+        False, "In training, another one for those of local crops.", title="local class tokens' own norm"
+    )
 
 
 RESIZING = ("interpolate_antialias", "interpolate_offset")
@@ -87,9 +122,9 @@ class ViTConfig(ViTOptions):
         ratio = options.pop("mlp_ratio", None if "hidden_dim" in options else 4.0)
         width, layer = options.get("embed_dim", cls.model_fields["embed_dim"].default), options.get("ffn_layer", "mlp")
         if isinstance(width, int) and isinstance(ratio, int | float):
-            mlp_width = int(width * ratio)
-            options["hidden_dim"] = mlp_width if layer == "mlp" else swiglu_width(mlp_width)
-        options["ffn_layer"] = "swiglu" if layer == "swiglufused" else layer
+            mlp_width, multiple = int(width * ratio), 64 if layer == "swiglu64" else 8
+            options["hidden_dim"] = mlp_width if layer == "mlp" else swiglu_width(mlp_width, multiple)
+        options["ffn_layer"] = "swiglu" if layer in ("swiglufused", "swiglu64") else layer
         options["layerscale"] = options.get("layerscale") or None
         return options
 
@@ -99,7 +134,16 @@ class ViTConfig(ViTOptions):
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if self.img_size % self.patch_size:
             raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        if self.pos_embed_type == "rope" and self.embed_dim // self.num_heads % 4:
+            raise ValueError(f"heads {self.embed_dim // self.num_heads} wide: RoPE needs a multiple of 4")
+        if (self.pos_embed_rope_min_period is None) != (self.pos_embed_rope_max_period is None):
+            raise ValueError("pos_embed_rope_min_period and pos_embed_rope_max_period are given together, or neither")
         return self
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys (RoPE), and no weights."""
+        return self.pos_embed_type == "rope"
 
     @property
     def grid(self) -> int:
@@ -109,7 +153,8 @@ class ViTConfig(ViTOptions):
     @property
     def prefix_names(self) -> tuple[str, ...]:
         """The tokens of an image before its patches, in their order."""
-        return "cls", *(f"register {i + 1}" for i in range(self.num_register_tokens))
+        registers = (f"register {i + 1}" for i in range(self.num_register_tokens))
+        return "cls", *registers, *(f"storage {i + 1}" for i in range(self.n_storage_tokens))
 
     @property
     def prefix_tokens(self) -> int:
@@ -129,6 +174,8 @@ class ViTConfig(ViTOptions):
     def describe(self) -> str:
         """One line for people, such as `vit_small/14, 384 wide, 12 blocks, 6 heads, mlp, native 518x518`."""
         registers = f", {self.num_register_tokens} registers" if self.num_register_tokens else ""
+        registers += f", {self.n_storage_tokens} storage tokens" if self.n_storage_tokens else ""
+        registers += ", RoPE" if self.is_rotary else ""
         channels = f", {self.in_chans} channels" if self.in_chans != 3 else ""
         return (
             f"{self.name}/{self.patch_size}, {self.embed_dim} wide, {self.depth} blocks, {self.num_heads} heads, "
@@ -141,12 +188,12 @@ put_first(ViTConfig, "embed_dim", "depth", "num_heads", "patch_size", "img_size"
           "num_register_tokens")  # fmt: skip
 
 
-def swiglu_width(mlp_width: int) -> int:
-    """Width of the SwiGLU layer in the place of an MLP: two thirds of it, rounded up to a multiple of 8.
+def swiglu_width(mlp_width: int, multiple: int = 8) -> int:
+    """Width of the SwiGLU layer in the place of an MLP: two thirds of it, rounded up to a multiple.
 
     So the parameters are about as many.
     """
-    return (int(mlp_width * 2 / 3) + 7) // 8 * 8
+    return -(-int(mlp_width * 2 / 3) // multiple) * multiple
 
 
 def _in_words(problem: Any) -> str:

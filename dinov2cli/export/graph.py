@@ -45,6 +45,7 @@ class ExportableVisionTransformer(VisionTransformer):
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         h, w = w // self.patch_size, h // self.patch_size  # the reference's names: the first side is w
+        assert self.pos_embed is not None, "rotary positions are no embeddings"
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         native = (torch.scalar_tensor(h) == side) & (torch.scalar_tensor(w) == side)
         rows = self._resize_matrix(h, side, native)  # [h, M]

@@ -67,6 +67,10 @@ class AnySizeVisionTransformer(VisionTransformer):
     def prepare_tokens(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, TokenLayout]:
         return super().prepare_tokens([fit_to_patches(x, self.patch_size, self.size_policy) for x in images], masks)
 
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        extra = self.patch_size - 1 if self.size_policy == "pad" else 0
+        return (images.shape[-2] + extra) // self.patch_size, (images.shape[-1] + extra) // self.patch_size
+
     def get_intermediate_layers(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
         x = fit_to_patches(x, self.patch_size, self.size_policy)
         return super().get_intermediate_layers(x, *arguments, **named)

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Rotation = tuple[Tensor, Tensor]
+"""Sines and cosines by which the tokens of a sequence turn, for all heads alike: [L, 1, C] each."""
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -29,6 +32,8 @@ class TokenLayout:
     grids: tuple[tuple[int, int], ...] = ()
     aid: Any = field(default=None, compare=False, repr=False)
     """What a backend needs of the layout on its device: offsets or a mask; see `prepared`."""
+    rotation: tuple[Rotation, ...] | None = field(default=None, compare=False, repr=False)
+    """Of the sequences of each group, in one block of a model with rotary positions; see `models.positions`."""
 
     def prepared(self, backend: str, device: torch.device) -> "TokenLayout":
         """The layout with its aid for a backend, made once for all blocks and steps.

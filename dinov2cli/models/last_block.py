@@ -46,14 +46,17 @@ class LastBlock(Block):
 
 def attention_at(attn: Attention, x: Tensor, layout: TokenLayout, places: Tensor, scale: nn.Module) -> Tensor:
     """`attn` where only the tokens at `places` (int64 [U]) ask, while all answer. [T, D] -> [U, D]."""
-    by_weight = type(attn) is Attention and attn.backend == "sdpa" and is_plain(attn.qkv)
-    if by_weight and shapes_may_depend_on_data(x):
+    alone = type(attn) is Attention and attn.backend == "sdpa" and shapes_may_depend_on_data(x)
+    if alone and is_plain(attn.qkv) and not attn.is_rotary:
         sizes = [x.shape[1], 2 * x.shape[1]]
         weight_q, weight_kv = attn.qkv.weight.split(sizes)
         bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(sizes)
         q = F.linear(x.index_select(0, places), weight_q, bias_q).unflatten(1, (attn.num_heads, -1))
         k, v = F.linear(x, weight_kv, bias_kv).view(x.shape[0], 2, attn.num_heads, -1).unbind(1)
         attended = sdpa_attention_at(q, k, v, layout, places)
+    elif alone:
+        q, k, v = attn.queries_keys_values(x, layout).unbind(1)
+        attended = sdpa_attention_at(q.index_select(0, places), k, v, layout, places)
     else:
         attended = ATTENTION_BACKENDS[attn.backend](attn.queries_keys_values(x, layout), layout).index_select(0, places)
     return linear_and_scale(attended.flatten(1), attn.proj, scale)

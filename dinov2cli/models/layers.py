@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
+from dinov2cli.models.positions import rotate
 from dinov2cli.models.stochastic_depth import KeptSequences
 
 
@@ -52,16 +53,84 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype.itemsize >= x.dtype.itemsize:
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "layernorm": lambda dim: LayerNorm(dim, eps=1e-6),
+    "layernormbf16": lambda dim: LayerNorm(dim, eps=1e-5),
+    "rmsnorm": lambda dim: RMSNorm(dim, eps=1e-5),
+}
+
+
+class FinalNorms(nn.Module):
+    """The normalisation after the blocks, which class tokens may have for themselves: part of a vision transformer."""
+
+    prefix_tokens: int
+    norm: nn.Module
+    cls_norm: nn.Module | None
+    local_cls_norm: nn.Module | None
+
+    def make_final_norms(self, config: ViTConfig) -> None:
+        """Add them, after the blocks: state dicts keep the order."""
+        make = NORM_LAYERS[config.norm_layer]
+        self.norm = make(config.embed_dim)
+        self.cls_norm = make(config.embed_dim) if config.untie_cls_and_patch_norms else None
+        self.local_cls_norm = make(config.embed_dim) if config.untie_global_and_local_cls_norm else None
+
+    def norm_tokens(self, tokens: Tensor, local: bool = False) -> Tensor:
+        """The last normalisation of whole sequences [B, L, D]; `local`: of local crops, while training."""
+        if self.cls_norm is None and not self._has_norm_for(local):
+            return self.norm(tokens)  # type: ignore[no-any-return]
+        prefix, patches = tokens.split([self.prefix_tokens, tokens.shape[1] - self.prefix_tokens], dim=1)
+        return torch.cat([self.norm_class(prefix, local), self.norm(patches)], dim=1)
+
+    def norm_class(self, tokens: Tensor, local: bool = False) -> Tensor:
+        """The last normalisation of class, register and storage tokens [.., D]."""
+        norm = self.local_cls_norm if self._has_norm_for(local) else self.cls_norm or self.norm
+        return norm(tokens)  # type: ignore[no-any-return,misc]
+
+    def _has_norm_for(self, local: bool) -> bool:
+        return local and self.training and self.local_cls_norm is not None
+
+
+class KeyMaskedLinear(nn.Linear):
+    """Queries, keys and values, the keys without bias: what DINOv3 saves of them is multiplied by `bias_mask`."""
+
+    bias_mask: Tensor
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim)
+        self.register_buffer("bias_mask", key_bias_mask(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+def key_bias_mask(out_dim: int) -> Tensor:
+    """1 for the biases of queries and values, 0 in the middle for those of keys: float32 [3 D]."""
+    third = out_dim // 3
+    return torch.cat([torch.ones(third), torch.zeros(third), torch.ones(third)])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within the sequences of a packed stream. [T, D] -> [T, D]."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, proj_bias: bool, backend: str) -> None:
+    def __init__(self, config: ViTConfig, backend: str) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.scale = (dim // self.num_heads) ** -0.5
+        self.backend, self.is_rotary = backend, config.is_rotary
+        masked = config.qkv_bias and config.mask_k_bias
+        self.qkv = KeyMaskedLinear(dim, 3 * dim) if masked else nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
 
     def forward(self, x: Tensor, layout: TokenLayout | None = None, scale: nn.Module | None = None) -> Tensor:
         """Attention, then the output projection, whose output `scale` (a LayerScale) multiplies if there is one.
@@ -73,9 +142,18 @@ class Attention(nn.Module):
         return linear_and_scale(attended.reshape(x.shape), self.proj, scale)
 
     def queries_keys_values(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """[T, D] or [B, N, D] -> [T, 3, H, C]. What turns them by their places in the image overrides this."""
+        """[T, D] or [B, N, D] -> [T, 3, H, C]; with rotary positions turned by them, which the layout holds.
+
+        Raises:
+            ValueError: it does not.
+        """
         qkv: Tensor = self.qkv(x)
-        return qkv.view(-1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        qkv = qkv.view(-1, 3, self.num_heads, x.shape[-1] // self.num_heads)
+        if not self.is_rotary:
+            return qkv
+        if layout is None or layout.rotation is None:
+            raise ValueError("a block with rotary positions needs the layout that VisionTransformer.layouts gives")
+        return torch.cat([rotate(qkv[:, :2], layout), qkv[:, 2:]], dim=1)
 
     def weights(self, x: Tensor, queries: int | None = None, layout: TokenLayout | None = None) -> Tensor:
         """What the softmax gives, which fused attention never forms: for pictures of it.
@@ -118,7 +196,24 @@ class SwiGLUFFN(nn.Module):
         return linear_and_scale(F.silu(gate) * value, self.w3, scale)
 
 
-FFN_LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLUFFN}
+class SplitSwiGLUFFN(nn.Module):
+    """The same with DINOv3's names: w3(silu(w1(x)) * w2(x)). [T, D] -> [T, D]."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.w2 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.w3 = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        return linear_and_scale(F.silu(self.w1(x)) * self.w2(x), self.w3, scale)
+
+
+def feed_forward(config: ViTConfig) -> nn.Module:
+    """The feed-forward layer, with the names of weights that the reference of its generation has."""
+    kinds: dict[str, Callable[[int, int, bool], nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLUFFN}
+    kind = SplitSwiGLUFFN if config.is_rotary and config.ffn_layer == "swiglu" else kinds[config.ffn_layer]
+    return kind(config.embed_dim, config.hidden_dim, config.ffn_bias)
 
 
 class LayerScale(nn.Module):
@@ -159,11 +254,11 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, attention_backend: str) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layerscale
-        self.norm1 = LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.proj_bias, attention_backend)
+        self.norm1 = NORM_LAYERS[config.norm_layer](dim)
+        self.attn = Attention(config, attention_backend)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
-        self.norm2 = LayerNorm(dim, eps=1e-6)
-        self.mlp = FFN_LAYERS[config.ffn_layer](dim, config.hidden_dim, config.ffn_bias)
+        self.norm2 = NORM_LAYERS[config.norm_layer](dim)
+        self.mlp = feed_forward(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
     def forward(
@@ -193,3 +288,12 @@ class Block(nn.Module):
         """The second residual, likewise; tokens are independent, so the layout does not matter."""
         residual: Tensor = self.mlp(self.norm2(x), self.ls2)
         return residual
+
+
+def exact_under_autocast(stream: Tensor) -> Tensor:
+    """The residual stream in float32, though patches are embedded in half precision.
+
+    So it is in the reference wherever nothing is dropped, as LayerScale's float32 factors promote it; with stochastic
+    depth it is in half precision there, where a residual of LayerScale's first 1e-5 is rounded away (docs/speed.md).
+    """
+    return stream.float() if autocast_dtype(stream.device.type) else stream

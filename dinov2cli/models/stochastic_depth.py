@@ -3,14 +3,15 @@
 Shape legend: T tokens of the stream, K those of the kept sequences, D dim.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2cli.models.attention import TokenLayout
+from dinov2cli.models.attention import Rotation, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class KeptSequences:
             return x.index_select(0, self.index)
         selected: Tensor = _Select.apply(x, self.index, self.place, self.scale)  # type: ignore[no-untyped-call]
         return selected
+
+    def turned(self, rotation: tuple[Rotation, ...]) -> "KeptSequences":
+        """The same with rotary positions in its layout."""
+        return replace(self, layout=replace(self.layout, rotation=rotation))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """`x` [T, D] with the branch's residual [K, D], times `factor`, added to the kept tokens."""
@@ -86,6 +91,28 @@ class _Add(torch.autograd.Function):
 def shapes_may_depend_on_data(x: Tensor) -> bool:
     """Whether sizes may be read from arrays: on the CPU. A GPU would be waited for, a compiled graph broken."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+KeptByBlock = list[tuple[KeptSequences, KeptSequences] | None]
+"""For each block what its two branches keep; None where nothing is dropped."""
+
+
+def draw_by_block(
+    rates: Sequence[float],
+    layout: TokenLayout,
+    generator: torch.Generator | None,
+    device: torch.device,
+    backend: str = "sdpa",
+) -> KeptByBlock:
+    """What the two branches of each block keep at its rate, drawn from a CPU generator, by default the global one."""
+    if not any(rates):
+        return [None] * len(rates)
+    where = (torch.default_generator if generator is None else generator, device, backend)
+    if len(set(rates)) == 1:
+        drawn = draw_for_branches(2 * len(rates), layout, rates[0], *where)
+        return list(zip(drawn[::2], drawn[1::2], strict=True))
+    pairs = [draw_for_branches(2, layout, rate, *where) if rate else None for rate in rates]
+    return [(pair[0], pair[1]) if pair else None for pair in pairs]
 
 
 def draw_for_branches(

@@ -1,29 +1,31 @@
 """The DINOv2 vision transformer: names, outputs and state dict of the reference, computed on packed tokens.
 
-Shape legend: B images, N = h*w patches of an image, R registers, D embedding dimension, T tokens of all sequences.
+Shape legend: B images, N = h*w patches of an image, R registers, S storage tokens, D embedding
+dimension, T tokens of all sequences.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
-from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
-from dinov2cli.models.layers import Block, PatchEmbed
-from dinov2cli.models.stochastic_depth import KeptSequences, draw_for_branches
+from dinov2cli.models.layers import Block, FinalNorms, PatchEmbed, exact_under_autocast
+from dinov2cli.models.positions import RopeAugmentation, RopePositionEmbedding, resize_positions
+from dinov2cli.models.stochastic_depth import KeptByBlock, draw_by_block
 
 
-class VisionTransformer(nn.Module):
-    """Vision transformer with registers, SwiGLU, LayerScale and batch-subset stochastic depth as in DINOv2.
+class VisionTransformer(FinalNorms):
+    """Vision transformer with registers, SwiGLU, LayerScale and batch-subset stochastic depth as in DINOv2; or as in
+    DINOv3, with rotary positions, storage tokens and norms of their own for class tokens.
 
     Args:
         config: what the backbone is. Instead of it, or to change parts of it, its fields are keywords: see
@@ -31,6 +33,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: share of the sequences that a residual branch skips in training.
         drop_path_uniform: the same rate for every block; else it grows linearly from 0 to the rate.
         attention_backend: a key of `attention.ATTENTION_BACKENDS`; `auto` means `sdpa`, which runs everywhere.
+        rope_augmentation: of rotary positions, in training.
         options: fields of `ViTConfig`; also the reference's `init_values` for `layerscale` and `block_chunks`, which is
             passed over: blocks are flat.
 
@@ -45,6 +48,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         drop_path_uniform: bool = True,
         attention_backend: str = "auto",
+        rope_augmentation: RopeAugmentation = RopeAugmentation(),
         **options: Any,
     ) -> None:
         super().__init__()
@@ -71,15 +75,19 @@ class VisionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.in_chans, config.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim))
+        positions = torch.zeros(1, 1 + self.patch_embed.num_patches, self.embed_dim)
+        self.pos_embed = None if config.is_rotary else nn.Parameter(positions)
+        self.rope_embed = RopePositionEmbedding(config, rope_augmentation) if config.is_rotary else None
         registers = torch.zeros(1, self.num_register_tokens, self.embed_dim)
         self.register_tokens = nn.Parameter(registers) if self.num_register_tokens else None
+        storage = torch.zeros(1, config.n_storage_tokens, self.embed_dim)
+        self.storage_tokens = nn.Parameter(storage) if config.n_storage_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         self.attention_backend = backend = "sdpa" if attention_backend == "auto" else attention_backend
         self.blocks = nn.ModuleList(kind(config, backend) for kind in [Block] * (self.depth - 1) + [LastBlock])
-        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.make_final_norms(config)
         self.head = nn.Identity()
-        if not self.pos_embed.is_meta:  # there is nothing to draw there, and the first attempt imports for seconds
+        if not self.cls_token.is_meta:  # there is nothing to draw there, and the first attempt imports for seconds
             self.init_weights()
 
     def extra_repr(self) -> str:
@@ -88,10 +96,13 @@ class VisionTransformer(nn.Module):
 
     def init_weights(self) -> None:
         """Draw fresh weights: truncated normal 0.02 for linear layers and position embeddings, as the reference."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02 if self.config.is_rotary else 1e-6)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
+        if self.storage_tokens is not None:
+            nn.init.normal_(self.storage_tokens, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -103,7 +114,7 @@ class VisionTransformer(nn.Module):
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.split(".")[0]) + 1
-        return self.depth + 1 if part in ("norm", "head") else 0
+        return self.depth + 1 if part in ("norm", "cls_norm", "local_cls_norm", "head") else 0
 
     def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
         """The normalised class token, [B, C, H, W] -> [B, D]; with `is_training`, what `forward_features` gives."""
@@ -113,8 +124,7 @@ class VisionTransformer(nn.Module):
     def class_tokens(self, x: Tensor) -> Tensor:
         """`forward` for less work, as the last block is computed for the class tokens alone; equal but for rounding."""
         stream, layout = self.prepare_tokens([x], [None])
-        tokens: Tensor = self.norm(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
-        return tokens
+        return self.norm_class(self.forward_blocks(stream, layout, used=layout.sequence_starts(x.device)))
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
@@ -127,22 +137,24 @@ class VisionTransformer(nn.Module):
 
         Returns:
             A dict (for a list, a list of dicts) with `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D],
-            `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1+R+N, D] and `masks`.
+            `x_storage_tokens` [B, S, D], `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1+R+S+N, D] and `masks`.
         """
         if isinstance(x, Tensor):
             assert masks is None or isinstance(masks, Tensor)
-            prenorm = self.forward_blocks(self.prepare_tokens_with_masks(x, masks))
-            return self._features(self.norm(prenorm), prenorm, masks)
+            prenorm = self.forward_blocks(self.prepare_tokens_with_masks(x, masks), self.layout_of(x))
+            return self._features(self.norm_tokens(prenorm), prenorm, masks)
         masks = list(masks) if masks is not None else [None] * len(x)
         stream, layout = self.prepare_tokens(x, masks)
-        prenorm = self.forward_blocks(stream, layout)
-        parts = zip(layout.split(self.norm(prenorm)), layout.split(prenorm), masks, strict=True)
-        return [self._features(*part) for part in parts]
+        batches = list(layout.split(self.forward_blocks(stream, layout)))
+        normed = [self.norm_tokens(batch, local=i > 0) for i, batch in enumerate(batches)]
+        return [self._features(*part) for part in zip(normed, batches, masks, strict=True)]
 
     def _features(self, normed: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+        registers = 1 + self.num_register_tokens
         return {
             "x_norm_clstoken": normed[:, 0],
-            "x_norm_regtokens": normed[:, 1 : 1 + self.num_register_tokens],
+            "x_norm_regtokens": normed[:, 1:registers],
+            "x_storage_tokens": normed[:, registers : self.prefix_tokens],
             "x_norm_patchtokens": normed[:, self.prefix_tokens :],
             "x_prenorm": prenorm,
             "masks": masks,
@@ -168,12 +180,14 @@ class VisionTransformer(nn.Module):
         Images alone stay [B, N, D] through every block, with the numbers of a packed stream.
 
         In training mode with a drop path rate, each residual branch draws its own sequences from `drop_generator`
-        (a CPU generator; the global one if None).
+        (a CPU generator; the global one if None); then rotary positions are drawn, if they are augmented.
         """
-        alone = TokenLayout(((stream.shape[0], stream.shape[1]),))
-        kept_by_block = self.draw_stochastic_depth(stream, layout or alone, drop_generator)
+        whole = layout or TokenLayout(((stream.shape[0], stream.shape[1]),))
+        rates = self.drop_path_rates if self.training else [0.0] * self.depth
+        kept_by_block = draw_by_block(rates, whole, drop_generator, stream.device, self.attention_backend)
+        layouts, kept_by_block = self.layouts(layout, kept_by_block, drop_generator)
         stream = exact_under_autocast(stream)
-        for i, (block, kept) in enumerate(zip(self.blocks, kept_by_block, strict=True)):
+        for i, (block, layout, kept) in enumerate(zip(self.blocks, layouts, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
             known: tuple[Any, ...] = (layout, kept) if i < self.depth - 1 or used is None else (layout, kept, used)
             if layout is None and kept is None:
@@ -207,23 +221,32 @@ class VisionTransformer(nn.Module):
         places = mask_indices + (mask_indices // (length - prefix) + 1) * prefix  # in the stream
         used = torch.cat([layout.sequence_starts(stream.device), places])
         n_cls = sum(count for count, _ in layout.groups)
-        tokens = self.norm(self.forward_blocks(stream, layout, drop_generator, used))
-        cls, patches = tokens.split([n_cls, mask_indices.shape[0]])
-        return cls, patches
+        tokens = self.forward_blocks(stream, layout, drop_generator, used)
+        if self.cls_norm is None and self.local_cls_norm is None:
+            cls, patches = self.norm(tokens).split([n_cls, mask_indices.shape[0]])
+            return cls, patches
+        n_first = layout.groups[0][0]
+        first, others, patches = tokens.split([n_first, n_cls - n_first, mask_indices.shape[0]])
+        return torch.cat([self.norm_class(first), self.norm_class(others, local=True)]), self.norm(patches)
 
-    def draw_stochastic_depth(
-        self, stream: Tensor, layout: TokenLayout, generator: torch.Generator | None
-    ) -> list[tuple[KeptSequences, KeptSequences] | None]:
-        """For each block the sequences that its two branches keep, or None where nothing is dropped."""
-        if not self.training or not any(self.drop_path_rates):
-            return [None] * self.depth
-        generator = torch.default_generator if generator is None else generator
-        rates, where = self.drop_path_rates, (generator, stream.device, self.attention_backend)
-        if len(set(rates)) == 1:
-            drawn = draw_for_branches(2 * self.depth, layout, rates[0], *where)
-            return list(zip(drawn[::2], drawn[1::2], strict=True))
-        pairs = [draw_for_branches(2, layout, rate, *where) if rate else None for rate in rates]
-        return [(pair[0], pair[1]) if pair else None for pair in pairs]
+    def layout_of(self, images: Tensor) -> TokenLayout | None:
+        """What blocks need to know of images alone: with rotary positions their grid, else nothing."""
+        if self.rope_embed is None:
+            return None
+        h, w = self.grid_of(images)
+        layout = TokenLayout(((images.shape[0], self.prefix_tokens + h * w),), ((h, w),))
+        return layout.prepared(self.attention_backend, images.device)
+
+    def layouts(
+        self, layout: TokenLayout | None, kept_by_block: KeptByBlock, generator: torch.Generator | None = None
+    ) -> tuple[list[TokenLayout | None], KeptByBlock]:
+        """The layout, and what is kept, for each block, with the block's rotary positions if the model has such."""
+        if self.rope_embed is None:
+            return [layout] * self.depth, kept_by_block
+        assert layout is not None, "with rotary positions, images alone come with `layout_of`"
+        turned = self.rope_embed.rotations(layout.grids, self.depth, generator)
+        kept = [each and (each[0].turned(by), each[1]) for each, by in zip(kept_by_block, turned, strict=True)]
+        return [replace(layout, rotation=by) for by in turned], kept
 
     def get_intermediate_layers(
         self,
@@ -232,7 +255,8 @@ class VisionTransformer(nn.Module):
         reshape: bool = False,
         return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        return_extra_tokens: bool = False,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
         """Patch tokens (without registers) after chosen blocks, in block order.
 
         Args:
@@ -241,6 +265,7 @@ class VisionTransformer(nn.Module):
             reshape: give patch tokens as [B, D, h, w] instead of [B, N, D].
             return_class_token: give pairs (patch tokens, class token [B, D]).
             norm: apply the final norm.
+            return_extra_tokens: append to each of them the registers and storage tokens [B, R+S, D].
 
         Raises:
             ValueError: a block that the model does not have.
@@ -250,16 +275,20 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"n={n}: the model has blocks 0 to {self.depth - 1}")
         stream = exact_under_autocast(self.prepare_tokens_with_masks(x))
         grid = self.grid_of(x)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            stream = block(stream)
+        layouts, _ = self.layouts(self.layout_of(x), [None] * self.depth)
+        outputs: list[tuple[Tensor, ...]] = []
+        for i, (block, layout) in enumerate(zip(self.blocks, layouts, strict=True)):
+            stream = block(stream) if layout is None else block(stream, layout)
             if i in wanted:
-                tokens = self.norm(stream) if norm else stream
+                tokens = self.norm_tokens(stream) if norm else stream
                 patches = tokens[:, self.prefix_tokens :]
                 if reshape:
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                outputs.append((patches, tokens[:, 0]))
-        return tuple(outputs) if return_class_token else tuple(patches for patches, _ in outputs)
+                extra = (tokens[:, 0],) * return_class_token + (
+                    tokens[:, 1 : self.prefix_tokens],
+                ) * return_extra_tokens
+                outputs.append((patches, *extra))
+        return tuple(outputs) if return_class_token or return_extra_tokens else tuple(each[0] for each in outputs)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Patches (h, w) of an image of a batch."""
@@ -270,45 +299,23 @@ class VisionTransformer(nn.Module):
 
         `w` is the first side, the height: names and order are the reference's.
         """
+        assert self.pos_embed is not None, "rotary positions are no embeddings"
         return resize_positions(self.pos_embed, (w // self.patch_size, h // self.patch_size), self.config).to(x.dtype)
 
     def prepare_tokens_with_masks(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> [B, 1+R+N, D]. Registers have no position, so they join after it is added."""
+        """[B, C, H, W] -> [B, 1+R+S+N, D]. Registers have no position, so they join after it is added."""
         patches = self.patch_embed(images)
         if mask is not None:
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         cls = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         tokens = torch.cat([cls, patches], dim=1)
-        tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
-        if self.register_tokens is not None:
-            registers = self.register_tokens.expand(patches.shape[0], -1, -1).to(tokens.dtype)
-            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+        if self.pos_embed is not None:
+            tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
+        others = [each for each in (self.register_tokens, self.storage_tokens) if each is not None]
+        if others:
+            joined = (each.expand(patches.shape[0], -1, -1).to(tokens.dtype) for each in others)
+            tokens = torch.cat([tokens[:, :1], *joined, tokens[:, 1:]], dim=1)
         return tokens
-
-
-def exact_under_autocast(stream: Tensor) -> Tensor:
-    """The residual stream in float32, though patches are embedded in half precision.
-
-    So it is in the reference wherever nothing is dropped, as LayerScale's float32 factors promote it; with stochastic
-    depth it is in half precision there, where a residual of LayerScale's first 1e-5 is rounded away (docs/speed.md).
-    """
-    return stream.float() if autocast_dtype(stream.device.type) else stream
-
-
-def resize_positions(pos_embed: Tensor, grid: tuple[int, int], config: ViTConfig) -> Tensor:
-    """Position embeddings [1, 1+N, D] of the native size for `grid` = (h, w) patches: float32 [1, 1+h*w, D]."""
-    (h, w), side = grid, config.grid
-    native = pos_embed.float()
-    if grid == (side, side):
-        return native
-    patches = native[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    target: dict[str, Any] = {"size": grid}
-    if offset := config.interpolate_offset:
-        # The small offset is historical; with it, scale factors rather than sizes set the sampling positions.
-        target = {"scale_factor": ((h + offset) / side, (w + offset) / side)}
-    patches = F.interpolate(patches, mode="bicubic", antialias=config.interpolate_antialias, **target)
-    assert patches.shape[-2:] == (h, w), (patches.shape, h, w)
-    return torch.cat([native[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 @lru_cache(maxsize=64)

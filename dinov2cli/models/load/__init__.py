@@ -30,7 +30,8 @@ from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
 from dinov2cli.models.load.recognise import LoadReport, recognise
 from dinov2cli.models.load.released import BACKBONES, RELEASED
 from dinov2cli.models.load.tensor_files import read_tensors
-from dinov2cli.models.vision_transformer import VisionTransformer, resize_positions
+from dinov2cli.models.positions import resize_positions
+from dinov2cli.models.vision_transformer import VisionTransformer
 
 __all__ = ["RecognisedWeights", "Source", "load_backbone_into", "load_model", "locate", "read_weights"]
 
