@@ -38,7 +38,8 @@ class Config(schema.Groups):
     def vit(self) -> ViTConfig:
         """The backbone that the student and the teacher have."""
         options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
-        return ViTConfig(**options, **self.arch()._asdict(), img_size=self.crops.largest().global_size)
+        size = {**self.arch()._asdict(), "mlp_ratio": self.student.ffn_ratio}
+        return ViTConfig(**options, **size, img_size=self.crops.largest().global_size)
 
     def at(self, resolution: Resolution) -> "Config":
         """The run as it is in an iteration of this resolution; to be built from, not saved."""
@@ -115,6 +116,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     elif dim % heads:
         nearest = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads))
         yield f"student.num_heads={heads}: must divide student.embed_dim={dim}; student.num_heads={nearest} would"
+    elif student.pos_embed_type == "rope" and dim // heads % 4:
+        yield f"student.num_heads={heads}: heads {dim // heads} wide; RoPE needs a width that is a multiple of 4"
+    yield from _unfit_rope(student)
+    if student.untie_global_and_local_cls_norm and not crops.local_crops_number:
+        yield "student.untie_global_and_local_cls_norm=true: there are no local crops (crops.local_crops_number=0)"
     if optim.warmup_epochs > optim.epochs:
         yield (
             f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
@@ -183,6 +189,17 @@ def _unfit_crops(config: Config) -> Iterator[str]:
             "data.device_augment=true: the Gram teacher's crops are made in the loader processes; set "
             "crops.gram_teacher_no_distortions=true, or data.device_augment=false"
         )
+
+
+def _unfit_rope(student: schema.Student) -> Iterator[str]:
+    periods = ("pos_embed_rope_min_period", "pos_embed_rope_max_period")
+    missing = [name for name in periods if getattr(student, name) is None]
+    if len(missing) == 1:
+        yield f"student.{missing[0]}=null: the shortest and the longest period are given together, or neither"
+    if student.pos_embed_type != "rope":
+        for name in (name for name in schema.Student.model_fields if name.startswith("pos_embed_rope_")):
+            if getattr(student, name) != schema.Student.model_fields[name].default:
+                yield f"student.{name}={getattr(student, name)}: needs rotary positions, student.pos_embed_type=rope"
 
 
 def _unfit_channels(data: schema.Data, wanted: int) -> Iterator[str]:

@@ -128,6 +128,18 @@ class Student(ViTOptions):
     ] = key("vit_large", "Named size; vit: that of embed_dim, depth and num_heads, which override a name.")
     drop_path_rate: float = key(0.3, "Stochastic depth: share of samples a block skips.", ge=0, lt=1)
     drop_path_uniform: bool = key(True, "Same drop_path_rate in all blocks; otherwise it rises linearly with depth.")
+    ffn_ratio: float = key(
+        4.0, "Width of the feed-forward layer over the token size; SwiGLU has two thirds of it.", gt=0
+    )
+    pos_embed_rope_shift_coords: float | None = key(
+        None, "RoPE, in training: each axis of the coordinates is moved by a number from minus to plus this.", gt=0
+    )
+    pos_embed_rope_jitter_coords: float | None = key(
+        None, "RoPE, in training: then each axis is stretched by a factor from its inverse to this.", gt=1
+    )
+    pos_embed_rope_rescale_coords: float | None = key(
+        None, "RoPE, in training: then both axes alike by such a factor; DINOv3's recipe has 2.", gt=1
+    )
     pretrained_weights: str = key("", "Backbone weights to start from; empty: random.")
     pretrained_channels: Literal["same", "mean", "repeat", "zero-new"] = key(
         "same",

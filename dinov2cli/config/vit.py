@@ -90,6 +90,10 @@ class ViTOptions(Group):
 
 RESIZING = ("interpolate_antialias", "interpolate_offset")
 """How position embeddings are resized: no weights show it, and weights fit models that do it otherwise."""
+OF_DINOV3 = tuple(ViTOptions.model_fields)[tuple(ViTOptions.model_fields).index("in_chans") + 1 :]
+"""What its successor has added: those after `in_chans`."""
+ROPE = tuple(name for name in ViTOptions.model_fields if name.startswith("pos_embed_rope_"))
+"""Of rotary positions. Weights show the periods alone."""
 
 
 class ViTConfig(ViTOptions):
@@ -166,6 +170,11 @@ class ViTConfig(ViTOptions):
         """The known name of the width, depth and heads (`vit_small`), or `vit` for others."""
         size = (self.embed_dim, self.depth, self.num_heads)
         return next((name for name, known in ARCHITECTURES.items() if known == size), "vit")
+
+    @property
+    def ffn_ratio(self) -> float:
+        """The `mlp_ratio` that gives such a feed-forward layer, whose width is a multiple of 8 if it is SwiGLU."""
+        return self.hidden_dim * (1.0 if self.ffn_layer == "mlp" else 1.5) / self.embed_dim
 
     def changed(self, **options: Any) -> "ViTConfig":
         """The same with other options. Errors as those of the class."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
 from dinov2cli.models.classifier import head_input
-from dinov2cli.models.load.layouts import huggingface
+from dinov2cli.models.load.layouts import huggingface, of_transformers
 from dinov2cli.models.load.tensor_files import write_tensors
 
 
@@ -45,24 +45,30 @@ def write(bundle: Bundle, folder: Path) -> None:
     Raises:
         WeightsError: transformers' classes cannot hold this model or head.
     """
-    if reason := huggingface.why_not(bundle.architecture):
+    layout = of_transformers(bundle.architecture)
+    if reason := layout.why_not(bundle.architecture):
         raise WeightsError(f"transformers cannot hold this model: {reason}")
-    architecture, classes = bundle.architecture, None
+    architecture, classes = bundle.architecture, ()
     if bundle.head is not None:
+        if architecture.is_rotary:
+            raise WeightsError(
+                "transformers has no classifier on DINOv3: the linear head cannot go along",
+                hint="Export to onnx or torch-export to have both in one file.",
+            )
         if head_input(bundle.head.in_features, architecture.embed_dim, architecture.depth) != (1, True):
             raise WeightsError(
                 "transformers' classifier sees the class token and the mean patch token of the last block; this "
                 f"linear head has {bundle.head.in_features} inputs instead of {2 * architecture.embed_dim}",
                 hint="Export to onnx or torch-export, or use the head on one layer.",
             )
-        classes = bundle.head.out_features
+        classes = (bundle.head.out_features,)
     folder.mkdir(parents=True)
     for name, content in (
-        ("config.json", huggingface.config_json(architecture, bundle.model.images, classes)),
+        ("config.json", layout.config_json(architecture, bundle.model.images, *classes)),
         ("preprocessor_config.json", preprocessor_json(bundle.preprocessing)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    tensors = huggingface.to_(bundle.state)
+    tensors = layout.to_(bundle.state)
     if bundle.head is not None:
         tensors = {f"{huggingface.model_type(bundle.architecture)}.{name}": tensor for name, tensor in tensors.items()}
         tensors |= {f"classifier.{name}": tensor for name, tensor in bundle.head.state_dict().items()}

@@ -307,8 +307,7 @@ class VisionTransformer(FinalNorms):
         patches = self.patch_embed(images)
         if mask is not None:
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        cls = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
-        tokens = torch.cat([cls, patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
         if self.pos_embed is not None:
             tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
         others = [each for each in (self.register_tokens, self.storage_tokens) if each is not None]

@@ -272,7 +272,7 @@ class _Precision(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtypes = dict.fromkeys((F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention), dtype)
-        self.dtypes[F.layer_norm] = torch.float32
+        self.dtypes |= {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
         self.attention_flops = 0
 
     def count_attention_of(self, network: nn.Module) -> list[int]:

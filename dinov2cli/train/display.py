@@ -39,6 +39,11 @@ def plan_rows(
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
     resumed = f", resumed after {counted(iteration, 'iteration')}" if iteration else ""
     shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
+    if student.backbone.rope_embed is not None:
+        changed = student.backbone.rope_embed.augmentation._asdict().items()
+        shape += ", RoPE" + "".join(f", {name} {value:g}" for name, value in changed if value)
+    if config.student.n_storage_tokens:
+        shape += f", {config.student.n_storage_tokens} storage tokens"
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
     each = [f"2 of {r.global_size} and {crops.local_crops_number} of {r.local_size}" for r in crops.resolutions()]
     shares = [f", {r.share:.0%} of iterations" if len(each) > 1 else "" for r in crops.resolutions()]

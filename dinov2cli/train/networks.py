@@ -11,6 +11,7 @@ from dinov2cli.config import Config
 from dinov2cli.config.schema import Dino, Ibot
 from dinov2cli.models.dino_head import DINOHead
 from dinov2cli.models.load import build_from
+from dinov2cli.models.positions import RopeAugmentation
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.frozen_teacher import check_fits, frozen_teacher, read_teacher
 
@@ -222,9 +223,12 @@ RULES = {"ema": ema, "frozen": frozen, "snapshot": snapshot}
 
 
 def copy(source: SSLNetwork, target: SSLNetwork) -> None:
-    """The source's parameters into those of a network that is spread over processes in the same way."""
+    """The source's parameters and buffers into those of a network that is spread over processes in the same way."""
     for own, theirs in zip(*common_parameters(target, source), strict=True):
         own.copy_(theirs)
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def common_parameters(network: SSLNetwork, source: SSLNetwork) -> tuple[list[Tensor], list[Tensor]]:
@@ -291,6 +295,9 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
         drop_path_rate=drop_path_rate,
         drop_path_uniform=config.student.drop_path_uniform,
         attention_backend=attention_backend,
+        rope_augmentation=RopeAugmentation(
+            *(getattr(config.student, f"pos_embed_rope_{name}_coords") for name in RopeAugmentation._fields)
+        ),
     )
     backbone.images = config.images()
     backbone.activation_checkpointing = config.train.activation_checkpointing

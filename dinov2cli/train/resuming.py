@@ -17,7 +17,7 @@ from dinov2cli.train.schedules import Schedules
 
 # What the tensors of a checkpoint depend on.
 SHAPING_KEYS = {
-    "student.arch",
+    "student.arch", "student.ffn_ratio",
     *(f"student.{key}" for key in Student.model_fields if key in ViTConfig.model_fields and key not in RESIZING),
     *(f"dino.{key}" for key in Dino.model_fields if key.startswith("head_")),
     *(f"ibot.{key}" for key in Ibot.model_fields if key.startswith("head_")),
@@ -46,7 +46,9 @@ NAMED_KEYS = {
     "ibot.loss_weight", "ibot.mask_sample_probability", "ibot.mask_ratio_min_max", "train.dataset_path", "train.seed",
     "distillation.teacher", "distillation.patches",
     *(f"gram.{key}" for key in Gram.model_fields if f"gram.{key}" not in SCHEDULED_KEYS),
-    "student.drop_path_rate", "student.drop_path_uniform", *(f"student.{key}" for key in RESIZING),
+    "student.drop_path_rate", "student.drop_path_uniform",
+    *(f"student.pos_embed_rope_{name}_coords" for name in ("shift", "jitter", "rescale")),
+    *(f"student.{key}" for key in RESIZING),
     *(f"student.pretrained_{key}" for key in ("weights", "channels", "patches")), "optim.clip_grad",
     "optim.patch_embed_lr_mult", "optim.layerwise_decay", "optim.adamw_beta1", "optim.adamw_beta2",
     *(f"crops.{key}" for key in Crops.model_fields if key != "global_crops_size"),

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from dinov2cli.config.images import IMAGENET, Images
-from dinov2cli.config.vit import ARCHITECTURES, RESIZING, Architecture, ViTConfig, ViTOptions
+from dinov2cli.config.vit import ARCHITECTURES, OF_DINOV3, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.files import parse_json
@@ -30,7 +30,7 @@ from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
 from dinov2cli.models.load.recognise import LoadReport, recognise
 from dinov2cli.models.load.released import BACKBONES, RELEASED
 from dinov2cli.models.load.tensor_files import read_tensors
-from dinov2cli.models.positions import resize_positions
+from dinov2cli.models.positions import resize_positions, rope_periods
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 __all__ = ["RecognisedWeights", "Source", "load_backbone_into", "load_model", "locate", "read_weights"]
@@ -71,7 +71,7 @@ def load_model(
     size_policy: str = "error",
     **overrides: Any,
 ) -> VisionTransformer:
-    """A DINOv2 backbone with its weights, on the CPU, in eval mode.
+    """A DINOv2 backbone with its weights, or a DINOv3 one, on the CPU, in eval mode.
 
     Args:
         name_or_path: a released name (`dinov2_vitb14_reg`), an http(s) or file URL, a run folder (its newest complete
@@ -122,7 +122,7 @@ def build_from(
     with torch.device("meta"):  # the random initialisation would be thrown away: 1.1 billion draws for the giant
         model = _build(architecture, size_policy, **overrides)
     assert state.keys() >= dict(model.named_buffers()).keys(), "buffers would stay uninitialised"
-    state["pos_embed"] = resize_positions(state["pos_embed"], (model.config.grid,) * 2, architecture)
+    state = _at_grid(state, model.config.grid, architecture)
     model.to_empty(device="cpu").load_state_dict(state, strict=True)
     model.images = images
     return model
@@ -131,8 +131,16 @@ def build_from(
 def at_size(weights: RecognisedWeights, side: int) -> RecognisedWeights:
     """The weights with position embeddings for square images of `side` pixels, resized as the model would do it."""
     architecture = weights.architecture.changed(img_size=side)
-    positions = resize_positions(weights.state["pos_embed"], (architecture.grid,) * 2, weights.architecture)
-    return replace(weights, state={**weights.state, "pos_embed": positions}, architecture=architecture)
+    return replace(
+        weights, state=_at_grid(weights.state, architecture.grid, weights.architecture), architecture=architecture
+    )
+
+
+def _at_grid(state: State, grid: int, architecture: ViTConfig) -> State:
+    """The state with learned position embeddings, if it has such, resized as `architecture` says."""
+    if architecture.is_rotary:
+        return state
+    return {**state, "pos_embed": resize_positions(state["pos_embed"], (grid, grid), architecture)}
 
 
 def _build(architecture: ViTConfig, size_policy: str, **overrides: Any) -> VisionTransformer:
@@ -168,6 +176,8 @@ def read_weights(
     if source.released:
         hints |= {"from": f"the name {source.released.name}", **source.released.architecture.model_dump()}
     architecture = infer_architecture(state, {**hints, **given}, source.name)
+    if architecture.is_rotary and "rope_embed.periods" not in state:  # transformers makes them anew
+        state["rope_embed.periods"] = rope_periods(architecture)
     check_complete(state, architecture, source.name)
     try:
         images = Images(**{**hints.get("images", {}), "in_chans": architecture.in_chans})
@@ -224,14 +234,19 @@ def load_backbone_into(
     differs = [
         name
         for name in ViTConfig.model_fields
-        if name not in ("img_size", *RESIZING, *adapted) and _shown(theirs, name) != _shown(ours, name)
+        if name not in ("img_size", "pos_embed_rope_dtype", *RESIZING, *adapted)
+        and _shown(theirs, name) != _shown(ours, name)
     ]
     if differs:
         words = [
             f"{ViTConfig.model_fields[name].title} {_shown(theirs, name)} instead of {_shown(ours, name)}"
             for name in differs
         ]
-        wanted = " ".join(f"student.{key}={spell(value)}" for key, value in student_settings(theirs).items())
+        wanted = " ".join(
+            f"student.{key}={spell(value)}"
+            for key, value in student_settings(theirs).items()
+            if key not in OF_DINOV3 or {value, getattr(ours, key)} != {ViTOptions.model_fields[key].default}
+        )
         ways = {"in_chans": "student.pretrained_channels=mean (or repeat, zero-new)",
                 "patch_size": "student.pretrained_patches=resize"}  # fmt: skip
         adapting = "".join(f"; {way} makes filters of theirs" for name, way in ways.items() if name in differs)
@@ -246,8 +261,8 @@ def load_backbone_into(
     if ours.patch_size != theirs.patch_size:
         state[filters] = resize_patch_embedding(state[filters], ours.patch_size)
         weights.report.notes.append(f"patch filters resized from {theirs.patch_size} to {ours.patch_size} pixels")
-    if ours.grid != theirs.grid:
-        state["pos_embed"] = resize_positions(state["pos_embed"], (ours.grid, ours.grid), theirs)
+    if ours.grid != theirs.grid and not theirs.is_rotary:
+        state = _at_grid(state, ours.grid, theirs)
         weights.report.notes.append(
             f"position embeddings resized from {theirs.grid}x{theirs.grid} patches ({theirs.img_size} pixels) to "
             f"{ours.grid}x{ours.grid} ({ours.img_size} pixels)"
@@ -267,6 +282,8 @@ def student_settings(config: ViTConfig) -> dict[str, Any]:
     settings = {key: getattr(config, key) for key in ViTOptions.model_fields}
     if config.layerscale is not None:
         del settings["layerscale"]  # what it was at first is no property of weights
+    if config.changed(mlp_ratio=4.0).hidden_dim != config.hidden_dim:
+        settings["ffn_ratio"] = config.ffn_ratio
     if config.name in ARCHITECTURES:
         return {"arch": config.name, **settings}
     return {**{key: getattr(config, key) for key in Architecture._fields}, **settings}

@@ -5,9 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dinov2cli.config.vit import ARCHITECTURES, RESIZING, ViTConfig
+from dinov2cli.config.vit import ARCHITECTURES, RESIZING, ROPE, ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.vision_transformer import shapes_of
 
@@ -23,9 +24,9 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         WeightsError: a part is missing, shapes contradict each other or the hints, or the heads cannot be known.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if "pos_embed" not in shapes and shapes.keys() & {"storage_tokens", "rope_embed.periods"}:
-        raise WeightsError(f"{source}: a DINOv3 model; dino2 loads DINOv2 models")
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
+    shows_rotation = shapes.keys() & {"rope_embed.periods", "storage_tokens", "blocks.0.attn.qkv.bias_mask"}
+    rotary = "pos_embed" not in shapes and bool(shows_rotation or hints.get("pos_embed_type") == "rope")
+    for key in ("cls_token", *(() if rotary else ("pos_embed",)), "patch_embed.proj.weight"):
         if key not in shapes:
             raise WeightsError(f"{source}: incomplete weights, '{key}' is missing")
     for key, ndim in DIMENSIONS.items():
@@ -44,7 +45,7 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         "embed_dim": dim,
         "depth": len(indices),
         "patch_size": patch,
-        "img_size": _grid(shapes["pos_embed"], source) * patch,
+        "img_size": _side_of_rotary(hints, patch) if rotary else _grid(shapes["pos_embed"], source) * patch,
         "in_chans": in_chans,
         "hidden_dim": hidden,
         "ffn_layer": ffn_layer,
@@ -52,7 +53,12 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         "layerscale": 1.0 if "blocks.0.ls1.gamma" in shapes else None,  # what it was at first is over
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "proj_bias": "blocks.0.attn.proj.bias" in shapes,
-        "ffn_bias": f"blocks.0.mlp.{'fc1' if ffn_layer == 'mlp' else 'w12'}.bias" in shapes,
+        "ffn_bias": "blocks.0.mlp.fc1.bias" in shapes or "blocks.0.mlp.w3.bias" in shapes,
+        "pos_embed_type": "rope" if rotary else "learned",
+        "n_storage_tokens": shapes.get("storage_tokens", (1, 0, dim))[1],
+        "mask_k_bias": "blocks.0.attn.qkv.bias_mask" in shapes,
+        "untie_cls_and_patch_norms": "cls_norm.weight" in shapes,
+        "untie_global_and_local_cls_norm": "local_cls_norm.weight" in shapes,
     }
     for key, value in shown.items():
         if key in hints and _differ(key, hints[key], value):
@@ -61,8 +67,17 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
     # How the released models resize: those with registers exactly and antialiased, the others with an offset.
     resizing = {"interpolate_antialias": bool(registers), "interpolate_offset": 0.0 if registers else 0.1}
     resizing |= {key: hints[key] for key in RESIZING if hints.get(key) is not None}
+    norm = hints.get("norm_layer") or ("layernormbf16" if rotary else "layernorm")  # all of DINOv3 that are released
+    norm = norm if "norm.bias" in shapes else "rmsnorm"
+    rope = {key: hints[key] for key in ROPE if hints.get(key) is not None}
+    if rotary and "rope_embed.periods" in shapes:
+        periods = state["rope_embed.periods"].double()
+        heads = _heads_of_periods(dim, len(periods), hints, source)
+        rope |= {} if rope.keys() & _PERIODS else _how_periods_are_made(periods)
+    else:
+        heads = _heads(dim, hints, source)
     try:
-        return ViTConfig(**shown, num_heads=_heads(dim, hints, source), **resizing)
+        return ViTConfig(**shown, num_heads=heads, norm_layer=norm, **resizing, **rope)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from None
 
@@ -87,8 +102,9 @@ def check_complete(state: Mapping[str, Tensor], config: ViTConfig, source: str) 
         raise WeightsError(f"{source}: weights that are not finite numbers (NaN or infinity): {_some(broken)}")
 
 
-DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3,
-              "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.w12.weight": 2}  # fmt: skip
+DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3, "storage_tokens": 3,
+              "rope_embed.periods": 1, "blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.w12.weight": 2,
+              "blocks.0.mlp.w1.weight": 2}  # fmt: skip
 """Of the weights whose shapes are read here; the others are compared with what these say."""
 
 
@@ -97,6 +113,8 @@ def _feed_forward(shapes: Mapping[str, Shape], source: str) -> tuple[str, int]:
         return "mlp", shapes["blocks.0.mlp.fc1.weight"][0]
     if "blocks.0.mlp.w12.weight" in shapes:
         return "swiglu", shapes["blocks.0.mlp.w12.weight"][0] // 2
+    if "blocks.0.mlp.w1.weight" in shapes:
+        return "swiglu", shapes["blocks.0.mlp.w1.weight"][0]
     raise WeightsError(
         f"{source}: incomplete weights, block 0 has neither 'blocks.0.mlp.fc1.weight' (MLP) nor "
         "'blocks.0.mlp.w12.weight' (SwiGLU)"
@@ -111,11 +129,41 @@ def _grid(pos_embed: Shape, source: str) -> int:
     return grid
 
 
+def _side_of_rotary(hints: Hints, patch: int) -> int:
+    """Rotary positions are for no size; that of the crops which trained the model is taken for it, or 224 pixels."""
+    side = hints.get("img_size") or hints.get("crop_size") or 224
+    return max(round(side / patch), 1) * patch if isinstance(side, int) else 224
+
+
+_PERIODS = {"pos_embed_rope_base", "pos_embed_rope_min_period", "pos_embed_rope_max_period"}
+
+
+def _heads_of_periods(dim: int, periods: int, hints: Hints, source: str) -> int:
+    heads = dim // max(4 * periods, 1)
+    if heads * 4 * periods != dim or hints.get("num_heads") not in (None, heads):
+        raise WeightsError(f"{source}: {periods} RoPE periods are of heads {4 * periods} wide, which do not fit {dim}")
+    return heads
+
+
+def _how_periods_are_made(periods: Tensor) -> dict[str, Any]:
+    """The roundest base that gives such periods, which may have been rounded to bfloat16; else both ends of them."""
+    number = len(periods)
+    if number > 1 and periods[0] == 1 and periods[-1] > 1:
+        base = float(periods[-1]) ** (number / (number - 1))
+        for tolerance, digits in ((t, d) for t in (1e-5, 2**-7) for d in range(1, 8)):
+            round_base = float(f"{base:.{digits}g}")
+            made = round_base ** (torch.arange(number, dtype=torch.float64) / number)
+            if torch.allclose(made, periods, rtol=tolerance, atol=0):
+                return {"pos_embed_rope_base": round_base}
+    ends = (float(f"{float(end):.6g}") for end in (periods[0], periods[-1]))
+    return dict(zip(("pos_embed_rope_min_period", "pos_embed_rope_max_period"), ends, strict=True))
+
+
 def _differ(key: str, stated: Any, found: Any) -> bool:
     if key == "layerscale":  # trained weights show whether it is there
         return bool(stated) != bool(found)
     if key == "ffn_layer":
-        stated = str(stated).removesuffix("fused")
+        stated = str(stated).removesuffix("fused").removesuffix("64")
     return stated is not None and bool(stated != found)
 
 

@@ -20,6 +20,8 @@ from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
 from dinov2cli.models.load.tensor_files import is_complete
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "teacher_checkpoint.pth")
+# Levels of the images of which DINOv3's models for satellites were made; their files do not say it, but their names.
+_SATELLITE = {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
 _SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -71,7 +73,12 @@ def locate(source: str | Path | Source) -> Source:
                 hint="dinov2cli.models.classifier.load_classifier gives both.",
             )
         return Source((fetch(released.backbone_url, expect_bytes=released.backbone_bytes),), released=released)
-    if re.match(r"dinov[13]_|dino_", text):
+    if re.match(r"dinov3_", text):
+        raise WeightsError(
+            f"'{text}' is not downloaded: DINOv3's licence is accepted by whoever fetches the weights",
+            hint="Fetch the file, and give its path.",
+        )
+    if re.match(r"dinov1_|dino_", text):
         raise WeightsError(f"'{text}' is a model of another generation; dino2 has DINOv2: {', '.join(BACKBONES)}")
     known = ", ".join(BACKBONES)
     raise WeightsError(f"'{text}' is neither a file or folder nor a released name; released: {known}")
@@ -164,7 +171,10 @@ def _in_file(path: Path) -> Source:
     for candidate in (architecture_file(path), before, path.with_name("config.yaml"), run and run / "config.yaml"):
         if candidate and candidate.is_file():
             return Source((path,), config_yaml_hints(candidate), run, iteration)
-    return Source((path,), _config_json_hints(path.with_name("config.json")), run, iteration)
+    hints = _config_json_hints(path.with_name("config.json"))
+    if "images" not in hints and re.match(r"dinov3_.*_sat493m", path.name):
+        hints |= {"from": f"the name {path.name}", "images": dict(_SATELLITE)}
+    return Source((path,), hints, run, iteration)
 
 
 def _iteration(folder: Path) -> int:
@@ -189,7 +199,9 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
     named = arch._asdict() if arch else {}
     keys = [key for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None]
     images = {key: data[key] for key in ImageOptions.model_fields if data.get(key) is not None}
-    return {"from": str(path), **named, **{key: student[key] for key in keys}, "images": images}
+    crop = (groups.get("crops") or {}).get("global_crops_size")
+    size = {"crop_size": crop} if student.get("pos_embed_type") == "rope" and isinstance(crop, int) else {}
+    return {"from": str(path), **named, **{key: student[key] for key in keys}, **size, "images": images}
 
 
 def _config_json_hints(path: Path) -> dict[str, Any]:

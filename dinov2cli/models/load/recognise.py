@@ -19,7 +19,8 @@ _CONTAINERS = ("teacher", "model", "state_dict", "model_state_dict", "module", "
 # Wrappers of PyTorch that lengthen names.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _PREFIXES = ("module.", "model.", "teacher.", "student.", "backbone.", "dinov2.", "dinov2_with_registers.")
-_PATCH_EMBEDDINGS = {"patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"}
+_PATCH_EMBEDDINGS = {"patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight",
+                     "embeddings.patch_embeddings.weight"}  # fmt: skip
 # Parts of a checkpoint that are known and not part of the backbone.
 _EXPECTED_LEFTOVERS = ("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss.", "classifier.", "head.")
 
@@ -146,9 +147,8 @@ NOT_DINOV2: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
         "Use the run's eval/training_<iteration>/teacher_checkpoint.pth, which holds the whole teacher",
     ),
     (
-        lambda names: _any(r"^layer\.\d+\.attention\.q_proj|^model\.layer\.\d+\.")(names)
-        or (_any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names)),
-        "a DINOv3 model (no position embeddings); dino2 loads DINOv2 models",
+        lambda names: _any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names),
+        "a DINOv3 model as timm names it; dino2 loads the reference's file of it, or transformers' folder",
     ),
     (_any(r"^decoder_(embed|blocks|pos_embed)"), "a masked autoencoder (MAE); dino2 loads DINOv2 models"),
     (_any(r"^masked_embed$"), "an iBOT model; dino2 loads DINOv2 models"),

@@ -8,6 +8,7 @@ import torch
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import RESIZING, ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
+from dinov2cli.models.load.layouts import dinov3
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 
 # Options by transformers' names.
@@ -100,6 +101,8 @@ def why_not(config: ViTConfig) -> str | None:
 def resizes_otherwise(config: ViTConfig) -> str | None:
     """How transformers resizes position embeddings, in words; None if as this model does."""
     antialias = config.num_register_tokens > 0  # fixed in its two classes
+    if config.is_rotary:
+        return None
     if config.interpolate_offset == 0 and config.interpolate_antialias == antialias:
         return None
     return (
@@ -153,9 +156,13 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind is None:  # timm's: the architecture's name only, and the weights show all of it
         return {}
+    if kind == dinov3.MODEL_TYPE:
+        return dinov3.hints(config, path)
     if kind not in ("dinov2", "dinov2_with_registers"):
         folder = path.rpartition("/")[0]
-        raise WeightsError(f"{folder}: a model of type '{kind}'; dino2 loads dinov2 and dinov2_with_registers")
+        raise WeightsError(
+            f"{folder}: a model of type '{kind}'; dino2 loads dinov2, dinov2_with_registers and {dinov3.MODEL_TYPE}"
+        )
     for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         if config.get(key, needed) != needed:
             raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")

@@ -107,6 +107,8 @@ def why_not(config: ViTConfig) -> str | None:
             "one of the two"
         )
     known = ("img_size", "hidden_dim", "ffn_layer", "ffn_bias", "layerscale", "num_register_tokens")
+    if config.is_rotary:
+        return "timm cannot hold this model: its DINOv3 has other names, which dino2 does not write (use hf or onnx)"
     unknown = first_unknown(config, (*_OPTIONS, *known, *RESIZING))
     return f"timm cannot hold this model: {unknown}" if unknown else None
 
