@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_run import AUGMENTED_ROPE, DINOV3
 
 from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config
@@ -22,7 +23,7 @@ SIZES = [
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with g++")
 @pytest.mark.parametrize(
     "variant",
-    [[], ["student.ffn_layer=swiglufused", "ibot.separate_head=true", "train.centering=sinkhorn_knopp"]],
+    [[], ["ibot.separate_head=true", "train.centering=sinkhorn_knopp", *DINOV3, *AUGMENTED_ROPE]],
 )
 def test_compiled_steps_equal_uncompiled_ones(variant: list[str]) -> None:
     config = load_config(overrides=[*SIZES, *variant])

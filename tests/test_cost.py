@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import ready
 import torch
+from tiny_run import AUGMENTED_ROPE, DINOV3
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +29,7 @@ VARIANTS = [
     ["student.drop_path_rate=0.0"],
     ["student.drop_path_uniform=false"],
     ["student.ffn_layer=swiglufused", "ibot.separate_head=true", "ibot.head_n_prototypes=2048"],
+    [*DINOV3, *AUGMENTED_ROPE],
     ["ibot.separate_head=true", "ibot.head_n_prototypes=8192", "ibot.head_hidden_dim=2048", "ibot.head_nlayers=5"],
 ]
 
@@ -66,7 +68,7 @@ def test_a_step_holds_what_autograd_keeps_and_its_gradients(variant: list[str]) 
     assert gigabytes(config).activations * 1e9 == pytest.approx(held, rel=0.2)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[1], [*VARIANTS[1], *VARIANTS[3]], [*VARIANTS[1], *VARIANTS[4]]])
+@pytest.mark.parametrize("variant", [VARIANTS[1], [*VARIANTS[1], *VARIANTS[3]], [*VARIANTS[1], *VARIANTS[5]]])
 def test_flops_are_those_that_pytorch_counts_in_a_whole_step(variant: list[str]) -> None:
     config = config_of(*variant)
     objective, batch = SSLMetaArch(config).train(), synthetic_batch(config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_in_processes
-from tiny_run import GRAM, TINY, metrics_of, write_images, write_teacher
+from tiny_run import DINOV3, GRAM, TINY, metrics_of, write_images, write_teacher
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
@@ -30,7 +30,7 @@ COMPARABLE = ["student.drop_path_rate=0", "dino.koleo_loss_weight=0"]
 VARIANTS = {
     "centering": [],
     "sinkhorn_knopp": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "ibot.head_n_prototypes=24",
-                       "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16"],
+                       "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16", *DINOV3],
 }  # fmt: skip
 DISTILLED = [
     pytest.param("", id="plain"),

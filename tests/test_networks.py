@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_run import DINOV3
 from tiny_run import TINY as SIZES
 
 from dinov2cli.bench.train import synthetic_batch
@@ -13,7 +14,7 @@ def config_of(*overrides: str) -> Config:
     return load_config(overrides=[*SIZES, "student.num_register_tokens=2", *overrides])
 
 
-@pytest.mark.parametrize("variant", [[], ["ibot.separate_head=true", "ibot.head_n_prototypes=80"]])
+@pytest.mark.parametrize("variant", [[], ["ibot.separate_head=true", "ibot.head_n_prototypes=80", *DINOV3]])
 @torch.no_grad()
 def test_token_sets_are_those_of_the_whole_backbone(variant: list[str]) -> None:
     config = config_of(*variant)

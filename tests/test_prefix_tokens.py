@@ -1,90 +1,40 @@
-"""A second kind of tokens before the patches is added in three files, and all that reads tokens heeds it.
+"""All that reads tokens heeds a second kind of them before the patches: storage tokens beside the registers."""
 
-A copy of the package gets storage tokens beside the registers, by the edits below and no other; what then
-holds there is looked at in a process of its own.
-"""
-
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny_run import TINY, write_images
 
-import dinov2cli
-
-# File: text that stands there once, and what is put behind it.
-EDITS = {
-    "config/vit.py": {
-        'num_register_tokens: int = key(0, "Register tokens.", ge=0, title="registers")\n':
-            '    n_storage_tokens: int = key(0, "Storage tokens.", ge=0, title="storage tokens")\n',
-        '*(f"register {i + 1}" for i in range(self.num_register_tokens))':
-            ', *(f"storage {i + 1}" for i in range(self.n_storage_tokens))',
-    },
-    "models/vision_transformer.py": {
-        "        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))\n":
-            "        if n := config.n_storage_tokens:\n"
-            "            self.storage_tokens = nn.Parameter(torch.randn(1, n, self.embed_dim))\n",
-        "            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)\n":
-            "        if self.config.n_storage_tokens:\n"
-            "            storage = self.storage_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)\n"
-            "            tokens = torch.cat([tokens[:, : 1 + self.num_register_tokens], storage,\n"
-            "                                tokens[:, 1 + self.num_register_tokens :]], dim=1)\n",
-    },
-    "models/load/infer.py": {
-        '        "num_register_tokens": registers,\n':
-            '        "n_storage_tokens": shapes.get("storage_tokens", (1, 0, dim))[1],\n',
-    },
-}  # fmt: skip
+from dinov2cli.config import load_config
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.errors import ConfigError, WeightsError
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.export.exporter import run as export
+from dinov2cli.models.load import load_model
+from dinov2cli.models.load.layouts import huggingface, timm
+from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.export import ExportRequest
+from dinov2cli.requests.train import TrainRequest
+from dinov2cli.start import run as train
+from dinov2cli.train.networks import build_network
+from dinov2cli.train.parameter_groups import parameter_groups
+from dinov2cli.train.resuming import check_resumable
+from dinov2cli.visualize.attention_maps import attention_maps
+from dinov2cli.visualize.features import PatchFeatures
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `look` below finds in the changed copy."""
+    """What `look` below finds."""
     folder = tmp_path_factory.mktemp("storage")
-    package = folder / "dinov2cli"
-    shutil.copytree(Path(dinov2cli.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, edits in EDITS.items():
-        text = (package / name).read_text()
-        for place, addition in edits.items():
-            assert text.count(place) == 1, f"{name} no longer says {place!r}: bring EDITS up to date"
-            text = text.replace(place, place + addition)
-        (package / name).write_text(text)
-    images = write_images(folder / "images")
-    seen = subprocess.run(
-        [sys.executable, __file__, str(images), str(folder)],
-        env=os.environ | {"PYTHONPATH": f"{folder}:{Path(__file__).parent}", "DINO2_CACHE": str(folder / "cache")},
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert seen.returncode == 0, seen.stderr
-    return json.loads(seen.stdout.splitlines()[-1])
+    return look(write_images(folder / "images"), folder)
 
 
 def look(images: Path, folder: Path) -> dict[str, Any]:
     """Train a network of one register and two storage tokens (so 4 tokens before 16 patches), and look at it."""
-    import numpy as np
-    import torch
-
-    from dinov2cli.config import load_config
-    from dinov2cli.data.datasets import make_dataset
-    from dinov2cli.errors import ConfigError, WeightsError
-    from dinov2cli.eval.extract import Extractor
-    from dinov2cli.export.exporter import run as export
-    from dinov2cli.models.load import load_model
-    from dinov2cli.models.load.layouts import huggingface, timm
-    from dinov2cli.models.vision_transformer import VisionTransformer
-    from dinov2cli.requests.export import ExportRequest
-    from dinov2cli.requests.train import TrainRequest
-    from dinov2cli.start import run as train
-    from dinov2cli.train.networks import build_network
-    from dinov2cli.train.parameter_groups import parameter_groups
-    from dinov2cli.train.resuming import check_resumable
-    from dinov2cli.visualize.attention_maps import attention_maps
-    from dinov2cli.visualize.features import PatchFeatures
 
     tokens = ("student.num_register_tokens=1", "student.n_storage_tokens=2")
     options = (*TINY, *tokens, "optim.epochs=1", "student.layerscale=0.1", "optim.base_lr=0.1")
@@ -197,7 +147,3 @@ def test_what_does_not_fit_is_refused_by_name(found: dict[str, Any]) -> None:
     assert all("it knows no storage tokens, which is 2 here" in refusal for refusal in found["refusals"])
     assert "student.n_storage_tokens (2 there, 3 here)" in found["resuming"]
     assert "storage tokens 2 instead of 3" in found["starting from"]
-
-
-if __name__ == "__main__":
-    print(json.dumps(look(Path(sys.argv[1]), Path(sys.argv[2]))))

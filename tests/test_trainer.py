@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import GRAM, MIXED, TINY, metrics_of, write_images, write_teacher
+from tiny_run import AUGMENTED_ROPE, DINOV3, GRAM, MIXED, TINY, metrics_of, write_images, write_teacher
 
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, DataError, TrainingFailure, WeightsError
@@ -96,7 +96,8 @@ def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_train
 
 @pytest.mark.parametrize("teacher", [None, "with heads", "backbone alone", "Gram teacher"])
 @pytest.mark.parametrize("variant", [[], ["train.centering=sinkhorn_knopp", "ibot.separate_head=true",
-                                          "ibot.head_n_prototypes=24", "train.gradient_accumulation=2"]])  # fmt: skip
+                                          "ibot.head_n_prototypes=24", "train.gradient_accumulation=2",
+                                          *DINOV3, *AUGMENTED_ROPE]])  # fmt: skip
 def test_an_interrupted_run_resumes_bit_for_bit(
     make_trainer: Callable[..., Trainer], variant: list[str], teacher: str | None, tmp_path: Path
 ) -> None:

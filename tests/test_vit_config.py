@@ -16,7 +16,19 @@ OTHER: dict[str, Any] = {
     "embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 28, "img_size": 84, "in_chans": 1, "hidden_dim": 40,
     "ffn_layer": "swiglu", "num_register_tokens": 1, "layerscale": None, "qkv_bias": False, "proj_bias": False,
     "ffn_bias": False, "interpolate_antialias": True, "interpolate_offset": 0.0,
+    "norm_layer": "rmsnorm", "pos_embed_type": "rope", "pos_embed_rope_base": 50.0,
+    "pos_embed_rope_normalize_coords": "min", "pos_embed_rope_dtype": "bf16", "n_storage_tokens": 1,
+    "mask_k_bias": True, "untie_cls_and_patch_norms": True, "untie_global_and_local_cls_norm": True,
+    "pos_embed_rope_min_period": 0.5, "pos_embed_rope_max_period": 90.0,
 }  # fmt: skip
+
+
+PERIODS = ("pos_embed_rope_min_period", "pos_embed_rope_max_period")
+
+
+def other(name: str) -> dict[str, Any]:
+    """Another value of a field, and what goes with it."""
+    return {key: OTHER[key] for key in (PERIODS if name in PERIODS else (name,))}
 
 
 def test_every_field_has_another_value_here() -> None:
@@ -28,17 +40,17 @@ def test_every_field_has_another_value_here() -> None:
 def test_every_field_changes_the_key_of_cached_features(name: str) -> None:
     model, same = VisionTransformer(SMALL), VisionTransformer(SMALL)
     same.load_state_dict(model.state_dict())
-    other = VisionTransformer(SMALL, **{name: OTHER[name]})
-    if {key: t.shape for key, t in other.state_dict().items()} == {
+    changed = VisionTransformer(SMALL, **other(name))
+    if {key: t.shape for key, t in changed.state_dict().items()} == {
         key: t.shape for key, t in model.state_dict().items()
     }:
-        other.load_state_dict(model.state_dict())  # all else is equal
-    assert weights_hash(same) == weights_hash(model) != weights_hash(other)
+        changed.load_state_dict(model.state_dict())  # all else is equal
+    assert weights_hash(same) == weights_hash(model) != weights_hash(changed)
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_model_is_what_its_config_says(name: str) -> None:
-    config = SMALL.changed(**{name: OTHER[name]})
+    config = SMALL.changed(**other(name))
     assert VisionTransformer(config).config == config == ViTConfig(**config.model_dump())
     assert VisionTransformer(**config.model_dump()).config == config
 

@@ -21,6 +21,15 @@ TINY = [
 ]  # fmt: skip
 """Overrides: 12 iterations of 8 images."""
 
+DINOV3 = [
+    "student.pos_embed_type=rope", "student.n_storage_tokens=2", "student.mask_k_bias=true",
+    "student.norm_layer=layernormbf16", "student.ffn_layer=swiglu64", "student.untie_cls_and_patch_norms=true",
+    "student.untie_global_and_local_cls_norm=true",
+]  # fmt: skip
+"""Overrides: all that DINOv3's architecture has added."""
+AUGMENTED_ROPE = [f"student.pos_embed_rope_{key}_coords={value}"
+                  for key, value in (("shift", 0.2), ("jitter", 1.3), ("rescale", 2.0))]  # fmt: skip
+
 
 def write_images(folder: Path, classes: int = 2, per_class: int = 8, size: int = 40) -> Path:
     """A class is a colour and a texture; each image adds noise of its own."""
