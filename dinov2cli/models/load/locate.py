@@ -172,7 +172,7 @@ def _in_file(path: Path) -> Source:
         if candidate and candidate.is_file():
             return Source((path,), config_yaml_hints(candidate), run, iteration)
     hints = _config_json_hints(path.with_name("config.json"))
-    if "images" not in hints and re.match(r"dinov3_.*_sat493m", path.name):
+    if "images" not in hints and re.fullmatch(r"dinov3_\w+_sat493m-[0-9a-f]{8}\.pth", path.name):
         hints |= {"from": f"the name {path.name}", "images": dict(_SATELLITE)}
     return Source((path,), hints, run, iteration)
 
