@@ -168,8 +168,7 @@ def test_a_released_name_says_that_it_is_not_downloaded() -> None:
         load_model("dinov3_vits16")
 
 
-def test_heads_and_satellites_do_not_confuse(tmp_path: Path) -> None:
-    """A model that is ours keeps what its metadata say, whatever its file is called."""
+def test_a_file_of_ours_keeps_its_images_whatever_it_is_called(tmp_path: Path) -> None:
     model = sample_model(SMALL)
     file = save(model.state_dict(), tmp_path / "model.pth")
     export_model(file, "safetensors", tmp_path / "dinov3_vitl16_sat493m.safetensors")
