@@ -406,7 +406,8 @@ def supervised() -> dict[str, Tensor]:
 WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "missing file": (lambda path: path, "neither a file or folder nor a released name; released: dinov2_vits14, "),
     "unknown name": (lambda path: "dinov2_vitz14", "nor a released name"),
-    "DINOv3 name": (lambda path: "dinov3_vits16", "a model of another generation"),
+    "DINOv3 name": (lambda path: "dinov3_vits16", "licence is accepted by whoever fetches"),
+    "DINO name": (lambda path: "dino_vits16", "a model of another generation"),
     "classifier name": (lambda path: "dinov2_vits14_lc", "as a backbone alone it is 'dinov2_vits14'"),
     "empty file": (text(b""), "the file is empty"),
     "text file": (text(b"These are not the weights.\n"), "not a PyTorch file, or cut short"),
@@ -434,11 +435,12 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "patch grid not square": (changed(pos_embed=torch.ones(1, 13, 192)), "13 position embeddings are not 1 \\+ a sq"),
     "not a number": (changed(norm__bias=torch.full((192,), float("nan"))), r"not finite numbers .*: norm\.bias"),
     "integers": (changed(norm__bias=torch.ones(192, dtype=torch.int8)), r"weights of type torch\.int8"),
-    "DINOv3": (changed(storage_tokens=torch.ones(1, 4, 192), pos_embed=None), "a DINOv3 model"),
-    "DINOv3 from transformers": (
-        saved(lambda: {"embeddings.register_tokens": torch.ones(1), "layer.0.attention.q_proj.weight": torch.ones(1)}),
-        "a DINOv3 model"),
-    "DINOv3 folder": (hf_folder("dinov3_vit"), "a model of type 'dinov3_vit'; dino2 loads dinov2"),
+    "DINOv3": (changed(storage_tokens=torch.ones(1, 4, 192), pos_embed=None), "missing: rope_embed.periods"),
+    "DINOv3 from timm": (
+        saved(lambda: {"reg_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(1)}),
+        "a DINOv3 model as timm names it"),
+    "DINOv3 folder": (hf_folder("dinov3_vit"), "says pos_embed_type=rope, but the weights have learned"),
+    "I-JEPA folder": (hf_folder("ijepa"), "a model of type 'ijepa'; dino2 loads dinov2"),
     "supervised transformer": (saved(supervised), "without mask token and LayerScale"),
     "masked autoencoder": (changed(decoder_embed__weight=torch.ones(3, 3)), r"a masked autoencoder \(MAE\)"),
     "CLIP": (saved(lambda: {"visual.conv1.weight": torch.ones(3), "logit_scale": torch.ones(())}), "a CLIP-like model"),

@@ -118,6 +118,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"student.num_heads={heads}: must divide student.embed_dim={dim}; student.num_heads={nearest} would"
     elif student.pos_embed_type == "rope" and dim // heads % 4:
         yield f"student.num_heads={heads}: heads {dim // heads} wide; RoPE needs a width that is a multiple of 4"
+    else:
+        yield from _unfit_part(student)
     yield from _unfit_rope(student)
     if student.untie_global_and_local_cls_norm and not crops.local_crops_number:
         yield "student.untie_global_and_local_cls_norm=true: there are no local crops (crops.local_crops_number=0)"
@@ -189,6 +191,18 @@ def _unfit_crops(config: Config) -> Iterator[str]:
             "data.device_augment=true: the Gram teacher's crops are made in the loader processes; set "
             "crops.gram_teacher_no_distortions=true, or data.device_augment=false"
         )
+
+
+def _unfit_part(student: schema.Student) -> Iterator[str]:
+    part, (dim, depth, _) = student.trained(), student.size()
+    if part.kind == "all":
+        return
+    if not student.pretrained_weights:
+        yield f"student.train={student.train}: the rest would stay random; set student.pretrained_weights (--init-from)"
+    if part.kind == "last" and part.number > depth:
+        yield f"student.train={student.train}: there are {depth} blocks; at most last:{depth}, or all"
+    if part.kind == "lora" and part.number >= dim:
+        yield f"student.train={student.train}: layers of {dim} have no higher rank; a small one such as lora:16, or all"
 
 
 def _unfit_rope(student: schema.Student) -> Iterator[str]:

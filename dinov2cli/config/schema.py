@@ -12,7 +12,7 @@ from dinov2cli.config.crops import Crops, Fraction
 from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
-from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
+from dinov2cli.config.vit import ARCHITECTURES, Architecture, TrainedPart, ViTOptions
 from dinov2cli.requests.eval import EVALUATIONS
 
 if TYPE_CHECKING:
@@ -150,6 +150,11 @@ class Student(ViTOptions):
     pretrained_patches: Literal["same", "resize"] = key(
         "same", "(dino2) How these start a model with another patch size: by resizing their patch filters (resize)."
     )
+    train: Annotated[str, Field(pattern=r"^(all|(last|lora):[1-9][0-9]{0,3})$")] = key(
+        "all",
+        "(dino2) What of these weights is trained, beside the heads: all; last:N, the last N blocks and the last norm; "
+        "lora:R, low-rank adapters of rank R beside every linear layer, merged in the teacher and what is exported.",
+    )
     freeze_backbone_epochs: int = key(
         0, "(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights.", ge=0
     )
@@ -175,6 +180,11 @@ class Student(ViTOptions):
         if known is not None:
             return {**keys, "arch": known, **dict.fromkeys(Architecture._fields)}
         return {**keys, "arch": "vit", **size} if named else keys
+
+    def trained(self) -> TrainedPart:
+        """`train`, taken apart."""
+        kind, _, number = self.train.partition(":")
+        return TrainedPart(kind, int(number or 0))
 
     def size(self) -> Architecture:
         """That of `arch`, or the one given in its place."""

@@ -21,6 +21,13 @@ class Architecture(NamedTuple):
     num_heads: int
 
 
+class TrainedPart(NamedTuple):
+    """What of a backbone is trained: `all`, the `last` so many blocks, or `lora` adapters of such a rank."""
+
+    kind: str
+    number: int = 0
+
+
 ARCHITECTURES = {
     "vit_tiny": Architecture(192, 12, 3),
     "vit_small": Architecture(384, 12, 6),

@@ -76,14 +76,11 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
     """
     config = config.at(config.crops.largest())
-    first, second = (_measure(config, depth, precision) for depth in (1, 2))
-    block = _Measured._make([*(two - one for one, two in zip(first[:-1], second[:-1], strict=True)), {}])
-    if config.train.activation_checkpointing:
-        block = block._replace(peak=first.stream)  # all that is kept of it, until it is computed again
-    student, followers, activations = (
-        one + (config.arch().depth - 1) * more for one, more in zip(first[:3], block[:3], strict=True)
-    )
-    activations = max(activations, first.peak_before)
+    first, _, kinds = _blocks(config, precision)
+    if config.train.activation_checkpointing:  # all that is kept of a block, until it is computed again
+        kinds[0] = (kinds[0][0], kinds[0][1]._replace(peak=first.stream))
+    block, whole = kinds[0][1], _sum(first, kinds)
+    student, followers, activations = whole.student, whole.followers, max(whole.peak, first.peak_before)
     shards, kept, gathered = 1, 0.0, 0.0
     if sharding == "fsdp":
         shards = world_size
@@ -91,8 +88,8 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         kept = student if precision == "fp32" else 0.0
         # Two blocks and a head: the one at work and the next, of the followers' weights and the student's gradients.
         gathered = DTYPES[precision].itemsize / FLOAT32 * (2 * block.student + first.head)
-    weights = student / shards
-    parts = (weights + kept, weights + gathered, 2 * weights, followers / shards + gathered, activations)
+    weights, trained = student / shards, whole.trained / shards
+    parts = (weights + kept, trained + gathered, 2 * trained, followers / shards + gathered, activations)
     return MemoryEstimate(*(part / GB for part in (*parts, 0.05 * sum(parts))))
 
 
@@ -111,11 +108,9 @@ def step_flops(config: Config) -> StepFlops:
 
 def _step_flops(config: Config) -> StepFlops:
     """At one resolution."""
-    first, second = (_measure(config, depth, "fp32") for depth in (1, 2))
-    more = config.arch().depth - 1
-    step = first.flops + more * (second.flops - first.flops)
-    passes = {name: one + more * (second.passes[name] - one) for name, one in first.passes.items()}
-    return StepFlops(step, step + second.left_out, passes)
+    first, second, kinds = _blocks(config, "fp32")
+    all_blocks = _sum(first, kinds)
+    return StepFlops(all_blocks.flops, all_blocks.flops + second.left_out, all_blocks.passes)
 
 
 def class_token_flops(config: Config, image_size: int) -> int:
@@ -139,17 +134,46 @@ class _Measured(NamedTuple):
     flops: float
     left_out: float
     """FLOPs that the last block saves, attention apart."""
+    trained: float
+    """Bytes of the student's parameters that are trained."""
     passes: dict[str, float]
     """FLOPs of other followers than the teacher, attention included."""
 
 
-def _measure(config: Config, depth: int, precision: str) -> _Measured:
+def _blocks(config: Config, precision: str) -> tuple[_Measured, _Measured, list[tuple[int, _Measured]]]:
+    """Networks of one block and of two, all trained; and of further blocks how many there are, and what each adds.
+
+    There are two kinds of these where only the last ones are trained.
+    """
+    first, second = (_measure(config, depth, precision) for depth in (1, 2))
+    part, depth = config.student.trained(), config.arch().depth
+    kept = depth - part.number if part.kind == "last" else 0
+    kinds = [(depth - 1 - kept, _sum(second, [(-1, first)]))]
+    if kept:
+        kinds.append((kept, _sum(_measure(config, 2, precision, trained=1), [(-1, first)])))
+    return first, second, kinds
+
+
+def _sum(first: _Measured, kinds: list[tuple[int, _Measured]]) -> _Measured:
+    """The first, and so many of each kind."""
+    every = [(1, first), *kinds]
+    numbers = (sum(count * part for (count, _), part in zip(every, column, strict=True)) for column in
+               zip(*(each[:-1] for _, each in every), strict=True))  # fmt: skip
+    return _Measured(
+        *numbers, passes={name: sum(count * each.passes[name] for count, each in every) for name in first.passes}
+    )
+
+
+def _measure(config: Config, depth: int, precision: str, trained: int = 0) -> _Measured:
     """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice.
 
-    What was measured once in this process is known: a training is asked about for its sharding, memory and plan.
+    Where only the last blocks are trained, these are so many, by default all. What was measured once in this process is
+    known: a training is asked about for its sharding, memory and plan.
     """
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
     size = {"arch": "vit", **config.arch()._asdict(), "depth": depth}
+    if config.student.trained().kind == "last":
+        size["train"] = f"last:{trained or depth}"
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
     elsewhere = {"dataset_path": "", "output_dir": "", "sharding": "auto"}  # has no part in it
     once = config.train.model_copy(update={"activation_checkpointing": False, **elsewhere})
@@ -170,7 +194,7 @@ def _run_step(config: Config, precision: str) -> _Measured:
     with META, counter, Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
         student = objective.student
-        for parameter in student.parameters():
+        for parameter in filter(lambda each: each.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         stream: list[int] = []
         student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
@@ -196,6 +220,7 @@ def _run_step(config: Config, precision: str) -> _Measured:
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
         left_out,
+        float(FLOAT32 * sum(each.numel() for each in student.parameters() if each.requires_grad)),
         {name: sum(counts.get(f"SSLMetaArch.{name}", {}).values()) + sum(attention[name]) for name in others},
     )
 
@@ -272,7 +297,7 @@ class _Precision(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtypes = dict.fromkeys((F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention), dtype)
-        self.dtypes |= {F.layer_norm: torch.float32, F.rms_norm: torch.float32}
+        self.dtypes[F.layer_norm] = self.dtypes[F.rms_norm] = torch.float32
         self.attention_flops = 0
 
     def count_attention_of(self, network: nn.Module) -> list[int]:

@@ -45,6 +45,8 @@ def plan_rows(
     if config.student.n_storage_tokens:
         shape += f", {config.student.n_storage_tokens} storage tokens"
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
+    trained = count_parameters(student.backbone, trained=True)
+    part = "" if config.student.train == "all" else f", of which {trained} are trained ({config.student.train})"
     each = [f"2 of {r.global_size} and {crops.local_crops_number} of {r.local_size}" for r in crops.resolutions()]
     shares = [f", {r.share:.0%} of iterations" if len(each) > 1 else "" for r in crops.resolutions()]
     sizes = "; ".join(f"{sides} pixels{share}" for sides, share in zip(each, shares, strict=True))
@@ -57,7 +59,7 @@ def plan_rows(
         ("data", f"{loader.dataset.describe()}; {workers}"),
         ("images", str(look)),
         ("crops", f"{sizes}, patches of {config.student.patch_size}"),
-        ("student", f"{shape}: {count_parameters(student.backbone)} parameters; heads {head_sizes}"),
+        ("student", f"{shape}: {count_parameters(student.backbone)} parameters{part}; heads {head_sizes}"),
         ("length", f"{total:,} iterations, {epochs:,.1f} passes over the data"),
         ("batch", f"{batch} images ({factors})"),
         ("learning rate", f"{peak:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)"),
@@ -81,9 +83,9 @@ def teacher_rows(config: Config) -> dict[str, str]:
     return told
 
 
-def count_parameters(module: nn.Module) -> str:
-    """Such as `21.6 M` or `24 k`."""
-    number = sum(parameter.numel() for parameter in module.parameters())
+def count_parameters(module: nn.Module, trained: bool = False) -> str:
+    """Such as `21.6 M` or `24 k`; those alone that are trained, if asked for."""
+    number = sum(each.numel() for each in module.parameters() if each.requires_grad or not trained)
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinov2cli.config import Config
 from dinov2cli.config.schema import Dino, Ibot
 from dinov2cli.models.dino_head import DINOHead
 from dinov2cli.models.load import build_from
 from dinov2cli.models.positions import RopeAugmentation
+from dinov2cli.models.trained_part import plain_parameters, train_only
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.train.frozen_teacher import check_fits, frozen_teacher, read_teacher
 
@@ -160,6 +160,7 @@ class Networks:
         self, config: Config, attention_backend: str, reads: frozenset[str], reads_of: Mapping[Follower, frozenset[str]]
     ) -> None:
         self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
+        train_only(self.student.backbone, config.student.trained())
         self.rules = {follower.name: follower for follower in (TEACHER, *reads_of)}
         self.followers: dict[str, SSLNetwork] = {}
         for name, follower in self.rules.items():
@@ -232,11 +233,9 @@ def copy(source: SSLNetwork, target: SSLNetwork) -> None:
 
 
 def common_parameters(network: SSLNetwork, source: SSLNetwork) -> tuple[list[Tensor], list[Tensor]]:
-    """What this process holds of a network's parameters, and of the source's with the same names."""
-    theirs = dict(source.named_parameters())
-    pairs = [(parameter, theirs[name]) for name, parameter in network.named_parameters()]
-    own, others = ([p.to_local() if isinstance(p, DTensor) else p for p in side] for side in zip(*pairs, strict=True))
-    return own, others
+    """What this process holds of a network's parameters, and of the source's with the same names, adapters merged."""
+    own, theirs = plain_parameters(network), plain_parameters(source)
+    return list(own.values()), [theirs[name] for name in own]
 
 
 def build_network(

@@ -13,7 +13,7 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(
         parameter_groups(student, config), betas=(config.optim.adamw_beta1, config.optim.adamw_beta2), fused=True
     )
-    for parameter in student.parameters():
+    for parameter in filter(lambda each: each.requires_grad, student.parameters()):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -27,7 +27,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, student: nn.Module) -> dic
 
     The tensors are the optimizer's own, so that loading into them resumes it.
     """
-    return {name: dict(optimizer.state[parameter]) for name, parameter in student.named_parameters()}
+    trained = ((name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad)
+    return {name: dict(optimizer.state[parameter]) for name, parameter in trained}
 
 
 def clip_gradients(student: nn.Module, max_norm: float) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dinov2cli.config import Config
 
 
 def parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """AdamW parameter groups of a network with a child `backbone` and heads beside it.
+    """AdamW parameter groups of a network with a child `backbone` and heads beside it, without what stays as it is.
 
     Each group holds the parameters that are treated alike, and says how: `lr_schedule` names the schedule of its
     learning rate (prototypes and backbone have their own, as they may be frozen at first), `lr_multiplier` and
@@ -18,6 +18,8 @@ def parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]
     backbone: Any = student.get_submodule("backbone")
     alike: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
         module, _, name_within = name.partition(".")
         schedule, lr_multiplier = "last_layer_lr" if "last_layer" in name else "lr", 1.0
         if module == "backbone":

@@ -176,7 +176,7 @@ def read_weights(
     if source.released:
         hints |= {"from": f"the name {source.released.name}", **source.released.architecture.model_dump()}
     architecture = infer_architecture(state, {**hints, **given}, source.name)
-    if architecture.is_rotary and "rope_embed.periods" not in state:  # transformers makes them anew
+    if report.layout == "transformers DINOv3":  # which makes them anew
         state["rope_embed.periods"] = rope_periods(architecture)
     check_complete(state, architecture, source.name)
     try:
