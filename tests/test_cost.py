@@ -88,14 +88,17 @@ def test_a_class_token_is_counted_as_pytorch_counts_it() -> None:
     assert 3 * class_token_flops(config, 56) == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
-def test_depth_is_extrapolated_to_what_a_deep_network_takes() -> None:
-    deep = config_of("student.depth=7")
-    whole = _measure(deep, 7, "fp32")
+@pytest.mark.parametrize("part", ["all", "last:2", "lora:8"])
+def test_depth_is_extrapolated_to_what_a_deep_network_takes(part: str) -> None:
+    deep = config_of("student.depth=7", f"student.train={part}", "student.pretrained_weights=some")
+    whole = _measure(deep, 7, "fp32", trained=2)
     assert step_flops(deep).step == pytest.approx(whole.flops, rel=1e-9)
     expected = gigabytes(deep)
     student, followers, peak = (each * 1e-9 for each in whole[:3])
     assert (expected.parameters, expected.teacher) == pytest.approx((student, followers), rel=1e-9)
     assert expected.activations == pytest.approx(peak, rel=0.02)
+    assert expected.optimizer == pytest.approx(2e-9 * whole.trained, rel=1e-9)
+    assert (expected.gradients < 0.7 * expected.parameters) == (part != "all")
 
 
 def test_stochastic_depth_and_recomputation_save_what_they_drop() -> None:

@@ -31,6 +31,7 @@ VARIANTS = {
     "centering": [],
     "sinkhorn_knopp": ["train.centering=sinkhorn_knopp", "ibot.separate_head=true", "ibot.head_n_prototypes=24",
                        "ibot.head_hidden_dim=32", "ibot.head_bottleneck_dim=16", *DINOV3],
+    "adapters": ["student.train=lora:2", "student.pretrained_weights=some"],
 }  # fmt: skip
 DISTILLED = [
     pytest.param("", id="plain"),
