@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY, metrics_of, write_images
+from tiny_run import AUGMENTED_ROPE, DINOV3, TINY, metrics_of, write_images
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.images import IMAGENET_STD
@@ -52,8 +52,9 @@ def nobody_waits() -> Iterator[None]:
         ["train.compile=false", "train.centering=sinkhorn_knopp", "train.gradient_accumulation=2"],
         ["train.compile=false", "data.device_augment=true"],
         ["train.compile=true", "data.device_augment=true"],
+        ["train.compile=true", *DINOV3, *AUGMENTED_ROPE],
     ],
-    ids=["plain", "no drop path", "sinkhorn", "device_augment", "compiled"],
+    ids=["plain", "no drop path", "sinkhorn", "device_augment", "compiled", "rotary"],
 )
 def test_nobody_waits_for_the_gpu_within_a_step(images: Path, tmp_path: Path, overrides: list[str]) -> None:
     trainer = Trainer(configure(images, tmp_path, *overrides), cuda())
