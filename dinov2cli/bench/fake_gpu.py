@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.files import digest, replacing
 from dinov2cli.site import cache_folder
-from dinov2cli.train.cost import Arrays
+from dinov2cli.train.counting import Arrays
 
 DEVICE_GUARD = """
 #include <ATen/detail/CUDAHooksInterface.h>

@@ -14,6 +14,7 @@ from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, TrainedPart, ViTOptions
 from dinov2cli.requests.eval import EVALUATIONS
+from dinov2cli.requests.images import Words
 
 if TYPE_CHECKING:
     Task = str
@@ -150,10 +151,11 @@ class Student(ViTOptions):
     pretrained_patches: Literal["same", "resize"] = key(
         "same", "(dino2) How these start a model with another patch size: by resizing their patch filters (resize)."
     )
-    train: Annotated[str, Field(pattern=r"^(all|(last|lora):[1-9][0-9]{0,3})$")] = key(
+    train: Annotated[str, Words("all, last:N or lora:R", str)] = key(
         "all",
         "(dino2) What of these weights is trained, beside the heads: all; last:N, the last N blocks and the last norm; "
         "lora:R, low-rank adapters of rank R beside every linear layer, merged in the teacher and what is exported.",
+        pattern=r"^(all|(last|lora):[1-9][0-9]{0,3})$",
     )
     freeze_backbone_epochs: int = key(
         0, "(dino2) Epochs in which only the heads learn, for fresh heads on pretrained weights.", ge=0

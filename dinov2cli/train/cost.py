@@ -6,22 +6,17 @@ matrix products have the precision of the run.
 """
 
 import functools
-import weakref
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.config import Config
 from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
+from dinov2cli.train.counting import Arrays, MatrixPrecision
 from dinov2cli.train.networks import TEACHER, build_backbone
 from dinov2cli.train.objective import TERMS, SSLMetaArch
 
@@ -115,7 +110,7 @@ def _step_flops(config: Config) -> StepFlops:
 
 def class_token_flops(config: Config, image_size: int) -> int:
     """FLOPs of the class token of one square image of `image_size` pixels."""
-    with META, torch.no_grad(), FlopCounterMode(display=False) as counted, _Precision(torch.float32) as precision:
+    with META, torch.no_grad(), FlopCounterMode(display=False) as counted, MatrixPrecision(torch.float32) as precision:
         build_backbone(config).eval()(torch.empty(1, config.student.in_chans, image_size, image_size))
     return int(counted.get_total_flops() + precision.attention_flops)
 
@@ -191,7 +186,7 @@ def _known_step(config: Config, precision: str, terms: object) -> _Measured:
 @torch.enable_grad()  # a step has gradients, even if the caller has switched them off
 def _run_step(config: Config, precision: str) -> _Measured:
     counter = FlopCounterMode(display=False)
-    with META, counter, Arrays() as arrays, _Precision(DTYPES[precision]) as casts:
+    with META, counter, Arrays() as arrays, MatrixPrecision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
         student = objective.student
         for parameter in filter(lambda each: each.requires_grad, student.parameters()):
@@ -257,78 +252,6 @@ def masked_patches(config: Config) -> int:
     if config.compares_all_patches():
         return GLOBAL_CROPS * config.train.batch_size_per_gpu * patches
     return round(images * patches * (low + high) / 2)
-
-
-class Arrays(TorchDispatchMode):
-    """Bytes of arrays made within it: those that are `held`, and the most that were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.there: set[int] = set()
-        self.held = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.hold(result if isinstance(result, tuple | list) else (result,))
-        return result
-
-    def hold(self, results: Iterable[Any]) -> None:
-        """Count those of an operator's results that are new arrays, until they are freed."""
-        for tensor in results:
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.there:
-                self.there.add(id(storage))
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.held)
-
-    def begin_again(self) -> int:
-        """The peak so far; from now on, that of what follows is found."""
-        before, self.peak = self.peak, self.held
-        return before
-
-    def _freed(self, number: int, size: int) -> None:
-        self.there.discard(number)
-        self.held -= size
-
-
-class _Precision(TorchFunctionMode):
-    """What autocast does on a GPU, which the meta device does not know; and attention as one kernel."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtypes = dict.fromkeys((F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention), dtype)
-        self.dtypes[F.layer_norm] = self.dtypes[F.rms_norm] = torch.float32
-        self.attention_flops = 0
-
-    def count_attention_of(self, network: nn.Module) -> list[int]:
-        """To which every pass of the network adds the FLOPs of its attention."""
-        parts: list[int] = []
-        network.register_forward_pre_hook(lambda *_: parts.append(-self.attention_flops))
-        network.register_forward_hook(lambda *_: parts.append(self.attention_flops))
-        return parts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (dtype := self.dtypes.get(func)) is not None:
-            args, kwargs = tree_map_only(Tensor, lambda each: each.to(dtype), (args, kwargs))
-        if func is F.scaled_dot_product_attention:
-            q, k, _ = args
-            self.attention_flops += (3 if q.requires_grad else 1) * 4 * q.numel() * k.shape[-2]
-            return _FusedAttention.apply(*args)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Shapes of [b, H, L, C], as a kernel lays them out: by token."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answered = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, answered)
-        return answered
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
 
 
 def room_for_gaps(expected: MemoryEstimate) -> bool:

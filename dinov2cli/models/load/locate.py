@@ -200,7 +200,8 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
     keys = [key for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None]
     images = {key: data[key] for key in ImageOptions.model_fields if data.get(key) is not None}
     crop = (groups.get("crops") or {}).get("global_crops_size")
-    size = {"crop_size": crop} if student.get("pos_embed_type") == "rope" and isinstance(crop, int) else {}
+    crop = max(crop, default=None) if isinstance(crop, list | tuple) else crop
+    size = {"crop_size": crop} if student.get("pos_embed_type") == "rope" and crop else {}
     return {"from": str(path), **named, **{key: student[key] for key in keys}, **size, "images": images}
 
 

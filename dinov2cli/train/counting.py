@@ -1,0 +1,84 @@
+"""What is counted while code runs on the meta device: arrays that are held, and attention's operations."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class Arrays(TorchDispatchMode):
+    """Bytes of arrays made within it: those that are `held`, and the most that were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.there: set[int] = set()
+        self.held = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.hold(result if isinstance(result, tuple | list) else (result,))
+        return result
+
+    def hold(self, results: Iterable[Any]) -> None:
+        """Count those of an operator's results that are new arrays, until they are freed."""
+        for tensor in results:
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.there:
+                self.there.add(id(storage))
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.held)
+
+    def begin_again(self) -> int:
+        """The peak so far; from now on, that of what follows is found."""
+        before, self.peak = self.peak, self.held
+        return before
+
+    def _freed(self, number: int, size: int) -> None:
+        self.there.discard(number)
+        self.held -= size
+
+
+class MatrixPrecision(TorchFunctionMode):
+    """What autocast does on a GPU, which the meta device does not know; and attention as one kernel."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtypes = dict.fromkeys((F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention), dtype)
+        self.dtypes[F.layer_norm] = self.dtypes[F.rms_norm] = torch.float32
+        self.attention_flops = 0
+
+    def count_attention_of(self, network: nn.Module) -> list[int]:
+        """To which every pass of the network adds the FLOPs of its attention."""
+        parts: list[int] = []
+        network.register_forward_pre_hook(lambda *_: parts.append(-self.attention_flops))
+        network.register_forward_hook(lambda *_: parts.append(self.attention_flops))
+        return parts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (dtype := self.dtypes.get(func)) is not None:
+            args, kwargs = tree_map_only(Tensor, lambda each: each.to(dtype), (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            q, k, _ = args
+            self.attention_flops += (3 if q.requires_grad else 1) * 4 * q.numel() * k.shape[-2]
+            return _FusedAttention.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes of [b, H, L, C], as a kernel lays them out: by token."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        answered = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, answered)
+        return answered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
