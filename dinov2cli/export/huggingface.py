@@ -48,7 +48,8 @@ def write(bundle: Bundle, folder: Path) -> None:
     layout = of_transformers(bundle.architecture)
     if reason := layout.why_not(bundle.architecture):
         raise WeightsError(f"transformers cannot hold this model: {reason}")
-    architecture, classes = bundle.architecture, ()
+    architecture = bundle.architecture
+    classes: tuple[int, ...] = ()
     if bundle.head is not None:
         if architecture.is_rotary:
             raise WeightsError(

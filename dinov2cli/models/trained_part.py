@@ -49,7 +49,7 @@ class LowRankLinear(nn.Linear):
         """Weights without adapters leave those that are there."""
         for name in ("lora_A", "lora_B"):
             state_dict.setdefault(prefix + name, getattr(self, name).detach())
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def train_only(backbone: VisionTransformer, part: TrainedPart) -> None:

@@ -152,11 +152,10 @@ def _blocks(config: Config, precision: str) -> tuple[_Measured, _Measured, list[
 def _sum(first: _Measured, kinds: list[tuple[int, _Measured]]) -> _Measured:
     """The first, and so many of each kind."""
     every = [(1, first), *kinds]
-    numbers = (sum(count * part for (count, _), part in zip(every, column, strict=True)) for column in
-               zip(*(each[:-1] for _, each in every), strict=True))  # fmt: skip
-    return _Measured(
-        *numbers, passes={name: sum(count * each.passes[name] for count, each in every) for name in first.passes}
-    )
+    columns = zip(*(each[:-1] for _, each in every), strict=True)
+    numbers = [sum(count * part for (count, _), part in zip(every, column, strict=True)) for column in columns]
+    passes = {name: sum(count * each.passes[name] for count, each in every) for name in first.passes}
+    return _Measured._make([*numbers, passes])
 
 
 def _measure(config: Config, depth: int, precision: str, trained: int = 0) -> _Measured:
