@@ -16,6 +16,8 @@ from dinov2cli.config.tree import FIELDS
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.spelling import absolute
 from dinov2cli.errors import ConfigError
+from dinov2cli.launch.training import print_origins, resolve_config
+from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train import resuming
 
 SHORT = [*TINY, "optim.epochs=2", "optim.warmup_epochs=1"]
@@ -176,3 +178,9 @@ def test_older_checkpoints_do_not_say_what_data_they_saw(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "dino2"):
         resuming.tell_of_other_data({"iteration": 3, "world_size": 1}, {"images": 5, "classes": 1, "names": 7})
     assert not caplog.text
+
+
+def test_where_values_come_from_is_said_of_a_run_that_goes_on(trained: Path) -> None:
+    """Its own configuration counts: this word fits its patches of 8 pixels, and not the default's of 16."""
+    request = TrainRequest(output_dir=trained / "run", overrides=("crops.local_crops_size=24",))
+    print_origins(request, resolve_config(request))
