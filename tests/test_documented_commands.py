@@ -193,7 +193,11 @@ def test_commands_options_and_keys_named_in_a_sentence_exist(page: Path) -> None
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda block: block.name)
-def test_files_of_a_site_are_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_site_and_of_runs_are_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if re.findall(r"^(\w+):", block.text, re.MULTILINE)[0] in GROUPS:
+        (tmp_path / "run.yaml").write_text(block.text)
+        assert load_config(config_file=tmp_path / "run.yaml") != load_config()
+        return
     (tmp_path / "dino2.yaml").write_text(block.text)
     monkeypatch.chdir(tmp_path)
     assert {key.partition(".")[0] for key in read_site().sources} == {"datasets", "slurm", "runs", "cache", "overrides"}

@@ -198,7 +198,7 @@ def test_patches_that_degrade_are_told_with_the_keys_that_keep_them(tmp_path: Pa
     """A locality that stays, wavers or rises is none; one that falls is, with the teacher from about its height."""
     rng = np.random.default_rng(0)
     waver, at = rng.normal(0, 0.02, 200), np.arange(200)
-    for localities in (0.3 + waver, 0.2 + at / 1000 + waver, 0.3 - at / 4000 + waver):
+    for localities in (0.3 + waver, 0.2 + at / 1000 + waver, 0.3 - at / 8000 + waver):
         assert fall_of(list(zip(at.tolist(), localities.tolist(), strict=True))) is None
     falling = np.where(at < 100, 0.2 + at / 1000, 0.3 - (at - 100) / 500) + waver
     fall = fall_of(list(zip(at.tolist(), falling.tolist(), strict=True)))

@@ -26,19 +26,19 @@ from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.requests.base import run
 from dinov2cli.requests.train import TrainRequest
 
-PATCH, SIDE, EPOCH = 8, 48, 20
+PATCH, SIDE, EPOCH = 8, 64, 20
 COMMON = (
-    "dino.head_n_prototypes=32", "dino.head_bottleneck_dim=32", "dino.head_hidden_dim=128", "ibot.separate_head=true",
-    "ibot.head_n_prototypes=32", "ibot.head_bottleneck_dim=32", "ibot.head_hidden_dim=128",
-    "train.batch_size_per_gpu=32", f"train.OFFICIAL_EPOCH_LENGTH={EPOCH}", "train.centering=sinkhorn_knopp",
-    "train.num_workers=0", "train.compile=false", "student.arch=vit", "student.embed_dim=48", "student.depth=3",
+    "dino.head_n_prototypes=64", "dino.head_bottleneck_dim=32", "dino.head_hidden_dim=128", "ibot.separate_head=true",
+    "ibot.head_n_prototypes=64", "ibot.head_bottleneck_dim=32", "ibot.head_hidden_dim=128",
+    "train.batch_size_per_gpu=48", f"train.OFFICIAL_EPOCH_LENGTH={EPOCH}", "train.centering=sinkhorn_knopp",
+    "train.num_workers=0", "train.compile=false", "student.arch=vit", "student.embed_dim=64", "student.depth=3",
     "student.num_heads=2", f"student.patch_size={PATCH}", "student.drop_path_rate=0.0", "student.layerscale=1.0",
     "teacher.momentum_teacher=0.98", "teacher.final_momentum_teacher=0.98", "teacher.teacher_temp=0.05",
     "teacher.warmup_teacher_temp_epochs=2", "optim.warmup_epochs=2", "optim.layerwise_decay=1.0",
-    "optim.base_lr=0.015", "optim.min_lr=0.001", "optim.weight_decay_end=0.1", f"crops.global_crops_size={SIDE}",
+    "optim.base_lr=0.006", "optim.min_lr=0.001", "optim.weight_decay_end=0.1", f"crops.global_crops_size={SIDE}",
     f"crops.local_crops_size={SIDE // 2}", "crops.local_crops_number=2", "crops.global_crops_scale=[0.5, 1.0]",
     "crops.local_crops_scale=[0.15, 0.5]", "crops.blur_prob=[0.0, 0.3, 0.2]", "crops.solarize_prob=0.0",
-    f"evaluation.eval_period_iterations={3 * EPOCH}",
+    f"evaluation.eval_period_iterations={2 * EPOCH}",
 )  # fmt: skip
 GRAM = ("gram.use_loss=true", "gram.img_level=true", "gram.rep_update=false", "gram.loss_weight=10")
 
@@ -94,7 +94,7 @@ def measured(checkpoint: Path, images: np.ndarray) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--iterations", type=int, nargs=2, default=[180, 660], help="Of the first part, and in all.")
+    parser.add_argument("--iterations", type=int, nargs=2, default=[200, 400], help="Of the first part, and in all.")
     words = parser.parse_args()
     out, (first, total), images = words.out.absolute(), words.iterations, mosaics(100)
     (out / "data").mkdir(parents=True, exist_ok=True)
