@@ -12,6 +12,7 @@ import yaml
 from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.config import load_config
+from dinov2cli.config.gram import WeightSchedule
 from dinov2cli.config.tree import FIELDS
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.spelling import absolute
@@ -73,7 +74,10 @@ def test_a_changed_key_is_refused_named_drawn_or_free_as_its_rule_says(
     for key in FIELDS:
         group, _, name = key.partition(".")
         values = getattr(before, group)
-        value = "none" if key == "optim.scaling_rule" else another(getattr(values, name))
+        others = {"optim.scaling_rule": "none"} | dict.fromkeys(
+            ("gram.loss_weight_schedule", "dino.local_loss_weight_schedule"), WeightSchedule(end=0.5)
+        )
+        value = others.get(key) or another(getattr(values, name))
         after = before.model_copy(update={group: values.model_copy(update={name: value})})
         caplog.clear()
         says, refused = "", False
