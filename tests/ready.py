@@ -37,7 +37,8 @@ PROGRAM = """#!{python} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    what = json.dumps(dict(words=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ))).encode()
+    what = dict(words=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ), workers="--gpus" in sys.argv)
+    what = json.dumps(what).encode()
     socket.send_fds(server, [len(what).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(what)
     number, ended = (int.from_bytes(server.recv(4, socket.MSG_WAITALL), "big") for _ in range(2))

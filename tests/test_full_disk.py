@@ -5,13 +5,13 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 from tiny_run import TINY, metrics_of, write_images
 
@@ -33,11 +33,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def start(images: Path, run: Path, processes: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--gpus", str(processes), "--data", str(images),
-               "--output-dir", str(run), *TINY, *LENGTH]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+def start(images: Path, run: Path, processes: int, log: Path) -> ready.Process:
+    words = ["train", "--cpu", "--gpus", str(processes), "--data", images, "--output-dir", run, *TINY, *LENGTH]
+    with log.open("wb") as file:
+        return ready.server().start(*words, stderr=file, env={**os.environ, "COLUMNS": "250"}, workers=True)
 
 
 def fill(folder: Path, leave: int) -> None:
@@ -73,32 +72,27 @@ def test_a_full_disk_ends_a_run_that_resumes_later(
     tmp_path: Path, small_disk: Path, processes: int, leave: int
 ) -> None:
     images = write_images(tmp_path / "data")
-    whole, run = tmp_path / "whole", small_disk / "run"
-    undisturbed = start(images, whole, processes)
-    assert undisturbed.communicate(timeout=200) and undisturbed.returncode == 0
+    whole, run, log = tmp_path / "whole", small_disk / "run", tmp_path / "log.txt"
+    assert start(images, whole, processes, log).wait(timeout=200) == 0, log.read_text()
 
-    first = start(images, run, processes)
+    first = start(images, run, processes, log)
     until = time.monotonic() + 120
     while not (run / "checkpoints" / "iteration_00000010").exists():
         assert time.monotonic() < until and first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=100)
-    assert first.returncode == 130
+    assert first.wait(timeout=100) == 130
     good = sorted(path.name for path in (run / "checkpoints").iterdir())
 
     fill(small_disk, leave)
-    second = start(images, run, processes)
-    _, said = second.communicate(timeout=200)
-    assert second.returncode == 2, said
+    code, said = start(images, run, processes, log).wait(timeout=200), log.read_text()
+    assert code == 2, said
     assert said.count("error:") == 1 and "No space left on device" in said and "run the same command again" in said
     assert "Traceback" not in said
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == good
 
     (small_disk / "filler").unlink()
-    third = start(images, run, processes)
-    _, said = third.communicate(timeout=200)
-    assert third.returncode == 0, said
+    assert start(images, run, processes, log).wait(timeout=200) == 0, log.read_text()
     assert metrics_of(run) == metrics_of(whole)
     final = "eval/training_39/teacher_checkpoint.pth"
     one, other = (torch.load(folder / final, weights_only=True)["teacher"] for folder in (whole, run))

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,11 +106,10 @@ PAIR = [f"train.OFFICIAL_EPOCH_LENGTH={PAIR_LENGTH}", "train.checkpoint_period=3
         "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0"]  # fmt: skip
 
 
-def start_pair(images: Path, run: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--gpus", "2", "--data", str(images),
-               "--output-dir", str(run), *TINY, *PAIR]  # fmt: skip
-    log = (run.parent / f"{run.name}.log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start_pair(images: Path, run: Path) -> ready.Process:
+    words = ["train", "--cpu", "--gpus", "2", "--data", images, "--output-dir", run, *TINY, *PAIR]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return ready.server().start(*words, stdout=log, stderr=log, workers=True)
 
 
 def pids_of(run: Path) -> list[int]:

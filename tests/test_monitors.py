@@ -5,12 +5,11 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ready
 import torch
 from rich.console import Console, RenderableType
 from tiny_run import TINY, write_images
@@ -114,10 +113,9 @@ def test_stop_on_collapse_saves_and_stops(tmp_path: Path, capsys: pytest.Capture
 def test_a_collapse_ends_all_processes_saved(tmp_path: Path) -> None:
     """The first process alone looks; all save and end, and none is started again."""
     images, run = write_images(tmp_path / "images"), tmp_path / "run"
-    words = ["train", "--cpu", "--gpus", "2", "--data", str(images), "--output-dir", str(run), *TINY]
+    words = ["train", "--cpu", "--gpus", "2", "--data", images, "--output-dir", run, *TINY]
     stuck = ["optim.base_lr=1e-12", "optim.min_lr=0", "student.layerscale=1e-5", "train.stop_on_collapse=3"]
-    result = subprocess.run([sys.executable, "-m", "dinov2cli", *words, *stuck], capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "250"})  # fmt: skip
+    result = ready.dino2(*words, *stuck, env={**os.environ, "COLUMNS": "250"}, workers=True)
     assert result.returncode == 1 and result.stderr.count("error:") == 1, result.stderr
     assert "3 times in a row (train.stop_on_collapse)" in result.stderr and "Traceback" not in result.stderr
     assert (run / "checkpoints/iteration_00000008").is_dir() and not (run / "logs/restarts.jsonl").exists()

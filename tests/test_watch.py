@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -71,9 +69,8 @@ def test_a_hang_before_the_first_iteration_ends_the_process(known: bool, tmp_pat
         dinov2cli.start.make_dataset = stuck_here
         main(sys.argv[1:])
     """
-    words = ["train", "--cpu", "--data", str(write_images(images)), "--output-dir", str(run), *TINY]
-    command = [sys.executable, "-c", code, *words, "train.hang_timeout=1"]
-    result = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    words = ["train", "--cpu", "--data", write_images(images), "--output-dir", run, *TINY, "train.hang_timeout=1"]
+    result = ready.server().run(*words, code=code, timeout=120)
     said = " ".join(result.stderr.split())
     assert result.returncode == 1 and "the run hangs" in said and "4 times train.hang_timeout=1" in said
     assert "stuck_here" in (RunFolder(run).stacks(0).read_text() if known else result.stderr)
@@ -86,9 +83,9 @@ def test_a_run_with_a_process_that_hangs_reports_it_and_goes_on(tmp_path: Path) 
     images, run = write_images(tmp_path / "data"), tmp_path / "run"
     length = ["train.OFFICIAL_EPOCH_LENGTH=60", "train.checkpoint_period=10", "optim.epochs=1",
               "evaluation.eval_period_iterations=60", "train.hang_timeout=8"]  # fmt: skip
-    command = [sys.executable, "-m", "dinov2cli", "train", "--cpu", "--gpus", "2", "--data", str(images),
-               "--output-dir", str(run), *TINY, *length]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    words = ["train", "--cpu", "--gpus", "2", "--data", images, "--output-dir", run, *TINY, *length]
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = ready.server().start(*words, stderr=log, workers=True)
     metrics = run / "training_metrics.json"
     until = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 15):
@@ -96,8 +93,8 @@ def test_a_run_with_a_process_that_hangs_reports_it_and_goes_on(tmp_path: Path) 
         time.sleep(0.01)
     frozen = json.loads(RunFolder(run).heartbeat(1).read_text())["pid"]
     os.kill(frozen, signal.SIGSTOP)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    code, said = process.wait(timeout=240), (tmp_path / "log.txt").read_text()
+    assert code == 0, said
     assert "the run hangs after" in " ".join(said.split())
     stacks = RunFolder(run).stacks(0).read_text()
     assert "next_batches" in stacks or "train_step" in stacks

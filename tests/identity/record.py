@@ -144,7 +144,7 @@ class Session:
         """Exit code, standard output and standard error of each command; `Failed` unless all exit with 0."""
         results = []
         for words in commands:
-            done = server(self.checkout).run(*words, cwd=self.folder, env=self.environment)
+            done = server(self.checkout).run(*words, cwd=self.folder, env=self.environment, workers="--gpus" in words)
             if done.returncode and not fails:
                 raise Failed(f"dino2 {' '.join(words)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
             results.append((done.returncode, done.stdout, done.stderr))
