@@ -4,16 +4,28 @@ import json
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_cost import SIZES
 from typer.testing import CliRunner
 
+from dinov2cli.bench import clock
 from dinov2cli.bench.train import TrainBenchmark, benchmark_variants
 from dinov2cli.cli.main import app
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("ready_processes")
+
+
+@pytest.fixture
+def ready_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a benchmark are forked from one whose imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dinov2cli.bench.train", "dinov2cli.bench.rehearse"])
+    monkeypatch.setattr(clock, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
 
 
 def run(*arguments: str) -> dict:

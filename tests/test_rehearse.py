@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import ready
 import torch
+from test_bench_train import ready_processes  # noqa: F401  (a fixture)
 from tiny_run import TINY
 from torch import Tensor
 
@@ -70,6 +71,7 @@ def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPo
     assert found.fits and found.card == "l4"
 
 
+@pytest.mark.usefixtures("ready_processes")
 def test_each_place_that_waits_is_named() -> None:
     found = counted(rehearse, tiny(), "h100", _let_the_step_wait)
     assert any(place.startswith("_local_scalar_dense in ") for place in found.waits)
@@ -96,11 +98,13 @@ def _let_the_step_wait() -> None:
     KoLeoTerm.forward = forward  # type: ignore[method-assign]
 
 
+@pytest.mark.usefixtures("ready_processes")
 def test_compiled_graphs_are_whole_and_made_once() -> None:
     breaks, later = counted(graph_breaks, tiny("train.centering=sinkhorn_knopp"))
     assert breaks == {} and later == 0
 
 
+@pytest.mark.usefixtures("ready_processes")
 def test_a_break_of_a_compiled_graph_is_named() -> None:
     breaks, _ = counted(_graph_breaks_of_a_block_that_prints)
     assert sum(breaks.values()) > 0
@@ -143,6 +147,7 @@ def test_cards_are_those_of_the_option() -> None:
     assert set(CARDS) == set(get_args(get_type_hints(BenchTrainRequest)["card"]))
 
 
+@pytest.mark.usefixtures("ready_processes")
 def test_a_process_that_dies_is_one_clear_error() -> None:
     with pytest.raises(EnvironmentProblem, match="cannot be rehearsed"):
         counted(os.abort)
