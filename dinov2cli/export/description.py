@@ -25,6 +25,7 @@ class Description(dict[str, Any]):
         left_out: list[str] = self["left_out"]
         architecture, side = self["architecture"], self["architecture"]["img_size"]
         how = f"offset {architecture['interpolate_offset']}, antialias {architecture['interpolate_antialias']}"
+        rotary = _rotary(architecture) if architecture["pos_embed_type"] == "rope" else None
         groups = sorted({name.split(".")[0] for name in left_out})
         rows = {
             "model": self["what"],
@@ -34,7 +35,8 @@ class Description(dict[str, Any]):
             "size": f"{self['bytes'] / 1e6:,.1f} MB, {self['layout']} layout, {self['tensors_read']} tensors",
             "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
             "images": json.dumps(self["images"]) if self["images"] else None,
-            "position embeddings": f"for {side}x{side} pixels; elsewhere resized with {how}",
+            "positions": rotary,
+            "position embeddings": None if rotary else f"for {side}x{side} pixels; elsewhere resized with {how}",
             "sha256": self.get("sha256"),
             **{f"training {key.replace('_', ' ')}": _short(value) for key, value in self["training"].items()},
             **{f"provenance {key}": value for key, value in self["provenance"].items()},
@@ -44,6 +46,13 @@ class Description(dict[str, Any]):
             if value is not None:
                 table.add_row(name, str(value))
         return table
+
+
+def _rotary(architecture: dict[str, Any]) -> str:
+    ends = [architecture[f"pos_embed_rope_{end}_period"] for end in ("min", "max")]
+    periods = f"base {architecture['pos_embed_rope_base']:g}" if None in ends else f"periods {ends[0]:g} to {ends[1]:g}"
+    sides, dtype = architecture["pos_embed_rope_normalize_coords"], architecture["pos_embed_rope_dtype"]
+    return f"rotary, of any size: {periods}, coordinates {sides}, {dtype}; normalisation {architecture['norm_layer']}"
 
 
 def run(request: InfoRequest) -> Description:

@@ -1,10 +1,8 @@
 """The DINOv2 vision transformer: names, outputs and state dict of the reference, computed on packed tokens.
 
-Shape legend: B images, N = h*w patches of an image, R registers, S storage tokens, D embedding
-dimension, T tokens of all sequences.
+Shape legend: B images, N = h*w patches of one, R registers, S storage tokens, D width, T tokens of all sequences.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -310,21 +308,23 @@ class VisionTransformer(FinalNorms):
         tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
         if self.pos_embed is not None:
             tokens = tokens + self.interpolate_pos_encoding(tokens, *images.shape[-2:])
-        others = [each for each in (self.register_tokens, self.storage_tokens) if each is not None]
-        if others:
-            joined = (each.expand(patches.shape[0], -1, -1).to(tokens.dtype) for each in others)
-            tokens = torch.cat([tokens[:, :1], *joined, tokens[:, 1:]], dim=1)
+        if others := [each for each in (self.register_tokens, self.storage_tokens) if each is not None]:
+            joined = (each.expand(patches.shape[0], -1, -1) for each in others)
+            tokens = torch.cat([each.to(tokens.dtype) for each in (tokens[:, :1], *joined, tokens[:, 1:])], dim=1)
         return tokens
 
 
 @lru_cache(maxsize=64)
+def _without_memory(config: ViTConfig) -> VisionTransformer:
+    with torch.device("meta"):
+        return VisionTransformer(config)
+
+
 def shapes_of(config: ViTConfig) -> Mapping[str, tuple[int, ...]]:
     """Keys and shapes of the state dict of such a model, which is built without memory for it."""
-    with torch.device("meta"):
-        model = VisionTransformer(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in _without_memory(config).state_dict().items()}
 
 
 def parameter_count(config: ViTConfig) -> int:
     """Number of parameters of such a model."""
-    return sum(math.prod(shape) for shape in shapes_of(config).values())
+    return sum(parameter.numel() for parameter in _without_memory(config).parameters())
