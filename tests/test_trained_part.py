@@ -12,9 +12,11 @@ from torch import nn
 from dinov2cli.config import load_config
 from dinov2cli.config.vit import TrainedPart
 from dinov2cli.errors import ConfigError
+from dinov2cli.launch.training import print_origins, resolve_config
 from dinov2cli.models.load import load_backbone_into, load_model
 from dinov2cli.models.trained_part import LowRankLinear, plain_parameters, train_only
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.trainer import Trainer
 
 SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "layerscale": 0.5}
@@ -124,3 +126,14 @@ def test_what_cannot_be_trained_is_refused(words: list[str], message: str) -> No
     with pytest.raises(ConfigError) as refusal:
         load_config(overrides=["student.arch=vit_small", *words])
     assert message in refusal.value.message
+
+
+def test_the_commands_own_way_from_words(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The size follows the weights, and what needs an option is not judged without it."""
+    words = tuple(word for word in OPTIONS if not word.startswith("student.") or "rate" in word)
+    request = TrainRequest(overrides=(*words, "student.train=last:1"), data=str(place / "images"), cpu=True,
+                           output_dir=tmp_path / "run", init_from=str(place / "weights.pth"))  # fmt: skip
+    config = resolve_config(request)
+    assert (config.student.size(), config.student.train) == ((24, 4, 2), "last:1")
+    print_origins(request, config)
+    assert "run folder" in capsys.readouterr().err

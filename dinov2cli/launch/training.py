@@ -284,7 +284,7 @@ def print_origins(request: TrainRequest, config: Config) -> None:
     runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
     is_named = request.output_dir not in (None, default_run_folder(TrainRequest(), config.train.dataset_path))
     typed = "typed" if is_named or "train.output_dir" in "".join(request.overrides) else runs
-    plain = load_config(request.preset, own_file(request), request.overrides, said_here()).train.dataset_path
+    plain = typed_config(request.model_copy(update={"data": None})).train.dataset_path
     name = (request.data or plain).partition(":")[0]
     source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
     known = site.sources.get(f"datasets.{name}")
