@@ -158,7 +158,9 @@ print((most() - before) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much is resident")
-@pytest.mark.parametrize("variant", [["train.batch_size_per_gpu=32"], [*VARIANTS[4], "train.batch_size_per_gpu=32"]])
+@pytest.mark.parametrize(
+    "variant", [["train.batch_size_per_gpu=32"], [*VARIANTS[4], *VARIANTS[5], "train.batch_size_per_gpu=32"]]
+)
 def test_resident_memory_grows_by_what_is_expected(variant: list[str]) -> None:
     code = GROWTH.format(overrides=[*SIZES, *variant])
     grown = int(ready.server().run(code=code).stdout)

@@ -439,7 +439,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "DINOv3 from timm": (
         saved(lambda: {"reg_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(1)}),
         "a DINOv3 model as timm names it"),
-    "DINOv3 folder": (hf_folder("dinov3_vit"), "says pos_embed_type=rope, but the weights have learned"),
+    "DINOv3 folder": (hf_folder("dinov3_vit"), "says img_size=224, but the weights have 56"),
     "I-JEPA folder": (hf_folder("ijepa"), "a model of type 'ijepa'; dino2 loads dinov2"),
     "supervised transformer": (saved(supervised), "without mask token and LayerScale"),
     "masked autoencoder": (changed(decoder_embed__weight=torch.ones(3, 3)), r"a masked autoencoder \(MAE\)"),

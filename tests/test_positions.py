@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dinov2cli.models.adapt import AnySizeVisionTransformer
-from dinov2cli.models.positions import RopeAugmentation
+from dinov2cli.models.attention import TokenLayout
+from dinov2cli.models.positions import RopeAugmentation, _rotate, rotate
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -180,3 +181,22 @@ def test_bf16_arithmetic_is_nearly_the_exact_one() -> None:
     x = torch.randn(2, 3, 32, 32)
     difference = (other(x) - model(x)).norm() / model(x).norm()
     assert 1e-5 < difference < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_short_way_of_turning_is_the_plain_one(dtype: torch.dtype) -> None:
+    """Forward and backward, of tokens in the rotation's arithmetic and in another."""
+    model = fresh().double()
+    assert model.rope_embed is not None
+    model.rope_embed.dtype = torch.float64
+    grids = ((3, 2), (2, 2))
+    layout = TokenLayout(((2, 11), (3, 9)), grids, rotation=model.rope_embed.rotations(grids, 1, None)[0])
+    qkv, weights = (torch.randn(49, 3, 2, 16, dtype=torch.float64).to(dtype) for _ in range(2))
+    results = []
+    for way in (_rotate, rotate):
+        x = qkv.clone().requires_grad_()
+        turned = way(x, layout)
+        (turned * weights).sum().backward()
+        results.append((turned.detach(), x.grad))
+    for plain, short in zip(*results, strict=True):
+        torch.testing.assert_close(short, plain, atol=1e-12 if dtype == torch.float64 else 0.05, rtol=1e-2)

@@ -153,7 +153,7 @@ class Attention(nn.Module):
             return qkv
         if layout is None or layout.rotation is None:
             raise ValueError("a block with rotary positions needs the layout that VisionTransformer.layouts gives")
-        return torch.cat([rotate(qkv[:, :2], layout), qkv[:, 2:]], dim=1)
+        return rotate(qkv, layout)
 
     def weights(self, x: Tensor, queries: int | None = None, layout: TokenLayout | None = None) -> Tensor:
         """What the softmax gives, which fused attention never forms: for pictures of it.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.models.attention import Rotation, TokenLayout
@@ -126,18 +127,53 @@ class RopePositionEmbedding(nn.Module):
         return sin[..., None, :], cos[..., None, :]
 
 
-def rotate(x: Tensor, layout: TokenLayout) -> Tensor:
-    """Queries and keys of a stream [T, 2, H, C] turned by their tokens' places, in the rotation's arithmetic."""
+def rotate(qkv: Tensor, layout: TokenLayout) -> Tensor:
+    """Queries, keys and values [T, 3, H, C], the first two turned by their tokens' places."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    turned: Tensor = _rotate(qkv, layout) if traced else _Rotate.apply(qkv, layout)  # type: ignore[no-untyped-call]
+    return turned
+
+
+def _rotate(qkv: Tensor, layout: TokenLayout) -> Tensor:
     assert layout.rotation is not None
-    parts = [
-        _turned(part, sin[:, None], cos[:, None])
-        for part, (sin, cos) in zip(layout.split(x), layout.rotation, strict=True)
-    ]
-    return torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
+    parts = []
+    for part, (sin, cos) in zip(layout.split(qkv[:, :2]), layout.rotation, strict=True):
+        exact = part.to(sin.dtype)
+        first, second = exact.chunk(2, dim=-1)
+        turned = exact * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+        parts.append(turned.to(qkv.dtype).flatten(0, 1))
+    return torch.cat([torch.cat(parts) if len(parts) > 1 else parts[0], qkv[:, 2:]], dim=1)
 
 
-def _turned(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """[b, L, 2, H, C] with its halves of channels as the two sides of planes."""
-    exact = x.to(sin.dtype)
-    first, second = exact.chunk(2, dim=-1)
-    return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+class _Rotate(torch.autograd.Function):
+    """`_rotate` that writes once, into its place, and whose gradient turns back likewise.
+
+    The plain way holds four times the queries and keys on the way, which a CPU's allocator does not give back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, layout: TokenLayout) -> Tensor:
+        ctx.layout = layout
+        return _turned(qkv, layout, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _turned(gradient, ctx.layout, -1), None
+
+
+def _turned(qkv: Tensor, layout: TokenLayout, sign: int) -> Tensor:
+    assert layout.rotation is not None
+    found = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    for part, to, (sin, cos) in zip(layout.split(qkv), layout.split(found), layout.rotation, strict=True):
+        sin, cos = (sign * sin[:, None]).chunk(2, dim=-1)[0], cos[:, None].chunk(2, dim=-1)[0]
+        first, second = part[:, :, :2].to(sin.dtype).chunk(2, dim=-1)
+        to_first, to_second = to[:, :, :2].chunk(2, dim=-1)
+        to[:, :, 2] = part[:, :, 2]
+        if qkv.dtype == sin.dtype:
+            torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+            torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        else:
+            to_first.copy_(first * cos - second * sin)
+            to_second.copy_(second * cos + first * sin)
+    return found
