@@ -65,6 +65,8 @@ class SlurmHistory(History):
             self.life = None
         for node in NODES:
             self.make_well(node)
+        # A controller that was killed may have forgotten that a job has ended.
+        slurm("scancel", *(path.name.partition("_")[0] for path in self.run.glob("slurm/*/*_submission.sh")))
         super().__exit__(*error)
 
     # ---- Starting and watching -------------------------------------------------------------------------------------
@@ -178,6 +180,17 @@ def comm(pid: int) -> str:
 # ---- What befalls jobs -----------------------------------------------------------------------------------------------
 
 
+def advance_or_start(history: SlurmHistory) -> None:
+    """Let it train, or submit it anew and let it begin: what comes then may find no handler of signals yet."""
+    if history.rng.random() < 0.6:
+        history.advance(1)
+        return
+    history.kill_all()
+    history.start()
+    history.wait_for(lambda: history.job.poll() is not None or history.job.state == "RUNNING", "a job that runs", 120)
+    time.sleep(history.rng.random() * 8)
+
+
 def kill_task(history: SlurmHistory) -> str:
     """A machine's task, with it the training processes there; Slurm ends the job, which must be started again."""
     kill(history.pick(history.launchers))
@@ -185,14 +198,14 @@ def kill_task(history: SlurmHistory) -> str:
 
 
 def requeue(history: SlurmHistory) -> str:
-    history.advance(1)
+    advance_or_start(history)
     slurm("scontrol", "requeue", history.job.number)
     return history.goes_on()
 
 
 def time_is_up(history: SlurmHistory) -> str:
     """What Slurm sends before the time limit, to the tasks, or to the script and all their processes, too."""
-    history.advance(1)
+    advance_or_start(history)
     more = history.rng.choice(([], [], ["--batch"], ["--full"]))
     slurm("scancel", "--signal", "USR2", *more, history.job.number)
     return f"{' '.join(more) or 'tasks'}: {history.goes_on()}"
@@ -200,6 +213,7 @@ def time_is_up(history: SlurmHistory) -> str:
 
 def preemption(history: SlurmHistory) -> str:
     """A job of more importance takes both machines for some seconds."""
+    advance_or_start(history)
     words = ["srun", "--partition", "high", "--nodes", "2", "--exclusive", "sleep", str(history.rng.choice((0, 3)))]
     other = subprocess.run(words, capture_output=True, text=True, timeout=300)
     if other.returncode:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,7 +148,7 @@ def make_executor(wanted: Wanted, folder: Path, name: str) -> "SlurmExecutor":
         def affinity(cls) -> int:
             return 1
 
-    executor = Anywhere(folder, max_num_timeout=WITHOUT_LIMIT)
+    executor = Anywhere(folder, max_num_timeout=WITHOUT_LIMIT, python=DEAF + shlex.quote(sys.executable))
     parameters, further = sbatch_parameters(wanted, name), {"requeue": True}
     for key, value in map(split_parameter, wanted.slurm.parameters):
         if (ours := key.replace("-", "_")) in executor._valid_parameters():
@@ -229,6 +231,10 @@ def last_line(text: str) -> str:
 
 # `scancel --batch` and `--full` signal the script itself, which would end it, and the job with it, unsaved.
 IGNORE_IN_SCRIPT = "trap : USR2"
+
+# What Slurm sends before it takes machines away would end a task that is still importing, and the job with it, which
+# would not be queued again: until there is a handler, nobody hears it. Slurm then ends and queues the job itself.
+DEAF = """sh -c 'trap "" USR2; exec "$0" "$@"' """
 
 # A task that was killed has no verdict on the run: the job goes on from the last checkpoint, in a new start. The
 # supervisor of that start reads the file, and gives up where this leads nowhere.

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,31 @@ def test_told_that_time_is_up(submit: Callable[..., Job], whole: list[dict[str, 
     assert f"interrupted: saved at iteration {restart.iteration};" in job.logs()
 
 
+def test_told_before_anybody_listens(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    """As in a preemption just after the start: it must not be the end of tasks that are still importing."""
+    job = submit()
+    until = time.monotonic() + 120
+    while not (tasks := tasks_of(job)):
+        assert time.monotonic() < until, job.state()
+        time.sleep(0.01)
+    time.sleep(0.1)
+    for pid in tasks:
+        os.kill(pid, signal.SIGUSR2)
+    job.finish()
+    assert metrics_of(job.run) == whole
+
+
+def tasks_of(job: Job) -> list[int]:
+    """The processes that Slurm has started for a job's machines."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"submitit.core._submit" in words and b"srun" not in words[0] and os.fsencode(job.log.parent) in words:
+                found.append(int(path.name))
+    return found
+
+
 def test_the_batch_script_survives_the_signal(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
     job = submit()
     job.wait_for_line(12)
@@ -162,6 +188,20 @@ def test_a_killed_task(rank: int, submit: Callable[..., Job], whole: list[dict[s
     assert metrics_of(job.run) == whole
     (restart,) = read_restarts(job.run)
     assert restart.reason == "a machine's task was killed"
+
+
+def test_a_machine_that_crashes(cluster: Path, submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
+    """All of the job there and Slurm's own daemon die at once; the machine is back a moment later."""
+    job = submit()
+    job.wait_for_line(12)
+    task = parent(trainer := worker(job.run, 1))
+    daemon = int((cluster / "run" / "slurmd-n2.pid").read_text())
+    for pid in (daemon, parent(task), task, trainer):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(2)
+    subprocess.run(["bash", str(cluster / "slurmd.sh"), "n2"], check=True)
+    job.finish()
+    assert metrics_of(job.run) == whole
 
 
 def test_preempted(submit: Callable[..., Job], whole: list[dict[str, float]]) -> None:
