@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_in_processes
-from tiny_run import DINOV3, GRAM, TINY, metrics_of, write_images, write_teacher
+from tiny_run import AUGMENTED_ROPE, DINOV3, GRAM, TINY, metrics_of, write_images, write_teacher
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
@@ -289,7 +289,7 @@ def test_what_befalls_one_process_ends_both(images: Path, tmp_path: Path) -> Non
     assert unchanged and unchanged_there
 
 
-def losses_in_bfloat16(images: str, run: str) -> dict[str, list[float]]:
+def losses_in_bfloat16(images: str, run: str, words: list[str]) -> dict[str, list[float]]:
     """Three iterations of each way of sharing, with matrix products in bfloat16 as on a GPU."""
     found = {}
     Precision.resolve = classmethod(  # type: ignore[method-assign, assignment]
@@ -298,7 +298,7 @@ def losses_in_bfloat16(images: str, run: str) -> dict[str, list[float]]:
     for mode in ("ddp", "fsdp"):
         config = configure(Path(images), Path(run) / mode, "train.batch_size_per_gpu=4", f"train.sharding={mode}",
                            "train.activation_checkpointing=true", "ibot.separate_head=true",
-                           "ibot.head_n_prototypes=24", "optim.warmup_epochs=0")  # fmt: skip
+                           "ibot.head_n_prototypes=24", "optim.warmup_epochs=0", *words)  # fmt: skip
         trainer = Trainer(config, CPU)
         batches = iter(trainer.make_loader())
         found[mode] = [trainer.train_step([next(batches)]).losses.total.item() for _ in range(3)]
@@ -308,8 +308,13 @@ def losses_in_bfloat16(images: str, run: str) -> dict[str, list[float]]:
     return found
 
 
-def test_half_precision_and_checkpointed_activations_combine_with_both(images: Path, tmp_path: Path) -> None:
-    found, other = run_in_processes(2, losses_in_bfloat16, str(images), str(tmp_path))
+@pytest.mark.parametrize(
+    "words", [[*DINOV3, *AUGMENTED_ROPE], pytest.param(VARIANTS["adapters"], marks=pytest.mark.long)]
+)
+def test_half_precision_and_checkpointed_activations_combine_with_both(
+    images: Path, tmp_path: Path, words: list[str]
+) -> None:
+    found, other = run_in_processes(2, losses_in_bfloat16, str(images), str(tmp_path), words)
     assert found == other  # each the mean over both
     assert found["ddp"] == pytest.approx(found["fsdp"], rel=2e-2)
     assert found["ddp"][0] != found["ddp"][1]
