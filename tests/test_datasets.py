@@ -483,6 +483,25 @@ class TestLookAlikes:
             ):
                 make_dataset(str(root))
 
+    def test_what_shows_at_once_is_refused_before_anything_is_listed(self, tmp_path: Path) -> None:
+        for part in ("parts/train", "parts/val", "inside/set/train", "inside/set/val", "imagenet/val"):
+            save_image(tmp_path / part / "cat" / "1.png")
+        save_image(tmp_path / "imagenet/train/n01440764/n01440764_1.JPEG")
+        (tmp_path / "inside/README.md").touch()
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts/a.txt").touch()
+        for name in ("parts", "inside", "imagenet", "empty", "texts", "texts/a.txt", "parts/train/cat/1.png"):
+            said = []
+            for look in (make_dataset, check_dataset):
+                with pytest.raises(DataError) as error:
+                    look(str(tmp_path / name))
+                said.append(str(error.value))
+            assert said[0] == said[1], name
+        for name in ("parts/train", "parts/val/cat"):
+            check_dataset(str(tmp_path / name))
+        check_dataset(f"folder:{tmp_path / 'parts'}")
+
     def test_one_folder_that_holds_the_classes(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         for name in ("cat", "dog"):
             save_image(tmp_path / "images" / name / "1.png")

@@ -208,9 +208,9 @@ def rehearse(config: Config, card: str, prepare: Callable[[], object] | None = N
         step = TrainingStep(config, objective, Sharding(objective, "none", precision), precision)
         record = Record(config, RunFolder(Path()), watched_gradients=True)
         batches = [batch_in_main_memory(config) for _ in range(config.train.gradient_accumulation)]
-        for iteration in range(2):  # the first one makes what is kept for all
+        for iteration, some in enumerate((batches[:1], batches)):  # the first one makes what is kept for all
             ledger.begin()
-            result = step(iteration, [batch.to(GPU, non_blocking=True) for batch in batches])
+            result = step(iteration, [batch.to(GPU, non_blocking=True) for batch in some])
             record.take(result)
     seconds = ledger.matrix_s + ledger.other_s
     images = config.train.batch_size_per_gpu * len(batches)

@@ -1,6 +1,7 @@
 """What a path holds: folders, archives, tables or Parquet files of images, and what only looks like classes."""
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from dinov2cli.console import logger
@@ -18,6 +19,8 @@ from dinov2cli.errors import DataError
 TRAIN = {"train", "training"}
 OTHERS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 """Names of folders that, beside one of `TRAIN`, are parts of a dataset and not classes."""
+MANY = 1000
+"""Entries of a folder up to which `check_layout` looks at it: one with more is no set of parts."""
 FILES = (".tar", ".zip", ".parquet", ".h5", ".hdf5", *DELIMITERS)
 """Of files that hold a dataset."""
 
@@ -48,14 +51,43 @@ def of_file(file: Path) -> ImageDataset:
     return TableDataset(str(file)) if suffix in (".parquet", *DELIMITERS) else ArchiveDataset(file)
 
 
+def check_layout(path: Path) -> None:
+    """Raise what `recognise` would for a file that is no dataset, and for a folder of parts or of nothing.
+
+    Only the path itself is looked at, and of a folder that holds a single one, that.
+    """
+    if path.is_file():
+        if not is_dataset_file(path):
+            of_file(path)
+        return
+    if holds_arrays(str(path)) or (seen := _content(path, MANY)) is None:
+        return
+    folders, files = seen
+    _refuse_parts(path, folders)
+    endings = (*image_extensions(), *FILES, *COMPRESSED, *HDF5_SUFFIXES)
+    if any(name.lower().endswith(endings) for name in files):
+        return
+    if not folders:
+        FolderDataset(path)
+    elif len(folders) == 1 and len(_folders_in(inner := path / folders[0])) > 1:
+        check_layout(inner)
+
+
+def _content(folder: Path, at_most: int | None = None) -> tuple[list[str], list[str]] | None:
+    """The names of the folders and of the files in a folder, sorted; None where there are more than `at_most`."""
+    with os.scandir(folder) as entries:
+        visible = (entry for entry in entries if not entry.name.startswith("."))
+        found = {entry.name: entry.is_dir() for entry in islice(visible, None if at_most is None else at_most + 1)}
+    if at_most is not None and len(found) > at_most:
+        return None
+    return sorted(name for name in found if found[name]), sorted(name for name in found if not found[name])
+
+
 def of_folder(folder: Path) -> ImageDataset:
     """The dataset in a folder. What is found in it, if it is not simply images, is logged."""
     if holds_arrays(str(folder)):
         return ArraysDataset(str(folder))
-    with os.scandir(folder) as entries:
-        found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
-    folders = sorted(name for name, is_folder in found.items() if is_folder)
-    files = sorted(name for name, is_folder in found.items() if not is_folder)
+    folders, files = _content(folder) or ([], [])
     _refuse_parts(folder, folders)
     if any(os.path.splitext(name)[1].lower() in image_extensions() for name in files):
         return FolderDataset(folder)

@@ -14,7 +14,7 @@ from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
 from dinov2cli.data.datasets.parquet import ParquetDataset
-from dinov2cli.data.datasets.recognise import recognise
+from dinov2cli.data.datasets.recognise import check_layout, recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
 from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
@@ -62,13 +62,17 @@ def make_dataset(dataset_string: str) -> ImageDataset:
 
 
 def check_dataset(dataset_string: str, split: str | None = None) -> None:
-    """Raise what `make_dataset` would for the string itself and for folders that are not there; nothing is listed.
+    """Raise what `make_dataset` would for the string itself, for folders that are not there, and by `check_layout`.
+
+    No images are listed.
 
     Args:
         split: that of an ImageNet for which none is said.
     """
     text = complete(dataset_string, split)
-    for weight, part in [] if os.path.exists(os.path.expanduser(text)) else joined(text):
+    if os.path.exists(path := os.path.expanduser(text)):
+        return check_layout(Path(path))
+    for weight, part in joined(text):
         name = part.partition(":")[0]
         if weight is not None and float(weight) <= 0:
             raise DataError(f"{text!r}: weights are above 0")
@@ -77,7 +81,9 @@ def check_dataset(dataset_string: str, split: str | None = None) -> None:
         if place and not os.path.exists(os.path.expanduser(unquoted(place))):
             raise DataError(f"{part}: there is no {place}")
         is_read_at_once = name in ("ImageNet", "ImageNet22k", "SamplePhotos")
-        if is_read_at_once or not (place or os.path.exists(os.path.expanduser(unquoted(part)))):
+        if not is_read_at_once and not place and os.path.exists(path := os.path.expanduser(unquoted(part))):
+            check_layout(Path(path))
+        elif is_read_at_once or not place:
             _one_dataset(part)
 
 
