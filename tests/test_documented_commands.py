@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 import ready
 import tifffile
+import zarr
 from test_pca_video import write_video
 from tiny_run import TINY, write_images
 
@@ -40,6 +42,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "READ
 SHELL, PROGRAM, NEITHER = {"sh", "bash", "console"}, {"python"}, {"", "text", "yaml", "json"}
 SMALLER = {
     "train": TINY,
+    "doctor": TINY,
     "bench train": [*TINY, "--steps", "1"],
     "bench extract": [*TINY, "--batches", "1", "--image-size", "32"],
     "bench augment": [*TINY, "--images", "8", "--repeats", "1", "--workers", "0"],
@@ -228,6 +231,19 @@ def test_messages_of_troubleshooting_are_ones_that_dino2_gives() -> None:
         assert any(all(part in message for part in parts) for message in said), f"no such message: {text}"
 
 
+def write_cells(folder: Path) -> None:
+    """Labelled images of five channels of 16 bits: as files in train/ and val/, and as arrays in HDF5 and Zarr."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (12, 5, 40, 40), dtype=np.uint16)
+    for split in ("train", "val"):
+        for number, image in enumerate(pixels):
+            file = folder / split / ("round", "long")[number % 2] / f"{number}.tif"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(file, image, photometric="minisblack")
+        with h5py.File(folder / f"{split}.h5", "w") as arrays:
+            arrays["images"], arrays["classes"] = pixels, np.arange(12) % 2
+    zarr.save_group(str(folder / "train.zarr"), images=pixels)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with what the pages take for granted: photos, labelled photos, a video, a trained model."""
@@ -240,6 +256,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 4096, (5, 40, 40), dtype=np.uint16)
         tifffile.imwrite(home / "cells" / f"{number}.tif", pixels, photometric="minisblack")
+    write_cells(home / "labelled-cells")
     run, (train, val) = home / "runs/photos", (str(home / "labelled" / split) for split in ("train", "val"))
     for words in (
         ["train", "--preset", "demo", "--data", str(home / "photos"), "--output-dir", str(run), "--cpu", *TINY],
@@ -269,6 +286,8 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
     shutil.copytree(data, home)
     for name in ("holiday.mp4", "labelled", "album"):
         (here / name).symlink_to(home / name)
+    if page == "docs/images.md":
+        (here / "cells").symlink_to(home / "labelled-cells")
     if not any(re.search(r"dino2 train.* --output-dir runs/photos", block.text) for block in RUN[page]):
         (home / "runs").rename(here / "runs")
         shutil.copytree(data / "runs/photos", here / "runs/other")

@@ -37,7 +37,7 @@ class AddDatasetRequest(Request, command="datasets add", run_by="dinov2cli.data.
 
     Example:
 
-        dino2 datasets add photos /data/photos
+        dino2 datasets add album ~/photos
 
         dino2 datasets add ImageNet /data/imagenet --extra /data/imagenet-extra
     """

@@ -161,7 +161,7 @@ class DoctorRequest(Request, command="doctor", run_by="dinov2cli.doctor.report:r
 
     Example:
 
-        dino2 doctor --preset vitl14 --data /data/photos --output-dir runs/photos
+        dino2 doctor --preset vitl14 --data ~/photos --output-dir runs/vitl14
 
         torchrun --nproc-per-node 8 -m dinov2cli doctor runs/photos
     """
