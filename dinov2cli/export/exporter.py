@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dinov2cli.config import ViTConfig
+from dinov2cli.console import progress
 from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
 from dinov2cli.export import huggingface
@@ -134,10 +135,13 @@ def run(request: ExportRequest) -> ExportResult:
     result = ExportResult(request.format, str(output), weights.architecture.describe(), notes=weights.report.lines())
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the output, so that moving it there is a rename.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside, progress() as bar:
         staged = Path(aside) / output.name
+        step = bar.add_task(f"writing {request.format}", total=2)
         chosen.write(bundle, staged)
+        bar.update(step, description="comparing with the model", advance=1)
         result.comparisons = _compare(bundle, chosen, staged, result)
+        bar.advance(step)
         result.files = _move_into_place(Path(aside), output, request.overwrite)
     if request.format == "timm":
         result.notes.append(f"open with {how_to_open_timm(bundle, output)}")
