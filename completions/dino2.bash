@@ -761,7 +761,7 @@ _dino2() {
             case "$prev" in
                 --extra) :; return ;;
             esac
-            options="--extra --force --quiet -q --verbose --help -h"
+            options="--extra --overwrite --force --quiet -q --verbose --help -h"
             words="" ;;
         "dino2 datasets remove")
             options="--quiet -q --verbose --help -h"

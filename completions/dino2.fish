@@ -1799,7 +1799,7 @@ complete -c dino2 -n '__dino2_at dino2 datasets show' -l quiet -s q -d 'Show war
 complete -c dino2 -n '__dino2_at dino2 datasets show' -l verbose -d 'Show all that is done, and where an error arose.'
 complete -c dino2 -n '__dino2_at dino2 datasets show' -l help -s h -d 'Show this message and exit.'
 complete -c dino2 -n '__dino2_at dino2 datasets add' -l extra -r -F -d 'Folder of ImageNet\'s metadata files.'
-complete -c dino2 -n '__dino2_at dino2 datasets add' -l force -d 'Replace what has the name now.'
+complete -c dino2 -n '__dino2_at dino2 datasets add' -l overwrite -l force -d 'Replace what has the name now.'
 complete -c dino2 -n '__dino2_at dino2 datasets add' -l quiet -s q -d 'Show warnings, errors and results only.'
 complete -c dino2 -n '__dino2_at dino2 datasets add' -l verbose -d 'Show all that is done, and where an error arose.'
 complete -c dino2 -n '__dino2_at dino2 datasets add' -l help -s h -d 'Show this message and exit.'

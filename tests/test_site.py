@@ -211,7 +211,7 @@ def test_another_imagenet_does_not_take_the_name_by_itself(home: Path, capsys: p
     first, second = write_imagenet(home / "first"), write_imagenet(home / "second")
     run(PrepareImagenetRequest(root=first))
     run(PrepareImagenetRequest(root=second))
-    command = f"dino2 datasets add ImageNet {second} --extra {second} --force"
+    command = f"dino2 datasets add ImageNet {second} --extra {second} --overwrite"
     assert command in capsys.readouterr().out and str(first) in complete("ImageNet", "VAL")
     with pytest.raises(ConfigError, match="known already"):
         run(AddDatasetRequest(name="ImageNet", dataset=str(second)))

@@ -73,7 +73,7 @@ LINES: list[tuple[str, list[str]]] = [
     ("eval knn dinov2_vits14 --train-dataset imgs", ["--val-dataset missing"]),
     # model
     ("train --cpu --preset demo --output-dir run --init-from no.pth", ["'no.pth' is neither a file or folder"]),
-    ("train --cpu --preset demo --output-dir run --init-from dinov3_vits16", ["a model of another generation"]),
+    ("train --cpu --preset demo --output-dir run --init-from dinov3_vits16", ["'dinov3_vits16' is not downloaded"]),
     ("eval knn imgs --train-dataset imgs --val-dataset imgs", ["imgs: no weights in this folder"]),
     ("eval linear dinov2_vits14 --head no.pth --val-dataset imgs", ["--head no.pth: no such file"]),
     ("export dinov2_vits14 --format onnx --output x.onnx --linear-head no.pth", ["--linear-head no.pth: no such file"]),
@@ -83,6 +83,9 @@ LINES: list[tuple[str, list[str]]] = [
     ("embed dinov2_vits14 --data imgs --output no/x.safetensors", ["no/x.safetensors: the folder", "does not exist"]),
     ("export dinov2_vits14 --format onnx --output x.pth", ["x.pth: format onnx writes a file that ends in .onnx"]),
     # devices and memory
+    ("train --preset demo --output-dir file/run --device cuda",
+     ["2 things are wrong", "1. --output-dir file/run", "2. --device cuda: this machine has no GPU"]),
+    ("eval linear dinov2_vits14 --train-dataset sets --val-dataset file", ["parts of a dataset", "2. file is a file"]),
     ("eval knn dinov2_vits14 --train-dataset imgs --val-dataset imgs --device tpu", ["--device tpu: unknown"]),
     ("embed dinov2_vits14 --data imgs --output x.safetensors --device mps", ["--device mps: dino2 runs on CPUs and"]),
     ("pca-image imgs/class0/0.png out.png --device cuda:64", ["--device cuda:64: this machine has"]),

@@ -126,7 +126,7 @@ def add(request: AddDatasetRequest) -> str:
     already = read_site().settings.datasets.get(name)
     if already is not None and not request.force:
         raise ConfigError(
-            f"{name} is known already, as {find(name)}", "Replace it with --force, or choose another name."
+            f"{name} is known already, as {find(name)}", "Replace it with --overwrite, or choose another name."
         )
     if name in IMAGENETS:
         extra = absolute(str(request.extra or request.dataset))
@@ -173,7 +173,7 @@ def register(name: str, root: Path, extra: Path) -> str:
     if isinstance(known, Place) and known.model_dump(exclude_none=True) == place:
         return f"known as {name}, as before"
     if isinstance(known, Place) and Path(known.root).is_dir():
-        command = f"dino2 datasets add {name} {absolute(str(root))} --extra {absolute(str(extra))} --force"
+        command = f"dino2 datasets add {name} {absolute(str(root))} --extra {absolute(str(extra))} --overwrite"
         return f"{name} is still the name of the one in {known.root}; to give it to this one: {command}"
     return f"known as {name} in {shown(remember_dataset(name, place))}"
 

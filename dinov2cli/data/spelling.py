@@ -147,7 +147,7 @@ def gone(name: str, place: str, file: Path | None) -> DataError:
     """The error of a known dataset that is not where it was."""
     return DataError(
         f"{name}: {place}, where it lies by {shown(file or '')}, is not there",
-        f"Mount it; or dino2 datasets add {name} FOLDER --force, or dino2 datasets remove {name}.",
+        f"Mount it; or dino2 datasets add {name} FOLDER --overwrite, or dino2 datasets remove {name}.",
     )
 
 

@@ -25,6 +25,7 @@ from dinov2cli.launch.typed import (
     overrides_of,
     own_file,
     said_here,
+    tell_of_fewer_nodes,
     tell_of_more_images,
     typed_config,
     with_preset,
@@ -164,6 +165,11 @@ def first_look(request: TrainRequest) -> TrainRequest:
             cluster.check(request.slurm, submits=not request.dry_run)
     else:
         with wrong.noted():
+            if request.device == "cuda":
+                from dinov2cli.device import choose_device
+
+                choose_device(request.device)
+        with wrong.noted():
             processes = processes_here(request.gpus, cpu=request.cpu)
             as_meant = (readable.preset, readable.config_file) == (request.preset, request.config_file)
             known = open_data(request) is None and not config.distillation.teacher  # which may have to be fetched first
@@ -263,16 +269,6 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
         f"        --output-dir {folder.path} to go on with that run, changed so,\n"
         "        --no-resume to start over there; that run's files move to previous_1/ and so on.",
     )
-
-
-def tell_of_fewer_nodes(request: TrainRequest, wanted: slurm.Wanted, config: Config) -> None:
-    """Warn where the job has fewer machines than were asked for, and so fewer images in an iteration."""
-    asked, nodes = request.slurm.nodes or 1, wanted.slurm.nodes or 1
-    if nodes < asked:
-        images = config.effective_batch(asked * wanted.gpus), config.effective_batch(nodes * wanted.gpus)
-        same = config.train.gradient_accumulation * asked / nodes
-        keep = f"; train.gradient_accumulation={same:.0f} would keep them" if same.is_integer() else ""
-        logger.warning("an iteration has %d images instead of %d%s", images[1], images[0], keep)
 
 
 def print_origins(request: TrainRequest, config: Config) -> None:

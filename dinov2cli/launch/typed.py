@@ -16,6 +16,7 @@ from dinov2cli.errors import ConfigError
 from dinov2cli.files import user_path
 from dinov2cli.launch.environment import is_supervised, worker_rank
 from dinov2cli.launch.local import processes_here
+from dinov2cli.launch.slurm import Wanted
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.site import read_site
@@ -121,6 +122,16 @@ def _as_it_may_be(request: TrainRequest) -> Config:
     typed_config(request)
     assert problem is not None
     raise problem
+
+
+def tell_of_fewer_nodes(request: TrainRequest, wanted: Wanted, config: Config) -> None:
+    """Warn where the job has fewer machines than were asked for, and so fewer images in an iteration."""
+    asked, nodes = request.slurm.nodes or 1, wanted.slurm.nodes or 1
+    if nodes < asked:
+        images = config.effective_batch(asked * wanted.gpus), config.effective_batch(nodes * wanted.gpus)
+        same = config.train.gradient_accumulation * asked / nodes
+        keep = f"; train.gradient_accumulation={same:.0f} would keep them" if same.is_integer() else ""
+        logger.warning("an iteration has %d images instead of %d%s", images[1], images[0], keep)
 
 
 def tell_of_more_images(request: TrainRequest, config: Config, processes: int) -> None:

@@ -45,7 +45,7 @@ class AddDatasetRequest(Request, command="datasets add", run_by="dinov2cli.data.
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*$")] = argument("Letters, digits, '_', '-' and '.'.")
     dataset: str = argument("A folder of images or a dataset string; for ImageNet and ImageNet22k its root.")
     extra: Path | None = option(None, "Folder of ImageNet's metadata files.", default_text="the root")
-    force: bool = option(False, "Replace what has the name now.")
+    force: bool = option(False, "Replace what has the name now.", flags="--overwrite --force")
 
 
 class ForgetDatasetRequest(Request, command="datasets remove", run_by="dinov2cli.data.known:remove"):

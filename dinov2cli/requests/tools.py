@@ -13,8 +13,8 @@ class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2
 
     Writes `entries-<SPLIT>.npy`, `class-ids-<SPLIT>.npy` and `class-names-<SPLIT>.npy` (22k: `entries.npy` and
     `class-ids.npy`) in the reference implementation's formats: its tools read these files and dino2 reads its.
-    Files that are there already are left alone, without `--force`. From then on ImageNet (22k: ImageNet22k) is known by
-    its name: presets and evaluations find it without `root=`; see `dino2 datasets`.
+    Files that are there already are left alone, without `--overwrite`. From then on ImageNet (22k: ImageNet22k) is
+    known by its name: presets and evaluations find it without `root=`; see `dino2 datasets`.
 
     Example:
 
@@ -44,7 +44,7 @@ class PrepareImagenetRequest(Request, command="prepare-imagenet", run_by="dinov2
         if self.link and not self.val_labels:
             raise ValueError("--link goes with --val-labels")
         if self.variant == "22k" and (self.split or self.check or self.write_labels or self.val_labels):
-            raise ValueError("--variant 22k takes --root, --extra and --force only")
+            raise ValueError("--variant 22k takes --root, --extra and --overwrite only")
         return self
 
 

@@ -89,7 +89,7 @@ def _prepare_1k(root: Path, extra: Path, request: PrepareImagenetRequest) -> Non
         count = len(np.load(metadata_files(extra, split)[0], mmap_mode="r"))
         _say(f"{split.name}: {count} images, already prepared in {extra}")
         if changed_since(data, extra, split):
-            _warn(f"{data / split.folder} has changed since; --force writes the files anew")
+            _warn(f"{data / split.folder} has changed since; --overwrite writes the files anew")
     for listing in [listing for listing in listings if listing.split in new]:
         split = listing.split
         write_metadata(extra, split, entries[split])
@@ -136,7 +136,7 @@ def _check(root: Path, listings: list[SplitListing], labels: Labels) -> None:
 
 def _prepare_22k(root: Path, extra: Path, request: PrepareImagenetRequest) -> None:
     if not request.force and (extra / "entries.npy").is_file() and (extra / "class-ids.npy").is_file():
-        _say(f"already prepared in {extra}; --force writes the files anew")
+        _say(f"already prepared in {extra}; --overwrite writes the files anew")
         return
     images, classes = prepare_imagenet22k(root, extra)
     _say(f"{images} images in {classes} classes -> entries.npy, class-ids.npy in {extra}")
