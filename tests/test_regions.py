@@ -1,5 +1,6 @@
 """Large TIFFs by region: the pixels of the whole, of any layout, without the memory for the whole."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,41 @@ def test_tiles_of_images_large_and_small(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="torn"):
         tiles.image(14)
     assert "15 tiles of 200 pixels that share 20: folder" in tiles.describe()
+
+
+def pyramid(path: Path) -> np.ndarray:
+    """A slide of random colours, coarse enough that its levels look alike; returns its full resolution."""
+    coarse = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    base = coarse.repeat(32, 0).repeat(32, 1)
+    with tifffile.TiffWriter(path) as tif:
+        for factor in (1, 4, 16):
+            small = {"subfiletype": 1} if factor > 1 else {}
+            tif.write(base[::factor, ::factor], photometric="rgb", tile=(128, 128), compression="zlib", metadata=None,
+                      **small)  # fmt: skip
+    return base
+
+
+@pytest.mark.parametrize("suffix", [".svs", ".mrxs"])
+def test_slides_in_a_folder_are_read_by_region(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "LARGE_FILE", 64 << 20)
+    if suffix == ".mrxs":
+        pytest.importorskip("openslide", reason="openslide is not installed: pip install 'dinov2cli[slides]'")
+    base = pyramid(tmp_path / f"slide{suffix}")
+    dataset = make_dataset(str(tmp_path))
+    image = dataset.open(0)
+    assert isinstance(image, regions.LargeImage) and image.size == (1280, 1600)
+    np.testing.assert_array_equal(image.region(Box(100, 203, 130, 70)), base[100:230, 203:273])
+    # A quarter and a sixteenth are levels: of one colour each, as a mean over borders would not be.
+    np.testing.assert_array_equal(image.region(Box(64, 128, 256, 512), 4), base[64:320:4, 128:640:4])
+    np.testing.assert_array_equal(image.region(Box(0, 0, 1280, 1600), 16), base[::16, ::16])
+    halves = base[:, :, :].reshape(640, 2, 800, 2, 3).mean((1, 3))
+    assert np.abs(image.region(Box(0, 0, 1280, 1600), 2) - halves).max() <= 1
+    assert len(TiledDataset(dataset, 400, 0)) == 16
+    assert "RGB; 1600 x 1280" in str(look_at(dataset, USUAL))
+
+
+def test_a_slide_without_its_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    (tmp_path / "a.mrxs").write_bytes(b"MIRAX")
+    with pytest.raises(UnreadableImage, match=r"needs openslide: pip install 'dinov2cli\[slides\]'"):
+        make_dataset(str(tmp_path)).open(0)

@@ -26,6 +26,7 @@ from dinov2cli.data.channels import as_bytes, opacity_of, to_channels
 from dinov2cli.data.formats import fast
 from dinov2cli.data.formats.arrays import is_array, read_array
 from dinov2cli.data.formats.dicom import is_dicom, read_dicom
+from dinov2cli.data.formats.jpeg2000 import read_deep_jpeg2000
 from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
 from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES
@@ -155,8 +156,12 @@ def read_stored(
             return Stored(image, "JPEG", (0, 255), rgb=jpeg.components == 3, orientation=jpeg.orientation)
     elif shrink == 1 and (png := fast.png_header(data)) is not None:
         check_memory(path, png.height, png.width, fast.PNG_CHANNELS.get(png.color, 4) * -(-png.bits // 8), limit_gb)
-        if (image := fast.decode_png(data, png)) is not None:
-            return Stored(image, "PNG", (0, 2**png.bits - 1), rgb=image.shape[2] >= 3, alpha=png.color in (4, 6))
+        if (found := fast.decode_png(data, png)) is not None:
+            white = np.iinfo(found.array.dtype).max
+            colors = png.color in (2, 6)
+            return Stored(found.array, "PNG", (0, white), rgb=colors, alpha=found.alpha, orientation=found.orientation)
+    elif (deep := read_deep_jpeg2000(data, path, limit_gb)) is not None:
+        return deep
     elif bytes(data[:4]) in TIFF_SIGNATURES:
         return read_tiff(data, path, limit_gb, pages_are_channels)
     elif is_dicom(data):

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
@@ -108,39 +109,74 @@ def png_header(data: bytes | memoryview) -> PngHeader | None:
 _CHUNKS_THAT_CHANGE_NOTHING = frozenset(b"IHDR IDAT IEND pHYs tEXt zTXt iTXt tIME sRGB gAMA cHRM".split())
 
 
-def is_plain_png(data: bytes | memoryview) -> bool:
-    """Whether `data` is a whole PNG, by its checksums, with nothing that changes its pixels.
+def _png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Type and bytes of each chunk, header and checksum among these; ValueError where one is damaged or IEND missing.
 
-    OpenCV tells of others' damage only on standard error.
+    OpenCV tells of damage only on standard error.
     """
     view, position = memoryview(data), 8
     while position + 12 <= len(view):
         (length,) = struct.unpack_from(">I", view, position)
-        end = position + 8 + length
+        end = position + 12 + length
         kind = bytes(view[position + 4 : position + 8])
-        if kind not in _CHUNKS_THAT_CHANGE_NOTHING or end + 4 > len(view):
-            return False
-        if zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", view, end)[0]:
-            return False
+        yield kind, view[position:end]
+        if end > len(view) or zlib.crc32(view[position + 4 : end - 4]) != struct.unpack_from(">I", view, end - 4)[0]:
+            raise ValueError(kind)
         if kind == b"IEND":
-            return True
-        position = end + 4
-    return False
+            return
+        position = end
+    raise ValueError("no IEND")
 
 
-def decode_png(data: bytes | memoryview, header: PngHeader) -> np.ndarray | None:
-    """Samples [H, W, C] of a PNG that OpenCV decodes as the format says, those of 8 or 16 bits; else None."""
-    encoded = np.frombuffer(data, np.uint8)
-    if header.bits == 8 and header.color == 0 and is_plain_png(data):
-        return _with_axis(cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION))
-    if header.bits == 8 and header.color == 2 and is_plain_png(data):
-        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if header.bits == 16 and header.color in (2, 4, 6) and is_plain_png(data):  # Pillow drops their low bytes
-        image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
-        if image is None or image.dtype != np.uint16:
+def is_plain_png(data: bytes | memoryview) -> bool:
+    """Whether `data` is a whole PNG, by its checksums, with nothing that changes its pixels."""
+    try:
+        return all(kind in _CHUNKS_THAT_CHANGE_NOTHING for kind, _ in _png_chunks(data))
+    except ValueError:
+        return False
+
+
+class PngImage(NamedTuple):
+    array: np.ndarray  # [H, W, C], uint8 or uint16
+    alpha: bool  # the last channel is opacity
+    orientation: int = 1
+
+
+def decode_png(data: bytes | memoryview, header: PngHeader) -> PngImage | None:
+    """A PNG that OpenCV decodes as the format says; None for the rest, which is Pillow's.
+
+    Of 8 bits what is plain; of 16 all, as Pillow drops low bytes of colours; and gray of fewer bits where one level is
+    transparent, which Pillow takes for another.
+    """
+    if header.bits == 8 and header.color in (0, 2) and is_plain_png(data):
+        how = cv2.IMREAD_GRAYSCALE if header.color == 0 else cv2.IMREAD_COLOR_RGB
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), how | cv2.IMREAD_IGNORE_ORIENTATION)
+        return None if image is None else PngImage(image.reshape(*image.shape[:2], -1), False)
+    if header.color == 3 or not (header.bits == 16 or (header.color == 0 and header.bits < 8)):
+        return None
+    try:
+        chunks = list(_png_chunks(data))
+    except ValueError:
+        return None
+    further = {kind: bytes(chunk[8:-4]) for kind, chunk in chunks if kind[:1].islower()}
+    if b"acTL" in further or (header.bits < 8 and b"tRNS" not in further):
+        return None
+    alone = b"".join([bytes(data[:8]), *(chunk for kind, chunk in chunks if kind[:1].isupper())])
+    image = cv2.imdecode(np.frombuffer(alone, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != (np.uint16 if header.bits == 16 else np.uint8):
+        return None
+    if header.color == 0:
+        image = image[..., None]
+    elif header.color == 2:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    else:
+        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)[..., 0 if header.color == 6 else 2 :]
+    alpha = header.color in (4, 6)
+    if not alpha and (level := further.get(b"tRNS")):
+        values = np.frombuffer(level, ">u2")
+        if len(values) != image.shape[2]:
             return None
-        if header.color == 2:
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
-        return image if header.color == 6 else np.ascontiguousarray(image[..., 2:])
-    return None
+        white = np.iinfo(image.dtype).max
+        hidden = (image == values * (white // (2**header.bits - 1))).all(axis=2, keepdims=True)
+        image, alpha = np.concatenate([image, np.where(hidden, 0, white).astype(image.dtype)], axis=2), True
+    return PngImage(np.ascontiguousarray(image), alpha, exif_orientation(further.get(b"eXIf", b"")))

@@ -8,14 +8,14 @@ import io
 import logging
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile, TiffPageSeries
 
 from dinov2cli.data.formats.pillow import read_with_pillow
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further, turned
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further, span_of_type, turned
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DNG_VERSION, _ORIENTATION, _GDAL_METADATA = 50706, 274, 42112
@@ -147,10 +147,9 @@ def _unpacked(page: Any, data: bytes | memoryview) -> np.ndarray:
     row_bytes = -(-samples * bits // 8)
     strips = zip(page.dataoffsets, page.databytecounts, strict=True)
     packed = np.concatenate([np.frombuffer(data, np.uint8, count, offset) for offset, count in strips])
-    if bytes(data[:2]) == b"II" and page.fillorder == 2:
-        raise ValueError("bits in reversed order need the 'imagecodecs' package")
     rows = packed[: planes * page.imagelength * row_bytes].reshape(-1, row_bytes)
-    single = np.unpackbits(rows, axis=1)[:, : samples * bits].reshape(len(rows), samples, bits)
+    order: Literal["little", "big"] = "little" if page.fillorder == 2 else "big"
+    single = np.unpackbits(rows, axis=1, bitorder=order)[:, : samples * bits].reshape(len(rows), samples, bits)
     weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint32)
     return (single @ weights).astype(page.dtype.newbyteorder("=")).reshape(page.shape)
 
@@ -163,11 +162,11 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
     span = (0, 2**page.bitspersample - 1) if array.dtype.kind == "u" else None
     kind = page.photometric
     if kind == PHOTOMETRIC.PALETTE:
-        table = page.colormap.T
+        table = _levels_of(page.colormap.T)
         return Stored(
             table[np.minimum(array[..., 0], len(table) - 1)],
             "TIFF",
-            (0, 255 if table.max() < 256 else 65535),
+            span_of_type(table.dtype),
             rgb=True,
             orientation=orientation(page),
             left_out=left_out,
@@ -199,6 +198,15 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
         orientation=orientation(page),
         left_out=left_out,
     )
+
+
+def _levels_of(table: np.ndarray) -> np.ndarray:
+    """A palette's colours as bytes, where they are such: written as they are, or times 256 or 257."""
+    if table.max() < 256:
+        return table.astype(np.uint8)
+    if any((table % times == 0).all() for times in (256, 257)):
+        return (table >> 8).astype(np.uint8)
+    return table
 
 
 def orientation(page: Any) -> int:
