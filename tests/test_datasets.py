@@ -100,7 +100,7 @@ class TestFolder:
 
     def test_sixteen_bit_images_are_scaled(self, tmp_path: Path) -> None:
         Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "a.png")
-        assert (FolderDataset(tmp_path).image(0) == 128).all()
+        assert (FolderDataset(tmp_path).image(0) == np.float32(32768 / 65535)).all()
 
     @pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n\0\0"])
     def test_damaged_files_are_named(self, tmp_path: Path, content: bytes) -> None:
@@ -632,3 +632,44 @@ class TestFiles:
         assert reader.read(str(tmp_path / "0"), 0, 1) == b"\0", "closed ones open again"
         with pytest.raises(UnreadableImage, match="ends at byte 10"):
             reader.read(str(tmp_path / "0"), 8, 5)
+
+
+def test_containers_as_other_programs_write_them(tmp_path: Path) -> None:
+    """Names that are not ASCII, Windows's separators, previews of macOS; files beside a Parquet; tables of Excel's."""
+    named = {"Vögel/größe 1.png": png(7), "猫/二.png": png(9), "__MACOSX/Vögel/._größe 1.png": b"\0\5\x16\7"}
+    zipped = make_dataset(str(write_zip(tmp_path / "a.zip", named)))
+    assert zipped.class_names == ("Vögel", "猫") and [int(zipped.image(i)[0, 0, 0]) for i in (0, 1)] == [7, 9]
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name in ("a\\1.png", "b\\2.png"):
+            archive.writestr(zipfile.ZipInfo(name), png(7))
+    assert make_dataset(str(tmp_path / "b.zip")).class_names == ("a", "b")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "1.png").write_bytes(png(42))
+    rows = [{"bytes": None, "path": "f/1.png"}, {"bytes": png(3), "path": "x"}, {"bytes": None, "path": "f/no.png"}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "c.parquet")
+    beside = make_dataset(str(tmp_path / "c.parquet"))
+    assert [int(beside.image(i)[0, 0, 0]) for i in (0, 1)] == [42, 3]
+    with pytest.raises(UnreadableImage, match=r"f/no.png: cannot be read"):
+        beside.image(2)
+    (tmp_path / "bom.csv").write_text('\ufeffpath,label,\r\n"f/1.png","x, y",\r\n', encoding="utf-8")
+    assert make_dataset(str(tmp_path / "bom.csv")).class_names == ("x, y",)
+    (tmp_path / "twice.csv").write_text("path,path,label\nf/1.png,f/2.png,x\n")
+    with pytest.raises(DataError, match="two columns are named 'path'"):
+        make_dataset(str(tmp_path / "twice.csv"))
+    (tmp_path / "wide.csv").write_text("path,label\nf/1.png,x\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"not a table in UTF-8 .* save it as such"):
+        make_dataset(str(tmp_path / "wide.csv"))
+
+
+def test_links_that_lead_back_and_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "1.png").write_bytes(png(7))
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    folder = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/\xe9.png")).write_bytes(png(5))
+    dataset = make_dataset(str(tmp_path))
+    assert len(dataset) == 3 and [int(dataset.image(i)[0, 0, 0]) for i in range(3)] == [7, 7, 5]
+    assert dataset.class_names == ("a", "c", "\udcff\udcfe")

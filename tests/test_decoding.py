@@ -52,7 +52,7 @@ def with_text() -> PngImagePlugin.PngInfo:
         (png_of(RGB, "LA"), False),
         (png_of(RGB, "1"), False),
         (png_of(RGB, transparency=(0, 0, 0)), False),
-        (png_of(RGB[:, :, 0].astype(np.uint16) * 257), False),
+        (png_of(RGB[:, :, 0].astype(np.uint16) * 257), True),
     ],
 )
 def test_pixels_are_those_of_pillow(data: bytes, plain: bool) -> None:

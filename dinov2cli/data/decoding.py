@@ -29,7 +29,6 @@ from dinov2cli.data.formats.dicom import is_dicom, read_dicom
 from dinov2cli.data.formats.jpeg2000 import read_deep_jpeg2000
 from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
 from dinov2cli.data.formats.pillow import read_with_pillow
-from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES
 from dinov2cli.data.formats.stacks import Stack
 from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, turned
 from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
@@ -39,10 +38,6 @@ from dinov2cli.data.workers import warn_once
 from dinov2cli.requests.images import background as background_of
 from dinov2cli.requests.images import value_range as range_of
 
-FURTHER_EXTENSIONS = frozenset(
-    [".npy", ".npz", ".dcm", ".pam", ".pfm", ".btf", ".tf8", ".lsm", ".heic", ".heif", *SLIDES, *OTHER_SLIDES]
-)
-"""Of files that are images beside those that Pillow registers."""
 PERCENTILE_SAMPLES = 1_000_000
 """Percentiles of a larger image are those of so many of its samples, evenly spread."""
 DIM = 4

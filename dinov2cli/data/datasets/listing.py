@@ -16,7 +16,7 @@ import numpy as np
 
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED
-from dinov2cli.data.decoding import FURTHER_EXTENSIONS
+from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES
 from dinov2cli.files import digest, write_text
 from dinov2cli.site import cache_folder
 
@@ -28,6 +28,10 @@ SCAN_THREADS = 16
 
 _SETTLED_NS = 2_000_000_000  # a folder changed within 2 s of its reading may change again within its clock's tick
 
+FURTHER_EXTENSIONS = frozenset(
+    [".npy", ".npz", ".dcm", ".pam", ".pfm", ".btf", ".tf8", ".lsm", ".heic", ".heif", *SLIDES, *OTHER_SLIDES]
+)
+"""Of files that are images beside those that Pillow registers."""
 # Registered with Pillow, but only to be written, identified or handed to another program.
 _NOT_PICTURES = {"PDF", "EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF", "PALM", "XVTHUMB"}
 

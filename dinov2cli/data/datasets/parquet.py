@@ -11,7 +11,7 @@ import numpy as np
 
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
-from dinov2cli.data.decoding import UnreadableImage
+from dinov2cli.data.decoding import UnreadableImage, read_file
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import user_path
 
@@ -28,8 +28,8 @@ _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-\w+)?\.parquet")
 class ParquetDataset(ImageDataset):
     """The images in the Parquet files of a folder (or of its `data/`), or in one file.
 
-    A column of images holds files, as bytes or as a struct with `bytes`; classes are a column of integers, whose names
-    are taken from what Hugging Face's datasets write beside, or of text.
+    A column of images holds files, as bytes or as a struct with `bytes`, or else the `path` of a file beside; classes
+    are a column of integers, whose names are taken from what Hugging Face's datasets write beside, or of text.
 
     Args:
         root: the folder or the file.
@@ -86,6 +86,8 @@ class ParquetDataset(ImageDataset):
             index - (int(self._ends[group - 1]) if group else 0)
         ].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None and isinstance(value, dict) and value.get("path"):
+            return read_file(str(self.files[int(self._file[group])].parent / value["path"]))
         if not isinstance(content, bytes):
             raise UnreadableImage(self.path(index), "the row holds no image's bytes")
         return content

@@ -216,7 +216,9 @@ def _zip_members(path: Path) -> Iterator[_Member]:
             offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             inflated = info.file_size if info.compress_type else 0
             text = archive.open(info).read(64) if info.filename.endswith(".cls") else b""
-            yield _Member(info.filename, offset, info.compress_size, inflated, text)
+            # Some programs of Windows write its own separator, which Python's zipfile leaves.
+            name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")
+            yield _Member(name, offset, info.compress_size, inflated, text)
 
 
 def _label(text: bytes) -> int:

@@ -97,7 +97,7 @@ def read_columns(file: Path, *wanted: str | None) -> dict[str, Sequence[str]]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: not a table in UTF-8 ({error})") from error
+        raise DataError(f"{file}: not a table in UTF-8 ({error}); save it as such (Excel: CSV UTF-8)") from error
     rows = [row for row in rows if row]
     if not rows:
         raise DataError(f"{file} is empty")
@@ -107,6 +107,9 @@ def read_columns(file: Path, *wanted: str | None) -> dict[str, Sequence[str]]:
                       for i, cell in enumerate(rows[0])]  # fmt: skip
     if wrong := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
         raise DataError(f"{file}: row {wrong[0]} of images has {len(rows[wrong[0] - 1])} columns, not {len(names)}")
+    stripped = [name.strip() for name in names]
+    if twice := next((name for name in stripped if name and stripped.count(name) > 1), ""):
+        raise DataError(f"{file}: two columns are named {twice!r}; name one otherwise")
     return {name.strip(): [row[column].strip() for row in rows] for column, name in enumerate(names)}
 
 
