@@ -152,7 +152,7 @@ def read_stored(
     elif shrink == 1 and (png := fast.png_header(data)) is not None:
         check_memory(path, png.height, png.width, fast.PNG_CHANNELS.get(png.color, 4) * -(-png.bits // 8), limit_gb)
         if (found := fast.decode_png(data, png)) is not None:
-            white = np.iinfo(found.array.dtype).max
+            white = 65535 if png.bits == 16 else 255
             colors = png.color in (2, 6)
             return Stored(found.array, "PNG", (0, white), rgb=colors, alpha=found.alpha, orientation=found.orientation)
     elif (deep := read_deep_jpeg2000(data, path, limit_gb)) is not None:

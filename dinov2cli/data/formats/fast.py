@@ -176,7 +176,7 @@ def decode_png(data: bytes | memoryview, header: PngHeader) -> PngImage | None:
         values = np.frombuffer(level, ">u2")
         if len(values) != image.shape[2]:
             return None
-        white = np.iinfo(image.dtype).max
+        white = 65535 if header.bits == 16 else 255
         hidden = (image == values * (white // (2**header.bits - 1))).all(axis=2, keepdims=True)
         image, alpha = np.concatenate([image, np.where(hidden, 0, white).astype(image.dtype)], axis=2), True
     return PngImage(np.ascontiguousarray(image), alpha, exif_orientation(further.get(b"eXIf", b"")))

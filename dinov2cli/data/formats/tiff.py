@@ -25,6 +25,13 @@ _READ = {
     PHOTOMETRIC.YCBCR,
 }  # fmt: skip
 
+_PILLOWS = {
+    COMPRESSION.NONE, COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6, COMPRESSION.LZW,
+    COMPRESSION.JPEG, COMPRESSION.OJPEG, COMPRESSION.ADOBE_DEFLATE, COMPRESSION.DEFLATE, COMPRESSION.PACKBITS,
+    COMPRESSION.ZSTD, COMPRESSION.LZMA,
+}  # fmt: skip
+"""Compressions that Pillow's wheels decode; at others libtiff writes to standard error."""
+
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it has to say is said here, with the file's name
 
 
@@ -239,7 +246,10 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
         gray16 = page.samplesperpixel == 1 and page.bitspersample == 16 and page.dtype.kind == "u"
         known = page.samplesperpixel in (1, 3) or (page.samplesperpixel in (2, 4) and extra in ({2}, set()))
         compression = getattr(page.compression, "name", page.compression)
-    if gray16 or (page.bitspersample <= 8 and page.dtype.kind != "i" and known and page.photometric in _READ):
+        known = known and page.compression in _PILLOWS
+    if (gray16 and page.compression in _PILLOWS) or (
+        page.bitspersample <= 8 and page.dtype.kind != "i" and known and page.photometric in _READ
+    ):
         read = read_with_pillow(data, path, limit_gb)
         # Pillow has turned it already.
         array = turned(read.array, {6: 8, 8: 6}.get(turn, turn))
