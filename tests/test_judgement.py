@@ -197,6 +197,9 @@ def test_the_student_temperature_is_the_losses() -> None:
 def test_patches_that_degrade_are_told_with_the_keys_that_keep_them(tmp_path: Path) -> None:
     """A locality that stays, wavers or rises is none; one that falls is, with the teacher from about its height."""
     rng = np.random.default_rng(0)
+    for looks in (15, 30, 200, 1000):  # a level that wavers as that of small batches does
+        for _ in range(50):
+            assert fall_of(list(enumerate(rng.normal(0.4, 0.06, looks)))) is None
     waver, at = rng.normal(0, 0.02, 200), np.arange(200)
     for localities in (0.3 + waver, 0.2 + at / 1000 + waver, 0.3 - at / 8000 + waver):
         assert fall_of(list(zip(at.tolist(), localities.tolist(), strict=True))) is None

@@ -1,7 +1,8 @@
 """What the monitors said against a run, beside its metrics: for its end, `status`, `results` and the plot. No torch."""
 
+import math
 from pathlib import Path
-from statistics import median
+from statistics import fmean, variance
 from typing import Any, NamedTuple
 
 from dinov2cli.config import Config
@@ -57,7 +58,7 @@ def collapse_of(run: Path) -> Collapse | None:
 
 
 class Fall(NamedTuple):
-    """Of `patch_locality`: its highest median, after which iteration that was, and the last one."""
+    """Of `patch_locality`: its highest mean, after which iteration that was, and the last one."""
 
     best: float
     at: int
@@ -71,17 +72,22 @@ class Fall(NamedTuple):
 
 
 def fall_of(localities: list[tuple[int, float]]) -> Fall | None:
-    """Whether `patch_locality`, by iteration, has fallen far below what it was.
+    """Whether `patch_locality`, by iteration, has fallen far below what it was, and by more than it wavers.
 
-    Medians count, of tenths of the looks, and of three at least.
+    Means count, of tenths of the looks, and of ten looks at least: a look is at one batch. They must differ by four
+    standard errors.
     """
-    size = max(3, len(localities) // 10)
-    parts = [localities[max(0, end - size) : end] for end in range(len(localities), size - 1, -size)][::-1]
-    medians = [(median(value for _, value in part), part[-1][0]) for part in parts]
-    if len(medians) < 2:
+    size = max(10, len(localities) // 10)
+    parts = [localities[end - size : end] for end in range(len(localities), size - 1, -size)][::-1]
+    if len(parts) < 2:
         return None
-    (best, at), now = max(medians), medians[-1][0]
-    return Fall(best, at, now) if now < MOST_OF_LOCALITY * best else None
+    values = [[value for _, value in part] for part in parts]
+    highest = max(range(len(parts)), key=lambda part: fmean(values[part]))
+    best, now = fmean(values[highest]), fmean(values[-1])
+    error = math.sqrt((variance(values[highest]) + variance(values[-1])) / size)
+    if now >= MOST_OF_LOCALITY * best or best - now < 4 * error:
+        return None
+    return Fall(best, parts[highest][-1][0], now)
 
 
 def localities_of(lines: list[dict[str, Any]], begins: int) -> list[tuple[int, float]]:
