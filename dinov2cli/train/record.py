@@ -209,6 +209,8 @@ class Record:
 
     def look_at_patches(self, iteration: int) -> None:
         """Warn of patches that degrade, again in every tenth of the run."""
+        if len(self.localities) % max(1, len(self.localities) // 100):
+            return  # all of them are looked at, which is not for every time
         last, fall = self.warned_of_patches_at, fall_of(self.localities)
         if fall and (last is None or iteration >= last + self.total / 10):
             keys = keys_of_anchoring(self.folder.path, fall, self.config)
