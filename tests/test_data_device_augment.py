@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_run import GRAM, MIXED, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -159,3 +160,15 @@ def test_nothing_to_do_changes_nothing(photos: np.ndarray) -> None:
     idle = [p._replace(jitter=None, grayscale=False) for p in parameters]
     levels = color_crops(torch.from_numpy(photos[:40]), ColorDecisions.of(idle))
     np.testing.assert_array_equal(levels.permute(0, 2, 3, 1).numpy(), photos[:40])
+
+
+def test_a_gram_teachers_crops_are_the_same_whoever_augments() -> None:
+    """They have no colours to change; the student's, resized before their colours, differ by a fraction of a level."""
+    words = [*GRAM, *MIXED, "crops.gram_teacher_no_distortions=true", "train.dataset_path=SamplePhotos:split=TRAIN"]
+    batches = []
+    for on_device in ("true", "false"):
+        config = load_config(overrides=[*TINY, *words, f"data.device_augment={on_device}"])
+        batches.append(next(iter(make_train_loader(config, start=2, stop=3))).to("cpu").normalized())
+    one, other = batches
+    assert torch.equal(one.gram_teacher_crops, other.gram_teacher_crops)
+    assert (one.global_crops - other.global_crops).abs().mean() < 0.01
