@@ -28,6 +28,7 @@ BOUNDS = {
     LATER + "feature_std": Bound(0.4),
     LATER + "(teacher_entropy|prototypes_in_use)": Bound(1e-4),
     LATER + "effective_rank": Bound(5e-3),
+    LATER + "patch_locality": Bound(absolute=0.05),
     LATER + "(lr|wd|mom|last_layer_lr|teacher_temp)": Bound(1e-6),
     LATER + "knn_.*": Bound(absolute=8),
     ".*/last_metrics/": NOT_COMPARED,  # stand in metrics, too
