@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_unconfigure() -> None:
+    """The server that some tests begin ends with them."""
+    if (ready := sys.modules.get("ready")) and ready.server.cache_info().currsize:
+        ready.server().close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -115,8 +115,8 @@ class Server:
 
     def close(self) -> None:
         """End it; what it has begun goes on."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.process.wait()
 
     def start(

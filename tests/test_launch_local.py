@@ -269,7 +269,7 @@ def test_failures_without_progress_end_with_the_failing_process_own_error(tmp_pa
                 raise ArithmeticError("the cat ate it")
             time.sleep(60)
     """
-    result = supervise(code, tmp_path)
+    result = supervise(code, tmp_path, LAST_WORDS=1.0)
     assert result.returncode == 1
     assert "process 1 failed, again and again" in result.stdout and "ArithmeticError: the cat ate it" in result.stdout
     assert result.stdout.count("Traceback") == 1 and "Traceback" not in result.stderr
@@ -288,7 +288,7 @@ def test_a_process_that_has_reported_its_failure_and_does_not_end_is_ended(tmp_p
                 write_note(Path(os.environ["DINO2_NOTES"]), note_of(ArithmeticError("the cat ate it"), 1))
             time.sleep(600)
     """
-    result = supervise(code, tmp_path)
+    result = supervise(code, tmp_path, PATIENCE=5.0)
     assert result.returncode == 0, result.stderr
     assert [(each.rank, each.kind) for each in read_restarts(tmp_path / "run")] == [(1, "crash")]
 

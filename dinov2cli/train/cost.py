@@ -172,18 +172,13 @@ def _measure(config: Config, depth: int, precision: str, trained: int = 0) -> _M
     elsewhere = {"dataset_path": "", "output_dir": "", "sharding": "auto"}  # has no part in it
     once = config.train.model_copy(update={"activation_checkpointing": False, **elsewhere})
     config = config.model_copy(update={"student": options, "train": once, "evaluation": Config().evaluation})
-    if config.distillation.teacher:  # whose folder may hold another one by now
-        return _run_step(config, precision)
-    return _known_step(config, precision, tuple(TERMS.items()))
+    return _run_step(config, precision, tuple(TERMS.items()))
 
 
 @functools.lru_cache(maxsize=64)
-def _known_step(config: Config, precision: str, terms: object) -> _Measured:
-    return _run_step(config, precision)
-
-
 @torch.enable_grad()  # a step has gradients, even if the caller has switched them off
-def _run_step(config: Config, precision: str) -> _Measured:
+def _run_step(config: Config, precision: str, terms: object) -> _Measured:
+    """Of networks and terms as they are here; `terms` are what `TERMS` holds now."""
     counter = FlopCounterMode(display=False)
     with META, counter, Arrays() as arrays, MatrixPrecision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
