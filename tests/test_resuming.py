@@ -66,6 +66,7 @@ def another(value: Any) -> Any:
     return "other" if isinstance(value, str) else (0.125, *value[1:])
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_a_changed_key_is_refused_named_drawn_or_free_as_its_rule_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
