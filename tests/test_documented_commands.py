@@ -33,6 +33,7 @@ from dinov2cli.config.reference import WITHOUT_EFFECT
 from dinov2cli.config.tree import FIELDS, GROUPS
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch import slurm
+from dinov2cli.launch.typed import overrides_of
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.train import ConfiguredRequest, TrainRequest
 from dinov2cli.site import read_site
@@ -121,6 +122,8 @@ def assert_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command, option, preset and key exists, every value fits; Slurm's options make a script."""
     request = request_of(words, monkeypatch)
     changes = getattr(request, "overrides", None) or [word for word in getattr(request, "arguments", ()) if "=" in word]
+    if isinstance(request, TrainRequest):  # its options for keys, too
+        changes = overrides_of(request)
     if isinstance(request, ConfiguredRequest) or changes:
         load_config(getattr(request, "preset", None), overrides=changes)
     if isinstance(request, TrainRequest) and request.slurm.is_asked:

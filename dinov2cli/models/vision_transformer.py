@@ -135,7 +135,7 @@ class VisionTransformer(FinalNorms):
 
         Returns:
             A dict (for a list, a list of dicts) with `x_norm_clstoken` [B, D], `x_norm_regtokens` [B, R, D],
-            `x_storage_tokens` [B, S, D], `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1+R+S+N, D] and `masks`.
+            `x_storage_tokens` [B, S, D] (of DINOv3's), `x_norm_patchtokens` [B, N, D], `x_prenorm` and `masks`.
         """
         if isinstance(x, Tensor):
             assert masks is None or isinstance(masks, Tensor)
@@ -149,10 +149,10 @@ class VisionTransformer(FinalNorms):
 
     def _features(self, normed: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         registers = 1 + self.num_register_tokens
-        return {
+        of_dinov3 = self.config.is_rotary or self.storage_tokens is not None
+        return ({"x_storage_tokens": normed[:, registers : self.prefix_tokens]} if of_dinov3 else {}) | {
             "x_norm_clstoken": normed[:, 0],
             "x_norm_regtokens": normed[:, 1:registers],
-            "x_storage_tokens": normed[:, registers : self.prefix_tokens],
             "x_norm_patchtokens": normed[:, self.prefix_tokens :],
             "x_prenorm": prenorm,
             "masks": masks,
