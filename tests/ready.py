@@ -223,7 +223,7 @@ def do(connection: socket.socket, more: dict[str, list[str]]) -> NoReturn:
             place = words.index(option)
             del words[place : place + 2]
     words += behind
-    if what.get("workers"):
+    if what.get("workers") and sys.platform == "linux":
         subprocess.Popen = functools.partial(begin, Nursery(), subprocess.Popen)  # type: ignore[assignment, misc]
     if what.get("session"):
         os.setsid()
