@@ -199,24 +199,27 @@ def test_patches_that_degrade_are_told_with_the_keys_that_keep_them(tmp_path: Pa
     rng = np.random.default_rng(0)
     for looks in (15, 30, 200, 1000):  # a level that wavers as that of small batches does
         for _ in range(50):
-            assert fall_of(list(enumerate(rng.normal(0.4, 0.06, looks)))) is None
-    waver, at = rng.normal(0, 0.02, 200), np.arange(200)
-    for localities in (0.3 + waver, 0.2 + at / 1000 + waver, 0.3 - at / 8000 + waver):
+            assert fall_of([(1000 * at, each) for at, each in enumerate(rng.normal(0.4, 0.06, looks))]) is None
+    waver, at = rng.normal(0, 0.02, 200), np.arange(0, 20_000, 100)
+    for localities in (0.3 + waver, 0.2 + at / 100_000 + waver, 0.3 - at / 800_000 + waver):
         assert fall_of(list(zip(at.tolist(), localities.tolist(), strict=True))) is None
-    falling = np.where(at < 100, 0.2 + at / 1000, 0.3 - (at - 100) / 500) + waver
+    falling = np.where(at < 10_000, 0.2 + at / 100_000, 0.3 - (at - 10_000) / 50_000) + waver
+    assert (
+        fall_of(list(zip((at // 100).tolist(), falling.tolist(), strict=True))) is None
+    )  # short, it is still learning
     fall = fall_of(list(zip(at.tolist(), falling.tolist(), strict=True)))
-    assert fall is not None and 80 <= fall.at <= 120 and fall.best == pytest.approx(0.3, abs=0.03)
+    assert fall is not None and 8_000 <= fall.at <= 12_000 and fall.best == pytest.approx(0.3, abs=0.03)
     config = load_config(overrides=[*SMALL, "optim.epochs=10"])
     config.save(tmp_path / "config.yaml")
     locality_of = dict(zip(at.tolist(), falling.tolist(), strict=True))
     lines = [{"iteration": i, "crops_matched": 0.9, "patch_locality": each} for i, each in locality_of.items()]
     (tmp_path / "training_metrics.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    for iteration in (39, 99, 159):
+    for iteration in (3999, 9999, 15999):
         (tmp_path / "eval" / f"training_{iteration}").mkdir(parents=True)
     judgement = judge(tmp_path)
     assert judgement is not None and judgement.learns
     (found,) = judgement.advice
     assert "patches lose what they show of their place: patch_locality was 0." in found.found
     keys = found.change.split()
-    assert keys[-1] == f"gram.ckpt={tmp_path}/eval/training_99/teacher_checkpoint.pth"
+    assert keys[-1] == f"gram.ckpt={tmp_path}/eval/training_9999/teacher_checkpoint.pth"
     assert load_config(overrides=[*SMALL, *keys]).gram.use_loss

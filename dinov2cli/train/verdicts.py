@@ -20,6 +20,8 @@ LOWEST = {"feature_std": 0.02, "effective_rank": 1.5, "prototypes_in_use": 1.5}
 HIGHEST = {"teacher_entropy": 0.9999}
 MOST_OF_LOCALITY = 0.85
 """Share of its highest below which `patch_locality` tells of patches that degrade."""
+LONG_RUN = 10_000
+"""Iterations before which its fall is a phase of learning: it fell to that share in a run of 120 that learned well."""
 
 
 class Collapse(NamedTuple):
@@ -79,7 +81,7 @@ def fall_of(localities: list[tuple[int, float]]) -> Fall | None:
     """
     size = max(10, len(localities) // 10)
     parts = [localities[end - size : end] for end in range(len(localities), size - 1, -size)][::-1]
-    if len(parts) < 2:
+    if len(parts) < 2 or localities[-1][0] < LONG_RUN:
         return None
     values = [[value for _, value in part] for part in parts]
     highest = max(range(len(parts)), key=lambda part: fmean(values[part]))
