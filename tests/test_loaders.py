@@ -1,5 +1,6 @@
 """Batches: their layout, their independence of workers and restarts, and what unreadable files do to them."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.data import workers
@@ -312,3 +314,17 @@ def test_what_befalls_a_loader_is_told(error: Exception, kind: type[Exception], 
     with pytest.raises(kind, match=says) as told, workers.loader_errors():
         raise error
     assert type(told.value) is kind
+
+
+class _NoMemory:
+    def __reduce__(self) -> str:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_its_loader_and_does_not_hang(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    loader = DataLoader([_NoMemory()], batch_size=None, num_workers=1, worker_init_fn=workers.set_up_worker, timeout=60)
+    with pytest.raises(ProcessKilled), workers.loader_errors():
+        list(loader)
+    assert "Traceback" not in capfd.readouterr().err

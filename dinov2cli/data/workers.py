@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
 from types import TracebackType
 from typing import NamedTuple
 
@@ -100,6 +102,7 @@ def set_up_worker(worker: int) -> None:
     if hasattr(signal, "SIGUSR2"):
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.excepthook = _report_unless_reader_left
+    Queue._on_queue_feeder_error = staticmethod(_end_as_a_batch_is_lost)  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -108,6 +111,13 @@ def _report_unless_reader_left(kind: type[BaseException], error: BaseException, 
     # A tensor offered to a main process that has stopped reading is no error worth a traceback on the terminal.
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
+
+
+def _end_as_a_batch_is_lost(error: BaseException, batch: object) -> None:
+    # Where there is no memory or no file descriptor to hand a batch over, the main process would wait for it for ever.
+    if not isinstance(error, (OSError, MemoryError, RuntimeError)):  # torch raises RuntimeError for want of memory
+        traceback.print_exception(error)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
