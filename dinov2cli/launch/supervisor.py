@@ -30,10 +30,9 @@ from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_r
 LAST_WORDS = 3.0  # for the notes of the other workers after one has failed, before they are killed
 PATIENCE = 30.0  # for the workers to end after one has reported a failure
 BEGINNING = 3600.0  # for a training's workers to be ready to join the others: slow disks, and weights to fetch
-JOINING = (
-    120.0  # for the workers, once those of all machines are ready, to join, times the machines: it takes a second,
-)
-# but torch waits for a lost connection for hours
+# To join, times the machines, once the workers of all are ready. It takes a second, but torch waits for a lost
+# connection for hours.
+JOINING = 120.0
 LOOK = 5.0  # between two looks at the notes
 MEETING = 900.0  # for the supervisors of the other machines
 PARTING = 30.0  # for the other machines to leave the store at the end, and for a killed process

@@ -90,7 +90,7 @@ class Record:
             trackers = make_trackers(self.config, self.folder.path, resume_at=iteration)
             self.loggers = [MetricLogger(self.folder.metrics, resume_at=iteration), *trackers]
             self.verdicts = MetricLogger(self.folder.verdicts, resume_at=iteration)
-            self.localities = localities_of(json_lines(self.folder.metrics), self.begins())
+            self.localities = localities_of(json_lines(self.folder.metrics, "patch_locality"), self.begins())
             stack.callback(self.verdicts.close)
         for each in self.loggers:
             stack.callback(each.close)

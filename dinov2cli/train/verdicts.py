@@ -132,10 +132,12 @@ def baselines_of(run: Path) -> Baselines:
         return Baselines({})
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines with an iteration; one that is being written, or was cut short, is passed over."""
+def json_lines(path: Path, key: str = "") -> list[dict[str, Any]]:
+    """Lines with an iteration, and with a key; one that is being written, or was cut short, is passed over."""
     found = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        if key not in text:  # most lines of a long run, which need not be parsed
+            continue
         try:
             line = parse_json(text)
         except ValueError:
