@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -122,3 +124,13 @@ def test_compressed_dicom_without_its_library_names_it() -> None:
             decode_image(out.getvalue(), "x.dcm")
     else:
         pytest.skip("pylibjpeg-libjpeg is installed")
+
+
+@pytest.mark.long
+def test_what_is_said_without_the_libraries() -> None:
+    """Where they are installed: in a process that does not find them."""
+    hide = "import sys; sys.modules.update(dict.fromkeys(('imagecodecs', 'libjpeg', 'pillow_heif', 'pylibjpeg')))"
+    words = ["-p", "no:cacheprovider", __file__, "-k", "without_its_library"]
+    run = f"{hide}; import pytest; sys.exit(pytest.main({words}))"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.returncode == 0 and "6 passed" in done.stdout and "SKIPPED" not in done.stdout, done.stdout
