@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,8 @@ CAUGHT = "Caught an error in DataLoader worker process 0.\n"
     ("error", "kind", "says"),
     [
         (RuntimeError(DIED + "Killed. "), ProcessKilled, "killed by the system"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), ProcessKilled, "killed by the system"),
+        (ConnectionResetError("of something else"), ConnectionResetError, "something else"),
         (RuntimeError(DIED + "Bus error. "), EnvironmentProblem, "shared memory"),
         (RuntimeError(CAUGHT + "X: can't allocate memory"), ProcessKilled, "found no memory: X: can't allocate memory"),
         (MemoryError(CAUGHT + "MemoryError"), ProcessKilled, "found no memory"),
@@ -314,6 +317,13 @@ def test_what_befalls_a_loader_is_told(error: Exception, kind: type[Exception], 
     with pytest.raises(kind, match=says) as told, workers.loader_errors():
         raise error
     assert type(told.value) is kind
+
+
+def test_a_loader_that_has_gone_before_its_batch_is_taken_was_killed(tmp_path: Path) -> None:
+    with Listener(str(tmp_path / "socket")) as listener:
+        os.link(listener.address, left := tmp_path / "left")  # as a process that is killed leaves it
+    with pytest.raises(ProcessKilled, match="killed by the system"), workers.loader_errors():
+        Client(str(left))
 
 
 class _NoMemory:

@@ -140,9 +140,10 @@ def loader_errors() -> Iterator[None]:
     """Turn torch's message about a dead worker into one that says what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
-        if "DataLoader worker" not in text:
+        has_gone = "exited unexpectedly" in text or _was_taking_a_batch(error)
+        if "DataLoader worker" not in text and not has_gone:
             raise
         kind = EnvironmentProblem
         raised_inside, no_memory = "Caught " in text, "allocate memory" in text or "MemoryError" in text
@@ -152,7 +153,7 @@ def loader_errors() -> Iterator[None]:
             kind, problem = ProcessKilled, f"a data loader process found no memory: {text.strip().splitlines()[-1]}"
         elif "Bus error" in text or "shared memory" in text or "shm" in text:
             problem = "a data loader process died because shared memory (/dev/shm) is full"
-        elif "Killed" in text:
+        elif "Killed" in text or has_gone:
             kind = ProcessKilled  # as little a verdict on the run as the death of the training process itself
             problem = "a data loader process was killed by the system, most likely because memory ran out"
         else:
@@ -162,6 +163,12 @@ def loader_errors() -> Iterator[None]:
             "Lower train.num_workers or train.batch_size_per_gpu; in Docker, give the container more shared memory "
             "(--shm-size=8g or --ipc=host).",
         ) from error
+
+
+def _was_taking_a_batch(error: Exception) -> bool:
+    """Whether the other side of a connection has gone, which torch may see before it sees that the process died."""
+    passed = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (ConnectionError, EOFError)) and any("multiprocessing" in each.filename for each in passed)
 
 
 _SAID = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("I")
