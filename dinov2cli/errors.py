@@ -43,6 +43,15 @@ class WeightsError(Dino2Error):
     """Model weights that are missing, unknown, incomplete or of another architecture."""
 
 
+@contextmanager
+def weights_of(key: str) -> Iterator[None]:
+    """Around what reads the weights that a key or an option names: an error begins with it."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{key}: {error.message}", error.hint) from None
+
+
 class CheckpointError(Dino2Error):
     """A training checkpoint that cannot be written or resumed from."""
 

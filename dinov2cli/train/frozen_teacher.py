@@ -4,7 +4,6 @@ Reading weights costs little until their numbers are used: files are mapped into
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +12,15 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
-from dinov2cli.errors import ConfigError, WeightsError
+from dinov2cli.errors import ConfigError, weights_of
 from dinov2cli.files import fingerprint, user_path
 from dinov2cli.models.load import RecognisedWeights, read_weights, spell
 from dinov2cli.models.load.heads import Head, HeadSizes, heads_of
 from dinov2cli.models.load.locate import Source, check_there, locate
 from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.train.run_folder import RunFolder
+
+TYPED = "distillation.teacher (--teacher)"
 
 
 class FrozenTeacher(NamedTuple):
@@ -40,7 +41,7 @@ def read_teacher(config: Config) -> tuple[RecognisedWeights, dict[str, Head]]:
     Raises:
         WeightsError: they are missing or cannot be read; the message begins with the key.
     """
-    with saying_teacher():
+    with weights_of(TYPED):
         weights = read_weights(config.distillation.teacher)
         return weights, heads_of(weights.beside, weights.source.name)
 
@@ -129,7 +130,7 @@ def keys_that_follow_teacher(config: Config, *, resume: bool) -> tuple[list[str]
         before = load_config(config_file=folder.config).distillation.teacher
         if before and user_path(typed).absolute() in Path(before).parents:
             typed = before
-    with saying_teacher():
+    with weights_of(TYPED):
         source = locate(typed)
     update = {"teacher": place_of(typed, source), "digest": fingerprint(*source.files)}
     teacher = frozen_teacher(config.model_copy(update={"distillation": config.distillation.model_copy(update=update)}))
@@ -140,22 +141,13 @@ def keys_that_follow_teacher(config: Config, *, resume: bool) -> tuple[list[str]
     return decided, [f"distillation.{key}={value}" for key, value in update.items()]
 
 
-@contextmanager
-def saying_teacher() -> Iterator[None]:
-    """Around what reads the teacher: an error begins with the key that names it."""
-    try:
-        yield
-    except WeightsError as error:
-        raise WeightsError(f"distillation.teacher (--teacher): {error.message}", error.hint) from None
-
-
 def check_teacher_there(teacher: str) -> None:
     """Whether there is such a file, folder or released name; nothing is downloaded.
 
     Raises:
         WeightsError: there is none.
     """
-    with saying_teacher():
+    with weights_of(TYPED):
         check_there(teacher)
 
 

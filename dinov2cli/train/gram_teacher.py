@@ -1,14 +1,11 @@
 """The Gram teacher: an earlier teacher, whose similarities between patches the student keeps (`losses.gram`)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.console import logger
-from dinov2cli.errors import WeightsError
+from dinov2cli.errors import weights_of
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import check_there, locate_together
 from dinov2cli.train.networks import TEACHER, Follower, Networks, copy
@@ -54,9 +51,9 @@ class GramTeacher:
         """
         if self.network is None or self.is_saved or not self.gram.ckpt:
             return
-        with saying_weights():
+        with weights_of("gram.ckpt"):
             source = locate_together(self.gram.ckpt)
-        with distributed.same_error_everywhere(), saying_weights():
+        with distributed.same_error_everywhere(), weights_of("gram.ckpt"):
             report = load_backbone_into(self.network.backbone, source)
         if distributed.is_main():
             logger.info("Gram teacher: %s", report)
@@ -88,17 +85,8 @@ def check_weights_there(config: Config) -> None:
         WeightsError: there is none.
     """
     if config.gram.use_loss and config.gram.ckpt:
-        with saying_weights():
+        with weights_of("gram.ckpt"):
             check_there(config.gram.ckpt)
-
-
-@contextmanager
-def saying_weights() -> Iterator[None]:
-    """Around what reads the weights: an error begins with the key that names them."""
-    try:
-        yield
-    except WeightsError as error:
-        raise WeightsError(f"gram.ckpt: {error.message}", error.hint) from None
 
 
 def describe(config: Config) -> str:
