@@ -28,7 +28,7 @@ from dinov2cli.launch.training import completed, resolve_config
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.eval import EVALUATIONS
+from dinov2cli.requests.protocols import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
 from dinov2cli.train.dry_run import rehearse

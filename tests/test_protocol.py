@@ -20,7 +20,8 @@ from dinov2cli.eval import knn, subject
 from dinov2cli.eval.protocol import evaluate_teacher
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import option
-from dinov2cli.requests.eval import EVALUATIONS, EvalRequest, KnnRequest, LinearRequest
+from dinov2cli.requests.eval import EvalRequest, KnnRequest, LinearRequest
+from dinov2cli.requests.protocols import EVALUATIONS
 
 PHOTOS = {"train_dataset": "SamplePhotos:split=TRAIN", "val_dataset": "SamplePhotos:split=VAL"}
 

@@ -19,6 +19,7 @@ from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
 from dinov2cli.requests import bench, datasets, eval, export, pictures, tools, train
 from dinov2cli.requests.base import Request
+from dinov2cli.requests.protocols import EVALUATIONS
 
 # What can be asked, in the order of --help. Nothing here imports torch.
 REQUESTS: tuple[type[Request], ...] = (
@@ -34,7 +35,7 @@ REQUESTS: tuple[type[Request], ...] = (
     pictures.AttentionRequest,
     tools.PlotRequest,
     tools.DoctorRequest,
-    *eval.EVALUATIONS.values(),
+    *EVALUATIONS.values(),
     datasets.ListDatasetsRequest,
     datasets.ShowDatasetRequest,
     datasets.AddDatasetRequest,
@@ -50,8 +51,9 @@ REQUESTS: tuple[type[Request], ...] = (
     bench.BenchAugmentRequest,
     bench.BenchGpuRequest,
 )
-# The words of each command; those of evaluations also without `eval`.
-COMMANDS: dict[str, type[Request]] = {request.command: request for request in REQUESTS} | eval.EVALUATIONS
+# The words of each command; those of evaluations also without `eval`, where no other command has that name.
+COMMANDS: dict[str, type[Request]] = {it.command: it for it in REQUESTS}
+COMMANDS |= {name: it for name, it in EVALUATIONS.items() if name not in COMMANDS}
 # The first of two words, with its help.
 GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"

@@ -13,8 +13,8 @@ from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, TrainedPart, ViTOptions
-from dinov2cli.requests.eval import EVALUATIONS
 from dinov2cli.requests.images import Words
+from dinov2cli.requests.protocols import EVALUATIONS
 
 if TYPE_CHECKING:
     Task = str

@@ -1,8 +1,8 @@
 """What all evaluations share: the model, the data and the features that a request means, and the report.
 
 A protocol is a module of this package with `run(request, subject=None) -> Evaluation`, which loads the model unless it
-is given and writes the report where the request says; and a request in `requests.eval` whose command ends with the
-module's name.
+is given and writes the report where the request says; a request whose command ends with the module's name; and a
+line in `requests.protocols`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,8 @@ from dinov2cli.eval.first_look import Plan, datasets_for, plan
 from dinov2cli.eval.leaks import Overlap, overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, load_subject
-from dinov2cli.requests.eval import EVALUATIONS, EvalRequest
+from dinov2cli.requests.eval import EvalRequest
+from dinov2cli.requests.protocols import EVALUATIONS
 
 
 def perform(request: EvalRequest) -> Evaluation | Plan:

@@ -227,10 +227,6 @@ class LinearRequest(EvalRequest, command="eval linear"):
         return self
 
 
-EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnRequest, LogregRequest, LinearRequest)}
-"""What may follow `dino2 eval`, or stand in `evaluation.tasks`."""
-
-
 class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed", run_by="dinov2cli.eval.embed:run"):
     """Write the features of every image to a file.
 
