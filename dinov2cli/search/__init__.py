@@ -1,0 +1,1 @@
+"""Indexes of features: alike images of a picture, a folder or another index."""

@@ -1,0 +1,148 @@
+"""Nearest neighbours among features that need not fit into memory: exact, block by block.
+
+Shapes: N rows of the database, Q queries, D features, k neighbours.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.errors import DataError
+from dinov2cli.eval.nearest import grouped_topk
+
+BLOCK_BYTES = 64 << 20
+"""Largest size of a block of the database in float32, and of its scores."""
+QUERY_BYTES = 256 << 20
+"""Largest size in float32 of the queries for which the database is read once."""
+Progress = Callable[[int, int], None]
+"""Called with the number of scores that are done and that of all; what it raises ends the search."""
+
+
+class Found(NamedTuple):
+    """The k best rows of each query, best first; of rows that score the same, the lower one first."""
+
+    scores: np.ndarray
+    """float32 [Q, k]."""
+    rows: np.ndarray
+    """int64 [Q, k]."""
+
+
+def neighbours(
+    database: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    cosine: bool = True,
+    alive: np.ndarray | None = None,
+    exclude: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Found:
+    """The k rows of `database` most similar to each query, by comparing all with all.
+
+    Memory is bounded by `BLOCK_BYTES` and `QUERY_BYTES`, beside what is returned: 12 bytes for each of Q x k. The
+    arrays may be memory-mapped; the database is read once for `QUERY_BYTES` of queries. All of PyTorch's threads work.
+
+    Args:
+        database: [N, D] float16 or float32; `numpy.load(file, mmap_mode="r")` gives such.
+        queries: [Q, D] likewise; may be the database itself.
+        k: at least 1. Fewer are returned where there are not so many: min(k, rows that may be found) columns.
+        cosine: compare directions; False: inner products. Products are of float32.
+        alive: bool [N], the rows that may be found; None: all.
+        exclude: int64 [Q], the one row that each query may not find, such as itself; -1: none. Where it is given, one
+            row less is returned at most, for all queries.
+        device: where products are computed.
+
+    Raises:
+        DataError: shapes that do not go together, nothing to be found, or features that are not finite.
+    """
+    N, Q, D = len(database), len(queries), database.shape[-1]
+    if database.ndim != 2 or queries.ndim != 2 or queries.shape[1] != D:
+        raise DataError(
+            f"features of {queries.shape} cannot be looked for among {database.shape}; give [Q, D], [N, D]."
+        )
+    findable = (N if alive is None else int(np.count_nonzero(alive))) - (exclude is not None)
+    if k < 1 or findable < 1:
+        raise DataError(f"k={k} neighbours of {max(findable, 0)} rows; at least one of at least one can be found.")
+    k = min(k, findable)
+    scores, rows = np.empty((Q, k), np.float32), np.empty((Q, k), np.int64)
+    n_block, q_block = (max(1, size // (4 * D)) for size in (BLOCK_BYTES, QUERY_BYTES))
+    done = 0
+    for first in range(0, Q, q_block):
+        wanted = _block(queries[first : first + q_block], "queries", first, cosine=cosine, device=device)
+        best = [Best.none(wanted.device)] * len(range(0, len(wanted), _at_once(n_block)))
+        for start in range(0, N, n_block):
+            block = _block(database[start : start + n_block], "database", start, cosine=cosine, device=device)
+            dead = None if alive is None else torch.from_numpy(~alive[start : start + n_block]).to(wanted.device)
+            for number, part in enumerate(wanted.split(_at_once(n_block))):
+                at = first + number * _at_once(n_block)
+                similarity = part @ block.T
+                if dead is not None:
+                    similarity.masked_fill_(dead, -torch.inf)
+                if exclude is not None:
+                    _leave_out(similarity, exclude[at : at + len(part)] - start)
+                best[number] = best[number].with_columns(similarity, k, start)
+                if progress is not None:
+                    progress(done := done + similarity.numel(), Q * N)
+        for number, found in enumerate(best):
+            at = first + number * _at_once(n_block)
+            scores[at : at + len(found.scores)] = found.scores.cpu()
+            rows[at : at + len(found.rows)] = found.rows.cpu()
+    return Found(scores, rows)
+
+
+class Best(NamedTuple):
+    """The best so far of some queries: scores [q, k'] and rows int64 [q, k'], in the order of `Found`."""
+
+    scores: Tensor
+    rows: Tensor
+
+    @staticmethod
+    def none(device: torch.device) -> "Best":
+        return Best(torch.empty(0, 0, device=device), torch.empty(0, 0, dtype=torch.int64, device=device))
+
+    def with_columns(self, similarity: Tensor, k: int, start: int) -> "Best":
+        """The k best of these and of `similarity` [q, n] to the rows from `start` on, which come after all so far."""
+        n = similarity.shape[1]
+        values, columns = grouped_topk(similarity, min(k + 1, n))
+        if n > k:  # where the last that is in scores as the first that is not, the lowest rows of all that do are in
+            level_with_next = (values[:, k] == values[:, k - 1]) & values[:, k].isfinite()
+            for query in level_with_next.nonzero()[:, 0].tolist():
+                last = values[query, k]
+                above = (similarity[query] > last).nonzero()[:, 0]
+                level = (similarity[query] == last).nonzero()[:, 0]
+                columns[query, :k] = torch.cat((above, level))[:k]
+            columns = columns[:, :k]
+        columns = columns.sort(dim=1).values
+        values = similarity.gather(1, columns)
+        if len(self.scores):
+            values, rows = torch.cat((self.scores, values), 1), torch.cat((self.rows, columns + start), 1)
+        else:
+            rows = columns + start
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return Best(values.gather(1, order), rows.gather(1, order))
+
+
+def _at_once(n_block: int) -> int:
+    """Queries whose scores to a block are computed at once."""
+    return max(1, BLOCK_BYTES // (4 * n_block))
+
+
+def _block(rows: np.ndarray, name: str, start: int, *, cosine: bool, device: torch.device | str) -> Tensor:
+    """float32 [n, D] on the device, of length 1 for cosines (zeros stay zeros)."""
+    block = torch.from_numpy(np.array(rows)).to(device).float()  # a copy: a mapped file is read-only
+    lengths = torch.linalg.vector_norm(block, dim=1)
+    if not bool(lengths.isfinite().all()):
+        row = start + int(lengths.isfinite().logical_not().nonzero()[0, 0])
+        raise DataError(f"row {row} of the {name} is not finite: it is no image's features.")
+    return block.div_(lengths.clamp_(min=torch.finfo(torch.float32).tiny)[:, None]) if cosine else block
+
+
+def _leave_out(similarity: Tensor, columns: np.ndarray) -> None:
+    """Let no query find its one column, where that is one of these."""
+    (queries,) = ((columns >= 0) & (columns < similarity.shape[1])).nonzero()
+    at = (torch.from_numpy(array).to(similarity.device) for array in (queries, columns[queries]))
+    similarity[tuple(at)] = -torch.inf
