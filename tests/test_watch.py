@@ -23,10 +23,27 @@ def stuck_here():
     time.sleep(60)
 
 with Watch(RunFolder(Path(sys.argv[1])), total=100, iteration=7, hang_timeout=1) as watch:
-    with watch.doing("evaluating", endless=True):
+    with watch.doing("evaluating"):
         time.sleep(2)
     watch.beat(8, 0.5, 0.1)
     stuck_here()
+"""
+HANGING_IN_AN_EVALUATION = """
+import sys, time
+from pathlib import Path
+from dinov2cli.console import progress
+from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.watch import Watch
+
+def stuck_there():
+    time.sleep(60)
+
+with Watch(RunFolder(Path(sys.argv[1])), total=100, iteration=8, hang_timeout=0.25) as watch, progress() as bar:
+    with watch.doing("evaluating"):
+        for _ in bar.track(range(4)):
+            time.sleep(0.5)
+        print("longer than one", flush=True)
+        stuck_there()
 """
 
 
@@ -52,6 +69,13 @@ def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
     assert "stuck_here" in stacks and "after 8 iterations" in stacks
     assert "train.hang_timeout=1" in result.stderr and "logs/stacks" in result.stderr.replace("\n", "")
     assert json.loads(RunFolder(tmp_path).heartbeat(0).read_text())["state"] == "hanging"
+
+
+def test_an_evaluation_may_take_long_but_not_stand_still(tmp_path: Path) -> None:
+    result = ready.server().run(tmp_path, code=HANGING_IN_AN_EVALUATION, timeout=120)
+    assert result.returncode == 1 and "longer than one" in result.stdout
+    assert "stuck_there" in RunFolder(tmp_path).stacks(0).read_text()
+    assert "no progress of the evaluation" in result.stderr and "4 times train.hang_timeout=0.25" in result.stderr
 
 
 @pytest.mark.long

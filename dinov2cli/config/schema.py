@@ -113,8 +113,9 @@ class Train(Group):
     )
     hang_timeout: int = key(
         1800,
-        "(dino2) Seconds without a finished iteration, or four times as many before training begins, after which the "
-        "stacks of all processes are written and the run ends, for its supervisor to restart it; 0: never.",
+        "(dino2) Seconds without a finished iteration, or four times as many before training begins or without any "
+        "progress of an evaluation, after which the stacks of all processes are written and the run ends, for its "
+        "supervisor to restart it; 0: never.",
         ge=0,
     )
     tensorboard: bool = key(False, "(dino2) Log metrics to RUN/logs/tensorboard as well; needs dinov2cli[plots].")

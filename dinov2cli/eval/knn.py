@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import logger, stoppable
+from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
 from dinov2cli.eval.baselines import Compared, compared, drawn_in_words
@@ -288,8 +288,8 @@ def _neighbours(
     """Of this process's queries, block by block: their neighbours and targets. Ctrl-C ends it between two blocks."""
     block = int(-distributed.all_reduce_max(torch.tensor(-bank.query_block())))  # the smallest of all processes
     n_blocks = int(distributed.all_reduce_max(torch.tensor(-(-len(queries) // block))))
-    with stoppable() as stop_if_asked:
-        for number in range(n_blocks):
+    with progress() as bar, stoppable() as stop_if_asked:
+        for number in bar.track(range(n_blocks), description="k-NN"):
             here = slice(number * block, (number + 1) * block)
             # Every process searches its own keys for the queries of all, and then scores its own queries.
             sizes = distributed.all_gather_objects(len(queries[here]))

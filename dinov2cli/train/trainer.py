@@ -270,14 +270,14 @@ class Trainer:
                 if distributed.is_main():
                     save_teacher(path, state)
         if self.on_teacher is not None:
-            with self.watch.doing("evaluating", endless=True):
+            with self.watch.doing("evaluating"):
                 self.on_teacher(path)
 
     def score_teacher(self) -> None:
         """Online k-NN of the teacher, printed and appended to `knn_metrics.json`."""
         if self.online_knn is None:
             return
-        with self.watch.doing("evaluating", endless=True):
+        with self.watch.doing("evaluating"):
             top1 = self.online_knn(self.sharding.teacher_backbone())
         teacher = f"teacher after {counted(self.iteration, 'iteration')}" if self.iteration else "untrained teacher"
         if distributed.is_main():

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from dinov2cli import distributed
-from dinov2cli.console import logger
+from dinov2cli.console import Bars, logger
 from dinov2cli.files import write_text
 from dinov2cli.train.run_folder import RunFolder
 
 WRITE_EVERY_S = 5.0
 GRACE_S = 5.0  # between a process's stacks and its end: the others reach their time-out about now
 STARTING = 4  # times `train.hang_timeout`, for listing the data, making the networks and loading a checkpoint
+EVALUATING = 4  # times it, for what an evaluation does between two steps of its progress bars
 
 
 @contextlib.contextmanager
@@ -75,7 +76,8 @@ class Watch:
 
     A thread writes `logs/heartbeat/rank_<r>.json` every few seconds. If no beat comes for `hang_timeout` seconds, it
     writes the stacks of all threads to `logs/stacks/rank_<r>.txt` and ends the process with exit code 1. The processes
-    of a run wait for each other in every iteration, so that all of them do this when one hangs.
+    of a run wait for each other in every iteration, so that all of them do this when one hangs. In an evaluation, where
+    some may wait for the first for long, the first alone does, for want of a bar that moves.
 
     Args:
         iteration: done so far, of `total`.
@@ -99,7 +101,7 @@ class Watch:
         self._iter_times: deque[float] = deque(maxlen=50)
         self._data_times: deque[float] = deque(maxlen=50)
         self._last_beat = time.monotonic()
-        self._paused = False
+        self._evaluates = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -129,30 +131,36 @@ class Watch:
         self._last_beat = time.monotonic()
 
     @contextlib.contextmanager
-    def doing(self, state: str, *, endless: bool = False) -> Iterator[None]:
-        """Around work between two iterations. While its length is anybody's guess (`endless`), no hang is reported."""
-        self.state, self._paused, self._last_beat = state, endless, time.monotonic()
+    def doing(self, state: str) -> Iterator[None]:
+        """Around work between two iterations: "saving", or "evaluating", which takes as long as it goes on."""
+        self.state, self._last_beat = state, time.monotonic()
+        self._evaluates = state == "evaluating"
         try:
             yield
         finally:
             self._last_beat = time.monotonic()
-            self.state, self._paused = "training", False
+            self.state, self._evaluates = "training", False
 
     def _run(self) -> None:
         while not self._ended.wait(min(WRITE_EVERY_S, self.hang_timeout / 4 or WRITE_EVERY_S)):
             self._write()
-            silence = time.monotonic() - self._last_beat
-            if self.hang_timeout and silence > self.hang_timeout and not self._paused:
-                self._report_hang(silence)
+            evaluates, limit = self._evaluates, f"train.hang_timeout={self.hang_timeout:g}"
+            silence = time.monotonic() - max(self._last_beat, Bars.moved if evaluates else 0)
+            if not self.hang_timeout:
+                continue
+            if silence > self.hang_timeout and not evaluates:
+                self._report_hang(f"no iteration for {silence:.0f} s", limit)
+            if silence > EVALUATING * self.hang_timeout and evaluates and distributed.is_main():
+                self._report_hang(f"no progress of the evaluation for {silence:.0f} s", f"{EVALUATING} times {limit}")
 
-    def _report_hang(self, silence: float) -> None:
+    def _report_hang(self, nothing: str, limit: str) -> None:
         self.state = "hanging"
         self._write()
         done = self.facts["iteration"]
-        write_stacks(self.stacks, f"no iteration for {silence:.0f} s, after {done} iterations")
+        write_stacks(self.stacks, f"{nothing}, after {done} iterations")
         end_hanging(
-            self._ended, f"no iteration for {silence:.0f} s (train.hang_timeout={self.hang_timeout:g}): the run hangs "
-            f"after {done} iterations. The stacks of all processes are in {self.stacks.parent}",
+            self._ended, f"{nothing} ({limit}): the run hangs after {done} iterations. The stacks of all processes are "
+            f"in {self.stacks.parent}",
         )  # fmt: skip
 
     def _write(self) -> None:
