@@ -186,7 +186,7 @@ class DPTHead(DenseHead):
         self.conv_depth = nn.Sequential(OrderedDict(head=nn.Sequential(*layers)))
 
     def forward(self, features: Features) -> Tensor:
-        """Depth in metres, [B, 1, about 16h, about 16w]: twice the finest map, which the deepest has been doubled to."""
+        """Depth in metres, [B, 1, H, W] of twice the finest map, to which the deepest was doubled: about 16h x 16w."""
         levels = [conv(level) for conv, level in zip(self.convs, self.reassemble_blocks(features), strict=True)]
         fused = levels.pop()
         for number, fusion in enumerate(self.fusion_blocks):
