@@ -9,9 +9,11 @@ from weight_samples import PLAIN, assert_same_state, sample_model, sample_state,
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.classifier import LinearClassifier, head_input, load_classifier, read_linear_head
+from dinov2cli.models.dense_heads import DPTHead
 from dinov2cli.models.load.released import RELEASED
 from dinov2cli.models.vision_transformer import shapes_of
 
+DEPTHERS = [f"dinov2_vit{size}14_{kind}" for size in "sblg" for kind in ("ld", "dd")]
 REPOSITORY = str(Path(__file__).parents[1])
 
 
@@ -27,10 +29,23 @@ def test_entry_points_are_the_released_names() -> None:
     hubconf = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(hubconf)
     entries = {name for name in dir(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))}
-    assert entries == set(RELEASED)
-    for name in RELEASED:
+    assert entries == {*RELEASED, *DEPTHERS}
+    for name in entries:
         assert getattr(hubconf, name).__name__ == name
         assert "Args:" in getattr(hubconf, name).__doc__  # what torch.hub.help prints
+
+
+@torch.no_grad()
+def test_depth_without_weights() -> None:
+    """Names and arguments of the reference: a linear head of one or four layers, a DPT head; the range by the data."""
+    linear = hub_load("dinov2_vits14_ld", pretrained=False, layers=1, weights="KITTI")
+    assert linear(torch.randn(1, 3, 30, 41)).shape == (1, 1, 30, 41)
+    assert linear.layers == (11,) and linear.head.config.max_depth == 80 and not linear.training
+    assert hub_load("dinov2_vits14_ld", pretrained=False).layers == (2, 5, 8, 11)
+    fused = hub_load("dinov2_vits14_dd", pretrained=False)
+    assert isinstance(fused.head, DPTHead) and fused.head.config.max_depth == 10
+    with pytest.raises(WeightsError, match="layers=2"):
+        hub_load("dinov2_vits14_ld", pretrained=False, layers=2)
 
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])

@@ -8,11 +8,11 @@ Shape legend: B images, C channels, H x W pixels, h x w patches, D width, F inpu
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from dinov2cli.errors import WeightsError
@@ -45,6 +45,16 @@ class HeadConfig(BaseModel):
     dataset: str = Field("", description="of the labels, for people")
     backbone: str = Field("", description="weights that it was trained on, as --model takes them; empty: not known")
     short_side: int | None = Field(None, description="pixels of the short side of test images", ge=1)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if list(self.layers) != sorted({layer for layer in self.layers if layer >= 0}):
+            raise ValueError(f"layers {self.layers}: must be indices of blocks, in order")
+        if self.min_depth >= self.max_depth:
+            raise ValueError(f"depths from {self.min_depth} to {self.max_depth} m: must be a range")
+        if self.classes and self.palette and len(self.classes) != len(self.palette):
+            raise ValueError(f"a palette of {len(self.palette)} colours for {len(self.classes)} classes")
+        return self
 
     @property
     def uses_norm(self) -> bool:
