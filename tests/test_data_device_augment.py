@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from dinov2cli.config import load_config
 from dinov2cli.config.images import IMAGENET_STD
 from dinov2cli.data import device_augment, pixels
-from dinov2cli.data.augmentations import COLOR_STEPS, normalize
+from dinov2cli.data.augmentations import COLOR_STEPS
 from dinov2cli.data.crop_parameters import CropRecipe, draw_crops
 from dinov2cli.data.datasets.sample_photos import photo_files
 from dinov2cli.data.decoding import decode_image
@@ -124,8 +124,10 @@ def test_batches_are_those_of_the_worker_path() -> None:
     assert done.pending is None and done.global_crops.dtype == torch.float32
     assert torch.equal(done.masks, plain.masks) and torch.equal(done.samples, plain.samples)
     levels = torch.tensor(IMAGENET_STD)[:, None, None] * 255
+    assert done.normalized().global_crops is done.global_crops, "normalised crops pass through"
+    plain = plain.normalized()
     for ours, theirs in ((done.global_crops, plain.global_crops), (done.local_crops, plain.local_crops)):
-        assert ((normalize(ours) - normalize(theirs)).abs() * levels).mean() < 0.5
+        assert ((ours - theirs).abs() * levels).mean() < 0.5
 
 
 def test_one_copy_takes_the_decisions_to_a_device_and_nothing_waits_for_it() -> None:

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.data import workers
-from dinov2cli.data.augmentations import normalize
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
@@ -142,8 +141,9 @@ def test_normalizing_in_the_workers_gives_the_same_numbers() -> None:
     config = small_config("train.num_workers=0", "data.normalize_on_device=false")
     now = next(iter(make_train_loader(config, start=0, stop=1)))
     assert now.global_crops.shape == (6, 3, 48, 48)
-    assert torch.equal(now.global_crops, normalize(later.global_crops))
-    assert torch.equal(now.local_crops, normalize(later.local_crops))
+    assert later.global_crops.dtype == torch.uint8 and later.normalized().are_normalized
+    assert torch.equal(now.normalized().global_crops, later.normalized().global_crops)
+    assert torch.equal(now.local_crops, later.normalized().local_crops)
 
 
 @pytest.fixture

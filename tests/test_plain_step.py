@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2cli.config import Config, load_config
-from dinov2cli.data.augmentations import normalize
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.models.attention import TokenLayout
@@ -75,7 +74,7 @@ def our_step(objective: SSLMetaArch, batch: MultiCropBatch, temperature: float, 
 
 
 def plain_step(objective: SSLMetaArch, batch: MultiCropBatch, temperature: float, drop: torch.Generator) -> Tensor:
-    global_crops, local_crops = normalize(batch.global_crops), normalize(batch.local_crops)
+    global_crops, local_crops = batch.normalized().global_crops, batch.normalized().local_crops
     with torch.no_grad():
         _, teacher_cls, teacher_patches = plain_network(objective.teacher, [global_crops], [None], batch, drop)
         cls_targets = plain_sinkhorn(teacher_cls, temperature)

@@ -79,7 +79,7 @@ GEOMETRIC_STEPS: dict[str, Step] = {
 }
 COLOR_STEPS: dict[str, Step] = {
     "color jitter": lambda crop, drawn: color_jitter(crop, drawn.jitter) if drawn.jitter else crop,
-    "grayscale": lambda crop, drawn: pixels.grayscale(crop) if drawn.grayscale else crop,
+    "grayscale": lambda crop, drawn: pixels.grayscale(crop) if drawn.grayscale and crop.shape[2] > 1 else crop,
     "gaussian blur": lambda crop, drawn: pixels.gaussian_blur(crop, drawn.blur_sigma) if drawn.blur_sigma > 0 else crop,
     "solarize": lambda crop, drawn: pixels.solarize(crop) if drawn.solarize else crop,
     "channel dropout": lambda crop, drawn: pixels.without_channels(crop, drawn.dropped) if drawn.dropped else crop,
@@ -95,7 +95,7 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
 
     All views take a step before any takes the next: the step's code and tables stay in the processor's cache.
     """
-    views = _taken([image] * len(drawn), drawn, GEOMETRIC_STEPS)
+    views = _taken([_one_channel_if_gray(image, drawn)] * len(drawn), drawn, GEOMETRIC_STEPS)
     plain = in_their_sizes(views, drawn) if drawn[0].larger_is_plain else None
     if plain is not None:
         views = [*plain.global_crops, *plain.local_crops]
@@ -103,6 +103,15 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
         views = _taken(views, drawn, COLOR_STEPS)
     crops = in_their_sizes(views, drawn)
     return crops if plain is None else crops._replace(gram_teacher_crops=plain.gram_teacher_crops)
+
+
+def _one_channel_if_gray(image: np.ndarray, drawn: list[CropParameters]) -> np.ndarray:
+    """Of a float image whose colours are gray, one channel; the batch repeats it. Bytes' arithmetic tells them apart."""
+    if image.dtype == np.uint8 or image.shape[2] != 3 or any(p.dropped for p in drawn):
+        return image
+    red, green, blue = (image[..., channel] for channel in range(3))
+    is_gray = bool((red[0] == green[0]).all() and (red == green).all() and (red == blue).all())
+    return np.ascontiguousarray(image[..., :1]) if is_gray else image
 
 
 def _taken(views: list[np.ndarray], drawn: list[CropParameters], steps: dict[str, Step]) -> list[np.ndarray]:
@@ -149,7 +158,8 @@ def _part(image: LargeImage, box: Box, drawn: list[CropParameters]) -> tuple[np.
 def color_jitter(image: np.ndarray, jitter: Jitter) -> np.ndarray:
     """Brightness, contrast, saturation and hue, or what there is of them, in the order drawn."""
     for operation in jitter.order:
-        image = _JITTER_STEPS[operation](image, jitter.factors[operation])
+        if image.shape[2] > 1 or operation not in _NOTHING_TO_GRAY:
+            image = _JITTER_STEPS[operation](image, jitter.factors[operation])
     return image
 
 
@@ -160,22 +170,16 @@ _JITTER_STEPS = (
     pixels.adjust_hue,
     pixels.adjust_channel_contrast,
 )
-
-
-def normalize(crops: Tensor, statistics: Statistics = IMAGENET) -> Tensor:
-    """Crops as a network takes them: float32 [N, C, H, W] with this mean and standard deviation.
-
-    Args:
-        crops: uint8 [N, H, W, C], on any device; or float [N, C, H, W], normalised already and passed through.
-    """
-    return normalize_pixels(crops, statistics) if crops.dtype == torch.uint8 else crops
+_NOTHING_TO_GRAY = (2, 3)
 
 
 def normalize_pixels(images: Tensor, statistics: Statistics) -> Tensor:
     """uint8, or float32 in 0..1, [N, H, W, C] -> float32 [N, C, H, W] with this mean and standard deviation."""
     mean, std = mean_and_std(statistics, images.device)
-    levels = images.float() if images.dtype == torch.uint8 else images * 255
-    return ((levels - mean) / std).permute(0, 3, 1, 2).contiguous()
+    levels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if images.dtype != torch.uint8:
+        levels.mul_(255)
+    return levels.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 @lru_cache  # made anew in every step, they would each time be copied to a GPU, and waited for

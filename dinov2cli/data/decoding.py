@@ -184,11 +184,17 @@ def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
     if samples.dtype.kind == "f" and not np.isfinite(samples).all():
         warn_once("%s: samples that are no finite number become black; the same holds for others like it", path)
         samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
+    as_it_is = (black, white) == (0, 1)
     # float32 would not tell large whole numbers apart.
-    scaled: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
-    np.subtract(scaled, black, out=scaled)
-    np.divide(scaled, white - black, out=scaled)
-    shown = np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)
+    scaled: np.ndarray = samples.astype(np.float32 if as_it_is or samples.dtype.itemsize <= 2 else np.float64)
+    if black:
+        np.subtract(scaled, black, out=scaled)
+    if not as_it_is:
+        np.divide(scaled, white - black, out=scaled)
+    low, high = (-np.inf, np.inf) if samples.dtype.kind == "f" else span_of_type(samples.dtype)
+    if low < black or high > white:
+        np.clip(scaled, 0, 1, out=scaled)
+    shown = scaled.astype(np.float32, copy=False)
     return np.subtract(1, shown, out=shown) if stored.inverted else shown
 
 

@@ -54,12 +54,16 @@ def _resize_in_threes(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_floats(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Two products with sparse matrices, of rows and then of columns, half as long as torch's own kernel takes."""
+    """Two products with sparse matrices, of rows and then of columns: a quarter of what torch's own kernel takes.
+
+    What lies along the other axis is one line, in whatever order, so that two plain transpositions are enough.
+    """
     rows, columns, channels = image.shape
-    lines = torch.from_numpy(np.ascontiguousarray(image)).view(rows, columns * channels)
-    upright = (_bicubic(rows, height) @ lines).view(height, columns, channels).transpose(0, 1)
-    across = _bicubic(columns, width) @ upright.reshape(columns, height * channels)
-    return across.view(width, height, channels).transpose(0, 1).contiguous().clamp_(0, 1).numpy()  # as bytes are
+    lines = torch.from_numpy(image).flatten(1)  # of a part of an image still a view
+    upright = cv2.transpose((_bicubic(rows, height) @ lines).numpy())  # [columns * C, height]
+    across = _bicubic(columns, width) @ torch.from_numpy(upright).view(columns, channels * height)
+    resized = cv2.transpose(across.clamp_(0, 1).view(width * channels, height).numpy())  # clamped as bytes are
+    return resized.reshape(height, width, channels)
 
 
 @lru_cache(maxsize=1024)
@@ -94,8 +98,8 @@ def resized_crop(image: np.ndarray, top: int, left: int, height: int, width: int
 
 def flip(image: np.ndarray) -> np.ndarray:
     """Mirrored left to right."""
-    if image.dtype == np.uint8 and image.shape[2] == 3:
-        return cv2.flip(image, 1)
+    if image.shape[2] in (1, 3):
+        return cv2.flip(image, 1).reshape(image.shape)
     pixels = np.ascontiguousarray(image).view(np.dtype((np.void, image.itemsize * image.shape[2])))
     return np.ascontiguousarray(pixels[:, ::-1]).view(image.dtype).reshape(image.shape)
 
@@ -103,18 +107,16 @@ def flip(image: np.ndarray) -> np.ndarray:
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with black; 1 is the identity."""
     if image.dtype != np.uint8:
-        brighter: np.ndarray = image * np.float32(factor)
-        np.minimum(brighter, 1, out=brighter)
-        return brighter
+        return _clipped(cv2.addWeighted(image, factor, image, 0, 0)).reshape(image.shape)
     return cv2.convertScaleAbs(image, alpha=factor, beta=_TRUNCATE).reshape(image.shape)
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with its mean grey; 1 is the identity."""
     red, green, blue, _ = cv2.mean(image)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    luma = red if image.shape[2] == 1 else 0.299 * red + 0.587 * green + 0.114 * blue
     if image.dtype != np.uint8:
-        return _clipped(image * np.float32(factor) + np.float32((1 - factor) * luma))
+        return _clipped(cv2.addWeighted(image, factor, image, 0, (1 - factor) * luma)).reshape(image.shape)
     mean = int(luma + 0.5)
     return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + _TRUNCATE)
 
@@ -126,9 +128,8 @@ def adjust_channel_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     total = cv2.reduce(lines, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S if image.dtype == np.uint8 else cv2.CV_32F)
     mean = total.reshape(width, channels).sum(0, dtype=np.float64) / (height * width)
     if image.dtype != np.uint8:
-        blended = lines * np.float32(factor)
-        blended += np.tile((1 - factor) * mean, width).astype(np.float32)
-        return _clipped(blended).reshape(image.shape)
+        grey = torch.from_numpy(np.tile((1 - factor) * mean, width).astype(np.float32))
+        return _clipped(torch.add(grey, torch.from_numpy(lines), alpha=factor).numpy()).reshape(image.shape)
     levels = np.arange(256)[:, None] * factor + (1 - factor) * np.floor(mean + 0.5) + 1e-3
     return cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8)[None]).reshape(image.shape)
 
@@ -145,7 +146,7 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
     """Hue turned by `shift` of the colour circle, -0.5..0.5."""
     if image.dtype != np.uint8:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0] + np.float32(360 * shift)) % 360
+        hsv[..., 0] += np.float32(360 * (shift % 1))  # OpenCV takes hues above 360 as what is left of them
         return _clipped(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(len(hsv), -1)
@@ -196,7 +197,7 @@ def _levels(statistics: Statistics, of_bytes: bool) -> tuple[np.ndarray, np.ndar
 
 
 def _clipped(image: np.ndarray) -> np.ndarray:
-    clipped: np.ndarray = np.minimum(np.maximum(image, 0, out=image), 1, out=image)
+    clipped: np.ndarray = torch.from_numpy(image).clamp_(0, 1).numpy()
     return clipped
 
 

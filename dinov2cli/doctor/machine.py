@@ -198,7 +198,7 @@ def batch_bytes(config: Config) -> int:
     pixels = 2 * crops.global_size**2 + config.crops.local_crops_number * crops.local_size**2
     pixels += 2 * (crops.gram_teacher_size or 0) ** 2
     as_bytes = config.data.normalize_on_device or config.data.device_augment
-    return batch * pixels * 3 * (1 if as_bytes else 4)
+    return batch * pixels * config.images().in_chans * (1 if as_bytes else 4)
 
 
 def driver_version() -> str | None:
