@@ -115,7 +115,10 @@ def _one_channel_if_gray(image: np.ndarray, drawn: list[CropParameters]) -> np.n
 
 
 def _taken(views: list[np.ndarray], drawn: list[CropParameters], steps: dict[str, Step]) -> list[np.ndarray]:
-    for step in steps.values():
+    dropout = any(p.dropped for p in drawn)
+    for name, step in steps.items():
+        if name == "channel dropout" and not dropout:
+            continue
         views = [step(view, decisions) for view, decisions in zip(views, drawn, strict=True)]
     return views
 

@@ -13,6 +13,7 @@ BLUR_SIGMA = (0.1, 2.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 LOG_ASPECT_RATIO = (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1]))
 CROP_TRIES = 10
+_JITTER_SPANS = tuple((low, high - low) for low, high in JITTER_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ def random_box(
     The ratio is log-uniform in 3/4..4/3. If no pair gives a box that fits, the largest centred box with an allowed
     ratio is taken.
     """
+    (smallest, largest), (lowest, highest) = scale, LOG_ASPECT_RATIO
     for i in range(0, len(tries), 2):
-        area = height * width * _between(*scale, tries[i])
-        ratio = math.exp(_between(*LOG_ASPECT_RATIO, tries[i + 1]))
+        area = height * width * (smallest + (largest - smallest) * tries[i])
+        ratio = math.exp(lowest + (highest - lowest) * tries[i + 1])
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(int((height - h + 1) * down), int((width - w + 1) * right), h, w)
@@ -163,7 +165,7 @@ def _jitter(order_numbers: tuple[float, float, float], numbers: list[float], col
     for last, number in zip((3, 2, 1), order_numbers, strict=True):  # a uniform permutation (Fisher and Yates)
         other = int((last + 1) * number)
         order[last], order[other] = order[other], order[last]
-    factors = tuple(_between(*limits, n) for limits, n in zip(JITTER_FACTORS, numbers, strict=True))
+    factors = tuple([low + span * n for (low, span), n in zip(_JITTER_SPANS, numbers, strict=True)])
     if colors:
         return Jitter(tuple(order), factors)
     return Jitter(tuple(4 * operation for operation in order if operation < 2), (*factors, factors[1]))

@@ -143,9 +143,14 @@ def read_stored(
     limit_gb: float = USUAL.max_image_gb,
     shrink: int = 1,
     pages_are_channels: bool = False,
+    jpeg: fast.JpegHeader | None = None,
 ) -> Stored:
-    """An image as its file stores it. Raises `UnreadableImage` as `decode_image` does, but for values and channels."""
-    if (jpeg := fast.jpeg_header(data)) is not None and jpeg.components in (1, 3):
+    """An image as its file stores it. Raises `UnreadableImage` as `decode_image` does, but for values and channels.
+
+    `jpeg` is the file's header, if it has been read.
+    """
+    jpeg = jpeg or fast.jpeg_header(data)
+    if jpeg is not None and jpeg.components in (1, 3):
         check_memory(path, jpeg.height // shrink, jpeg.width // shrink, 3, limit_gb)
         if (image := fast.decode_jpeg(data, shrink, jpeg.components)) is not None:
             return Stored(image, "JPEG", (0, 255), rgb=jpeg.components == 3, orientation=jpeg.orientation)
@@ -305,7 +310,8 @@ class LazyImage:
         return self._stored(pages_are_channels=not self._reading.images.are_rgb)
 
     def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
-        return read_stored(self._data, self._path, self._reading.max_image_gb, shrink, pages_are_channels)
+        limit = self._reading.max_image_gb
+        return read_stored(self._data, self._path, limit, shrink, pages_are_channels, self._header)
 
     @property
     def size(self) -> ImageSize:

@@ -34,7 +34,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return _resize_in_threes(image, height, width)
     # torch picks its vectorised kernel by the strides of a channels-last tensor, batch stride included.
     nchw = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = F.interpolate(nchw, size=(height, width), mode="bicubic", antialias=True)
+    size = height if height == width else (height, width)  # torch looks at each number of a pair, at some length
+    resized = F.interpolate(nchw, size=size, mode="bicubic", antialias=True)
     if image.dtype != np.uint8:
         resized.clamp_(0, 1)  # as bytes are
     return resized.permute(0, 2, 3, 1)[0].numpy()
