@@ -13,6 +13,7 @@ from scipy import stats
 from dinov2cli.config import load_config
 from dinov2cli.data import pixels
 from dinov2cli.data.augmentations import COLOR_STEPS, MultiCropAugmentation, render_crops, shrink_for, shrunk
+from dinov2cli.data.collate import CropBuffers
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, draw_crops, random_box
 from dinov2cli.data.datasets.sample_photos import SamplePhotos, photo_files
 from dinov2cli.data.decoding import read_image
@@ -105,13 +106,38 @@ def test_decisions_depend_on_seed_and_sample_alone() -> None:
     assert draw_crops(recipes, 80, 90, sample_rng(3, 8)) != draw_crops(recipes, 80, 90, sample_rng(4, 8))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 300), (300, 2), (7, 5)])
-def test_images_of_awkward_shapes(height: int, width: int) -> None:
+def test_images_of_awkward_shapes(height: int, width: int, dtype: type) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = image if dtype == np.uint8 else image / np.float32(255)
     crops = MultiCropAugmentation.from_config(load_config())(image, sample_rng(0, 1))
     assert [c.shape for c in crops.global_crops] == [(224, 224, 3)] * 2
     assert [c.shape for c in crops.local_crops] == [(96, 96, 3)] * 8
-    assert all(c.dtype == np.uint8 for c in crops.global_crops + crops.local_crops)
+    assert all(c.dtype == dtype for c in crops.global_crops + crops.local_crops)
+
+
+def test_gray_of_floats_is_worked_on_once() -> None:
+    """Its crops are what they are where the image is all but gray."""
+    gray = np.random.default_rng(0).random((70, 90, 1), dtype=np.float32)
+    image, nearly = np.repeat(gray, 3, 2), np.repeat(gray, 3, 2)
+    nearly[5, 5, 2] += 1e-7
+    config = load_config(
+        overrides=["crops.global_crops_size=32", "crops.local_crops_size=16", "crops.blur_prob=[0.5,0.5,0.5]"]
+    )
+    augmentation = MultiCropAugmentation.from_config(config)
+    for k in range(20):
+        found, expected = (augmentation(each, sample_rng(0, k)) for each in (image, nearly))
+        for ours, theirs in zip(
+            [*found.global_crops, *found.local_crops], [*expected.global_crops, *expected.local_crops], strict=True
+        ):
+            assert ours.strides[2] == 0 and theirs.strides[2] == 4, "one channel, seen three times"
+            np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+    buffers = CropBuffers(augmentation.recipes, 2)
+    buffers.put(1, found)
+    assert np.array_equal(buffers.local_crops[1].numpy(), found.local_crops[0])
+    dropping = [p._replace(dropped=((0, 0.5),)) for p in augmentation.draw(70, 90, sample_rng(0, 0))]
+    assert render_crops(image, dropping).local_crops[0].strides[2] == 4
 
 
 def test_a_box_that_cannot_fit_becomes_the_largest_allowed_one_in_the_centre() -> None:

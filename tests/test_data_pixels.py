@@ -1,10 +1,12 @@
 """Pixel operations agree with what torchvision makes of Pillow images."""
 
+import colorsys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinov2cli.config.images import IMAGENET, IMAGENET_STD, Images
 from dinov2cli.data import pixels
@@ -82,13 +84,40 @@ def test_eval_transform_pads_what_is_too_small() -> None:
     assert out[0, 16, 16] > 2 and out[0, 0, 0] < -2
 
 
-def test_operations_leave_their_input_alone() -> None:
-    before = BASE.copy()
+@pytest.mark.parametrize("image", [BASE, BASE / np.float32(255)], ids=["bytes", "floats"])
+def test_operations_leave_their_input_alone(image: np.ndarray) -> None:
+    before = image.copy()
     for i in range(6):
         jitter = Jitter(tuple(GOLDEN[f"jitter{i}/order"].tolist()), tuple(GOLDEN[f"jitter{i}/factors_bcsh"].tolist()))
-        color_jitter(BASE, jitter)
-    pixels.resize(BASE, 64, 64)
-    np.testing.assert_array_equal(BASE, before)
+        color_jitter(image, jitter)
+    for step in (pixels.flip, pixels.solarize, pixels.grayscale, lambda x: pixels.adjust_channel_contrast(x, 1.4)):
+        step(image)
+    pixels.resize(image, 64, 64)
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(("height", "width"), [(48, 32), (150, 9), (61, 47)])
+def test_floats_are_resized_as_torch_resizes_them(channels: int, height: int, width: int) -> None:
+    part = np.random.default_rng(0).random((90, 80, channels), dtype=np.float32)[11:72, 20:67]
+    planes = torch.from_numpy(part).double().permute(2, 0, 1)[None]
+    expected = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 1)
+    np.testing.assert_allclose(pixels.resize(part, height, width), expected.numpy(), atol=2e-6, rtol=0)
+
+
+def test_colours_of_floats_by_their_definitions() -> None:
+    """Blended with black, the mean grey or the grey version, or turned around the colour circle; between 0 and 1."""
+    image = np.random.default_rng(0).random((20, 30, 3), dtype=np.float32)
+    wide, gray = image.astype(np.float64), image.astype(np.float64) @ [[0.299], [0.587], [0.114]]
+    for factor in (0.6, 1.4):
+        for name, behind in (("brightness", 0), ("contrast", gray.mean()), ("saturation", gray)):
+            expected = (factor * wide + (1 - factor) * behind).clip(0, 1)
+            found = getattr(pixels, f"adjust_{name}")(image, factor)
+            np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0, err_msg=f"{name} {factor}")
+    for shift in (-0.5, -0.07, 0.0, 0.1):
+        hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in wide.reshape(-1, 3)]
+        turned = np.reshape([colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv], image.shape)
+        np.testing.assert_allclose(pixels.adjust_hue(image, shift), turned, atol=1e-5, rtol=0, err_msg=f"hue {shift}")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
@@ -103,6 +132,7 @@ def test_any_number_of_channels(channels: int) -> None:
         "blur": lambda x: pixels.gaussian_blur(x, 1.2),
         "solarize": pixels.solarize,
     }
+    assert np.array_equal(pixels.flip(image), image[:, ::-1])
     for name, step in steps.items():
         found = step(image)
         alone = np.stack([step(np.repeat(image[..., c, None], 3, 2))[..., 0] for c in range(channels)], axis=2)

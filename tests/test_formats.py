@@ -22,7 +22,7 @@ from PIL import Image
 from dinov2cli.config.images import RGB, Images
 from dinov2cli.data import workers
 from dinov2cli.data.decoding import LazyImage, Reading, UnreadableImage, decode_image, read_stored
-from dinov2cli.data.formats.stored import turned
+from dinov2cli.data.formats.stored import interleaved, turned
 from dinov2cli.visualize.rendering import shown
 
 H, W = 12, 16
@@ -452,6 +452,21 @@ def test_arrays_may_have_their_channels_first_or_last(tmp_path: Path) -> None:
 
 TYPES = [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32,
          np.float64, np.complex64, np.bool_]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["u1", ">u2", "<i4", "f2", "f4", ">f8"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_planes_become_pixels(dtype: str, channels: int) -> None:
+    planes = np.random.default_rng(0).integers(0, 99, (channels, 7, 9)).astype(dtype)
+    planes.setflags(write=False)
+    for given in (
+        planes.transpose(1, 2, 0),
+        planes.transpose(1, 2, 0)[::-1],
+        np.ascontiguousarray(planes)[:, :, ::2].T,
+    ):
+        found = interleaved(given)
+        assert found.dtype == given.dtype and np.array_equal(found, given)
+        assert found.flags.c_contiguous and found.flags.writeable and not np.shares_memory(found, planes)
 
 
 def test_what_tifffile_writes_comes_back_or_is_refused() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2cli.config.images import IMAGENET, Statistics
+from dinov2cli.config.images import Statistics
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import Box, CropParameters, CropRecipe, Jitter, draw_crops
 from dinov2cli.data.regions import LargeImage, power_of_two
@@ -95,18 +95,25 @@ def render_crops(image: np.ndarray, drawn: list[CropParameters], *, color: bool 
 
     All views take a step before any takes the next: the step's code and tables stay in the processor's cache.
     """
-    views = _taken([_one_channel_if_gray(image, drawn)] * len(drawn), drawn, GEOMETRIC_STEPS)
+    once = _one_channel_if_gray(image, drawn)
+    views = _taken([once] * len(drawn), drawn, GEOMETRIC_STEPS)
     plain = in_their_sizes(views, drawn) if drawn[0].larger_is_plain else None
     if plain is not None:
         views = [*plain.global_crops, *plain.local_crops]
     if color:
         views = _taken(views, drawn, COLOR_STEPS)
     crops = in_their_sizes(views, drawn)
-    return crops if plain is None else crops._replace(gram_teacher_crops=plain.gram_teacher_crops)
+    crops = crops if plain is None else crops._replace(gram_teacher_crops=plain.gram_teacher_crops)
+    if once is image:
+        return crops
+    return Crops(*([np.broadcast_to(view, (*view.shape[:2], 3)) for view in part] for part in crops))
 
 
 def _one_channel_if_gray(image: np.ndarray, drawn: list[CropParameters]) -> np.ndarray:
-    """Of a float image whose colours are gray, one channel; the batch repeats it. Bytes' arithmetic tells them apart."""
+    """Of a float image whose colours are gray, one channel: what is done to it is done once.
+
+    Of bytes all three are kept, as their arithmetic truncates and so colours gray a little.
+    """
     if image.dtype == np.uint8 or image.shape[2] != 3 or any(p.dropped for p in drawn):
         return image
     red, green, blue = (image[..., channel] for channel in range(3))

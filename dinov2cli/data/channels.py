@@ -1,11 +1,60 @@
-"""From the channels that a file has to those that a network takes, where these are not red, green and blue."""
+"""From the channels that a file has to those that a network takes: red, green and blue, or others."""
 
+import cv2
 import numpy as np
 
 from dinov2cli.config.images import Images
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, span_of_type
+from dinov2cli.data.workers import warn_once
+from dinov2cli.requests.images import background as background_of
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:
+    """What is not asked to be N channels: `values` [H, W, C] as RGB [H, W, 3].
+
+    Of files of 8 bits and fewer they are uint8, else float32 in 0..1, so that nothing is rounded.
+
+    One channel is repeated; of more than three that begin with red, green and blue, these are taken, with a warning.
+
+    Raises:
+        UnreadableImage: two channels, or more than three with no colours among them.
+    """
+    channels = image.shape[2]
+    if channels > 3 and stored.rgb:
+        warn_once("%s: of its %d channels red, green and blue are read; the same holds for others like it", path,
+                  channels)  # fmt: skip
+        image = image[..., :3]
+    elif channels not in (1, 3):
+        raise UnreadableImage(path, f"has {channels} channels, and gray (1) or RGB (3) is asked for")
+    if image.dtype != np.uint8 and stored.array.dtype.itemsize == 1:  # of 8 bits and fewer, levels lose nothing
+        image = cv2.convertScaleAbs(image, alpha=255).reshape(image.shape)
+    colors = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB) if channels == 1 else image
+    if stored.alpha and images.background != "drop":
+        colors = over_background(colors, opacity_of(stored) if colors.dtype != np.uint8 else _opacity(stored), images)
+    return np.ascontiguousarray(colors)
+
+
+def _opacity(stored: Stored) -> np.ndarray:
+    are_bytes = stored.array.dtype == np.uint8 and stored.span == (0, 255)
+    return stored.array[..., -1:] if are_bytes else as_bytes(opacity_of(stored))
+
+
+def over_background(colors: np.ndarray, opacity: np.ndarray, images: Images) -> np.ndarray:
+    """[H, W, 3] with opacity [H, W, 1], both uint8 or float32 in 0..1, laid over what `images` names: [H, W, 3].
+
+    Over the mean, what is transparent reaches the network as zeros, of bytes to within half a level.
+    """
+    rule, color = background_of(images.background)
+    if rule == "drop":
+        return colors
+    below = np.array(color or np.multiply(images.statistics.mean, 255))
+    if colors.dtype != np.uint8:
+        return np.asarray(colors * opacity + (below / 255).astype(np.float32) * (1 - opacity), np.float32)
+    below = (below + 0.5).astype(np.uint32)
+    laid = (colors.astype(np.uint32) * opacity + below * (255 - opacity.astype(np.uint32)) + 127) // 255
+    return np.asarray(laid, np.uint8)
 
 
 def to_channels(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:

@@ -147,7 +147,8 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
     """Hue turned by `shift` of the colour circle, -0.5..0.5."""
     if image.dtype != np.uint8:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] += np.float32(360 * (shift % 1))  # OpenCV takes hues above 360 as what is left of them
+        hues = hsv[..., 0]
+        np.add(hues, np.float32(360 * (shift % 1)), out=hues)  # OpenCV takes hues above 360 as what is left of them
         return _clipped(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(len(hsv), -1)

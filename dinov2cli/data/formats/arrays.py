@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, span_of_type
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, interleaved, span_of_type
 
 MOST_CHANNELS = 16
 """A first axis of at most so many, shorter than the others, is that of the channels where the last cannot be."""
@@ -49,7 +49,7 @@ def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
     if dtype.kind == "b":
         array = array.astype(np.uint8)
     span = span_of_type(dtype) if dtype.kind == "b" or dtype in (np.uint8, np.uint16) else None
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    array = interleaved(array).astype(array.dtype.newbyteorder("="), copy=False)
     return Stored(array, "npy", span, rgb=channels == 3)
 
 

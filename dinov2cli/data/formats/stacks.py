@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinov2cli.data.formats.arrays import MOST_CHANNELS
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, span_of_type
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, interleaved, span_of_type
 from dinov2cli.errors import DataError, EnvironmentProblem
 
 EXTRA = "pip install 'dinov2cli[arrays]'"
@@ -75,7 +75,7 @@ class Stack:
         dtype = chosen.dtype
         span = span_of_type(dtype) if dtype.kind == "b" or dtype in (np.uint8, np.uint16) else None
         kept = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
-        return Stored(np.ascontiguousarray(chosen, kept), "array", span, rgb=channels == 3)
+        return Stored(interleaved(chosen).astype(kept, copy=False), "array", span, rgb=channels == 3)
 
 
 def values_inside(file: str, path: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from dinov2cli.errors import DataError
@@ -80,6 +81,19 @@ def check_memory(path: str, height: int, width: int, stored_bytes: float, limit_
             f"{width} x {height} pixels need {needed:.2g} GB of memory, more than data.max_image_gb={limit_gb:g} "
             "(--max-image-gb) allows; raise it, or cut the image into tiles",
         )
+
+
+def interleaved(array: np.ndarray) -> np.ndarray:
+    """[H, W, C] with the channels of a pixel side by side, of planes [C, H, W] seen as such, in memory of its own.
+
+    numpy copies planes a few numbers at a time: of five channels, OpenCV takes a sixth of its time.
+    """
+    planes = array.transpose(2, 0, 1)
+    same_size = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.float64}.get(array.dtype.itemsize)
+    if same_size is None or array.shape[2] == 1 or not planes.flags.c_contiguous:
+        return np.require(array, requirements=["C", "W"])
+    pixels = cv2.transpose(planes.reshape(len(planes), -1).view(same_size))
+    return pixels.view(array.dtype).reshape(array.shape)
 
 
 def turned(array: np.ndarray, orientation: int) -> np.ndarray:

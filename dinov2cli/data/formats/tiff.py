@@ -15,7 +15,15 @@ import numpy as np
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile, TiffPageSeries
 
 from dinov2cli.data.formats.pillow import read_with_pillow
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further, span_of_type, turned
+from dinov2cli.data.formats.stored import (
+    Stored,
+    UnreadableImage,
+    check_memory,
+    further,
+    interleaved,
+    span_of_type,
+    turned,
+)
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DNG_VERSION, _ORIENTATION, _GDAL_METADATA = 50706, 274, 42112
@@ -128,7 +136,9 @@ def _samples(series: TiffPageSeries, data: bytes | memoryview, place: int) -> tu
     else:
         stride = math.prod(shape[place + 1 :]) if place >= 0 else 1
         planes = [_read_page(series[c * stride], data) for c in range(channels)]
-    return np.concatenate([_channels_last(plane, page.axes) for plane in planes], axis=2), channels
+    parts = [_channels_last(plane, page.axes).transpose(2, 0, 1) for plane in planes]
+    whole = parts[0] if channels == 1 else np.concatenate(parts)
+    return interleaved(whole.transpose(1, 2, 0)), channels
 
 
 def _channels_last(plane: np.ndarray, axes: str) -> np.ndarray:

@@ -14,7 +14,8 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.console import logger
-from dinov2cli.data.decoding import USUAL, Reading, over_background
+from dinov2cli.data.channels import over_background
+from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.errors import DataError
 from dinov2cli.visualize.video.stills import (
     AnimatedPicture,

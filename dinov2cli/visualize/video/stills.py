@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from dinov2cli.console import logger
+from dinov2cli.data.channels import over_background
 from dinov2cli.data.datasets.listing import image_extensions
-from dinov2cli.data.decoding import Reading, over_background, read_image
+from dinov2cli.data.decoding import Reading, read_image
 from dinov2cli.errors import DataError
 from dinov2cli.visualize.rendering import shown
 from dinov2cli.visualize.video.writer import is_drawn_here
