@@ -16,13 +16,17 @@ from test_bench_train import ready_processes  # noqa: F401  (a fixture)
 from tiny_run import TINY
 from torch import Tensor
 
-from dinov2cli.bench.rehearse import CARDS, Rehearsal, counted, graph_breaks, rehearse, short_form
+from dinov2cli.bench.fake_gpu import Ledger, pretend
+from dinov2cli.bench.rehearse import CARDS, GPU, Rehearsal, counted, fake_mode, graph_breaks, rehearse, short_form
 from dinov2cli.config import Config, load_config
+from dinov2cli.device import Arriving
 from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.eval.extract import Extractor
 from dinov2cli.losses.koleo import KoLeoTerm
 from dinov2cli.models.layers import Block
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.train.cost import estimate, step_flops
+from dinov2cli.train.networks import build_backbone
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++")),
@@ -96,6 +100,31 @@ def _let_the_step_wait() -> None:
 
     plain = KoLeoTerm.forward
     KoLeoTerm.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.usefixtures("ready_processes")
+def test_features_and_numbers_are_read_behind_their_own_work_alone() -> None:
+    """A batch's features are copied in the background, and fetched while the next batch is at work."""
+    waits, copies, operators = counted(_features_of_one_batch_read_during_the_next)
+    assert copies == {} and operators == 0  # what is queued only at reading would wait for the next batch
+    assert list(waits.values()) == [1] and next(iter(waits)).startswith("Event.synchronize in ")
+
+
+def _features_of_one_batch_read_during_the_next() -> tuple[dict[str, int], dict[str, int], int]:
+    pretend()
+    ledger = Ledger(1.0, 1.0)
+    with fake_mode(), ledger:
+        with GPU:
+            backbone = build_backbone(tiny(), "sdpa").eval()
+        backbone.to = lambda device: backbone  # type: ignore[method-assign,assignment]  (fakes stay where they are)
+        extract = Extractor(backbone, device="cpu", detailed=True, precision="fp32")
+        extract.device = GPU
+        batches = [torch.rand(2, 3, 32, 32).pin_memory() for _ in range(2)]
+        ledger.begin()
+        features, _ = [Arriving(extract.features_of(images)) for images in batches]
+        queued = ledger.operators
+        assert all(not tensor.is_cuda for tensor in features.read().values())
+    return dict(ledger.waits), dict(ledger.copies), ledger.operators - queued
 
 
 @pytest.mark.usefixtures("ready_processes")
