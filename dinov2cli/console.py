@@ -85,8 +85,8 @@ class Rate(ProgressColumn):
 class Bars(Progress):
     """Bars that fit into 80 columns; without a terminal, a line in the log every `SPEAK_SECONDS`."""
 
-    moved = -math.inf
-    """When any bar of this process moved last, by `time.monotonic`: a sign of life in work of unknown length."""
+    steps = 0
+    """How often any bar of this process has moved: a sign of life in work of unknown length."""
 
     def __init__(self) -> None:
         name = TextColumn("{task.description}", table_column=Column(max_width=26, no_wrap=True, overflow="ellipsis"))
@@ -98,7 +98,7 @@ class Bars(Progress):
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        Bars.moved = time.monotonic()
+        Bars.steps += 1
         if self.disable and time.monotonic() - self._spoke > SPEAK_SECONDS:
             self._spoke = time.monotonic()
             task = self._tasks[task_id]

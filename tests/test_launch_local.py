@@ -309,6 +309,21 @@ def test_a_process_that_does_not_begin_is_replaced(tmp_path: Path) -> None:
     assert (restart.rank, restart.kind, restart.reason) == (1, "crash", "did not begin within 0.05 minutes")
 
 
+@pytest.mark.long
+def test_a_process_that_does_not_end_after_the_others_is_replaced(tmp_path: Path) -> None:
+    code = """if True:
+        import os, time
+        from pathlib import Path
+        if Path(os.environ["DINO2_NOTES"]).name == "start_0" and os.environ["RANK"] == "1":
+            time.sleep(600)
+    """
+    result = supervise(code, tmp_path, FINISHING=3, LOOK=0.5)
+    assert result.returncode == 0, result.stderr
+    (restart,) = read_restarts(tmp_path / "run")
+    assert (restart.rank, restart.kind) == (1, "crash")
+    assert restart.reason == "did not end within 0.05 minutes of the first"
+
+
 def test_progress_allows_any_number_of_failures(tmp_path: Path) -> None:
     code = f"""if True:
         import os

@@ -29,6 +29,7 @@ from dinov2cli.launch.restarts import Restart, enough, newest_checkpoint, read_r
 # Seconds to wait
 LAST_WORDS = 3.0  # for the notes of the other workers after one has failed, before they are killed
 PATIENCE = 30.0  # for the workers to end after one has reported a failure
+FINISHING = 900.0  # for a training's workers to end after the first that has
 BEGINNING = 3600.0  # for a training's workers to be ready to join the others: slow disks, and weights to fetch
 # To join, times the machines, once the workers of all are ready. It takes a second, but torch waits for a lost
 # connection for hours.
@@ -108,8 +109,8 @@ class Supervisor:
         self.round, self.notes = -1, group.notes  # the notes since the last start are in a folder of their own
         self.stopped = self.given_up = False  # the run ended otherwise than by finishing; as it came no further
         self.looked = 0.0  # when the notes were last read
-        self.started = 0.0  # when the workers were started
-        self.all_ready: float | None = None  # since when all machines' workers can join each other
+        self.since: dict[str, float] = {}  # when what matters to them was seen first
+        self.old_stacks: dict[int, int] = {}  # when those that were there before had been written
 
     @contextmanager
     def signals_handed_on(self) -> Iterator[None]:
@@ -207,13 +208,14 @@ class Supervisor:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: the workers open none
             NOTES_FOLDER: str(self.notes), SUPERVISOR_PID: str(os.getpid()),
         }  # fmt: skip
+        self.old_stacks = {rank: self.stacks_written(rank) for rank in self.ranks}
         words, self.workers = [sys.executable, *self.group.command], []
         for local, rank in enumerate(self.ranks):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(local)}
             # Of what torch's C++ layer remarks, that which matters is said here, once.
             environment = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **own}
             self.workers.append(subprocess.Popen(words, env=environment, start_new_session=True))
-        self.started, self.all_ready = time.monotonic(), None
+        self.since = {"start": time.monotonic()}
         for number in self.signals:  # that came while they were being started; SIGTERM twice does no harm
             self.hand_on(number)
 
@@ -232,26 +234,33 @@ class Supervisor:
             time.sleep(0.1 if self.group.nodes == 1 else 0.5)
 
     def waits_in_vain(self) -> bool:
-        """Whether they wait for ever: for one that has reported a failure and does not end, to begin, or to join."""
-        now = time.monotonic()
-        if now - self.looked < LOOK:
+        """Whether they wait for ever, for a worker of this machine that does not begin, or join the others, or end
+        after it has reported a failure, or another has ended. A note says which."""
+        if time.monotonic() - self.looked < LOOK:
             return False
-        self.looked = now
-        if any(each.kind != "interrupted" and time.time() - each.time > PATIENCE for each in read_notes(self.notes)):
+        self.looked = time.monotonic()
+        failures = [each.rank for each in read_notes(self.notes) if each.kind != "interrupted"]
+        if any(self.lasts(f"failure of {rank}") > PATIENCE for rank in failures):
             return True
-        late, why = self.without("joining"), f"did not begin within {BEGINNING / 60:.3g} minutes"
+        trains, late, why = self.group.run is not None, self.without("joining"), ""
         if not late:
             self.store.set(self.keys("ready")[self.group.node], "yes")
-        if self.all_ready is None and self.store.check(self.keys("ready")):
-            self.all_ready = now
-        if self.all_ready is not None:
+        if not self.store.check(self.keys("ready")):
+            if trains and self.lasts("start") > BEGINNING:
+                why = f"did not begin within {BEGINNING / 60:.3g} minutes"
+        elif self.lasts("all are ready") > JOINING * min(self.group.nodes, 5):
             late, why = self.without("joined"), "did not get a connection to the others"
-            is_late = now - self.all_ready > JOINING * min(self.group.nodes, 5)
-        else:
-            is_late = self.group.run is not None and now - self.started > BEGINNING
-        for rank in late if is_late else []:
+        running = [rank for rank, worker in zip(self.ranks, self.workers, strict=True) if worker.poll() is None]
+        one_ended = len(running) < len(self.workers) or any(self.store.check([key]) for key in self.keys("ended"))
+        if trains and one_ended and self.lasts("one has ended") > FINISHING:
+            late, why = running, f"did not end within {FINISHING / 60:.3g} minutes of the first"
+        for rank in late if why else []:
             write_note(self.notes, Note(rank, "death", why))
-        return is_late and bool(late)
+        return bool(why and late)
+
+    def lasts(self, what: str) -> float:
+        """For how many seconds this has been so, by the looks at it since the start."""
+        return time.monotonic() - self.since.setdefault(what, time.monotonic())
 
     def without(self, stage: Literal["joining", "joined"]) -> list[int]:
         """The ranks of this machine that have not come to a stage of their start."""
@@ -268,14 +277,19 @@ class Supervisor:
             if code and rank not in known:
                 number = -code if code < 0 else 0
                 how = f"was killed ({signal.Signals(number).name})" if number else f"ended with exit code {code}"
-                if code == 1 and (stacks := self.fresh_stacks(rank)):
-                    how = f"hung; what it was doing is in {stacks}"
+                if code == 1 and self.stacks_written(rank) != self.old_stacks[rank]:
+                    how = f"hung; what it was doing is in {self.stacks(rank)}"
                 write_note(self.notes, Note(rank, "death", how, signal=number))
 
-    def fresh_stacks(self, rank: int) -> Path | None:
-        """The stacks that a worker has written in the last minute, as it does when it hangs (`train.hang_timeout`)."""
-        path = self.group.run / "logs" / "stacks" / f"rank_{rank:05d}.txt" if self.group.run else None
-        return path if path and path.exists() and time.time() - path.stat().st_mtime < 60 else None
+    def stacks(self, rank: int) -> Path:
+        """Where a worker writes what it is doing when it hangs (`train.hang_timeout`)."""
+        return (self.group.run or Path()) / "logs" / "stacks" / f"rank_{rank:05d}.txt"
+
+    def stacks_written(self, rank: int) -> int:
+        """When it did so last, by the clock of the disk, which need not be that of this machine; 0: never."""
+        with suppress(OSError):
+            return self.stacks(rank).stat().st_mtime_ns if self.group.run else 0
+        return 0
 
     def raise_ending(self) -> None:
         """Raise, as `supervise` does, how the workers ended, if not by finishing."""

@@ -76,8 +76,9 @@ class Watch:
 
     A thread writes `logs/heartbeat/rank_<r>.json` every few seconds. If no beat comes for `hang_timeout` seconds, it
     writes the stacks of all threads to `logs/stacks/rank_<r>.txt` and ends the process with exit code 1. The processes
-    of a run wait for each other in every iteration, so that all of them do this when one hangs. In an evaluation, where
-    some may wait for the first for long, the first alone does, for want of a bar that moves.
+    of a run wait for each other in every iteration, so that all of them do this when one hangs. In an evaluation they
+    do it if for `EVALUATING` times as long no bar moves, neither of their own nor of the first process, for which the
+    others may wait for long.
 
     Args:
         iteration: done so far, of `total`.
@@ -86,7 +87,7 @@ class Watch:
 
     def __init__(self, folder: RunFolder, *, total: int, iteration: int, hang_timeout: float) -> None:
         rank = distributed.rank()
-        self.heartbeat = folder.heartbeat(rank)
+        self.heartbeat, self.first = folder.heartbeat(rank), folder.heartbeat(0)
         self.stacks = folder.stacks(rank)
         self.hang_timeout = hang_timeout
         self.facts = {
@@ -102,6 +103,7 @@ class Watch:
         self._data_times: deque[float] = deque(maxlen=50)
         self._last_beat = time.monotonic()
         self._evaluates = False
+        self._steps: tuple[int, ...] = ()  # of the bars, when last looked at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -144,14 +146,20 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.wait(min(WRITE_EVERY_S, self.hang_timeout / 4 or WRITE_EVERY_S)):
             self._write()
-            evaluates, limit = self._evaluates, f"train.hang_timeout={self.hang_timeout:g}"
-            silence = time.monotonic() - max(self._last_beat, Bars.moved if evaluates else 0)
-            if not self.hang_timeout:
-                continue
-            if silence > self.hang_timeout and not evaluates:
-                self._report_hang(f"no iteration for {silence:.0f} s", limit)
-            if silence > EVALUATING * self.hang_timeout and evaluates and distributed.is_main():
-                self._report_hang(f"no progress of the evaluation for {silence:.0f} s", f"{EVALUATING} times {limit}")
+            what, limit, words = "iteration", self.hang_timeout, f"train.hang_timeout={self.hang_timeout:g}"
+            if self._evaluates:
+                what, limit, words = "progress of the evaluation", EVALUATING * limit, f"{EVALUATING} times {words}"
+                if (steps := (Bars.steps, self._steps_of_first())) != self._steps:
+                    self._steps, self._last_beat = steps, time.monotonic()
+            silence = time.monotonic() - self._last_beat
+            if self.hang_timeout and silence > limit:
+                self._report_hang(f"no {what} for {silence:.0f} s", words)
+
+    def _steps_of_first(self) -> int:
+        """As the first process has written them."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(json.loads(self.first.read_text())["steps"])
+        return 0
 
     def _report_hang(self, nothing: str, limit: str) -> None:
         self.state = "hanging"
@@ -169,6 +177,7 @@ class Watch:
             **self.facts,
             "iter_time": statistics.median(self._iter_times) if self._iter_times else None,
             "data_time": statistics.median(self._data_times) if self._data_times else None,
+            "steps": Bars.steps,
             "time": time.time(),
             "state": self.state,
         }
