@@ -33,6 +33,8 @@ REQUESTS: tuple[type[Request], ...] = (
     pictures.PcaVideoRequest,
     pictures.PcaImageRequest,
     pictures.AttentionRequest,
+    pictures.DepthMapsRequest,
+    pictures.SegmentRequest,
     tools.PlotRequest,
     tools.DoctorRequest,
     *EVALUATIONS.values(),

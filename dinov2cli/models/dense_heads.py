@@ -6,6 +6,7 @@ that of Ranftl et al. 2021).
 Shape legend: B images, C channels, H x W pixels, h x w patches, D width, F inputs of a head, K classes, N bins.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -44,6 +45,7 @@ class HeadConfig(BaseModel):
     palette: tuple[tuple[int, int, int], ...] = Field((), description="RGB of the classes; empty: generated")
     dataset: str = Field("", description="of the labels, for people")
     backbone: str = Field("", description="weights that it was trained on, as --model takes them; empty: not known")
+    fingerprint: str = Field("", description="`fingerprint_of` that model; empty: not known")
     short_side: int | None = Field(None, description="pixels of the short side of test images", ge=1)
 
     @model_validator(mode="after")
@@ -309,3 +311,12 @@ def last_blocks(depth: int, count: int) -> tuple[int, ...]:
 def spread_blocks(depth: int) -> tuple[int, ...]:
     """Indices of the four blocks that depth heads read: 2, 5, 8, 11 of 12."""
     return _FOUR_BLOCKS.get(depth) or tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+
+
+def fingerprint_of(backbone: nn.Module) -> str:
+    """What tells the weights of a model from others: a hash of 64 values of each tensor, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, tensor in backbone.state_dict().items():
+        values = tensor.flatten()[:: max(tensor.numel() // 64, 1)].cpu()
+        found.update(name.encode() + values.float().numpy().tobytes())
+    return found.hexdigest()[:32]

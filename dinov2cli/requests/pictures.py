@@ -9,6 +9,7 @@ from dinov2cli.requests.base import AtLeastOne, DeviceRequest, Paths, argument, 
 from dinov2cli.requests.images import ImagesRequest
 
 DEFAULT_MODEL = "dinov2_vits14_reg"
+DEFAULT_DEPTH_HEAD = "dinov2_vits14_dd"
 INPUTS = "INPUT... OUTPUT"
 Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
@@ -110,6 +111,99 @@ class PcaVideoRequest(PcaRequest, command="pca-video", run_by="dinov2cli.visuali
     fps: float | None = option(None, "Frames a second of a folder of images (default 10).", ge=0.01)
     audio: bool = option(True, "Keep the sound (mp4, mov, mkv).")
     steady: bool = option(True, "Average out sensor noise where the picture stands still.")
+
+
+class MapsRequest(PicturesRequest):
+    """What `depth` and `segment` share."""
+
+    paths: Paths = argument("Images, folders of images, or a video; then the output.", metavar=INPUTS)
+    model: str | None = option(
+        None,
+        "Run folder, weights file, Hugging Face folder, URL or released name. Default: what the head was trained on.",
+        metavar="CKPT",
+    )
+    resolution: int | None = option(  # type: ignore[assignment]
+        None, "Patches along the short side of the picture. Default: as the head was tested, or 32.", ge=1, le=512
+    )
+    layout: Literal["colors", "side-by-side", "overlay"] | None = option(
+        None, "What a picture shows. Default: colors of one, overlay of classes, and side-by-side on a sheet."
+    )
+    legend: bool = option(True, "Say below the picture what the colours mean.")
+    save_values: Literal["png", "npy"] | None = option(
+        None, "Also write the values themselves, beside the picture or, of a video, into a folder of frames."
+    )
+    show_channels: str | None = option(
+        None,
+        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
+        "from its darkest to its brightest. Default: the first ones.",
+        metavar="R,G,B",
+    )
+    fps: float | None = option(
+        None, "Frames a second of a folder of images that becomes a video (default 10).", ge=0.01
+    )
+    audio: bool = option(True, "Keep the sound of a video (mp4, mov, mkv).")
+    batch_size: AtLeastOne | None = option(None, "Pictures at a time. Default: what the memory holds.", last=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", last=True)
+
+
+class DepthMapsRequest(MapsRequest, command="depth", run_by="dinov2cli.visualize.maps:run_depth"):
+    """Measure how far things are: the depth of each pixel in metres, bright near by and dark far away.
+
+    INPUT is images, folders of images or one video (anything FFmpeg reads). OUTPUT is a `.png` file (several images
+    make a sheet, one row each), a video (`.mp4`, `.mov`, `.mkv`, `.gif`; a folder of images becomes one, too), or,
+    without a suffix, a folder that gets a PNG file for each image or frame. All of them share one scale of colours.
+
+    Released heads know rooms up to 10 m (`..._nyu_...`) or streets up to 80 m (`..._kitti_...`); `linear` reads the
+    last block of the model, `linear4` and `dpt` four.
+
+    Example:
+
+        dino2 depth room.jpg room-depth.png
+
+        dino2 depth drive.mp4 drive-depth.mp4 --head dinov2_vits14_kitti_dpt --layout side-by-side
+
+        dino2 depth room.jpg room-depth.png --model RUN --head HEAD.pth --save-values npy
+    """
+
+    head: str = option(
+        DEFAULT_DEPTH_HEAD,
+        "File or URL of a head that `dino2 eval depth` or others have trained, or the name of a released one, which is "
+        "downloaded once.",
+    )
+    near: float | None = option(
+        None, "Metres that are brightest. Default: those of the nearest percent of all pixels.", ge=0
+    )
+    far: float | None = option(
+        None, "Metres that are darkest. Default: those of the farthest percent of all pixels.", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _near_is_nearer(self) -> Self:
+        if self.near is not None and self.far is not None and self.near >= self.far:
+            raise ValueError(f"--near {self.near:g} must be less than --far {self.far:g}")
+        return self
+
+
+class SegmentRequest(MapsRequest, command="segment", run_by="dinov2cli.visualize.maps:run_segment"):
+    """Show what is where: the class of each pixel, in colours over the picture.
+
+    INPUT is images, folders of images or one video (anything FFmpeg reads). OUTPUT is a `.png` file (several images
+    make a sheet, one row each), a video (`.mp4`, `.mov`, `.mkv`, `.gif`; a folder of images becomes one, too), or,
+    without a suffix, a folder that gets a PNG file for each image or frame.
+
+    Example:
+
+        dino2 segment street.jpg street-classes.png --head dinov2_vits14_voc2012_ms
+
+        dino2 segment walk.mp4 walk-classes.mp4 --model RUN --head HEAD.pth
+    """
+
+    head: str = option(
+        ...,
+        "File or URL of a head that `dino2 eval segmentation` or others have trained, or the name of a released one, "
+        "which is downloaded once: dinov2_vit{s,b,l,g}14_{ade20k,voc2012}_{linear,ms}.",
+    )
+    opacity: float = option(0.6, "Of the colours in an overlay.", ge=0, le=1)
 
 
 class AttentionRequest(PicturesRequest, command="attention", run_by="dinov2cli.visualize.attention_maps:run"):

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dinov2cli.console import logger
 from dinov2cli.data.augmentations import normalize_pixels
@@ -57,14 +58,27 @@ class PatchFeatures:
         scale = self.resolution / min(height, width)
         return max(round(height * scale), 1), max(round(width * scale), 1)
 
+    def fitted(self, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
+        """Pixels (H, W) at which the network sees such a picture: those of the grid."""
+        height, width = self.grid(size, pixel_aspect)
+        return height * self.model.patch_size, width * self.model.patch_size
+
+    def compute(self, images: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W] -> features [B, h, w, D]."""
+        with self.precision.autocast():
+            tokens: Tensor = self.model.forward_features(images)["x_norm_patchtokens"]
+        features: Tensor = tokens.unflatten(1, self.model.grid_of(images))
+        return features
+
     def maps(
         self, items: Iterable[tuple[Item, Picture]], pixel_aspect: Fraction = Fraction(1)
     ) -> Iterator[tuple[Item, FeatureMap]]:
         """Feature maps float32 [h, w, D] in order, each with the item that came with its picture."""
         batch: list[tuple[Item, Picture]] = []
         for item, picture in items:
-            grid = self.grid((picture.shape[0], picture.shape[1]), pixel_aspect)
-            fitted = resize(picture, (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size))
+            size = picture.shape[0], picture.shape[1]
+            grid = self.grid(size, pixel_aspect)
+            fitted = resize(picture, self.fitted(size, pixel_aspect))
             unlike = bool(batch) and (batch[0][1].shape, batch[0][1].dtype) != (fitted.shape, fitted.dtype)
             if batch and (unlike or len(batch) >= self.batch_size(grid)):
                 yield from self._run(batch)
@@ -97,18 +111,16 @@ class PatchFeatures:
 
     def _features(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[B, H, W, C] -> [B, h, w, D]. Where the device's memory does not do, in halves from then on."""
-        patch = self.model.patch_size
-        grid = pictures.shape[1] // patch, pictures.shape[2] // patch
         try:
             images = normalize_pixels(torch.from_numpy(pictures).to(self.device), self.model.images.statistics)
-            with torch.inference_mode(), self.precision.autocast():
-                tokens = self.model.forward_features(images)["x_norm_patchtokens"]
-            features: FeatureMap = tokens.float().cpu().numpy()
-            return features.reshape(len(pictures), *grid, -1)
+            with torch.inference_mode():
+                features: FeatureMap = self.compute(images).float().cpu().numpy()
+            return features
         except torch.OutOfMemoryError as error:
             if len(pictures) == 1:
+                height, width = (side // self.model.patch_size for side in pictures.shape[1:3])
                 raise EnvironmentProblem(
-                    f"one picture of {grid[0]}x{grid[1]} patches does not fit into the memory of {self.device}; "
+                    f"one picture of {height}x{width} patches does not fit into the memory of {self.device}; "
                     "give a smaller --resolution"
                 ) from error
         half = len(pictures) // 2

@@ -3,24 +3,21 @@
 First pass: features of frames sampled evenly over all inputs fit the basis. Second pass: every frame is rendered.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import counted, interruption, logger, progress
+from dinov2cli.console import counted, progress
 from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
-from dinov2cli.visualize.features import FeatureSpool, PatchFeatures, resize
-from dinov2cli.visualize.pictures import Written, extractor_and_basis
+from dinov2cli.visualize.features import FeatureMap, FeatureSpool, PatchFeatures, Picture
+from dinov2cli.visualize.pictures import Advance, Written, check_takes_video, draw_video, extractor_and_basis
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video.reader import FrameSource, check_source, open_source, sampling_step
-from dinov2cli.visualize.video.writer import VideoWriter, check_output, open_writer
-
-Advance = Callable[[int], object]
-"""Called with the number of frames that were just finished."""
+from dinov2cli.visualize.video.writer import check_output
 
 
 def run(request: PcaVideoRequest) -> Written:
@@ -38,13 +35,7 @@ def run(request: PcaVideoRequest) -> Written:
     for path in outputs:
         check_output(path)
     extractor, basis, reading = extractor_and_basis(request)
-    images = extractor.model.images
-    if not images.are_rgb:
-        raise DataError(
-            f"a video has red, green and blue, and this model takes {len(images.channels) or images.in_chans} channels "
-            f"({', '.join(images.channels) or 'no colours'}): it cannot be shown one",
-            "dino2 pca-image and dino2 attention draw images with its channels.",
-        )
+    check_takes_video(extractor.model.images)
     sources = [open_source(path, request.fps, reading) for path in request.inputs]
     counts = [source.count() for source in sources]
     with progress() as display:
@@ -125,25 +116,10 @@ def render_video(
         EnvironmentProblem: an output that cannot be written.
     """
     check_basis(basis, extractor.model.embed_dim)
-    with ExitStack() as stack:
-        interrupted = stack.enter_context(interruption("stopping; no output is kept"))
-        writer = stack.enter_context(
-            open_writer(output, time_base=source.time_base, rate=source.rate, pixel_aspect=source.pixel_aspect)
-        )
-        if audio and isinstance(writer, VideoWriter) and source.path.is_file():
-            writer.add_audio(source.path, source.start)
-        height, width = source.size
-        if writer.square_pixels:
-            width = round(width * source.pixel_aspect)
-        still = TemporalFilter() if steady else None
-        pictures = ((frame, frame.image) for frame in source.frames())
-        for frame, features in extractor.maps(pictures, source.pixel_aspect):
-            if interrupted:
-                raise KeyboardInterrupt
-            smoothing = partial(still, frame.image) if still else None
-            drawn_on = resize(frame.image, (height, width))
-            image = render(drawn_on, features, basis, layout=layout, upsampling=upsampling, smoothing=smoothing)
-            writer.write(image, frame.time, frame.duration)
-            advance(1)
-    logger.info("%s: %d frames", output, writer.frames_written)
-    return writer.frames_written
+    still = TemporalFilter() if steady else None
+
+    def draw(frame: Picture, drawn_on: Picture, features: FeatureMap) -> Picture:
+        smoothing = partial(still, frame) if still else None
+        return render(drawn_on, features, basis, layout=layout, upsampling=upsampling, smoothing=smoothing)
+
+    return draw_video(extractor, source, output, draw, audio=audio, advance=advance)

@@ -1,10 +1,13 @@
 """What the picture commands share: images and models to read, pictures to write."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from dinov2cli.config import load_config
+from dinov2cli.config.images import Images
+from dinov2cli.console import interruption, logger
 from dinov2cli.data.datasets.sample_photos import photo_files
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.spelling import inside
@@ -13,11 +16,21 @@ from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
 from dinov2cli.models.load import load_model, locate
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.pictures import DEFAULT_MODEL, AttentionRequest, PcaImageRequest, PcaVideoRequest
+from dinov2cli.requests.pictures import (
+    DEFAULT_MODEL,
+    AttentionRequest,
+    MapsRequest,
+    PcaImageRequest,
+    PcaVideoRequest,
+)
 from dinov2cli.visualize.basis import ColorBasis, check_basis
-from dinov2cli.visualize.features import PatchFeatures, Picture
+from dinov2cli.visualize.features import FeatureMap, PatchFeatures, Picture, resize
+from dinov2cli.visualize.video.reader import FrameSource
 from dinov2cli.visualize.video.stills import list_images
-from dinov2cli.visualize.video.writer import write_png
+from dinov2cli.visualize.video.writer import VideoWriter, open_writer, write_png
+
+Advance = Callable[[int], object]
+"""Called with the number of frames that were just finished."""
 
 
 class Written(NamedTuple):
@@ -80,6 +93,56 @@ def save_picture(path: Path, picture: Picture) -> None:
         write_png(path, picture)
 
 
+def check_takes_video(images: Images) -> None:
+    """Raise DataError for a model of other channels than those of a video."""
+    if not images.are_rgb:
+        raise DataError(
+            f"a video has red, green and blue, and this model takes {len(images.channels) or images.in_chans} channels "
+            f"({', '.join(images.channels) or 'no colours'}): it cannot be shown one",
+            "Images with its channels can be drawn: see dino2 pca-image, attention, depth, segment.",
+        )
+
+
+def draw_video(
+    extractor: PatchFeatures,
+    source: FrameSource,
+    output: Path,
+    draw: Callable[[Picture, Picture, FeatureMap], Picture],
+    *,
+    audio: bool = True,
+    advance: Advance = lambda _: None,
+) -> int:
+    """Draw every frame of a source and return how many there were. The output appears complete or not at all.
+
+    Args:
+        draw: of a frame, the same with square pixels where the output has no others, and its map, what is written.
+        audio: keep the sound of a video.
+
+    Raises:
+        DataError: an unknown output type.
+        EnvironmentProblem: an output that cannot be written.
+    """
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(interruption("stopping; no output is kept"))
+        writer = stack.enter_context(
+            open_writer(output, time_base=source.time_base, rate=source.rate, pixel_aspect=source.pixel_aspect)
+        )
+        if audio and isinstance(writer, VideoWriter) and source.path.is_file():
+            writer.add_audio(source.path, source.start)
+        height, width = source.size
+        if writer.square_pixels:
+            width = round(width * source.pixel_aspect)
+        pictures = ((frame, frame.image) for frame in source.frames())
+        for frame, features in extractor.maps(pictures, source.pixel_aspect):
+            if interrupted:
+                raise KeyboardInterrupt
+            image = draw(frame.image, resize(frame.image, (height, width)), features)
+            writer.write(image, frame.time, frame.duration)
+            advance(1)
+    logger.info("%s: %d frames", output, writer.frames_written)
+    return writer.frames_written
+
+
 def extractor_and_basis(
     request: PcaImageRequest | PcaVideoRequest,
 ) -> tuple[PatchFeatures, ColorBasis | None, Reading]:
@@ -95,10 +158,10 @@ def extractor_and_basis(
 
 
 def load_picture_model(
-    request: PcaImageRequest | PcaVideoRequest | AttentionRequest,
+    request: PcaImageRequest | PcaVideoRequest | AttentionRequest | MapsRequest, default: str = DEFAULT_MODEL
 ) -> tuple[VisionTransformer, str, Reading]:
-    """The model of --model in evaluation mode on --device, the precision of the run that it comes from, and how images
-    are read: as in that run where no option says otherwise.
+    """The model of --model, or else the default, in evaluation mode on --device, the precision of the run that it comes
+    from, and how images are read: as in that run where no option says otherwise.
 
     Raises:
         EnvironmentProblem: a device that is not there.
@@ -106,13 +169,13 @@ def load_picture_model(
     """
     where, name = choose_device(request.device), request.model
     try:
-        source = locate(name or DEFAULT_MODEL)
+        source = locate(name or default)
         model = load_model(source).to(where).eval()
     except WeightsError as error:
         if name is not None:
             raise
         raise WeightsError(
-            f"the default model {DEFAULT_MODEL} cannot be had: {error.message}",
+            f"the default model {default} cannot be had: {error.message}",
             "Give a model of your own with --model (a run folder, a weights file or a Hugging Face folder).",
         ) from error
     file = source.run / "config.yaml" if source.run else None

@@ -127,6 +127,7 @@ def _to_bytes(values: NDArray[np.float32]) -> Picture:
 
 LAYOUTS: dict[str, Callable[[Picture, NDArray[np.float32], NDArray[np.float32]], Picture]] = {
     "pca": lambda picture, colors, opacity: _to_bytes(colors * opacity),
+    "colors": lambda picture, colors, opacity: _to_bytes(colors),
     "side-by-side": lambda picture, colors, opacity: np.concatenate([picture, _to_bytes(colors * opacity)], axis=1),
     "overlay": _overlay,
 }

@@ -11,14 +11,23 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.files import replacing, user_path, writing
-from dinov2cli.models.dense_heads import DenseHead, DenseModel, DepthHead, DPTHead, HeadConfig, SegmentationHead
+from dinov2cli.models.dense_heads import (
+    DenseHead,
+    DenseModel,
+    DepthHead,
+    DPTHead,
+    HeadConfig,
+    SegmentationHead,
+    fingerprint_of,
+)
 from dinov2cli.models.load import load_model, said_in
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import RELEASED, RELEASED_URL
 from dinov2cli.models.load.tensor_files import read_tensors, refuse_odd_tensors, write_tensors
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, shapes_of
 
 SAID = "dino2.head"
 """The key of a file's metadata under which our own say their `HeadConfig`."""
@@ -117,7 +126,20 @@ def load_dense(
         raise WeightsError(f"{head}: does not say on which backbone it was trained; give the model as well")
     if not isinstance(model, VisionTransformer):
         model = load_model(model or found.config.backbone, pretrained, **arguments)
+    if pretrained:
+        warn_of_another(found.config, model)
     return DenseModel(model, found).eval()
+
+
+def warn_of_another(config: HeadConfig, model: VisionTransformer) -> None:
+    """Say so where a head was trained on other weights than these, as far as it tells."""
+    released = RELEASED.get(config.backbone)
+    if config.fingerprint:
+        same = config.fingerprint == fingerprint_of(model)
+    else:
+        same = released is None or shapes_of(released.architecture) == shapes_of(model.config)
+    if not same:
+        logger.warning("the head was trained on %s, and this is another model: its maps mean little", config.backbone)
 
 
 def check_head(source: str | Path, option: str) -> None:

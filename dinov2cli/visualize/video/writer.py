@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -22,11 +23,12 @@ from dinov2cli.files import write_bytes, writing
 from dinov2cli.visualize.video.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-PNG_NAME = "frame_{:06d}.png"
 _AFTER_HEADER = 33  # bytes: where a PNG file's signature and first chunk end
 _SAYS = b"tEXtSoftware\0dino2"
 DRAWN_HERE = struct.pack(">I", len(_SAYS) - 4) + _SAYS + struct.pack(">I", zlib.crc32(_SAYS))
 """A chunk of a PNG file that tells our pictures from photos."""
+OUR_ARRAYS = (".depth.npy", ".classes.npy")
+"""How names end of arrays that are written beside pictures."""
 
 
 def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction = Fraction(1)) -> "Writer":
@@ -50,7 +52,7 @@ def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect
     if suffix:
         known = ", ".join([*VIDEO_FORMATS, ".gif"])
         raise DataError(f"{path}: unknown output type {suffix!r}; give {known}, or a name without suffix (PNG folder)")
-    return PngFolderWriter(path)
+    return FolderWriter(path)
 
 
 def check_output(path: Path) -> None:
@@ -74,8 +76,8 @@ class Writer:
             self._check_place()
             self._create()
 
-    def write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
-        """Append a frame: RGB [H, W, 3], with its time and duration in seconds; times must grow."""
+    def write(self, image: Any, time: Fraction, duration: Fraction) -> None:
+        """Append a frame: RGB uint8 [H, W, 3], with its time and duration in seconds; times must grow."""
         with writing(self.path):  # FFmpeg's errors of the file system are OSErrors as well
             self._write(image, time, duration)
         self.frames_written += 1
@@ -262,14 +264,24 @@ class GifWriter(ContainerWriter):
         super()._finish()
 
 
-class PngFolderWriter(Writer):
-    """`frame_000001.png`, `frame_000002.png`, ... A folder that holds anything else is never replaced."""
+class FolderWriter(Writer):
+    """`frame_000001.png`, `frame_000002.png`, ... A folder that holds anything else is never replaced.
+
+    Args:
+        suffix: of the files.
+        save: writes what is given for a frame as such a file; by default `write_png`.
+    """
+
+    def __init__(self, path: Path, suffix: str = ".png", save: Callable[[Path, Any], None] | None = None) -> None:
+        self._suffix, self._save = suffix, save or write_png
+        super().__init__(path)
 
     def _check_place(self) -> None:
         if self.path.is_file():
-            raise EnvironmentProblem(f"{self.path}: is a file; a name without suffix means a folder of PNG files")
+            raise EnvironmentProblem(f"{self.path}: is a file; a name without suffix means a folder of files")
         names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        if foreign := next((name for name in names if not re.fullmatch(r"frame_\d{6,}\.png", name)), None):
+        ours = re.compile(rf"frame_\d{{6,}}{re.escape(self._suffix)}")
+        if foreign := next((name for name in names if not ours.fullmatch(name)), None):
             raise EnvironmentProblem(
                 f"{self.path}: holds other files ({foreign}); give a new or empty folder for the frames"
             )
@@ -278,8 +290,8 @@ class PngFolderWriter(Writer):
         shutil.rmtree(self.aside, ignore_errors=True)
         self.aside.mkdir()
 
-    def _write(self, image: NDArray[np.uint8], time: Fraction, duration: Fraction) -> None:
-        write_png(self.aside / PNG_NAME.format(self.frames_written + 1), image)
+    def _write(self, image: Any, time: Fraction, duration: Fraction) -> None:
+        self._save(self.aside / f"frame_{self.frames_written + 1:06d}{self._suffix}", image)
 
     def _finish(self) -> None:
         # A rename replaces an empty folder only; what is there was rendered before (see _check_place).
@@ -297,12 +309,18 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """
     written, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert written
-    data = encoded.tobytes()
-    write_bytes(path, data[:_AFTER_HEADER] + DRAWN_HERE + data[_AFTER_HEADER:])
+    write_bytes(path, marked(encoded.tobytes()))
+
+
+def marked(png: bytes) -> bytes:
+    """The bytes of a PNG file that says that dino2 wrote it."""
+    return png[:_AFTER_HEADER] + DRAWN_HERE + png[_AFTER_HEADER:]
 
 
 def is_drawn_here(path: Path) -> bool:
-    """Whether a file is a PNG picture that `write_png` wrote."""
+    """Whether a file is a PNG picture that `write_png` wrote, or by its name one of our arrays."""
+    if path.name.endswith(OUR_ARRAYS):
+        return True
     if path.suffix.lower() != ".png" or not path.is_file():
         return False
     with path.open("rb") as file:

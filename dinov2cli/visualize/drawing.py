@@ -1,0 +1,222 @@
+"""How depths and classes are drawn and written: colours, what says what they mean, and files of the values.
+
+Shape legend: H x W pixels, h x w of a head's map, K classes.
+"""
+
+import io
+from abc import ABC, abstractmethod
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinov2cli.errors import DataError
+from dinov2cli.models.dense_heads import DenseHead, SegmentationHead
+from dinov2cli.visualize.dense_maps import classes_of, depths_of
+from dinov2cli.visualize.features import FeatureMap, Picture
+from dinov2cli.visualize.legends import class_legend, depth_legend, near_is_bright, palette_of
+from dinov2cli.visualize.rendering import LAYOUTS, OVERLAY_STRENGTH
+from dinov2cli.visualize.video.writer import marked
+
+Values = NDArray[Any]
+"""Depths in metres, float32 [H, W]; or classes, uint8 or uint16 [H, W]."""
+
+
+class Drawing(ABC):
+    """One kind of map; it sees all pictures, or a sample of them, before it draws the first."""
+
+    name: str
+    """Of the values, in names of files."""
+    usual_layout: str
+    opacity = OVERLAY_STRENGTH
+    """Of the colours in an overlay."""
+
+    @abstractmethod
+    def observe(self, low: FeatureMap) -> None:
+        """Take note of a picture's map [h, w, K]."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Decide, from all that was observed, what colours show."""
+
+    @abstractmethod
+    def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
+        """What a map says of each pixel of a picture of `size` (H, W)."""
+
+    @abstractmethod
+    def colors(self, values: Values) -> Picture:
+        """uint8 [H, W, 3]; where it is black, an overlay shows the picture."""
+
+    @abstractmethod
+    def legend(self, width: int, values: Values | None) -> Picture:
+        """A strip that says what colours mean: of these values, or of all that was observed."""
+
+    @abstractmethod
+    def note(self) -> str:
+        """What was found, in words."""
+
+    @abstractmethod
+    def encoded(self, values: Values, kind: str) -> bytes:
+        """A file of the values: `png` or `npy`."""
+
+    @abstractmethod
+    def about_values(self, kind: str) -> str:
+        """What the numbers in such a file mean."""
+
+    @abstractmethod
+    def check_values(self, kind: str) -> None:
+        """Raise DataError where such a file cannot hold the values."""
+
+    def draw(self, picture: Picture, values: Values, layout: str) -> Picture:
+        """The picture [H, W, 3] with its values in colour, in a layout of `rendering.LAYOUTS`."""
+        colors = self.colors(values)
+        opacity = np.ones((*values.shape, 1), np.float32)
+        if layout == "overlay":
+            opacity[:] = self.opacity / OVERLAY_STRENGTH
+            opacity[~colors.any(axis=2)] = 0
+        return LAYOUTS[layout](picture, colors.astype(np.float32) / np.float32(255), opacity)
+
+    def with_legend(self, picture: Picture, values: Values | None = None) -> Picture:
+        """The picture, and below it a strip."""
+        return np.concatenate([picture, self.legend(picture.shape[1], values)])
+
+
+class DepthDrawing(Drawing):
+    """Depths, bright near by and dark far away.
+
+    Args:
+        head: gives the range.
+        near, far: metres at the ends of the colours; None: of the nearest and farthest percent of what was observed.
+    """
+
+    name, usual_layout = "depth", "colors"
+    PERCENT = 1
+    BINS = 10_000
+
+    def __init__(self, head: DenseHead, near: float | None, far: float | None) -> None:
+        self.span = (head.config.min_depth, head.config.max_depth)
+        self._given = near, far
+        self.near, self.far = self.span
+        self._counts = np.zeros(self.BINS, np.int64)
+        # PNG files hold whole numbers up to 65535: millimetres as NYU's, else 1/256 m as KITTI's.
+        self._scale = next((scale for scale in (1000, 256) if scale * self.span[1] <= 65535), 0)
+
+    def observe(self, low: FeatureMap) -> None:
+        self._counts += np.histogram(np.clip(low, *self.span), self.BINS, self.span)[0]
+
+    def settle(self) -> None:
+        share = np.cumsum(self._counts) / self._counts.sum()
+        ends = np.searchsorted(share, [self.PERCENT / 100, 1 - self.PERCENT / 100]) + np.array([0, 1])
+        found = self.span[0] + ends * (self.span[1] - self.span[0]) / self.BINS
+        near, far = (float(end) if given is None else given for given, end in zip(self._given, found, strict=True))
+        if near >= far:
+            option, given, what = (
+                ("--near", near, "farther") if self._given[0] is not None else ("--far", far, "nearer")
+            )
+            seen = f"depths are about {found[0]:.3g} to {found[1]:.3g} m"
+            raise DataError(f"{option} {given:g}: nothing in the pictures is {what}; {seen}")
+        self.near, self.far = near, far
+
+    def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
+        return depths_of(low, self.span, size)
+
+    def colors(self, values: Values) -> Picture:
+        return near_is_bright((values - self.near) / (self.far - self.near))
+
+    def legend(self, width: int, values: Values | None) -> Picture:
+        return depth_legend(self.near, self.far, width)
+
+    def note(self) -> str:
+        return f"from {self.near:.3g} m (bright) to {self.far:.3g} m (dark)"
+
+    def check_values(self, kind: str) -> None:
+        if kind == "png" and not self._scale:
+            raise DataError(
+                f"--save-values png: holds depths up to 256 m, and the head's go to {self.span[1]:g} m; npy does"
+            )
+
+    def encoded(self, values: Values, kind: str) -> bytes:
+        if kind == "npy":
+            return _npy(values)
+        written, content = cv2.imencode(".png", (values * self._scale + 0.5).astype(np.uint16))
+        assert written
+        return marked(content.tobytes())
+
+    def about_values(self, kind: str) -> str:
+        return "metres, float32" if kind == "npy" else f"metres times {self._scale}, 16 bits"
+
+
+class ClassDrawing(Drawing):
+    """Classes, each in its colour.
+
+    Args:
+        head: gives names and colours.
+        opacity: of the colours in an overlay.
+    """
+
+    name, usual_layout = "classes", "overlay"
+    SHOWN_FROM = 0.002
+    """Least share of the pixels with which a class is in a legend."""
+    NAMED = 5
+    """Classes that are named in words."""
+
+    def __init__(self, head: DenseHead, opacity: float) -> None:
+        assert isinstance(head, SegmentationHead)
+        self.count, config = head.conv_seg.out_channels, head.config
+        self.names = config.classes or tuple(f"class {index}" for index in range(self.count))
+        self.palette = list(config.palette) or palette_of(config.classes, self.count)
+        self.opacity = opacity
+        self._observed = np.zeros(self.count, np.int64)
+
+    def observe(self, low: FeatureMap) -> None:
+        self._observed += np.bincount(low.argmax(axis=2).ravel(), minlength=self.count)
+
+    def settle(self) -> None:
+        pass
+
+    def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
+        return classes_of(low, size)
+
+    def colors(self, values: Values) -> Picture:
+        return np.array(self.palette, np.uint8)[values]
+
+    def legend(self, width: int, values: Values | None) -> Picture:
+        counts = self._observed if values is None else np.bincount(values.ravel(), minlength=self.count)
+        return class_legend([(self.palette[index], self.names[index]) for index in self._present(counts)], width)
+
+    def _present(self, counts: NDArray[np.int64]) -> list[int]:
+        """Classes that are there, the most frequent first."""
+        order = np.argsort(-counts, kind="stable")
+        return [int(index) for index in order if counts[index] >= max(self.SHOWN_FROM * counts.sum(), 1)]
+
+    def note(self) -> str:
+        present, total = self._present(self._observed), self._observed.sum()
+        words = [f"{self.names[index]} {100 * self._observed[index] / total:.0f} %" for index in present[: self.NAMED]]
+        more = f" and {len(present) - self.NAMED} more" if len(present) > self.NAMED else ""
+        return ", ".join(words) + more
+
+    def check_values(self, kind: str) -> None:
+        if kind == "png" and self.count > 256:
+            raise DataError(
+                f"--save-values png: has a palette of 256 colours, and the head {self.count} classes; npy does"
+            )
+
+    def encoded(self, values: Values, kind: str) -> bytes:
+        if kind == "npy":
+            return _npy(values)
+        picture = Image.fromarray(values, mode="L")
+        picture.putpalette(np.array(self.palette, np.uint8).tobytes())
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return marked(file.getvalue())
+
+    def about_values(self, kind: str) -> str:
+        return "indices of classes" if kind == "npy" else "indices of classes, with a palette"
+
+
+def _npy(values: Values) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
