@@ -17,6 +17,8 @@ _dino2() {
             "dino2 pca-video") path="dino2 pca-video" ;;
             "dino2 pca-image") path="dino2 pca-image" ;;
             "dino2 attention") path="dino2 attention" ;;
+            "dino2 depth") path="dino2 depth" ;;
+            "dino2 segment") path="dino2 segment" ;;
             "dino2 plot") path="dino2 plot" ;;
             "dino2 doctor") path="dino2 doctor" ;;
             "dino2 knn") path="dino2 knn" ;;
@@ -48,7 +50,7 @@ _dino2() {
     case "$path" in
         "dino2")
             options="--version -V --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention plot doctor knn logreg linear eval datasets presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear eval datasets presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -228,6 +230,43 @@ _dino2() {
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
             esac
             options="--model --resolution --block --show-channels --overlay --device --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --help -h"
+            words="" ;;
+        "dino2 depth")
+            case "$prev" in
+                --model) :; return ;;
+                --resolution) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --layout) COMPREPLY=($(compgen -W "colors side-by-side overlay" -- "$cur")); return ;;
+                --save-values) COMPREPLY=($(compgen -W "png npy" -- "$cur")); return ;;
+                --show-channels) :; return ;;
+                --fps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --head) :; return ;;
+                --near) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --far) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --head --near --far --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            words="" ;;
+        "dino2 segment")
+            case "$prev" in
+                --model) :; return ;;
+                --resolution) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --layout) COMPREPLY=($(compgen -W "colors side-by-side overlay" -- "$cur")); return ;;
+                --save-values) COMPREPLY=($(compgen -W "png npy" -- "$cur")); return ;;
+                --show-channels) :; return ;;
+                --fps) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --head) :; return ;;
+                --opacity) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --head --opacity --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 plot")
             case "$prev" in

@@ -91,7 +91,10 @@ def _is_video(request: MapsRequest) -> bool:
     if len(inputs) > 1:
         raise DataError(f"{(moving or inputs)[0]}: a video is drawn by itself; give one input")
     if output.suffix and not to_video:
-        raise DataError(f"{output}: of a video comes a video; give .mp4, .mov, .mkv, .gif, or no suffix (a folder)")
+        raise DataError(
+            f"{output}: {moving[0]} is no image, and of a video comes a video; give .mp4, .mov, .mkv, .gif, or no "
+            "suffix (a folder)"
+        )
     if request.show_channels is not None:
         raise DataError(f"--show-channels {request.show_channels}: a video has red, green and blue")
     return True

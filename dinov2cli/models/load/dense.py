@@ -147,7 +147,7 @@ def check_head(source: str | Path, option: str) -> None:
     if str(source) not in RELEASED_HEADS and not is_url(str(source)) and not user_path(source).is_file():
         raise WeightsError(
             f"{option} {source}: is no file, and no released head has that name",
-            f"Released: {', '.join(RELEASED_HEADS)}.",
+            "Released are dinov2_vit{s,b,l,g}14_{nyu,kitti}_{linear,linear4,dpt} and ..._{ade20k,voc2012}_{linear,ms}.",
         )
 
 
