@@ -53,6 +53,15 @@ def test_a_real_run(tmp_path: Path) -> None:
     assert as_json["logs"] == [str(run / "logs" / "train.log")]
 
 
+@pytest.mark.parametrize("age", [1, 1000])
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_finished(tmp_path: Path, age: float) -> None:
+    run = write_run(tmp_path / "run", ages=[age])
+    assert read_status(run).state != "finished"
+    (run / "checkpoints" / "iteration_00000100").mkdir()
+    now = read_status(run)
+    assert (now.state, now.iteration, now.silent) == ("finished", 100, [])
+
+
 def test_speed_and_what_is_left(tmp_path: Path) -> None:
     now = read_status(write_run(tmp_path / "run", ages=[1, 2, 3, 4]))
     assert (now.state, now.iteration, now.total, now.checkpoint) == ("training", 40, 100, 30)

@@ -86,7 +86,8 @@ def read_status(run: Path) -> Status:
     total = processes[0]["total"] if processes else total_of(run)
     logged = int(metrics[-1]["iteration"]) + 1 if metrics else 0
     iteration = max([logged, newest_checkpoint(run), *(int(process["iteration"]) for process in processes)])
-    state = state_of(processes, jobs)
+    # The last checkpoint is the last thing that a run writes, but for its sign of life: a kill may come between them.
+    state = "finished" if total and newest_checkpoint(run) >= total else state_of(processes, jobs)
     silent = [process["rank"] for process in processes if process["age"] > STALE_S]
     iter_time, data_time = median_of(metrics, "iter_time"), median_of(metrics, "data_time")
     batch = metrics[-1].get("current_batch_size") if metrics else None
