@@ -28,8 +28,19 @@ EXAMPLES = {
 }
 """The datasets there are by name (`data.datasets.strings.KINDS`)."""
 KNOWN = "Known datasets: a folder, " + ", ".join(EXAMPLES.values())
+EXAMPLES |= {  # with labels for every pixel
+    "ADE20k": "ADE20k:root=/ade:split=TRAIN",
+    "Cityscapes": "Cityscapes:root=/cityscapes:split=TRAIN",
+    "Depths": "Depths:images=/room/images:depths=/room/depth:scale=1000",
+    "KITTI": "KITTI:root=/kitti:split=TRAIN",
+    "Masks": "Masks:images=/cells/images:masks=/cells/masks:classes=4",
+    "NYUd": "NYUd:root=/nyu:split=TRAIN",
+    "VOC": "VOC:root=/VOC2012:split=TRAIN",
+}
 SHORT = {"folder": "Folder", "archive": "Archive", "csv": "Table", "parquet": "Parquet", "shards": "Shards"}
 """`name:PATH`, for what a path is to be taken for, whatever it looks like."""
+PLACES = ("root", "extra", "file", "images", "masks", "depths", "names")
+"""Keys whose values are paths."""
 IMAGENETS = {"ImageNet": ("split", "root", "extra"), "ImageNet22k": ("root", "extra")}
 """Those that `dino2 prepare-imagenet` makes known, with their keys."""
 
@@ -93,7 +104,7 @@ def _complete_one(text: str, split: str | None, site: Site) -> str:
         if not os.path.isdir(known.root):
             raise gone(name, known.root, file)
         options = {**known.model_dump(exclude_none=True), **options}
-    given = (f"{key}={_quoted(options[key])}" for key in IMAGENETS[name] if key in options)
+    given = (f"{key}={quoted(options[key])}" for key in IMAGENETS[name] if key in options)
     return ":".join((name, *given))
 
 
@@ -107,7 +118,7 @@ def absolute(text: str) -> str:
 def _absolute_one(text: str) -> str:
     def placed(value: str) -> str:
         path = os.path.expanduser(unquoted(value))
-        return _quoted(os.path.abspath(path)) if os.path.exists(path) else value
+        return quoted(os.path.abspath(path)) if os.path.exists(path) else value
 
     name, _, rest = text.partition(":")
     if name in SHORT and rest:
@@ -116,7 +127,7 @@ def _absolute_one(text: str) -> str:
         file, colons, path = unquoted(text).partition("::")
         return f"{unquoted(placed(file))}::{path}" if colons and inside(unquoted(text)) else placed(text)
     parts = [part.partition("=") for part in _split(rest, re.compile(r":(?=\w+=)"))] if rest else []
-    given = [f"{key}={placed(value) if key in ('root', 'extra', 'file') else value}" for key, _, value in parts]
+    given = [f"{key}={placed(value) if key in PLACES else value}" for key, _, value in parts]
     return ":".join((name, *given))
 
 
@@ -191,5 +202,6 @@ def unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """A value or path as it stands in a dataset string, in quotes where it could be read in two ways."""
     return f'"{value}"' if set(value) & set(" :=+") else value

@@ -45,8 +45,7 @@ class Unlearned(nn.Module):
     """Features of normalised images that take no training, all of them side by side as one class token.
 
     Args:
-        config: of the model beside which they stand: the random network has its shape, fresh weights of a fixed seed,
-            and LayerScale 1, with which every block counts.
+        config: of the model beside which they stand, and whose shape the random network has.
         images: how its images are normalised.
     """
 
@@ -58,9 +57,7 @@ class Unlearned(nn.Module):
         self.config, self.patch_size, self.images = config, config.patch_size, images
         for name, levels in zip(("mean", "std"), images.statistics, strict=True):
             self.register_buffer(name, torch.tensor(levels)[:, None, None])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            self.network = VisionTransformer(config.changed(layerscale=None))
+        self.network = random_network(config)
         self.eval()
 
     def class_tokens(self, images: Tensor) -> Tensor:
@@ -81,6 +78,13 @@ class Unlearned(nn.Module):
             "random network": self.network.class_tokens(images),
         }
         return {name: found[name] for name in names(self.config.in_chans)}
+
+
+def random_network(config: ViTConfig) -> VisionTransformer:
+    """Fresh weights of a fixed seed, and LayerScale 1, with which every block counts; in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return VisionTransformer(config.changed(layerscale=None)).eval()
 
 
 def names(in_chans: int) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class FeatureCache:
             reason = distributed.broadcast_object(reason)
             if reason is None:
                 logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
-                return _read(entry, len(dataset), FEATURES[recipe.detailed])
+                return _read(entry, len(dataset), _tensors(recipe))
             if reason:
                 logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
         return None
@@ -133,7 +133,11 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
 
 
 def _transform(recipe: Recipe) -> str:
-    return f"{recipe.transform}: {', '.join(FEATURES[recipe.detailed])}"
+    return f"{recipe.transform}: {', '.join(_tensors(recipe))}"
+
+
+def _tensors(recipe: Recipe) -> tuple[str, ...]:
+    return recipe.further or FEATURES[recipe.detailed]
 
 
 def _why_not(entry: Path, identity: dict[str, Any]) -> str | None:

@@ -5,11 +5,12 @@ Shapes: B images of a batch.
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ class Extractor:
         self.image_size = fitting_image_size(model, image_size)
         self.resize = round(self.image_size * resize_ratio)
         self.images = getattr(model, "images", RGB)
-        self.transform = EvalTransform(self.resize, self.image_size, self.images)
+        self.transform: Callable[[np.ndarray], Tensor] = EvalTransform(self.resize, self.image_size, self.images)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.precision = Precision.resolve(precision, self.device, frozen=True)
@@ -81,7 +82,7 @@ class Extractor:
         self.reading = reading or Reading(self.images)
         self.notes: list[str] = []
 
-    def with_model(self, model: nn.Module) -> "Extractor":
+    def with_model(self, model: nn.Module) -> Self:
         """One that does the same with another model, which has the patches and channels of this one's."""
         other = copy(self)
         vars(other).pop("weights_hash", None)
@@ -148,21 +149,24 @@ class Extractor:
         if gathered.done == len(gathered.bad):  # of several processes one whose few images are all damaged
             refuse_too_many_bad(gathered.done, gathered.done, 0.0, gathered.bad)
         features = gathered.features()
-        if not features.cls.isfinite().all():
+        if not all(tensor.isfinite().all() for tensor in features.tensors.values()):
             gathered.remove()
             raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
         return features
+
+    def used(self) -> dict[str, Any]:
+        """What it was made with, for reports."""
+        return {"image_size": self.image_size, "resize": self.resize, "precision": str(self.precision.dtype)}
 
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of the model: what tells its features from those of another."""
         return weights_hash(self.model)
 
-    @property
-    def at_once(self) -> int:
-        """Images whose activations stay in the caches of a CPU."""
-        tokens = (self.image_size // int(self.model.patch_size)) ** 2 + 1  # type: ignore[arg-type]
-        return max(1, TOKENS_IN_CACHE // tokens)
+    def at_once(self, height: int, width: int) -> int:
+        """Images of that size whose activations stay in the caches of a CPU."""
+        patch = int(self.model.patch_size)  # type: ignore[arg-type]
+        return max(1, TOKENS_IN_CACHE // ((height // patch) * (width // patch) + 1))
 
     @property
     def recipe(self) -> Recipe:
@@ -174,7 +178,7 @@ class Extractor:
     def features_of(self, images: Tensor) -> dict[str, Tensor]:
         """Features of one batch of normalised images [B, C, H, W], as in `Features.tensors`, on this device."""
         images = images.to(self.device, non_blocking=True)
-        at_once = self.at_once if self.device.type == "cpu" else len(images)
+        at_once = self.at_once(*images.shape[-2:]) if self.device.type == "cpu" else len(images)
         with self.precision.autocast():
             parts = [self._forward(part) for part in images.split(max(1, at_once))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -191,7 +195,9 @@ class Extractor:
     def _batches(self, dataset: ImageDataset, indices: Tensor, done: int, description: str) -> Iterator[EvalBatch]:
         """Batches of the images after the first `done` of `indices`; on a CPU small ones, so that the bar moves, and
         little is lost where it ends."""
-        size = min(self.batch_size, self.at_once) if self.device.type == "cpu" else self.batch_size
+        size = self.batch_size
+        if self.device.type == "cpu":
+            size = min(size, self.at_once(self.image_size, self.image_size))
         how = self.transform, size, self.num_workers
         on_gpu = self.device.type == "cuda"
         rest = indices[done:].tolist()

@@ -53,6 +53,8 @@ class Recipe:
     """Sizes in pixels, in words."""
     detailed: bool
     """All tensors are kept, not the class token alone."""
+    further: tuple[str, ...] = ()
+    """Names of the tensors, where these are others."""
 
 
 def missing_from(positions: Tensor, size: int) -> Tensor:

@@ -14,23 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import Interrupted, interruption, logger, progress
+from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.loaders import Loader, first_readable, refuse_too_many_bad
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
-from dinov2cli.errors import CheckpointError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, best_head, measure_heads
 from dinov2cli.eval.metrics import Accuracy, MetricType
+from dinov2cli.eval.probe import ProbeCheckpoint, train_heads, write_from_one_process
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
-from dinov2cli.files import replacing
 from dinov2cli.models.classifier import read_linear_head
 from dinov2cli.requests.eval import LinearRequest
 
@@ -121,7 +120,9 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         extra = {"heads": {name: each.top1 for name, each in result.heads.items()}}
         notes = (FROZEN_CROPS,) if settings.frozen_crops else ()
         if trial.folder is not None:
-            _write(trial.folder / BEST_HEAD, {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()})
+            write_from_one_process(
+                trial.folder / BEST_HEAD, {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
+            )
     else:
         best, head = "given head", read_linear_head(request.head, request.head_layers).to(extract.device)
         on_val = TestSet(trial.val_dataset, settings.metric, request.val_class_mapping_fpath)
@@ -167,23 +168,17 @@ def evaluate_linear(
         generator=torch.Generator().manual_seed(settings.seed),
     ).to(extract.device)
     trainer = HeadTrainer(heads, settings.iterations)
-    start = _resume(folder, trainer, settings) if resume and folder else 0
+    checkpoint = ProbeCheckpoint(folder / CHECKPOINT, _identity(heads, settings)) if folder else None
+    start = checkpoint.resume(trainer) if resume and checkpoint else 0
     make_batches = frozen_batches if settings.frozen_crops else cropped_batches
+
+    def look(done: int, loss: Tensor) -> None:
+        if settings.eval_period and done % settings.eval_period == 0 and done < settings.iterations:
+            name, accuracy = best_head(heads, measure_heads(heads, val, settings.metric))
+            logger.info("iteration %d: loss %.4f, best %s: %.2f %%", done, float(loss), name, accuracy.top1)
+
     batches = make_batches(extract, train_images, settings, start)
-    message = "stopping after this step; the same command resumes" if folder else "stopping"
-    with progress() as bar, interruption(message) as signals:
-        task = bar.add_task("linear heads", total=settings.iterations, completed=start)
-        for iteration, (features, targets) in enumerate(batches, start):
-            loss = trainer.step(iteration, features, targets)
-            bar.advance(task)
-            done = iteration + 1
-            if folder and (signals or done % settings.checkpoint_period == 0):
-                _save(folder, trainer, settings, done)
-            if signals:
-                raise Interrupted(signals[0])
-            if settings.eval_period and done % settings.eval_period == 0 and done < settings.iterations:
-                name, accuracy = best_head(heads, measure_heads(heads, val, settings.metric))
-                logger.info("iteration %d: loss %.4f, best %s: %.2f %%", done, float(loss), name, accuracy.top1)
+    train_heads(trainer, batches, range(start, settings.iterations), checkpoint, settings.checkpoint_period, look)
     accuracies = measure_heads(heads, val, settings.metric)
     best, accuracy = best_head(heads, accuracies)
     return LinearResult(best, accuracy, dict(zip(heads.names, accuracies, strict=True)), heads.head(best))
@@ -254,37 +249,3 @@ def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:
     ignored = ("eval_period", "checkpoint_period", "metric")
     chosen = {key: value for key, value in asdict(settings).items() if key not in ignored}
     return {**chosen, "heads": heads.names, "n_classes": heads.n_classes, "processes": distributed.world_size()}
-
-
-def _save(folder: Path, trainer: HeadTrainer, settings: LinearSettings, iteration: int) -> None:
-    state = {"heads": trainer.heads.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    _write(folder / CHECKPOINT, {"identity": _identity(trainer.heads, settings), "iteration": iteration, **state})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all, from one process."""
-    if distributed.is_main():
-        with replacing(path) as aside, aside.open("wb") as file:
-            torch.save(content, file)
-
-
-def _resume(folder: Path, trainer: HeadTrainer, settings: LinearSettings) -> int:
-    """Load the checkpoint in `folder`, if there is one; the iteration to go on with."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, map_location=trainer.heads.rates.device, weights_only=True)
-        identity = state["identity"]
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).", hint="Delete it, or give --no-resume.") from None
-    for key, value in _identity(trainer.heads, settings).items():
-        if identity.get(key) != value:
-            raise CheckpointError(
-                f"{path} belongs to a probe with {key}={identity.get(key)}; this one has {key}={value}.",
-                hint="Give --no-resume to start anew, or another --output-dir.",
-            )
-    trainer.heads.load_state_dict(state["heads"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    logger.info("linear heads: resumed at iteration %d", state["iteration"])
-    return int(state["iteration"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_
 from dinov2cli.eval.subject import Subject, load_subject
 from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.requests.protocols import EVALUATIONS
+
+Kind = TypeVar("Kind", bound=Extractor)
 
 
 def perform(request: EvalRequest) -> Evaluation | Plan:
@@ -59,11 +61,11 @@ class Trial:
         """
         subject = subject or load_subject(request.checkpoint, request.config_file, request.overrides)
         train = request.train_dataset or (None if trains else "none")
-        return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset))
+        return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset, request.labels))
 
-    def extractor(self, batch_size: int, **options: Any) -> Extractor:
+    def extractor(self, batch_size: int, kind: type[Kind] = Extractor, **options: Any) -> Kind:  # type: ignore[assignment]
         """An extractor of the model's features as the request wants them."""
-        return self.subject.extractor(self.request, batch_size=batch_size, **options)
+        return self.subject.extractor(self.request, kind, batch_size=batch_size, **options)
 
     def overlap(self, train: ImageDataset, val: ImageDataset) -> Overlap:
         """`leaks.overlap` of the two datasets, looked for once however many protocols the subject goes through."""
@@ -99,7 +101,6 @@ class Trial:
         """
         subject, task = self.subject, self.request.protocol()
         where = str(subject.weights.relative_to(subject.run)) if subject.run else subject.name
-        used = {"image_size": extract.image_size, "resize": extract.resize, "precision": str(extract.precision.dtype)}
         evaluation = Evaluation(
             task=task,
             checkpoint=where,
@@ -107,7 +108,7 @@ class Trial:
             weights_hash=extract.weights_hash,
             train_dataset=self.train_dataset,
             val_dataset=self.val_dataset,
-            settings={**asdict(settings), **used, **further_settings},
+            settings={**asdict(settings), **extract.used(), **further_settings},
             rows=tuple(rows),
             notes=(*notes, *([str(leak)] if leak and leak.found else []), *extract.notes),
             extra={**(extra or {}), **({"val_in_train": leak.as_dict()} if leak else {})},

@@ -2,13 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.datasets.depth import Depths, Kitti, NYUd
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
@@ -16,6 +17,7 @@ from dinov2cli.data.datasets.joined import JoinedDataset
 from dinov2cli.data.datasets.parquet import ParquetDataset
 from dinov2cli.data.datasets.recognise import check_layout, recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
+from dinov2cli.data.datasets.segmentation import ADE20k, Cityscapes, Masks, PascalVOC
 from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
 from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, inside, joined, options_of, unquoted
@@ -29,6 +31,10 @@ class DatasetKind(NamedTuple):
     build: Callable[..., ImageDataset]
     example: str
 
+    def parameters(self) -> Collection[str]:
+        """What may be said of it."""
+        return inspect.signature(self.build).parameters
+
 
 KINDS = {
     "Archive": DatasetKind(ArchiveDataset, EXAMPLES["Archive"]),
@@ -40,6 +46,13 @@ KINDS = {
     "SamplePhotos": DatasetKind(SamplePhotos, EXAMPLES["SamplePhotos"]),
     "Shards": DatasetKind(ShardsDataset, EXAMPLES["Shards"]),
     "Table": DatasetKind(TableDataset, EXAMPLES["Table"]),
+    "ADE20k": DatasetKind(ADE20k, EXAMPLES["ADE20k"]),
+    "Cityscapes": DatasetKind(Cityscapes, EXAMPLES["Cityscapes"]),
+    "Depths": DatasetKind(Depths, EXAMPLES["Depths"]),
+    "KITTI": DatasetKind(Kitti, EXAMPLES["KITTI"]),
+    "Masks": DatasetKind(Masks, EXAMPLES["Masks"]),
+    "NYUd": DatasetKind(NYUd, EXAMPLES["NYUd"]),
+    "VOC": DatasetKind(PascalVOC, EXAMPLES["VOC"]),
 }
 
 

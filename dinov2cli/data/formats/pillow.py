@@ -102,3 +102,29 @@ def of_picture(image: Image.Image, path: str) -> Stored:
     array = array[..., None] if array.ndim == 2 else array
     rgb = array.shape[2] >= 3
     return Stored(array, kind, (0, 255), rgb=rgb, alpha=alpha, orientation=turn)
+
+
+def read_indices(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
+    """A picture of one channel, as numbers: of a palette the places in it, of black and white 0 and 1, of greys of two
+    or four bits what is stored.
+
+    Raises:
+        UnreadableImage: it has colours, is a JPEG, whose compression changes numbers, or is damaged.
+    """
+    try:
+        with _opened(data) as image:
+            check_memory(path, image.height, image.width, BYTES_OF_MODE.get(image.mode, 1), limit_gb)
+            if image.format == "JPEG":
+                raise UnreadableImage(path, "JPEG changes the numbers that it stores; save index masks as PNG")
+            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+                raise UnreadableImage(path, f"is a picture in colours ({image.mode}), not a mask of class numbers; "
+                                      "save each pixel's class as its number, in a grey or palette PNG")  # fmt: skip
+            numbers = np.array(image, np.int64)
+            if image.format == "PNG" and image.mode == "L" and (bits := data[24]) < 8:
+                numbers //= 255 // (2**bits - 1)  # which Pillow spreads over 0 to 255
+            turn = exif_orientation(image.info.get("exif") or b"")
+            return Stored(numbers[..., None], str(image.format), orientation=turn)
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage(path, "not an image of any type that Pillow reads") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
+        raise UnreadableImage(path, f"damaged image ({error})") from error
