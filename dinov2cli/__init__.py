@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dinov2cli.requests.base import run as run
     from dinov2cli.requests.bench import *  # noqa: F403
     from dinov2cli.requests.datasets import *  # noqa: F403
+    from dinov2cli.requests.dense import *  # noqa: F403
     from dinov2cli.requests.eval import *  # noqa: F403
     from dinov2cli.requests.export import *  # noqa: F403
     from dinov2cli.requests.pictures import *  # noqa: F403
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 
 
 _PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base", "Fit": "fit"}
-_REQUESTS = ("bench", "datasets", "eval", "export", "pictures", "tools", "train")
+_REQUESTS = ("bench", "datasets", "dense", "eval", "export", "pictures", "tools", "train")
 
 
 def __getattr__(name: str) -> Any:

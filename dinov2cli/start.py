@@ -149,7 +149,8 @@ def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], obje
     evaluation = config.evaluation
     if not evaluation.tasks:
         return None
-    datasets_for(config, None, None)
+    for task in evaluation.tasks:
+        datasets_for(config, None, None, EVALUATIONS[task].labels)
     if not evaluation.tasks_as_jobs:
         return lambda checkpoint: evaluate_teacher(checkpoint, config, evaluation.tasks, device=str(device))
     cluster.need_slurm()

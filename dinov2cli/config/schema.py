@@ -281,7 +281,9 @@ class Evaluation(Group):
     knn_period: int = key(0, "(dino2) Iterations between k-NN scores of the teacher; 0: none.", ge=0)
     knn_train_dataset: str = key("", "(dino2) Labelled data whose neighbours vote, for knn_period.")
     knn_val_dataset: str = key("", "(dino2) Labelled data that is classified, for knn_period.")
-    tasks: Tasks = key((), "(dino2) Evaluations of every teacher checkpoint, on the data of knn_period.")
+    tasks: Tasks = key((), "(dino2) Evaluations of every teacher checkpoint, on the data of knn_period or their own.")
+    segmentation_dataset: str = key("", "(dino2) Images with masks, train and val, for the task segmentation.")
+    depth_dataset: str = key("", "(dino2) Images with depth, train and val, for the task depth.")
     tasks_as_jobs: bool = key(
         False, "(dino2) Submit these to Slurm, each as a job of its own, and go on training meanwhile."
     )

@@ -39,8 +39,9 @@ class DenseSample(NamedTuple):
     labels: Tensor
 
 
-def size_for(height: int, width: int, short_side: float) -> tuple[int, int]:
-    """Height and width with that short side, the proportions kept."""
+def size_for(image: np.ndarray, short_side: float) -> tuple[int, int]:
+    """Height and width of an image [H, W, C] with that short side, the proportions kept."""
+    height, width = image.shape[:2]
     scale = min(short_side / min(height, width), LONGEST * short_side / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -79,7 +80,7 @@ class SegmentationCrop:
         self.short_side, self.crop, self.factors, self.statistics = short_side, crop, factors, statistics
 
     def __call__(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> DenseSample:
-        height, width = size_for(*image.shape[:2], self.short_side * rng.uniform(*self.factors))
+        height, width = size_for(image, self.short_side * rng.uniform(*self.factors))
         places, mirror = rng.random((CROP_TRIES, 2)), rng.random() < 0.5
         classes = resize_labels(labels, height, width)
         box = self._box(classes, places)
@@ -108,7 +109,7 @@ class CentreCrop:
         self.short_side, self.crop, self.statistics = short_side, crop, statistics
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> DenseSample:
-        height, width = size_for(*image.shape[:2], self.short_side)
+        height, width = size_for(image, self.short_side)
         top, left = max(height - self.crop, 0) // 2, max(width - self.crop, 0) // 2
         box = slice(top, top + self.crop), slice(left, left + self.crop)
         cut, classes = resize(image, height, width)[box], resize_labels(labels, height, width)[box]
@@ -137,7 +138,7 @@ class DepthCrop:
     def __call__(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> DenseSample:
         image, labels = used_part(image, labels, self.protocol, trains=True)
         if self.short_side is not None:
-            size = size_for(*image.shape[:2], self.short_side)
+            size = size_for(image, self.short_side)
             image, labels = resize(image, *size), resize_labels(labels, *size)
         turns, degrees, mirror, down, right = rng.random(5).tolist()
         if self.fixed:
@@ -214,8 +215,8 @@ def distorted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def coloured(image: np.ndarray, rng: np.random.Generator, brightness: tuple[float, float]) -> np.ndarray:
     """A power, a factor, and a factor for each channel: [H, W, C] -> float32 in 0..1."""
     power, factor = rng.uniform(0.9, 1.1), rng.uniform(*brightness)
-    factors = rng.uniform(0.9, 1.1, image.shape[2]) * factor
-    return np.asarray(np.clip(as_floats(image) ** np.float32(power) * factors.astype(np.float32), 0, 1))
+    factors = np.asarray(rng.uniform(0.9, 1.1, image.shape[2]) * factor, np.float32)
+    return np.asarray(np.clip(as_floats(image) ** np.float32(power) * factors, 0, 1))
 
 
 def as_floats(image: np.ndarray) -> np.ndarray:

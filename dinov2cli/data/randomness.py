@@ -18,6 +18,7 @@ class Stream(IntEnum):
     LINEAR_PROBE = 4
     STOCHASTIC_DEPTH = 5
     RESOLUTION = 6
+    DENSE_PROBE = 7
 
 
 def sample_rng(seed: int, k: int) -> np.random.Generator:

@@ -1,7 +1,7 @@
 """Training heads for every patch: losses, schedules, and one step of several heads side by side.
 
-The recipes are those with which the DINOv2 paper's heads were trained (section 7.4; mmsegmentation's linear decay, and the
-depth toolbox's cosine). Shapes: B images, K classes, H x W pixels of the labels, h x w of a map.
+The recipes are those with which the DINOv2 paper's heads were trained (section 7.4; mmsegmentation's linear decay, and
+the depth toolbox's cosine). Shapes: B images, K classes, H x W pixels of the labels, h x w of a map.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from dinov2cli import cluster
 from dinov2cli.config import Config, load_config
@@ -25,9 +26,12 @@ def look(request: EvalRequest) -> None:
         config = known_config(request)
     with wrong.noted():
         train = request.train_dataset or ("none" if getattr(request, "head", None) else None)
-        sets = dict(zip(("train", "val"), datasets_for(config, train, request.val_dataset), strict=True))
+        found = datasets_for(config, train, request.val_dataset, request.labels)
+        sets = dict(zip(("train", "val"), found, strict=True))
     given = (request.train_dataset, request.val_dataset, getattr(request, "finetune_dataset", None))
-    for dataset in dict.fromkeys((*given, *sets.values(), *getattr(request, "test_datasets", ()))):
+    are_whole = request.labels == "classes"  # else what is given is a folder with both
+    further = (*(given if are_whole else ()), *getattr(request, "test_datasets", ()))
+    for dataset in dict.fromkeys((*further, *sets.values())):
         with wrong.noted():
             if dataset not in (None, "none"):
                 check_dataset(dataset)
@@ -35,9 +39,10 @@ def look(request: EvalRequest) -> None:
         check_checkpoint(request)
     if (head := getattr(request, "head", None)) and not request.slurm.is_asked:
         with wrong.noted():
-            from dinov2cli.models.classifier import check_head
+            from dinov2cli.models import classifier
+            from dinov2cli.models.load import dense
 
-            check_head(head, "--head")
+            (classifier if request.labels == "classes" else dense).check_head(head, "--head")
     if request.output_dir is not None:
         with wrong.noted():
             check_folder(request.output_dir, "--output-dir")
@@ -79,8 +84,10 @@ def run_of(checkpoint: str) -> Path | None:
     return path.parent.parent.parent if path.parent.parent.name == "eval" else None
 
 
-def datasets_for(config: Config | None, train: str | None, val: str | None) -> tuple[str, str]:
+def datasets_for(config: Config | None, train: str | None, val: str | None, labels: str = "classes") -> tuple[str, str]:
     """The strings of the train and the val dataset, complete: as given, else from a run's configuration, else ImageNet.
+
+    With `labels` of every pixel (`masks`, `depth`) they are what is given, else what the configuration names for them.
 
     A run names labelled data for its online k-NN, or else trained on a split TRAIN of a dataset that has a VAL.
     ImageNet it is where that is known (`dinov2cli.site`) and neither of the two is given.
@@ -88,6 +95,8 @@ def datasets_for(config: Config | None, train: str | None, val: str | None) -> t
     Raises:
         ConfigError: one of them is not known; DataError: a known one is gone.
     """
+    if labels != "classes":
+        return _dense_datasets(config, train, val, labels)
     if config is not None:
         online = config.evaluation.knn_train_dataset, config.evaluation.knn_val_dataset
         trained_on = config.train.dataset_path
@@ -104,6 +113,23 @@ def datasets_for(config: Config | None, train: str | None, val: str | None) -> t
         f"{missing} missing: evaluation needs labelled images to learn from and labelled images to classify.",
         hint="For example: --train-dataset photos/train --val-dataset photos/val, folders with a subfolder per class. "
         "Once dino2 prepare-imagenet has made ImageNet known, it is the default.",
+    )
+
+
+def _dense_datasets(config: Config | None, train: str | None, val: str | None, labels: Any) -> tuple[str, str]:
+    from dinov2cli.data.datasets.recognise_dense import dense_string
+
+    key = {"masks": "segmentation_dataset", "depth": "depth_dataset"}[labels]
+    train = train or (getattr(config.evaluation, key) if config else None) or None
+    given = val or (None if train == "none" else train)
+    if not given:
+        raise ConfigError(
+            f"--data missing: this evaluation needs images with {labels}.",
+            hint=f"For example: --data FOLDER, or in the run's configuration evaluation.{key}.",
+        )
+    return (
+        "none" if train in (None, "none") else dense_string(train, "TRAIN", labels),
+        dense_string(given, "VAL", labels, of_train=not val),
     )
 
 
@@ -124,7 +150,8 @@ def plan(request: EvalRequest) -> Plan:
 
     config = known_config(request)
     trains = not getattr(request, "head", None)
-    train, val = datasets_for(config, request.train_dataset or (None if trains else "none"), request.val_dataset)
+    train = request.train_dataset or (None if trains else "none")
+    train, val = datasets_for(config, train, request.val_dataset, request.labels)
     beside = (
         "beside the run's teacher"
         if run_of(request.checkpoint)
@@ -136,9 +163,13 @@ def plan(request: EvalRequest) -> Plan:
         rows["train"] = make_dataset(train).describe()
     rows["val"] = make_dataset(val).describe()
     if getattr(request, "baselines", False):
-        from dinov2cli.eval.baselines import names
+        if request.labels == "classes":
+            from dinov2cli.eval.baselines import names
 
-        rows["beside it"] = ", ".join(names(config.student.in_chans if config else 3))
+            beside_it = names(config.student.in_chans if config else 3)
+        else:
+            beside_it = ("raw colours", "random network")
+        rows["beside it"] = ", ".join(beside_it)
     rows["device"] = str(choose_device(request.device))
     rows["results"] = str(request.output_dir or beside)
     return Plan(rows)

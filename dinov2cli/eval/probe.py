@@ -17,8 +17,11 @@ from dinov2cli.files import replacing
 class Trainer(Protocol):
     """Heads with their optimizer."""
 
-    heads: nn.Module
-    optimizer: torch.optim.Optimizer
+    @property
+    def heads(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def step(self, iteration: int, features: Any, targets: Any) -> Tensor:
         """One step on this process's part of a batch; returns the loss."""

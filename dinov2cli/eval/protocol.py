@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -26,8 +26,6 @@ from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_
 from dinov2cli.eval.subject import Subject, load_subject
 from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.requests.protocols import EVALUATIONS
-
-Kind = TypeVar("Kind", bound=Extractor)
 
 
 def perform(request: EvalRequest) -> Evaluation | Plan:
@@ -63,9 +61,9 @@ class Trial:
         train = request.train_dataset or (None if trains else "none")
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset, request.labels))
 
-    def extractor(self, batch_size: int, kind: type[Kind] = Extractor, **options: Any) -> Kind:  # type: ignore[assignment]
+    def extractor(self, batch_size: int, **options: Any) -> Extractor:
         """An extractor of the model's features as the request wants them."""
-        return self.subject.extractor(self.request, kind, batch_size=batch_size, **options)
+        return self.subject.extractor(self.request, batch_size=batch_size, **options)
 
     def overlap(self, train: ImageDataset, val: ImageDataset) -> Overlap:
         """`leaks.overlap` of the two datasets, looked for once however many protocols the subject goes through."""

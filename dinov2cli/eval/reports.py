@@ -51,11 +51,11 @@ class Row:
         """Its name and the measure that comes first, such as `full, k=10: top-1 71.50 %`."""
         measure, value = next(iter(self.measured.items()))
         name, _, unit = measure.partition(" ")
-        return f"{self.name}: {name} {value:.2f} {unit}".rstrip()
+        return f"{self.name}: {name} {score_in_words(measure, value)} {unit}".rstrip()
 
     def cells(self) -> dict[str, str]:
         """What a table shows of it, by column."""
-        shown = {measure: f"{value:.2f}" for measure, value in self.measured.items()}
+        shown = {measure: score_in_words(measure, value) for measure, value in self.measured.items()}
         if self.interval is not None:
             shown["95 % interval"] = "{:.2f} to {:.2f}".format(*self.interval)
         if self.top5 is not None:
@@ -73,12 +73,17 @@ class Row:
         return Row(name, accuracy.top1, accuracy.top5, accuracy.images, interval, per_class)
 
 
+def score_in_words(measure: str, value: float) -> str:
+    """With as many digits as tell two models apart: of percents two, of metres and shares three."""
+    return f"{value:.2f}" if measure.endswith("%") else f"{value:.3f}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation of one checkpoint.
 
     Args:
-        task: `knn`, `logreg` or `linear`.
+        task: a name in `requests.protocols`.
         checkpoint: the weights, relative to the run folder where they lie in one.
         iteration: the training iteration, if known.
         weights_hash: SHA-256 of the model.
@@ -224,10 +229,10 @@ def _spelled(value: Any) -> str:
 
 
 def _table(evaluations: list[Evaluation]) -> Table:
-    used = {name for evaluation in evaluations for row in evaluation.rows for name in row.cells()}
+    used = dict.fromkeys(name for evaluation in evaluations for row in evaluation.rows for name in row.cells())
     accuracy = ("top-1 %", "95 % interval", "top-5 %")
     shown = [name for name in accuracy if name in used or (name != "top-5 %" and not used)]
-    columns = [*shown, *sorted(used - {*accuracy, "images"}), "images"]
+    columns = [*shown, *(name for name in used if name not in (*accuracy, "images")), "images"]
     table = Table(
         Column("checkpoint", overflow="fold"),
         Column("classifier", overflow="fold"),

@@ -14,7 +14,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dinov2cli.errors import DataError
-from dinov2cli.eval.reports import RESULTS_FILE, Evaluation, heading, read_results, results_blocks, settings_in_words
+from dinov2cli.eval.reports import (
+    RESULTS_FILE,
+    Evaluation,
+    heading,
+    read_results,
+    results_blocks,
+    score_in_words,
+    settings_in_words,
+)
 from dinov2cli.files import parse_yaml
 from dinov2cli.requests.tools import ResultsRequest
 from dinov2cli.train.verdicts import Collapse, baselines_of, collapse_of, json_lines
@@ -160,7 +168,7 @@ def _cells(evaluation: Evaluation) -> dict[str, str]:
         interval = " ({:.1f} to {:.1f})".format(*row.interval) if row.interval else ""
         for measure, value in row.measured.items():
             label = name if measure == "top-1 %" else f"{name} {measure}"
-            cells[label or evaluation.task] = f"{value:.2f}{interval}"
+            cells[label or evaluation.task] = f"{score_in_words(measure, value)}{interval}"
     return cells
 
 

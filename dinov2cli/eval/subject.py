@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.vit import RESIZING
@@ -16,8 +16,6 @@ from dinov2cli.models.load import load_model
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.eval import EmbedRequest, EvalRequest
-
-Kind = TypeVar("Kind", bound=Extractor)
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class Subject:
     config: Config | None = None
     leaks: dict[tuple[str, str], Overlap] = field(default_factory=dict)
 
-    def extractor(
-        self,
-        request: EvalRequest | EmbedRequest,
-        kind: type[Kind] = Extractor,  # type: ignore[assignment]
-        **options: Any,
-    ) -> Kind:
+    def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
+        return Extractor(self.model, **self.extraction(request), **options)
+
+    def extraction(self, request: EvalRequest | EmbedRequest) -> dict[str, Any]:
+        """Arguments of an extractor, as a request wants it."""
+        options: dict[str, Any] = {}
         if self.config is not None:
             options["precision"] = self.config.compute_precision.precision
             options["max_bad_fraction"] = self.config.train.max_bad_fraction
@@ -56,7 +54,7 @@ class Subject:
             options["max_bad_fraction"] = request.max_bad_fraction
         options["reading"] = Reading.of(self.model.images, self.config, request)
         options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
-        return kind(self.model, cache=None if request.no_cache else FeatureCache(), **options)
+        return {"cache": None if request.no_cache else FeatureCache(), **options}
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:

@@ -1,6 +1,6 @@
 """What the evaluations with labels for every pixel may be asked for."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -13,8 +13,8 @@ class DenseRequest(EvalRequest):
 
     train_dataset: str | None = option(
         None,
-        "A folder or a dataset string with labels for every pixel, to learn from; without --val-dataset, its other part "
-        "is measured. By default what the run's config names.",
+        "A folder or a dataset string with labels for every pixel, to learn from; without --val-dataset, its other "
+        "part is measured. By default what the run's config names.",
         metavar="DATASET",
         flags="--train-dataset --data",
     )
@@ -58,7 +58,7 @@ class SegmentationRequest(DenseRequest, command="eval segmentation"):
         dino2 eval segmentation dinov2_vits14 --data ADEChallengeData2016 --layers 4 --inference slide ms
     """
 
-    labels = "masks"
+    labels: ClassVar[Literal["classes", "masks", "depth"]] = "masks"
 
     image_size: AtLeastOne | None = option(
         None, "Short side of the images in pixels; by default 512, with --layers 4 640.", last=True
@@ -67,8 +67,8 @@ class SegmentationRequest(DenseRequest, command="eval segmentation"):
     stride: AtLeastOne | None = option(None, "Pixels between windows [2/3 of the crop, with --layers 4 half].")
     inference: tuple[Literal["whole", "slide", "ms"], ...] = option(
         ("slide",),
-        "How images are measured: whole, by windows that overlap (slide), or by these at five scales and mirrored (ms); "
-        "the first chooses the best head.",
+        "How images are measured: whole, by windows that overlap (slide), or by these at five scales and mirrored "
+        "(ms); the first chooses the best head.",
     )
     iterations: AtLeastOne = option(40_000, "Steps of training.")
 
@@ -84,14 +84,14 @@ class DepthRequest(DenseRequest, command="eval depth"):
         dino2 eval depth runs/demo --data FOLDER --crop-size 96 96 --iterations 500
     """
 
-    labels = "depth"
+    labels: ClassVar[Literal["classes", "masks", "depth"]] = "depth"
 
     image_size: AtLeastOne | None = option(
         None, "Short side in pixels to resize images to; by default they are not resized.", last=True
     )
     crop_size: tuple[AtLeastOne, ...] = option(
         (),
-        "Height and width of the crops to train on [NYU 416 544, KITTI 352 704, else the first image's, at most 416 544].",
+        "Height and width of the crops [NYU 416 544, KITTI 352 704, else the first image's, up to NYU's].",
     )
     depth_scale: float | None = option(
         None, "What whole numbers are divided by to be metres [NYU 1000, KITTI 256, else 1000]."

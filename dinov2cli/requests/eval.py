@@ -4,7 +4,7 @@ The names and defaults of the options are the reference implementation's.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -40,6 +40,9 @@ class EvalRequest(
     checked_by="dinov2cli.eval.first_look:look",
 ):
     """What all evaluations share. The words of `command` end with the name of a module of `dinov2cli.eval`."""
+
+    labels: ClassVar[Literal["classes", "masks", "depth"]] = "classes"
+    """What the datasets are to have: a class for every image, or a class or a depth for every pixel."""
 
     checkpoint: str = argument(
         "What to evaluate: a run folder (its newest teacher), a teacher_checkpoint.pth, .pth or .safetensors "

@@ -3,6 +3,9 @@
 A new one is a module of `dinov2cli.eval` with `run(request, subject=None)`, its request, and its name here.
 """
 
+from dinov2cli.requests.dense import DepthRequest, SegmentationRequest
 from dinov2cli.requests.eval import EvalRequest, KnnRequest, LinearRequest, LogregRequest
 
-EVALUATIONS: dict[str, type[EvalRequest]] = {it.protocol(): it for it in (KnnRequest, LogregRequest, LinearRequest)}
+EVALUATIONS: dict[str, type[EvalRequest]] = {
+    it.protocol(): it for it in (KnnRequest, LogregRequest, LinearRequest, SegmentationRequest, DepthRequest)
+}

@@ -1,0 +1,180 @@
+"""Linear segmentation of frozen features, to the protocol of the DINOv2 paper (section 7.4).
+
+A BatchNorm and a 1x1 convolution give the patch tokens of the last block, or of the last four, a class; what counts is
+the mean IoU on val.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2cli import distributed
+from dinov2cli.config.images import Statistics
+from dinov2cli.data import pixels
+from dinov2cli.data.datasets.dense import SegmentationDataset
+from dinov2cli.data.datasets.recognise_dense import dense_dataset
+from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize, size_for
+from dinov2cli.errors import ConfigError, DataError
+from dinov2cli.eval.dense import CHECKPOINT, FROZEN_CROPS, MapsOf, blocks_for, trained_heads
+from dinov2cli.eval.dense_batches import Transform, measured_images
+from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extractors_beside
+from dinov2cli.eval.dense_heads import SEGMENTATION
+from dinov2cli.eval.dense_metrics import Confusion, SegmentationScores
+from dinov2cli.eval.protocol import Trial
+from dinov2cli.eval.reports import Evaluation, Row
+from dinov2cli.eval.subject import Subject
+from dinov2cli.models.dense_heads import DenseHead, HeadConfig, SegmentationHead, last_blocks
+from dinov2cli.models.load.dense import read_head, save_head
+from dinov2cli.models.sliding import multi_scale, sliding
+from dinov2cli.requests.dense import SegmentationRequest
+
+BEST_HEAD = "best_head.pth"
+SCALES = (1.0, 1.32, 1.73, 2.28, 3.0)
+IN_WORDS = {"whole": "whole image", "slide": "sliding window", "ms": "multi-scale"}
+
+
+@dataclass(frozen=True)
+class SegmentationSettings(DenseSettings):
+    """Also the sizes in pixels: short side of images, side of crops and windows, stride of windows."""
+
+    short_side: int = 512
+    crop: int = 512
+    stride: int = 341
+    inference: tuple[str, ...] = ("slide",)
+
+    @classmethod
+    def of(cls, request: SegmentationRequest) -> "SegmentationSettings":
+        """With the paper's sizes where none are said; raises ConfigError for a stride above the window."""
+        short_side = request.image_size or (512 if request.layers == 1 else 640)
+        crop = request.crop_size or short_side
+        stride = request.stride or (max(1, crop * 2 // 3) if request.layers == 1 else max(1, crop // 2))
+        if stride > crop:
+            raise ConfigError(f"--stride {stride} is more than a window's side, {crop}: pixels would be left out")
+        return cls(
+            request.layers, request.iterations, request.batch_size, request.learning_rates, request.frozen_crops,
+            short_side=short_side, crop=crop, stride=stride, inference=tuple(dict.fromkeys(request.inference)),
+        )  # fmt: skip
+
+    def transform(self, statistics: Statistics) -> Transform:
+        """Of training."""
+        if self.frozen_crops:
+            return FixedCrop(self.short_side, self.crop, statistics)
+        factors = (0.5, 2.0) if self.layers == 1 else (1.0, 3.0)
+        return SegmentationCrop(self.short_side, self.crop, factors, statistics)
+
+
+class FixedCrop(CentreCrop):
+    """`CentreCrop` in the place of a random one."""
+
+    def __call__(self, image: np.ndarray, labels: np.ndarray, rng: Any = None) -> Any:
+        return super().__call__(image, labels)
+
+
+def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluation:
+    """Train heads and measure them, or measure one that is given.
+
+    Raises:
+        Dino2Error: weights, datasets, masks or a head that are missing or do not fit each other.
+    """
+    settings = SegmentationSettings.of(request)
+    trial = Trial.of(request, subject, trains=request.head is None)
+    val = cast(SegmentationDataset, dense_dataset(trial.val_dataset, "masks"))
+    model, measured = trial.subject.model, dict[str, tuple[DenseExtractor, list[DenseHead]]]()
+    how = trial.subject.extraction(request)
+    if request.head is not None:
+        head = read_head(request.head)
+        if not isinstance(head, SegmentationHead):
+            raise ConfigError(f"--head {request.head} is a head for {head.config.task}, not for segmentation")
+        extract = DenseExtractor(model, blocks=blocks_for(model, head), norm=head.config.uses_norm, **how)
+        val.with_classes(head.conv_seg.out_channels, head.config.classes)
+        measured["given head"] = extract, [head.to(extract.device)]
+        n_classes, rates = head.conv_seg.out_channels, ["given head"]
+    else:
+        train = cast(SegmentationDataset, dense_dataset(trial.train_dataset, "masks"))
+        n_classes = _same_classes(train, val)
+        blocks = last_blocks(model.depth, min(settings.layers, model.depth))
+        extract = DenseExtractor(model, blocks=blocks, norm=True, **how)
+        transform, rates = settings.transform(extract.images.statistics), [f"lr {r:g}" for r in settings.learning_rates]
+        config = HeadConfig(
+            task="segmentation", layers=extract.blocks, classes=train.class_names, dataset=train.describe(),
+            backbone=request.checkpoint, short_side=settings.short_side,
+        )  # fmt: skip
+        for name, each in [("", extract), *(extractors_beside(extract) if request.baselines else ())]:
+            kept = trial.folder / CHECKPOINT.format("segmentation") if trial.folder and not name else None
+            heads = trained_heads(
+                each, train, transform, lambda width: SegmentationHead(width * len(each.blocks), n_classes, config),  # noqa: B023
+                settings, SEGMENTATION, checkpoint=(kept, {"n_classes": n_classes}) if kept else None,
+                resume=not request.no_resume, period=request.checkpoint_period,
+            )  # fmt: skip
+            measured[name] = each, heads
+    rows: list[Row] = []
+    lines, best = [], 0
+    for name, (each, heads) in measured.items():
+        found = measure(each, heads, val, settings, n_classes, name or "model")
+        first = found[settings.inference[0]]
+        place = max(range(len(first)), key=lambda i: (first[i].mean_iou, -i))
+        best = best if rows else place
+        for way, scores in found.items():
+            said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "", IN_WORDS[way])))
+            rows.append(_row(said, scores[place], len(val), val.class_names))
+            lines.append({said: {"mIoU": scores[place].mean_iou / 100, "aAcc": scores[place].accuracy / 100}})
+    if request.head is None and trial.folder is not None and distributed.is_main():
+        save_head(measured[""][1][best], trial.folder / BEST_HEAD)
+    notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
+    return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
+
+
+def measure(
+    extract: DenseExtractor,
+    heads: Sequence[DenseHead],
+    val: SegmentationDataset,
+    settings: SegmentationSettings,
+    n_classes: int,
+    description: str,
+) -> dict[str, list[SegmentationScores]]:
+    """For each way of inference the scores of every head."""
+    maps = MapsOf(extract, heads)
+    confusions = {how: Confusion(len(heads), n_classes) for how in settings.inference}
+
+    def windows(images: Tensor) -> Tensor:
+        return sliding(maps, images, settings.crop, settings.stride)
+
+    def prepare(image: np.ndarray, labels: np.ndarray) -> tuple[list[Tensor], Tensor]:
+        sides = [settings.short_side * scale for scale in (SCALES if "ms" in settings.inference else SCALES[:1])]
+        sizes = [size_for(image, side) for side in sides]
+        scaled = [pixels.normalize_image(resize(image, *size), extract.images.statistics) for size in sizes]
+        return scaled, torch.from_numpy(np.ascontiguousarray(labels))
+
+    for scaled, labels in measured_images(extract, val, prepare, f"{description}: val"):
+        size = labels.shape[0], labels.shape[1]
+        for how, confusion in confusions.items():
+            if how == "ms":
+                found = multi_scale(windows, scaled, size, n_classes)
+            else:
+                found = windows(scaled[0]) if how == "slide" else maps(scaled[0])
+                found = F.interpolate(found.float(), size=size, mode="bilinear", align_corners=False)
+            confusion.update(found[0].unflatten(0, (-1, n_classes)).argmax(1), labels)
+    return {how: confusion.scores() for how, confusion in confusions.items()}
+
+
+def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
+    """The number of classes, by the train masks, which val is told. Collective."""
+    with distributed.same_error_everywhere():
+        found = train.n_classes if distributed.is_main() else 0
+    found = distributed.broadcast_object(found)
+    if train.class_names and val.class_names and train.class_names != val.class_names:
+        raise DataError(f"train ({train.describe()}) and val ({val.describe()}) have classes of other names or order")
+    train.with_classes(found)
+    val.with_classes(found, train.class_names)
+    return found
+
+
+def _row(name: str, scores: SegmentationScores, images: int, names: Sequence[str]) -> Row:
+    by_class = {names[i] if i < len(names) else str(i): iou for i, iou in enumerate(scores.iou) if iou == iou}
+    shown = {"mIoU %": scores.mean_iou, "mAcc %": scores.mean_accuracy, "aAcc %": scores.accuracy}
+    return Row(name, images=images, per_class=by_class, scores=shown)
