@@ -1,134 +1,174 @@
-"""Dense heads: the reference's numbers, and what they read of a backbone."""
+"""What heads for every pixel are trained and measured by: losses, windows and scores, beside the reference's."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2cli.errors import WeightsError
-from dinov2cli.models.dense_heads import (
-    DenseModel,
-    DepthHead,
-    DPTHead,
-    HeadConfig,
-    SegmentationHead,
-    pad_to_patches,
-    spread_blocks,
+from dinov2cli.eval.dense_heads import (
+    DEPTH,
+    SEGMENTATION,
+    CommonBatchNorm,
+    DenseTrainer,
+    cosine,
+    gradient_loss,
+    linear_decay,
+    same_start,
+    segmentation_loss,
+    sig_loss,
 )
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.eval.dense_metrics import Confusion, DepthErrors, DepthScores
+from dinov2cli.models.dense_heads import DepthHead, SegmentationHead
+from dinov2cli.models.sliding import mirrored_mean, multi_scale, sliding, window_starts
 
-CLOSE = {"rtol": 1e-6, "atol": 1e-5}  # metres, or logits; at 60 m a float32 is good to 4e-6
-DEPTH = HeadConfig(task="depth")
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parent / "golden/dense_heads.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+GOLDEN = np.load(Path(__file__).parent / "golden" / "dense_training.npz")
 
 
-def under(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)}
+def golden(name: str) -> Tensor:
+    return torch.from_numpy(GOLDEN[name])
 
 
-@pytest.fixture(scope="module")
-def backbone(golden: dict[str, Tensor]) -> VisionTransformer:
-    model = VisionTransformer(img_size=56, patch_size=14, embed_dim=16, depth=4, num_heads=2, layerscale=1.0)
-    model.load_state_dict(under(golden, "depth/backbone/"))
-    return model.eval()
+def test_sliding_windows_are_the_references() -> None:
+    weight, bias = golden("slide/conv_weight"), golden("slide/conv_bias")
+
+    def maps(images: Tensor) -> Tensor:
+        return F.interpolate(F.conv2d(images, weight, bias, stride=4), images.shape[-2:], mode="bilinear")
+
+    expected = golden("slide/out_crop24_stride16")
+    for at_once in (1, 3, 100):
+        found = sliding(maps, golden("slide/x"), 24, 16, at_once=at_once)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks", ("linear1", "linear4"))
-@torch.no_grad()
-def test_linear_depth_is_the_references(golden: dict[str, Tensor], backbone: VisionTransformer, blocks: str) -> None:
-    """From pixels to depths: blocks without the norm, padding, bins, range, and the stretched map."""
-    weights = under(golden, f"depth/{blocks}/w/decode_head.")
-    images, (low, high) = golden["depth/x"] / 32, golden[f"depth/{blocks}/depth_range"].tolist()
-    for how, name in (("linear", "depth_low"), ("softmax", "depth_low_softmax"), ("sigmoid", "depth_low_sigmoid")):
-        config = HeadConfig(task="depth", min_depth=low, max_depth=high, bin_weights=how)
-        head = DepthHead(weights["conv_depth.weight"].shape[1], 12, config)
-        head.load_state_dict(weights)
-        model = DenseModel(backbone, head)
-        torch.testing.assert_close(head(model.features(images)), golden[f"depth/{blocks}/{name}"], **CLOSE)
-        if how == "linear":
-            torch.testing.assert_close(model(images)[..., ::6, ::6], golden[f"depth/{blocks}/depth"], **CLOSE)
+@pytest.mark.parametrize(
+    "size, window, stride", [(512, 512, 341), (683, 512, 341), (40, 24, 16), (10, 24, 16), (49, 24, 24)]
+)
+def test_windows_cover_every_pixel_and_stay_inside(size: int, window: int, stride: int) -> None:
+    seen = np.zeros(size, int)
+    for start in window_starts(size, window, stride):
+        assert start >= 0 and (start + window <= size or start == 0)
+        seen[start : start + window] += 1
+    assert seen.min() >= 1
 
 
-@torch.no_grad()
-def test_dpt_is_the_references(golden: dict[str, Tensor]) -> None:
-    features = [(golden[f"dpt/feat{i}/patch"], golden[f"dpt/feat{i}/cls"]) for i in range(4)]
-    head = DPTHead(128, 8)
-    head.load_state_dict(under(golden, "dpt/w/decode_head."))
-    torch.testing.assert_close(head(features)[..., ::6, ::6], golden["dpt/depth_low"], **CLOSE)
-
-
-@pytest.mark.parametrize("blocks", ("linear", "ms"))
-@torch.no_grad()
-def test_segmentation_is_the_references(golden: dict[str, Tensor], blocks: str) -> None:
-    maps = [value for name, value in sorted(under(golden, f"segmentation/{blocks}/feat").items())]
-    head = SegmentationHead(16 * len(maps), 6)
-    head.load_state_dict(under(golden, f"segmentation/{blocks}/w/decode_head."))
-    logits = head.eval()([(each, each.mean((2, 3))) for each in maps])
-    torch.testing.assert_close(logits, golden[f"segmentation/{blocks}/logits"], **CLOSE)
-
-
-@torch.no_grad()
-def test_few_bins_are_computed_before_tokens_are_enlarged(backbone: VisionTransformer) -> None:
-    """The plain way: enlarge, then convolve."""
+def test_the_mean_over_scales_and_flips_is_that_of_probabilities() -> None:
     torch.manual_seed(0)
-    head = DepthHead(128, 12)
-    features = DenseModel(backbone, head).features(torch.randn(1, 3, 45, 60))
-    parts = [part for patches, cls in features for part in (patches, cls[..., None, None].expand_as(patches))]
-    enlarged = torch.nn.functional.interpolate(torch.cat(parts, 1), scale_factor=4, mode="bilinear")
-    positive = torch.relu(head.conv_depth(enlarged)) + 0.1
-    bins = torch.linspace(0.001, 10, 12)[:, None, None]
-    plain = (positive / positive.sum(1, keepdim=True) * bins).sum(1, keepdim=True)
-    torch.testing.assert_close(head(features), plain, **CLOSE)
+    images = [torch.randn(1, 3, side, side + 4) for side in (8, 12)]
+
+    def maps(x: Tensor) -> Tensor:
+        return torch.cat([x, -x], 1)  # of two heads
+
+    found = multi_scale(maps, images, (8, 12), 3)
+    plain = [F.interpolate(x, (8, 12), mode="bilinear") for x in (images[0], images[1])]
+    torch.testing.assert_close(found[:, :3], torch.stack([x.softmax(1) for x in plain]).mean(0))  # flips change nothing
+    torch.testing.assert_close(found[:, 3:], torch.stack([(-x).softmax(1) for x in plain]).mean(0))
+    down = torch.arange(12.0).expand(1, 1, 8, 12)
+    torch.testing.assert_close(mirrored_mean(lambda x: x * torch.arange(12), down)[0, 0, 0, 11], torch.tensor(60.5))
 
 
-def test_blocks_that_are_read() -> None:
-    assert [spread_blocks(depth) for depth in (4, 12, 24, 40)] == [
-        (0, 1, 2, 3), (2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)
-    ]  # fmt: skip
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=6, num_heads=2)
-    assert SegmentationHead(8, 2).blocks_read(model) == (5,)
-    assert SegmentationHead(32, 2).blocks_read(model) == (2, 3, 4, 5)
-    assert DepthHead(16).blocks_read(model) == (5,)
-    assert DepthHead(64).blocks_read(model) == (0, 2, 3, 5)
-    assert DepthHead(32, config=HeadConfig(task="depth", layers=(1, 3))).blocks_read(model) == (1, 3)
-    for head in (
-        SegmentationHead(12, 2),
-        SegmentationHead(56, 2),
-        DepthHead(24),
-        DepthHead(32),
-        DepthHead(32, config=HeadConfig(task="depth", layers=(1, 6))),
-        DepthHead(32, config=HeadConfig(task="depth", layers=(1,))),
-    ):
-        with pytest.raises(WeightsError, match=rf"head with {head.in_channels} inputs .* 8 wide with 6 blocks"):
-            head.blocks_read(model)
+def test_cross_entropy_is_mmsegmentations() -> None:
+    class Given(SegmentationHead):
+        def predict(self, features: object, size: tuple[int, int]) -> Tensor:
+            return golden("ce/logits_up")
+
+    labels = golden("ce/gt")
+    assert (labels == 255).any()
+    found = segmentation_loss(Given(16, 6), {}, labels)
+    torch.testing.assert_close(found, golden("ce/ce_mmseg").float(), rtol=1e-5, atol=1e-6)
+    known = found * labels.numel() / (labels != 255).sum()
+    torch.testing.assert_close(known, golden("ce/ce_valid_mean").float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", (
-    {"in_chans": 5, "num_register_tokens": 2},
-    {"pos_embed_type": "rope", "n_storage_tokens": 2, "mask_k_bias": True, "untie_cls_and_patch_norms": True},
-))  # fmt: skip
-@torch.no_grad()
-def test_any_backbone_carries_heads(options: dict[str, object]) -> None:
-    """Channels, registers, rotary positions: the map has the image's size, and only patches are read."""
+def test_batch_statistics_in_training_are_the_references() -> None:
+    head = SegmentationHead(16, 6)
+    head.bn.__class__ = CommonBatchNorm
+    head.load_state_dict({
+        "conv_seg.weight": golden("train/w_conv"), "conv_seg.bias": golden("train/bias"),
+        "bn.weight": golden("train/bn_weight"), "bn.bias": golden("train/bn_bias"),
+        "bn.running_mean": torch.zeros(16), "bn.running_var": torch.ones(16), "bn.num_batches_tracked": torch.tensor(0),
+    })  # fmt: skip
+    logits = head.train()([(golden("train/feat"), torch.zeros(2, 16))])
+    torch.testing.assert_close(logits, golden("train/logits"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.bn.running_mean, golden("train/running_mean"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.bn.running_var, golden("train/running_var"), rtol=0, atol=1e-5)
+
+
+def test_depth_losses_are_the_references() -> None:
+    predicted, there = golden("loss/pred")[:, 0], golden("loss/gt")[:, 0]
+    torch.testing.assert_close(sig_loss(predicted, there), golden("loss/sig").float(), rtol=0, atol=1e-5)
+    warm = sig_loss(predicted, there, with_variance=False)
+    torch.testing.assert_close(warm, golden("loss/sig_warm_up").float(), rtol=0, atol=1e-5)
+    one = gradient_loss(predicted[0], there[0])
+    torch.testing.assert_close(one, golden("loss/grad_2d_of_image0").float(), rtol=0, atol=1e-5)
+
+
+def test_schedules_rise_and_fall_as_the_papers() -> None:
+    assert linear_decay(0, 40_000) < 1e-5 and linear_decay(1500, 40_000) == pytest.approx(1 - 1500 / 40_000)
+    assert linear_decay(750, 40_000) == pytest.approx(0.5 * (1 - 750 / 40_000), rel=1e-4)
+    assert cosine(12_800, 38_400) == pytest.approx(0.75) and cosine(38_400, 38_400) == pytest.approx(0, abs=1e-9)
+    for schedule in (linear_decay, cosine):
+        assert all(0 <= schedule(i, n) <= 1 for n in (1, 2, 7, 100) for i in range(n))
+
+
+@pytest.mark.parametrize("make, recipe", [
+    (lambda: SegmentationHead(8, 3), SEGMENTATION), (lambda: DepthHead(16, 8), DEPTH),
+])  # fmt: skip
+def test_heads_of_several_rates_are_each_as_if_alone(make: object, recipe: object) -> None:
     torch.manual_seed(0)
-    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=4, num_heads=2, **options).eval()
-    images = torch.randn(2, backbone.config.in_chans, 21, 40)
-    for head, channels in ((SegmentationHead(64, 3), 3), (DepthHead(128), 1), (DPTHead(128, 8), 1)):
-        model = DenseModel(backbone, head.eval())
-        assert model(images).shape == (2, channels, 21, 40)
-    plain = backbone.get_intermediate_layers(pad_to_patches(images, 8), n=4, norm=False, return_class_token=True)
-    for (patches, cls), (tokens, expected) in zip(model.features(images), plain, strict=True):
-        torch.testing.assert_close(patches.flatten(2).transpose(1, 2), tokens)
-        torch.testing.assert_close(cls, expected)
+    features = {"patches0": torch.randn(4, 8, 3, 3), "cls0": torch.randn(4, 8)}
+    labels = torch.randint(1, 3, (4, 12, 12))
+    rates = (1e-3, 1e-2)
+
+    def trained(chosen: tuple[float, ...]) -> list[dict[str, Tensor]]:
+        heads = [make() for _ in chosen]  # type: ignore[operator]
+        same_start(heads, 0)
+        trainer = DenseTrainer(heads, chosen, 5, recipe)  # type: ignore[arg-type]
+        for i in range(5):
+            trainer.step(i, features, labels if isinstance(heads[0], SegmentationHead) else labels.float())
+        return [head.state_dict() for head in heads]
+
+    together, alone = trained(rates), [trained((rate,))[0] for rate in rates]
+    for one, other in zip(together, alone, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(together[0][name], together[1][name]) for name in together[0])
 
 
-def test_padding_keeps_the_larger_half_right_and_below() -> None:
-    padded = pad_to_patches(torch.ones(1, 1, 5, 8), 8)
-    assert padded.shape == (1, 1, 8, 8) and padded[0, 0, :, 0].tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
+def test_mean_iou_is_that_of_sets_of_pixels() -> None:
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 4, (3, 10, 12)), rng.integers(0, 5, (2, 3, 10, 12))
+    labels[:, 0] = 255
+    confusion = Confusion(2, 6)  # the last class is nowhere
+    for i in range(3):
+        confusion.update(torch.from_numpy(predicted[:, i]), torch.from_numpy(labels[i]).to(torch.uint8))
+    known = labels != 255
+    for head, scores in enumerate(confusion.scores()):
+        ious, accuracies = [], []
+        for c in range(5):
+            mine, its = (predicted[head] == c) & known, labels == c
+            ious.append(100 * (mine & its).sum() / (mine | its).sum())
+            if its.any():
+                accuracies.append(100 * (mine & its).sum() / its.sum())
+        assert scores.mean_iou == pytest.approx(np.mean(ious)) and scores.mean_accuracy == pytest.approx(
+            np.mean(accuracies)
+        )
+        assert scores.accuracy == pytest.approx(100 * (predicted[head] == labels)[known].mean())
+        assert np.isnan(scores.iou[5]) and scores.iou[:5] == pytest.approx(ious, abs=1e-4)
+
+
+def test_depth_errors_are_means_over_images() -> None:
+    rng = np.random.default_rng(0)
+    errors, rows = DepthErrors(1), []
+    for n in (5, 50):
+        there, mine = rng.uniform(1, 9, n), rng.uniform(1, 9, n)
+        errors.update(torch.from_numpy(mine)[None], torch.from_numpy(there))
+        off, logs, ratio = mine - there, np.log(mine) - np.log(there), np.maximum(mine / there, there / mine)
+        rows.append([
+            np.sqrt(np.mean(off**2)), np.mean(abs(off) / there), np.mean(off**2 / there),
+            np.mean(abs(np.log10(mine) - np.log10(there))), np.sqrt(np.mean(logs**2)), 100 * np.std(logs),
+            *(100 * np.mean(ratio < 1.25**i) for i in (1, 2, 3)),
+        ])  # fmt: skip
+    errors.update(torch.empty(1, 0), torch.empty(0))  # an image of which nothing is known counts for nothing
+    assert errors.scores()[0] == pytest.approx(DepthScores(*np.mean(rows, 0)))

@@ -216,7 +216,7 @@ def over_labels(dataset: DenseDataset, measure: Callable[[np.ndarray], float], w
 
 def largest_class(dataset: SegmentationDataset) -> int:
     """Of all masks. Raises DataError where no pixel has a class."""
-    largest = int(max(over_labels(dataset, lambda mask: mask[mask != IGNORED].max(initial=-1), "classes")))
+    largest = int(max(over_labels(dataset, lambda mask: mask[mask != IGNORED].astype(int).max(initial=-1), "classes")))
     if largest < 0:
         raise DataError(f"{dataset.describe()}: all pixels of all masks are 255, which is ignored")
     return largest
