@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from dense_sets import write_depths
-from dinov2cli.models.load.dense import read_head
 from test_cli_eval import dino2, own_cache, run  # noqa: F401  (fixtures)
 
 import dinov2cli
@@ -14,6 +13,7 @@ from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.protocol import evaluate_teacher
 from dinov2cli.eval.reports import Evaluation
+from dinov2cli.models.load.dense import read_head
 from dinov2cli.requests.protocols import EVALUATIONS
 
 SMALL: dict[str, Any] = {
@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def evaluated(run: Path, data: Path, **changed: Any) -> Evaluation:  # noqa: F811
-    request = dinov2cli.DepthRequest(checkpoint=str(run), train_dataset=str(data), **{**SMALL, **changed})
+    request = dinov2cli.DepthRequest(checkpoint=str(run), **{**SMALL, "train_dataset": str(data), **changed})
     result = dinov2cli.run(request)
     assert isinstance(result, Evaluation)
     return result
@@ -38,21 +38,8 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     data: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [
-        "--iterations",
-        "30",
-        "--batch-size",
-        "4",
-        "--learning-rates",
-        "0.03",
-        "0.0001",
-        "--layers",
-        "4",
-        "--num-workers",
-        "0",
-        "--cpu",
-    ]
-    assert dino2("eval", "depth", run, "--data", data, *words, "--json") == 0
+    words = "--iterations 30 --batch-size 4 --learning-rates 0.03 0.0001 --layers 4"
+    assert dino2("eval", "depth", run, "--data", data, *words.split(), "--num-workers", "0", "--cpu", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     (row,) = result["rows"]
     assert row["name"] == "lr 0.03" and row["images"] == 4

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from dense_sets import write_masks
-from dinov2cli.models.load.dense import read_head
 from test_cli_eval import dino2, own_cache, run  # noqa: F401  (fixtures)
 
 import dinov2cli
@@ -15,6 +14,7 @@ from dinov2cli.console import Interrupted
 from dinov2cli.errors import CheckpointError, ConfigError, DataError
 from dinov2cli.eval import dense
 from dinov2cli.eval.reports import Evaluation, read_results
+from dinov2cli.models.load.dense import read_head
 
 SMALL: dict[str, Any] = {
     "image_size": 32, "crop_size": 32, "stride": 16, "iterations": 25, "batch_size": 4, "learning_rates": (0.03,),
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def evaluated(run: Path, data: Path, **changed: Any) -> Evaluation:  # noqa: F811
-    request = dinov2cli.SegmentationRequest(checkpoint=str(run), train_dataset=str(data), **{**SMALL, **changed})
+    request = dinov2cli.SegmentationRequest(checkpoint=str(run), **{**SMALL, "train_dataset": str(data), **changed})
     result = dinov2cli.run(request)
     assert isinstance(result, Evaluation)
     return result
@@ -45,7 +45,8 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     assert dino2("eval", "segmentation", run, "--data", data, *words, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row["scores"] for row in result["rows"]}
-    assert list(rows) == ["lr 0.03, sliding window", "lr 0.03, whole image", "lr 0.03, multi-scale"]
+    best = result["rows"][0]["name"].partition(",")[0]
+    assert list(rows) == [f"{best}, {how}" for how in ("sliding window", "whole image", "multi-scale")]
     for scores in rows.values():
         assert 60 < scores["mIoU %"] < scores["aAcc %"] <= 100  # a patch of colours is told, but for borders
     assert set(result["rows"][0]["per_class"]) == {"0", "1", "2"} and result["rows"][0]["images"] == 4
@@ -57,11 +58,11 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     assert kept.task == "segmentation" and kept.iteration == 19
     assert dino2("results", run) == 0
     shown = capsys.readouterr().out
-    assert "segmentation" in shown and "mIoU %" in shown and "lr 0.03" in shown
+    assert "segmentation" in shown and "mIoU %" in shown and best in shown
     head = read_head(folder / "best_head.pth")
     assert head.config.layers == (3,) and head.config.short_side == 32 and head.config.dataset
     again = evaluated(run, data, head=str(folder / "best_head.pth"), train_dataset=None, val_dataset=str(data))
-    assert again.rows[0].scores == rows["lr 0.03, sliding window"]
+    assert again.rows[0].scores == rows[f"{best}, sliding window"]
 
 
 def test_an_interrupted_training_goes_on_to_the_same_head(

@@ -13,23 +13,25 @@ from dinov2cli.data.datasets.dense import IGNORED
 
 
 class SegmentationScores(NamedTuple):
-    """In percent. iou: of each class, NaN where it is neither there nor predicted."""
+    """In percent, of so many images. iou: of each class, NaN where it is neither there nor predicted."""
 
     mean_iou: float
     mean_accuracy: float
     accuracy: float
     iou: list[float]
+    images: int
 
 
 class Confusion:
     """Counts of pixels by head, true class and predicted class."""
 
     def __init__(self, heads: int, classes: int) -> None:
-        self.classes = classes
+        self.classes, self.images = classes, 0
         self.counts = torch.zeros(heads, classes, classes, dtype=torch.int64)
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
         """Add an image: classes int64 [R, H, W] as predicted, and as they are, [H, W], 255 where that is not known."""
+        self.images += 1
         known = labels != IGNORED
         rows = labels[known].to(torch.int64) * self.classes
         for counts, each in zip(self.counts, predicted, strict=True):
@@ -38,10 +40,11 @@ class Confusion:
 
     def scores(self) -> list[SegmentationScores]:
         """Of each head. Collective."""
-        return [scores_of(counts.double()) for counts in distributed.all_reduce_sum(self.counts.clone())]
+        images = int(distributed.all_reduce_sum(torch.tensor(self.images)))
+        return [scores_of(counts.double(), images) for counts in distributed.all_reduce_sum(self.counts.clone())]
 
 
-def scores_of(counts: Tensor) -> SegmentationScores:
+def scores_of(counts: Tensor, images: int) -> SegmentationScores:
     """Of a confusion matrix float64 [K, K], rows the true classes.
 
     As usual, means are over the classes that occur: of IoU, where they are there or predicted; of accuracy, where they
@@ -51,14 +54,13 @@ def scores_of(counts: Tensor) -> SegmentationScores:
     iou = 100 * hits / (there + predicted - hits)
     of_class = 100 * hits / there
     accuracy = 100 * hits.sum() / there.sum()
-    return SegmentationScores(
-        float(iou.nanmean()), float(of_class.nanmean()), float(accuracy), [round(float(each), 4) for each in iou]
-    )
+    of_each = [round(float(each), 4) for each in iou]
+    return SegmentationScores(float(iou.nanmean()), float(of_class.nanmean()), float(accuracy), of_each, images)
 
 
 class DepthScores(NamedTuple):
-    """Means over images, as the benchmarks have them. rmse in metres; abs_rel, sq_rel (metres), log10, rmse_log, silog
-    (100 times the standard deviation of the difference of logarithms); deltas in percent."""
+    """Means over so many images, as the benchmarks have them. rmse in metres; abs_rel, sq_rel (metres), log10,
+    rmse_log, silog (100 times the standard deviation of the difference of logarithms); deltas in percent."""
 
     rmse: float
     abs_rel: float
@@ -69,13 +71,14 @@ class DepthScores(NamedTuple):
     delta1: float
     delta2: float
     delta3: float
+    images: int
 
 
 class DepthErrors:
     """Sums of each image's errors, by head."""
 
     def __init__(self, heads: int) -> None:
-        self.sums = torch.zeros(heads, len(DepthScores._fields), dtype=torch.float64)
+        self.sums = torch.zeros(heads, len(DepthScores._fields) - 1, dtype=torch.float64)
         self.images = 0
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
@@ -86,10 +89,9 @@ class DepthErrors:
 
     def scores(self) -> list[DepthScores]:
         """Of each head. Collective."""
-        sums, images = self.sums.clone(), torch.tensor(self.images)
-        distributed.all_reduce_sum(sums)
-        means = sums / int(distributed.all_reduce_sum(images))
-        return [DepthScores(*map(float, each)) for each in means]
+        images = int(distributed.all_reduce_sum(torch.tensor(self.images)))
+        means = distributed.all_reduce_sum(self.sums.clone()) / images
+        return [DepthScores(*map(float, each), images) for each in means]
 
 
 def errors_of(predicted: Tensor, there: Tensor) -> Tensor:

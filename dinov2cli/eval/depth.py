@@ -96,7 +96,7 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
         place = min(range(len(found)), key=lambda i: (found[i].rmse, i))
         best = best if rows else place
         said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "")))
-        rows.append(_row(said, found[place], len(val)))
+        rows.append(_row(said, found[place]))
         lines.append({said: found[place]._asdict()})
     if request.head is None and trial.folder is not None and distributed.is_main():
         save_head(measured[""][1][best], trial.folder / BEST_HEAD)
@@ -173,7 +173,7 @@ def _protocol(request: DepthRequest, dataset: DepthDataset) -> DepthProtocol:
     return protocol._replace(range=(low, high), **changed)
 
 
-def _row(name: str, scores: DepthScores, images: int) -> Row:
+def _row(name: str, scores: DepthScores) -> Row:
     shown = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel, "log10": scores.log10, "SILog": scores.silog}
     shown |= {f"d{i} %": value for i, value in enumerate((scores.delta1, scores.delta2, scores.delta3), 1)}
-    return Row(name or "head", images=images, scores=shown)
+    return Row(name or "head", images=scores.images, scores=shown)

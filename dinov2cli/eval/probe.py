@@ -79,7 +79,7 @@ def train_heads(
     period: int,
     look: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """A step for each of `iterations`, saved each `period` of them and when it is interrupted.
+    """A step for each of `iterations`, saved each `period` of them, at the end and when it is interrupted.
 
     Args:
         batches: features and targets, on the device where the heads are, from the first of the iterations on.
@@ -95,7 +95,7 @@ def train_heads(
             loss = trainer.step(iteration, features, targets)
             bar.advance(task)
             done = iteration + 1
-            if checkpoint and (signals or done % period == 0):
+            if checkpoint and (signals or done % period == 0 or done == iterations.stop):
                 checkpoint.save(trainer, done)
             if signals:
                 raise Interrupted(signals[0])

@@ -121,7 +121,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
         best = best if rows else place
         for way, scores in found.items():
             said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "", IN_WORDS[way])))
-            rows.append(_row(said, scores[place], len(val), val.class_names))
+            rows.append(_row(said, scores[place], val.class_names))
             lines.append({said: {"mIoU": scores[place].mean_iou / 100, "aAcc": scores[place].accuracy / 100}})
     if request.head is None and trial.folder is not None and distributed.is_main():
         save_head(measured[""][1][best], trial.folder / BEST_HEAD)
@@ -174,7 +174,7 @@ def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
     return found
 
 
-def _row(name: str, scores: SegmentationScores, images: int, names: Sequence[str]) -> Row:
+def _row(name: str, scores: SegmentationScores, names: Sequence[str]) -> Row:
     by_class = {names[i] if i < len(names) else str(i): iou for i, iou in enumerate(scores.iou) if iou == iou}
     shown = {"mIoU %": scores.mean_iou, "mAcc %": scores.mean_accuracy, "aAcc %": scores.accuracy}
-    return Row(name, images=images, per_class=by_class, scores=shown)
+    return Row(name, images=scores.images, per_class=by_class, scores=shown)

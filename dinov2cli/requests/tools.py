@@ -101,7 +101,7 @@ class ResultsRequest(Request, command="results", run_by="dinov2cli.eval.results:
     """
 
     runs: Paths = argument("Run folders, or results.json files.", metavar="RUN...")
-    task: str | None = option(None, "Only knn, logreg or linear.")
+    task: str | None = option(None, "Only the evaluations of this name: knn, logreg, linear, segmentation or depth.")
     as_json: bool = option(False, "Print one JSON object instead of a table.", flags="--json")
     as_csv: bool = option(False, "Print a line of CSV for each score.", flags="--csv")
 
