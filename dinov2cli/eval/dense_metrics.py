@@ -91,7 +91,8 @@ class DepthErrors:
         """Of each head. Collective."""
         images = int(distributed.all_reduce_sum(torch.tensor(self.images)))
         means = distributed.all_reduce_sum(self.sums.clone()) / images
-        return [DepthScores(*map(float, each), images) for each in means]
+        errors = DepthScores._fields[:-1]
+        return [DepthScores(**dict(zip(errors, each.tolist(), strict=True)), images=images) for each in means]
 
 
 def errors_of(predicted: Tensor, there: Tensor) -> Tensor:
