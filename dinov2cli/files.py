@@ -1,6 +1,7 @@
 """Files that appear whole or not at all; checksums and locks."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -69,6 +70,34 @@ def write_array(path: Path, array: "np.ndarray") -> None:
 
     with writing(path), replacing(path, flush=True) as aside, aside.open("wb") as file:
         np.save(file, array)
+
+
+def append_rows(path: Path, rows: "np.ndarray", at: int) -> None:
+    """Write rows from row `at` of a `.npy` file on, whose rows are of the same shape and dtype.
+
+    They are on the disk when this returns. The header follows the rows: whenever this is cut short, the file is what it
+    was up to row `at`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import numpy as np
+
+    described = np.lib.format.header_data_from_array_1_0(rows)
+
+    def header(count: int) -> bytes:
+        written = io.BytesIO()
+        np.lib.format.write_array_header_1_0(written, {**described, "shape": (count, *rows.shape[1:])})
+        return written.getvalue()  # of one length: numpy leaves space for a larger count
+
+    with path.open("r+b") as file:
+        file.seek(len(header(0)) + at * (rows.nbytes // max(1, len(rows))))
+        file.write(np.ascontiguousarray(rows).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(header(at + len(rows)))
+    flush_to_disk(path)
 
 
 def flush_to_disk(path: Path) -> None:

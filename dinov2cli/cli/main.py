@@ -17,7 +17,7 @@ from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
-from dinov2cli.requests import bench, datasets, eval, export, pictures, tools, train
+from dinov2cli.requests import bench, datasets, eval, export, pictures, search, tools, train
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.protocols import EVALUATIONS
 
@@ -38,6 +38,11 @@ REQUESTS: tuple[type[Request], ...] = (
     tools.PlotRequest,
     tools.DoctorRequest,
     *EVALUATIONS.values(),
+    search.SearchBuildRequest,
+    search.SearchAddRequest,
+    search.SearchRemoveRequest,
+    search.SearchQueryRequest,
+    search.SearchInfoRequest,
     datasets.ListDatasetsRequest,
     datasets.ShowDatasetRequest,
     datasets.AddDatasetRequest,
@@ -60,6 +65,8 @@ COMMANDS |= {name: it for name, it in EVALUATIONS.items() if name not in COMMAND
 GROUPS = {
     "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
+    "search": "Find alike images: keep an index of their features, and ask it.\n\n"
+    "Example:\n\n    dino2 search query photos.index dog.jpg --sheet dogs.html",
     "datasets": "Give datasets a name, by which every command takes them; see what has one, and measure what is in it."
     "\n\n"
     "Example:\n\n    dino2 datasets list",

@@ -5,7 +5,7 @@ Shapes: B images of a batch.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any, Self
@@ -118,30 +118,10 @@ class Extractor:
         gathered = Gathered() if self.cache is None else self.cache.unfinished(self.recipe, dataset)
         if gathered.done:
             logger.info("%s: %d of %d images are from an interrupted run", description, gathered.done, len(mine))
-        # While the GPU works on a batch, the features of the one before it arrive.
-        arriving: deque[tuple[Arriving | None, EvalBatch]] = deque()
-
-        def keep_oldest() -> None:
-            features, batch = arriving.popleft()
-            # Page-locked memory is scarce: copies.
-            tensors = {name: tensor.clone() for name, tensor in features.read().items()} if features else {}
-            gathered.append(tensors, batch.targets, batch.indices, batch.bad)
-
         try:
-            for batch in self._batches(dataset, mine, gathered.done, description):
-                for message in batch.bad:
-                    logger.warning("unreadable image left out: %s", message)
-                arriving.append((Arriving(self.features_of(batch.images)) if len(batch.images) else None, batch))
-                while len(arriving) > 1:
-                    keep_oldest()
-                refuse_too_many_bad(
-                    len(gathered.bad) + len(batch.bad), len(dataset), self.max_bad_fraction, gathered.bad + batch.bad
-                )
-            while arriving:
-                keep_oldest()
+            for tensors, batch in self.stream(dataset, mine[gathered.done :], description, gathered.bad, gathered.done):
+                gathered.append(tensors, batch.targets, batch.indices, batch.bad)
         except Interrupted:
-            while arriving:
-                keep_oldest()
             gathered.save()
             if gathered.folder is not None:
                 logger.info("%d of %d images are kept: the same command goes on from there", gathered.done, len(mine))
@@ -153,6 +133,49 @@ class Extractor:
             gathered.remove()
             raise WeightsError("The model gives features that are not finite: its weights are damaged or diverged.")
         return features
+
+    def stream(
+        self, dataset: ImageDataset, indices: Tensor, description: str, bad: Sequence[str] = (), done: int = 0
+    ) -> Iterator[tuple[dict[str, Tensor], EvalBatch]]:
+        """Batch by batch the features of some images, as in `Features.tensors`, in main memory, and the batch; no
+        tensors where none of it could be read. After Ctrl-C, those of what has begun, and then `Interrupted`.
+
+        Args:
+            indices: int64, ascending, in the dataset.
+            bad: what was said of the unreadable ones among the `done` images before these.
+
+        Raises:
+            DataError: more than the share `max_bad_fraction` of the dataset cannot be read.
+        """
+        named = list(bad)
+        # While the GPU works on a batch, the features of the one before it arrive.
+        arriving: deque[tuple[Arriving | None, EvalBatch]] = deque()
+
+        def oldest() -> tuple[dict[str, Tensor], EvalBatch]:
+            features, batch = arriving.popleft()
+            # Page-locked memory is scarce: copies.
+            return {name: tensor.clone() for name, tensor in features.read().items()} if features else {}, batch
+
+        try:
+            for batch in self._batches(dataset, indices, done, description):
+                for message in batch.bad:
+                    logger.warning("unreadable image left out: %s", message)
+                named += batch.bad
+                arriving.append((Arriving(self.features_of(batch.images)) if len(batch.images) else None, batch))
+                while len(arriving) > 1:
+                    yield oldest()
+                refuse_too_many_bad(len(named), len(dataset), self.max_bad_fraction, named)
+        except Interrupted:
+            while arriving:
+                yield oldest()
+            raise
+        while arriving:
+            yield oldest()
+
+    @property
+    def dim(self) -> int:
+        """D of the features."""
+        return int(self.model.embed_dim)  # type: ignore[arg-type]
 
     def used(self) -> dict[str, Any]:
         """What it was made with, for reports."""
@@ -193,17 +216,16 @@ class Extractor:
         return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 
     def _batches(self, dataset: ImageDataset, indices: Tensor, done: int, description: str) -> Iterator[EvalBatch]:
-        """Batches of the images after the first `done` of `indices`; on a CPU small ones, so that the bar moves, and
-        little is lost where it ends."""
+        """Batches of these images, which follow `done` others; on a CPU small ones, so that the bar moves, and little
+        is lost where it ends."""
         size = self.batch_size
         if self.device.type == "cpu":
             size = min(size, self.at_once(self.image_size, self.image_size))
         how = self.transform, size, self.num_workers
         on_gpu = self.device.type == "cuda"
-        rest = indices[done:].tolist()
-        loader = make_eval_loader(dataset, *how, indices=rest, reading=self.reading, pin_memory=on_gpu)
+        loader = make_eval_loader(dataset, *how, indices=indices.tolist(), reading=self.reading, pin_memory=on_gpu)
         with progress() as bar, stoppable() as stop_if_asked:
-            task = bar.add_task(description, total=len(indices), completed=done)
+            task = bar.add_task(description, total=done + len(indices), completed=done)
             for batch in loader:
                 yield batch
                 bar.advance(task, len(batch.images) + len(batch.bad))

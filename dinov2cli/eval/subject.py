@@ -15,7 +15,7 @@ from dinov2cli.eval.leaks import Overlap
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.models.vision_transformer import VisionTransformer
-from dinov2cli.requests.eval import EmbedRequest, EvalRequest
+from dinov2cli.requests.eval import FeaturesRequest
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Subject:
     config: Config | None = None
     leaks: dict[tuple[str, str], Overlap] = field(default_factory=dict)
 
-    def extractor(self, request: EvalRequest | EmbedRequest, **options: Any) -> Extractor:
+    def extractor(self, request: FeaturesRequest, **options: Any) -> Extractor:
         """An extractor of the model's features as a request wants them, in the configured precision."""
         return Extractor(self.model, **self.extraction(request), **options)
 
-    def extraction(self, request: EvalRequest | EmbedRequest) -> dict[str, Any]:
-        """Arguments of an extractor, as a request wants it."""
+    def extraction(self, request: FeaturesRequest) -> dict[str, Any]:
+        """Arguments of an extractor, as a request wants it; one that has no option `no_cache` keeps no features."""
         options: dict[str, Any] = {}
         if self.config is not None:
             options["precision"] = self.config.compute_precision.precision
@@ -54,7 +54,7 @@ class Subject:
             options["max_bad_fraction"] = request.max_bad_fraction
         options["reading"] = Reading.of(self.model.images, self.config, request)
         options |= {key: getattr(request, key) for key in ("image_size", "num_workers", "device")}
-        return {"cache": None if request.no_cache else FeatureCache(), **options}
+        return {"cache": None if getattr(request, "no_cache", True) else FeatureCache(), **options}
 
 
 def load_subject(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Subject:
