@@ -42,7 +42,7 @@ class SearchAddRequest(DeviceRequest, command="search add", run_by="dinov2cli.se
 
     Example:
 
-        dino2 search add photos.index --data ~/photos/2026
+        dino2 search add photos.index --data ~/album other-dog.jpg
     """
 
     index: Path = argument("The folder of the index.")
@@ -68,7 +68,7 @@ class SearchRemoveRequest(Request, command="search remove", run_by="dinov2cli.se
 
     Example:
 
-        dino2 search remove photos.index ~/photos/2019 '*/thumbnails/*'
+        dino2 search remove photos.index ~/album '*/class1/*'
 
         dino2 search remove photos.index --missing
     """

@@ -232,9 +232,10 @@ def add_all(index: Index, extract: Extractor, words: Sequence[str]) -> Changed:
         first = dict(zip(reversed(names), reversed(range(len(names))), strict=True))
         again = np.array([first[name] for name in names]) != np.arange(len(names))  # one that is named twice
         wanted = np.flatnonzero((~there | changed) & ~again)
+        could_before = there.copy()
+        could_before[there] = index.images["readable"][rows[there]]
         index, could_be_read = _add(index, extract, dataset, Wanted(wanted, names, entries, rows))
-        replaced = changed[wanted]
-        left = index.images["readable"][rows[there & ~changed]]
+        replaced, left = (changed & could_before)[wanted], could_before[there & ~changed]
         counts["added"] += int((could_be_read & ~replaced).sum())
         counts["replaced"] += int((could_be_read & replaced).sum())
         counts["there"] += int(left.sum()) + int((again & (~there | changed)).sum())
@@ -262,11 +263,9 @@ def _add(index: Index, extract: Extractor, dataset: ImageDataset, wanted: Wanted
     """
     readable = np.zeros(len(wanted.positions), bool)
     features = np.zeros((COMMIT_ROWS + extract.batch_size, index.contents.dim), np.float32)
-    bad = [
-        wanted.names[i]
-        for i in np.flatnonzero(wanted.rows >= 0).tolist()
-        if not index.images["readable"][wanted.rows[i]]
-    ]
+    again = set(wanted.rows[wanted.positions].tolist())
+    bad = [name for name, row in zip(wanted.names, wanted.rows.tolist(), strict=True)
+           if row >= 0 and not index.images["readable"][row] and row not in again]  # fmt: skip
     done = waiting = 0
     committed_at = time.monotonic()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dinov2cli.errors import DataError
 from dinov2cli.eval.embed import printable
@@ -82,7 +82,7 @@ def draw(line: Line) -> Image.Image:
     columns = max(1, min(COLUMNS, len(line.found)))
     rows = max(1, -(-len(line.found) // columns))
     cell, height = SIDE + GAP, SIDE + 2 * LINE + GAP
-    drawn = Image.new("RGB", ((columns + 1) * cell + GAP, rows * height - GAP), PAPER)
+    drawn = Image.new("RGB", ((columns + 1) * cell + GAP, rows * height), PAPER)
     pen = ImageDraw.Draw(drawn)
     _draw_one(drawn, line.query, 0, 0, "query")
     pen.line([(cell, 0), (cell, drawn.height)], FAINT)
@@ -98,17 +98,10 @@ def _draw_one(drawn: Image.Image, shown: Shown, left: int, top: int, heading: st
         pen.rectangle([left, top, left + SIDE - 1, top + SIDE - 1], NONE)
         pen.text((left + SIDE // 2, top + SIDE // 2), "cannot be read", FAINT, font, "mm")
     else:
-        small = thumbnail(shown.pixels, SIDE)
+        small = ImageOps.contain(Image.fromarray(shown.pixels), (SIDE, SIDE))
         drawn.paste(small, (left + (SIDE - small.width) // 2, top + (SIDE - small.height) // 2))
     pen.text((left, top + SIDE + 2), heading, INK, font)
     pen.text((left, top + SIDE + 2 + LINE), fitting(short(shown.path), SIDE, font), FAINT, font)
-
-
-def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
-    """A picture that fits into a square."""
-    small = Image.fromarray(pixels)
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return small
 
 
 def short(path: str) -> str:
@@ -137,7 +130,9 @@ def _figure(shown: Shown, heading: str) -> str:
         inside = '<div class="none">cannot be read</div>'
     else:
         encoded = BytesIO()
-        thumbnail(shown.pixels, 2 * SIDE).save(encoded, "JPEG", quality=85)  # for screens of two pixels a point
+        small = Image.fromarray(shown.pixels)
+        small.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)  # for screens of two pixels a point
+        small.save(encoded, "JPEG", quality=85)
         inside = f'<img alt="{name}" src="data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}">'
     if os.path.isfile(shown.path):
         inside = f'<a href="{html.escape(Path(shown.path).absolute().as_uri(), quote=True)}">{inside}</a>'
