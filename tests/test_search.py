@@ -19,8 +19,8 @@ from dinov2cli.requests.base import run
 from dinov2cli.requests.eval import EmbedRequest
 from dinov2cli.requests.search import SearchAddRequest, SearchBuildRequest, SearchQueryRequest, SearchRemoveRequest
 from dinov2cli.search import approximate
+from dinov2cli.search.adding import Changed
 from dinov2cli.search.approximate import Approximation
-from dinov2cli.search.collect import Changed
 from dinov2cli.search.index import Index, locked
 from dinov2cli.search.neighbours import neighbours
 

@@ -14,9 +14,11 @@ from dinov2cli.data.decoding import read_image
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, Dino2Error, check_all
 from dinov2cli.eval.embed import printable
+from dinov2cli.files import user_path
 from dinov2cli.requests.search import SearchQueryRequest
+from dinov2cli.search.adding import FILES, check_words, datasets_of, entries_of
 from dinov2cli.search.approximate import Approximation, check_faiss
-from dinov2cli.search.collect import FILES, check_words, datasets_of, entries_of, extractor_for
+from dinov2cli.search.collect import extractor_for
 from dinov2cli.search.index import Index, is_index
 from dinov2cli.search.neighbours import Found, Progress, neighbours
 from dinov2cli.search.sheet import MOST, Line, Shown, check_sheet, write_sheet
@@ -77,7 +79,7 @@ def run(request: SearchQueryRequest) -> Ranking:
     Raises:
         Dino2Error: no such index or queries, other weights, a sheet that cannot be written, faiss is not installed.
     """
-    other = Path(request.query[0]).expanduser()
+    other = user_path(request.query[0])
     by_index = len(request.query) == 1 and is_index(other)
     check_all(
         lambda: check_words(() if by_index else request.query),
