@@ -31,6 +31,12 @@ _dino2() {
             "dino2 eval linear") path="dino2 eval linear" ;;
             "dino2 eval segmentation") path="dino2 eval segmentation" ;;
             "dino2 eval depth") path="dino2 eval depth" ;;
+            "dino2 search") path="dino2 search" ;;
+            "dino2 search build") path="dino2 search build" ;;
+            "dino2 search add") path="dino2 search add" ;;
+            "dino2 search remove") path="dino2 search remove" ;;
+            "dino2 search query") path="dino2 search query" ;;
+            "dino2 search info") path="dino2 search info" ;;
             "dino2 datasets") path="dino2 datasets" ;;
             "dino2 datasets list") path="dino2 datasets list" ;;
             "dino2 datasets show") path="dino2 datasets show" ;;
@@ -53,7 +59,7 @@ _dino2() {
     case "$path" in
         "dino2")
             options="--version -V --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear segmentation eval datasets presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear segmentation eval search datasets presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -1043,6 +1049,58 @@ _dino2() {
             esac
             options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --layers --head --learning-rates --batch-size --checkpoint-period --frozen-crops --baselines --no-resume --crop-size --depth-scale --min-depth --max-depth --iterations --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 search")
+            options="--help -h"
+            words="build add remove query info" ;;
+        "dino2 search build")
+            case "$prev" in
+                --model) :; return ;;
+                --data) :; return ;;
+                --dtype) COMPREPLY=($(compgen -W "float16 float32" -- "$cur")); return ;;
+                --config-file) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--model --data --dtype --config-file --batch-size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --resize-ratio --device --json --help -h"
+            words="" ;;
+        "dino2 search add")
+            case "$prev" in
+                --data) :; return ;;
+                --model) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--data --model --batch-size --quiet -q --verbose --cpu --num-workers --max-bad-fraction --device --json --help -h"
+            words="" ;;
+        "dino2 search remove")
+            options="--missing --json --quiet -q --verbose --help -h"
+            words="" ;;
+        "dino2 search query")
+            case "$prev" in
+                --top|-k) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --sheet) :; return ;;
+                --faiss) COMPREPLY=($(compgen -W "ivf hnsw" -- "$cur")); return ;;
+                --nprobe) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --ef-search) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --model) :; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+            esac
+            options="--top -k --not-itself --sheet --faiss --nprobe --ef-search --model --quiet -q --verbose --cpu --batch-size --num-workers --device --json --help -h"
+            words="" ;;
+        "dino2 search info")
+            options="--json --quiet -q --verbose --help -h"
+            words="" ;;
         "dino2 datasets")
             options="--help -h"
             words="list show add remove stats" ;;
