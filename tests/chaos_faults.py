@@ -262,6 +262,8 @@ def alive(pid: int) -> bool:
 def second_training(history: History) -> str:
     """The same command again, while it trains: refused, and the first one goes on."""
     history.advance(1)
+    if history.lines() >= TOTAL:  # one that has only its end to do may not have begun yet
+        return LEFT_OUT
     more = history.rng.choice(([], ["--no-resume"], ["--gpus", "2"]))
     if history.lines() > TOTAL // 2:  # the first may be done before the second looks, which then may do as it was told
         more = []

@@ -27,6 +27,7 @@ from dinov2cli.models.layers import Block
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.train.cost import estimate, step_flops
 from dinov2cli.train.networks import build_backbone
+from dinov2cli.train.objective import SSLMetaArch
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++")),
@@ -76,8 +77,26 @@ def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPo
 
 
 @pytest.mark.usefixtures("ready_processes")
+def test_several_gpus_share_the_parameters_and_wait_for_nothing() -> None:
+    config = tiny("train.sharding=fsdp", "student.drop_path_uniform=true", "train.batch_size_per_gpu=16")
+    one, four = counted(rehearse, config, "l4"), counted(rehearse, config, "l4", 4)
+    assert four.waits == {} and four.blocking_copies == {} and four.gpus == 4
+    assert four.tflop == pytest.approx(one.tflop, rel=0.01)  # each has a batch of its own
+    expected = estimate(config, world_size=4, sharding="fsdp", precision="bf16")
+    assert four.memory_gb == pytest.approx(expected.total - expected.workspace, rel=0.15)
+    # Student and teacher are gathered in half precision, once each, and the student's gradients are scattered.
+    numbers = sum(parameter.numel() for parameter in SSLMetaArch(config).networks.student.parameters())
+    assert one.communicated_gb == 0 and 2 * numbers * 3 < four.communicated_gb * 1e9 < 4 * numbers * 3
+
+    done = ready.dino2("bench", "train", *TINY, "train.sharding=ddp", "--rehearse", "--gpus", "2")
+    assert done.returncode == 2 and "train.sharding=fsdp" in done.stderr
+    done = ready.dino2("bench", "train", *TINY, "--gpus", "2")
+    assert done.returncode == 2 and "--gpus 2 goes with --rehearse" in done.stderr
+
+
+@pytest.mark.usefixtures("ready_processes")
 def test_each_place_that_waits_is_named() -> None:
-    found = counted(rehearse, tiny(), "h100", _let_the_step_wait)
+    found = counted(rehearse, tiny(), "h100", 1, _let_the_step_wait)
     assert any(place.startswith("_local_scalar_dense in ") for place in found.waits)
     assert any(place.startswith("nonzero in ") for place in found.waits)
     assert any(place.startswith("index in ") for place in found.waits)

@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -78,6 +82,17 @@ def pretend() -> None:
     setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # noqa: B010
 
 
+def pretend_group(size: int) -> None:
+    """Let this process take itself for the first of so many, each on a fake GPU; the others answer at once."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    there: dict[str, Any] = {"device_count": size, "current_device": 0, "is_initialized": True, "set_device": None}
+    for name, answer in there.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    setattr(torch.cuda, "Stream", FakeStream)  # noqa: B010
+    setattr(torch.cuda, "current_stream", FakeStream)  # noqa: B010
+    setattr(torch.cuda, "stream", nullcontext)  # noqa: B010
+
+
 def _device_guard() -> Path:
     """The library of `DEVICE_GUARD` for this PyTorch, compiled once."""
     name = digest(DEVICE_GUARD + torch.__version__ + sys.platform)[:16]
@@ -127,6 +142,7 @@ class Ledger(Arrays):
         self.begin()
         setattr(torch.cuda, "synchronize", lambda device=None: self.wait("synchronize"))  # noqa: B010
         setattr(torch.cuda, "Event", lambda **_: FakeEvent(self))  # noqa: B010
+        setattr(torch.UntypedStorage, "resize_", self._resize(torch.UntypedStorage.resize_))  # noqa: B010
 
     def begin(self) -> None:
         """Count from here on; memory that is held stays counted."""
@@ -136,6 +152,8 @@ class Ledger(Arrays):
         """Places that copy between host and GPU and wait for it."""
         self.bytes: Counter[str] = Counter()
         """By operator, without matrix products."""
+        self.communicated = 0
+        """Bytes that come from or go to other GPUs."""
         self.operators, self.flops, self.peak = 0, 0, self.held
         self.matrix_s = self.other_s = 0.0
 
@@ -144,6 +162,8 @@ class Ledger(Arrays):
         self.waits[f"{name} in {place()}"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # comes again, with what this GPU has of it
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -174,6 +194,9 @@ class Ledger(Arrays):
         if self._waits_for_copy(name, args, kwargs, given, made):
             self.copies[f"{name} in {place()}"] += 1
         self.operators += 1
+        if func.namespace == "c10d":
+            self.communicated += max(size_of(tensor) for tensor in [*given, *made])
+            return
         size = traffic(func, name, args, kwargs, given, made)
         if formula := flop_registry.get(func._overloadpacket):
             flops = formula(*args, **kwargs, out_val=result)
@@ -195,6 +218,17 @@ class Ledger(Arrays):
             return not background  # PyTorch makes its target page-locked
         in_main_memory = target if source.is_cuda else source
         return in_main_memory.dim() > 0 and not (background and self._is_pinned(in_main_memory))
+
+    def _resize(self, resize: Any) -> Any:
+        """Memory that is freed and fetched again without an operator, as FSDP does with what it has gathered."""
+
+        def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result: torch.UntypedStorage = resize(storage, size)
+            if id(storage) in self.there:
+                self.resize(id(storage), size)
+            return result
+
+        return resized
 
     def _pin(self, tensor: Tensor) -> Tensor:
         pinned = torch.empty_like(tensor)
@@ -230,6 +264,21 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         self.ledger.wait("Event.synchronize")
+
+
+class FakeStream:
+    """`torch.cuda.Stream`, of which there is one."""
+
+    def __init__(self, *_: object, **options: object) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    wait_event = wait_stream
+
+    def record_event(self, event: object = None) -> object:
+        return event or torch.cuda.Event()
 
 
 def _storage(tensor: Tensor) -> int:

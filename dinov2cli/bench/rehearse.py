@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 
 from dinov2cli.bench.clock import Measured, Result, in_own_process, table
-from dinov2cli.bench.fake_gpu import Ledger, pretend
+from dinov2cli.bench.fake_gpu import Ledger, pretend, pretend_group
 from dinov2cli.config import Config
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import MultiCropBatch
@@ -24,12 +25,12 @@ from dinov2cli.data.crop_parameters import draw_crops
 from dinov2cli.data.device_augment import ColorDecisions
 from dinov2cli.data.randomness import sample_rng
 from dinov2cli.device import Precision
-from dinov2cli.errors import Dino2Error, EnvironmentProblem
+from dinov2cli.errors import ConfigError, Dino2Error, EnvironmentProblem
+from dinov2cli.train import sharding
 from dinov2cli.train.cost import shapes_of_batch
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.record import Record
 from dinov2cli.train.run_folder import RunFolder
-from dinov2cli.train.sharding import Sharding
 from dinov2cli.train.step import TrainingStep
 
 
@@ -71,7 +72,9 @@ class Rehearsal(NamedTuple):
     """One training step on a named card, as counted on fake tensors."""
 
     card: str
+    gpus: int
     batch_size: int
+    """Of each GPU."""
     precision: str
     waits: dict[str, int]
     """How often each place of the code asks the GPU for a number or a shape: 0 are allowed."""
@@ -85,6 +88,8 @@ class Rehearsal(NamedTuple):
     """Read and written by all other operators."""
     largest_gb: dict[str, float]
     """The largest parts of it."""
+    communicated_gb: float
+    """That a GPU gives to the others or gets from them. No time is counted for it."""
     memory_gb: float
     """Most that is allocated at once, without an allocator's gaps and CUDA's own half gigabyte."""
     fits: bool
@@ -92,22 +97,31 @@ class Rehearsal(NamedTuple):
     matrix_ms: float
     other_ms: float
     images_per_s: float
-    """Of a step that takes the two times one after the other."""
+    """Of all GPUs, in a step that takes the two times one after the other."""
     graph_breaks: dict[str, int] | None = None
     """Reasons, where `train.compile` is on."""
     recompilations: int | None = None
     """After the second step."""
 
 
-def run(configs: Sequence[Config], card: str) -> Measured:
+def run(configs: Sequence[Config], card: str, gpus: int = 1) -> Measured:
     """Rehearse the steps of these configurations, each alone in a process of its own.
 
     Raises:
+        ConfigError: several GPUs that do not share the parameters.
         EnvironmentProblem: this PyTorch cannot, and why.
     """
-    results = [rehearse_whole(config, card) for config in configs]
+    for config in configs if gpus > 1 else ():
+        if config.train.sharding in ("none", "ddp"):
+            raise ConfigError(
+                f"--gpus {gpus} with train.sharding={config.train.sharding}: each has all parameters, and works as one "
+                "alone does",
+                "Leave --gpus out, or rehearse train.sharding=fsdp.",
+            )
+    results = [rehearse_whole(config, card, gpus) for config in configs]
     figures = {"card": card, "variants": [result._asdict() for result in results]}
-    head = f"rehearsal without a GPU for {card}; batches of {results[0].batch_size} images, attention as PyTorch's own"
+    cards = card if gpus == 1 else f"{gpus} x {card} (FSDP2)"
+    head = f"rehearsal without a GPU for {cards}; batches of {results[0].batch_size} images, attention as PyTorch's own"
     names = [f"{result.precision}{' compiled' * (result.recompilations is not None)}" for result in results]
     columns = [rows_of(result) for result in results]
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
@@ -115,9 +129,9 @@ def run(configs: Sequence[Config], card: str) -> Measured:
     return Measured(figures, [head, table("", *names, rows=rows, numbers_right=True), *found])
 
 
-def rehearse_whole(config: Config, card: str) -> Rehearsal:
+def rehearse_whole(config: Config, card: str, gpus: int = 1) -> Rehearsal:
     """The step and, if it is compiled, its compilation, each alone in a process."""
-    result = counted(rehearse, config, card)
+    result = counted(rehearse, config, card, gpus)
     if config.train.compile is False:  # on a GPU, auto means yes
         return result
     breaks, later = counted(graph_breaks, config)
@@ -157,6 +171,7 @@ def rows_of(result: Rehearsal) -> dict[str, str]:
         "  ms at the card's rate": f"{result.matrix_ms:,.3g}",
         "other operators, GB": f"{result.other_gb:,.3g}",
         "  ms at the card's bandwidth": f"{result.other_ms:,.3g}",
+        "exchanged with other GPUs, GB": f"{result.communicated_gb:,.3g}",
         "images/s at most, not fused": f"{result.images_per_s:,.4g}",
         "memory, GB": f"{result.memory_gb:.3g}" + ("" if result.fits else ": too much"),
     }
@@ -184,18 +199,23 @@ def short_form(config: Config, card: str = "h100") -> str:
     return f"{waits} waits, {copies} blocking copies, {result.operators:,} operators; {size}; {most}"
 
 
-def rehearse(config: Config, card: str, prepare: Callable[[], object] | None = None) -> Rehearsal:
-    """Count a step of a run of one process, in a process that does nothing else.
+def rehearse(config: Config, card: str, gpus: int = 1, prepare: Callable[[], object] | None = None) -> Rehearsal:
+    """Count a step of one of a run's processes, in a process that does nothing else.
 
     Args:
         config: of the run; its attention is rehearsed as PyTorch's own, whatever backend it names.
         card: a key of `CARDS`.
+        gpus: how many share the parameters.
         prepare: called first, for those who want to change the step.
 
     Raises:
         EnvironmentProblem: this PyTorch cannot.
     """
     pretend()
+    if gpus > 1:
+        pretend_group(gpus)
+        mesh = init_device_mesh("cuda", (gpus,))  # not of fake tensors, whose numbers are not there
+        setattr(sharding, "init_device_mesh", lambda *_: mesh)  # noqa: B010
     if prepare is not None:
         prepare()
     matrix_tflops, bandwidth_gb, memory_gb = CARDS[card]
@@ -205,7 +225,8 @@ def rehearse(config: Config, card: str, prepare: Callable[[], object] | None = N
         precision = Precision.resolve(asked, GPU, grad_scaler=False)
         with GPU:
             objective = SSLMetaArch(config, "sdpa").train()
-        step = TrainingStep(config, objective, Sharding(objective, "none", precision), precision)
+        spread = sharding.Sharding(objective, "none" if gpus == 1 else "fsdp", precision)
+        step = TrainingStep(config, objective, spread, precision)
         record = Record(config, RunFolder(Path()), watched_gradients=True)
         batches = [batch_in_main_memory(config) for _ in range(config.train.gradient_accumulation)]
         for iteration, some in enumerate((batches[:1], batches)):  # the first one makes what is kept for all
@@ -213,9 +234,10 @@ def rehearse(config: Config, card: str, prepare: Callable[[], object] | None = N
             result = step(iteration, [batch.to(GPU, non_blocking=True) for batch in some])
             record.take(result)
     seconds = ledger.matrix_s + ledger.other_s
-    images = config.train.batch_size_per_gpu * len(batches)
+    images = config.train.batch_size_per_gpu * len(batches) * gpus
     return Rehearsal(
         card=card,
+        gpus=gpus,
         batch_size=config.train.batch_size_per_gpu,
         precision=precision.name,
         waits=dict(ledger.waits),
@@ -224,6 +246,7 @@ def rehearse(config: Config, card: str, prepare: Callable[[], object] | None = N
         tflop=ledger.flops / 1e12,
         other_gb=sum(ledger.bytes.values()) / 1e9,
         largest_gb={name: size / 1e9 for name, size in ledger.bytes.most_common(12)},
+        communicated_gb=ledger.communicated / 1e9,
         memory_gb=ledger.peak / 1e9,
         fits=ledger.peak < memory_gb * 1e9,
         matrix_ms=1e3 * ledger.matrix_s,

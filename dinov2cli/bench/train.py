@@ -93,7 +93,7 @@ def run(request: BenchTrainRequest) -> Measured:
     """
     configs = variants_of(request)
     if request.rehearse:
-        return rehearse.run(configs, request.card)
+        return rehearse.run(configs, request.card, request.gpus)
     device = choose_device(request.device)
     if device.type == "cpu" and set(request.precision) - {"fp32"}:
         raise ConfigError("--precision: the CPU trains in fp32 only")

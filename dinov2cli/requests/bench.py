@@ -1,9 +1,9 @@
 """Requests for measurements: how fast the parts of dino2 run on this machine."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinov2cli.requests.base import AtLeastOne, Request, argument, option
 from dinov2cli.requests.train import ConfiguredRequest
@@ -33,6 +33,8 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
         dino2 bench train --preset vitl16_short --compile off --compile on --json
 
         dino2 bench train --preset vitl16_short --rehearse --card h100
+
+        dino2 bench train --preset vitg14 --rehearse --gpus 8
     """
 
     data: str = option("SamplePhotos:split=TRAIN", "A folder of images or a dataset string.", metavar="DATASET")
@@ -47,6 +49,13 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
         False, "Run nothing: count what a step would take on --card, on fake tensors. No GPU is needed."
     )
     card: Literal["h100", "h200", "a100", "l4", "rtx4090"] = option("h100", "The GPU that is rehearsed for.")
+    gpus: AtLeastOne = option(1, "GPUs that are rehearsed for; several share the parameters (train.sharding=fsdp).")
+
+    @model_validator(mode="after")
+    def _several_are_rehearsed(self) -> Self:
+        if self.gpus > 1 and not self.rehearse:
+            raise ValueError(f"--gpus {self.gpus} goes with --rehearse; what is measured is a step on one device")
+        return self
 
     @field_validator("compiled")
     @classmethod

@@ -17,7 +17,8 @@ class Arrays(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.there: set[int] = set()
+        self.there: dict[int, int] = {}
+        """Their sizes in bytes."""
         self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,9 +30,13 @@ class Arrays(TorchDispatchMode):
         """Count those of an operator's results that are new arrays, until they are freed."""
         for tensor in results:
             if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.there:
-                self.there.add(id(storage))
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+                self.resize(id(storage), storage.nbytes())
+                weakref.finalize(storage, self._freed, id(storage))
+
+    def resize(self, number: int, size: int) -> None:
+        """The array of this number, an `id`, takes so many bytes now."""
+        self.held += size - self.there.get(number, 0)
+        self.there[number] = size
         self.peak = max(self.peak, self.held)
 
     def begin_again(self) -> int:
@@ -39,9 +44,8 @@ class Arrays(TorchDispatchMode):
         before, self.peak = self.peak, self.held
         return before
 
-    def _freed(self, number: int, size: int) -> None:
-        self.there.discard(number)
-        self.held -= size
+    def _freed(self, number: int) -> None:
+        self.held -= self.there.pop(number)
 
 
 class MatrixPrecision(TorchFunctionMode):
