@@ -2709,6 +2709,7 @@ complete -c dino2 -n '__dino2_at dino2 bench train' -l kernels -x -d 'On a GPU, 
 complete -c dino2 -n '__dino2_at dino2 bench train' -l device -r -F -d 'cpu, cuda, or auto: a GPU if there is one.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l rehearse -d 'Run nothing: count what a step would take on --card, on fake tensors. No GPU is needed.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l card -x -a 'h100 h200 a100 l4 rtx4090' -d 'The GPU that is rehearsed for.'
+complete -c dino2 -n '__dino2_at dino2 bench train' -l gpus -x -d 'GPUs that are rehearsed for; several share the parameters (train.sharding=fsdp).'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l quiet -s q -d 'Show warnings, errors and results only.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l verbose -d 'Show all that is done, and where an error arose.'
 complete -c dino2 -n '__dino2_at dino2 bench train' -l json -d 'Print one JSON object instead of tables.'
