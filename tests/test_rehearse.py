@@ -16,6 +16,7 @@ from test_bench_train import ready_processes  # noqa: F401  (a fixture)
 from tiny_run import TINY
 from torch import Tensor
 
+from dinov2cli.bench import rehearse as rehearsal
 from dinov2cli.bench.fake_gpu import Ledger, pretend
 from dinov2cli.bench.rehearse import CARDS, GPU, Rehearsal, counted, fake_mode, graph_breaks, rehearse, short_form
 from dinov2cli.config import Config, load_config
@@ -23,6 +24,8 @@ from dinov2cli.device import Arriving
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.losses.koleo import KoLeoTerm
+from dinov2cli.models import attention
+from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.layers import Block
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.train.cost import estimate, step_flops
@@ -74,6 +77,25 @@ def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPo
     assert found.memory_gb == pytest.approx(expected.total - expected.workspace, rel=0.1)
     assert found.tflop == pytest.approx(step_flops(config).step / 1e12, rel=0.03)
     assert found.fits and found.card == "l4"
+
+
+@pytest.mark.usefixtures("ready_processes")
+def test_offsets_of_sequences_are_on_the_gpu_once_for_all_blocks() -> None:
+    found = counted(rehearse, tiny(), "h100", 1, _attend_by_varlen)
+    assert found.waits == {} and found.blocking_copies == {}
+    found = counted(rehearse, tiny(), "h100", 1, _make_offsets_in_each_block)
+    assert sum(found.blocking_copies.values()) > 0 and all("attention" in place for place in found.blocking_copies)
+
+
+def _attend_by_varlen() -> None:
+    setattr(rehearsal, "SSLMetaArch", lambda config, backend: SSLMetaArch(config, "varlen"))  # noqa: B010
+
+
+def _make_offsets_in_each_block() -> None:
+    _attend_by_varlen()
+    setattr(TokenLayout, "prepared", lambda self, backend, device: self)  # noqa: B010
+    made_once = attention._cumulative_lengths
+    setattr(attention, "_cumulative_lengths", made_once.__wrapped__)  # noqa: B010  (as torch.compile sees it)
 
 
 @pytest.mark.usefixtures("ready_processes")
