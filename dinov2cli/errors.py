@@ -1,9 +1,11 @@
 """The errors that dino2 raises for its users: one clear message each, no traceback."""
 
 import errno
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 # What an OSError may say of the machine; others (a file that is missing, a pipe that is closed) say something of dino2.
 OF_THE_MACHINE = {
@@ -58,6 +60,20 @@ class CheckpointError(Dino2Error):
 
 class EnvironmentProblem(Dino2Error):
     """A missing package, device, permission or disk space."""
+
+
+def need(package: str, comes_with: str = "'dinov2cli[export]'") -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        EnvironmentProblem: it is not installed, and what to install.
+    """
+    try:
+        return importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:  # the last two: a binary part that does not load
+        raise EnvironmentProblem(
+            f"{package} does not import ({error}); it comes with: pip install {comes_with}"
+        ) from None
 
 
 @contextmanager

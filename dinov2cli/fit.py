@@ -18,7 +18,7 @@ from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.images import embed, load_model
 from dinov2cli.files import user_path
 from dinov2cli.launch.training import first_look, resolve_config
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.allocator import memory_given_back
 from dinov2cli.train.run_folder import RunFolder
@@ -49,7 +49,7 @@ class Fit:
             raise DataError(f"{self.output_dir}: no such run folder")
 
     @cached_property
-    def model(self) -> VisionTransformer:
+    def model(self) -> Backbone:
         """The newest teacher, in eval mode and with its preprocessing, on a GPU if there is one.
 
         Raises WeightsError where none has been written yet.

@@ -25,9 +25,9 @@ from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.notes import mark, reported
 from dinov2cli.launch.owner import owning
 from dinov2cli.launch.training import completed, resolve_config
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
-from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.protocols import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
@@ -106,7 +106,7 @@ def _prepare(config: Config, request: TrainRequest, folder: RunFolder, until_the
     # Those of a run that goes on may be gone, and nobody loads them.
     weights = locate_together(given) if given and not folder.has_checkpoints() else given
 
-    def start_from_weights(backbone: VisionTransformer) -> None:
+    def start_from_weights(backbone: Backbone) -> None:
         student = config.student
         report = load_backbone_into(backbone, weights, student.pretrained_channels, student.pretrained_patches)
         if distributed.is_main():
@@ -133,7 +133,7 @@ def make_online_knn(config: Config) -> OnlineKnn | None:
     options = {"precision": precision, "max_bad_fraction": bad, "reading": Reading.of(config.images(), config)}
     baselines = RunFolder(Path(config.train.output_dir)).knn_baselines
 
-    def score(backbone: VisionTransformer) -> float:
+    def score(backbone: Backbone) -> float:
         if not distributed.broadcast_object(baselines.exists()):
             found = knn.online_baselines(backbone, train_images, val_images, **options)
             if distributed.is_main():

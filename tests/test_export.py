@@ -26,9 +26,9 @@ from weight_samples import (
 
 from dinov2cli.cli.main import app
 from dinov2cli.config import ViTConfig
-from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, need
 from dinov2cli.export import exporter, graph_files
-from dinov2cli.export.bundle import Bundle, Runner, need
+from dinov2cli.export.bundle import Bundle, Runner
 from dinov2cli.export.exporter import FORMATS, ExportError
 from dinov2cli.export.graph import ExportableVisionTransformer
 from dinov2cli.models.classifier import load_classifier

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from dinov2cli.config import schema
 from dinov2cli.config.crops import Crops, Resolution
 from dinov2cli.config.images import IMAGENET_MEAN, ImageOptions, Images
+from dinov2cli.config.library import OF_VIT, LibraryConfig
 from dinov2cli.config.vit import Architecture, ViTConfig, ViTOptions
 from dinov2cli.files import write_text, writing
 
@@ -40,6 +41,20 @@ class Config(schema.Groups):
         options = {key: getattr(self.student, key) for key in ViTOptions.model_fields}
         size = {**self.arch()._asdict(), "mlp_ratio": self.student.ffn_ratio}
         return ViTConfig(**options, **size, img_size=self.crops.largest().global_size)
+
+    def backbone(self) -> ViTConfig | LibraryConfig:
+        """What the student and the teacher have: `vit`, or a backbone of another library."""
+        student = self.student
+        if (library := student.library()) is None:
+            return self.vit()
+        return LibraryConfig(
+            library=library,
+            name=student.arch.partition(":")[2],
+            arguments=student.backbone_config,
+            in_chans=student.in_chans,
+            patch_size=student.patch_size,
+            img_size=self.crops.largest().global_size,
+        )
 
     def at(self, resolution: Resolution) -> "Config":
         """The run as it is in an iteration of this resolution; to be built from, not saved."""
@@ -111,7 +126,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     if optim.min_lr > optim.base_lr:
         yield f"optim.min_lr={optim.min_lr:g}: must not exceed optim.base_lr={optim.base_lr:g}"
     dim, depth, heads = student.size()
-    if not (dim and depth and heads):
+    if student.library():
+        yield from _unfit_library(config)
+    elif student.backbone_config:
+        yield f"student.backbone_config={student.backbone_config}: is for student.arch=hf:NAME or timm:NAME"
+    elif not (dim and depth and heads):
         yield "student.arch=vit: give student.embed_dim, student.depth and student.num_heads, or a named size"
     elif dim % heads:
         nearest = min((n for n in range(1, dim + 1) if dim % n == 0), key=lambda n: abs(n - heads))
@@ -203,6 +222,28 @@ def _unfit_part(student: schema.Student) -> Iterator[str]:
         yield f"student.train={student.train}: there are {depth} blocks; at most last:{depth}, or all"
     if part.kind == "lora" and part.number >= dim:
         yield f"student.train={student.train}: layers of {dim} have no higher rank; a small one such as lora:16, or all"
+
+
+def _unfit_library(config: Config) -> Iterator[str]:
+    student = config.student
+    if not config.distillation.teacher:
+        yield (
+            f"student.arch={student.arch}: can only be distilled (--teacher), as DINO's and iBOT's training by itself "
+            "masks patches, which needs a vision transformer"
+        )
+    for name in OF_VIT:
+        if (value := getattr(student, name)) != (default := schema.Student.model_fields[name].default):
+            yield (
+                f"student.{name}={value}: is of vision transformers, and {student.arch} has options of its own in "
+                f"student.backbone_config; leave it at {'null' if default is None else default}"
+            )
+    if config.gram.use_loss:
+        yield f"gram.use_loss=true: Gram anchoring is of vision transformers, not of student.arch={student.arch}"
+    if config.train.activation_checkpointing:
+        yield (
+            f"train.activation_checkpointing=true: is of vision transformers, not of student.arch={student.arch}; take "
+            "smaller batches and train.gradient_accumulation"
+        )
 
 
 def _unfit_rope(student: schema.Student) -> Iterator[str]:

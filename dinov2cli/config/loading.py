@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 
 from dinov2cli.config.config import Config
+from dinov2cli.config.library import OF_VIT, library_of
 from dinov2cli.config.messages import explain
 from dinov2cli.config.presets import find_preset, list_presets
 from dinov2cli.config.reference import translate
@@ -43,7 +44,7 @@ def load_config(
     layers = read_layers(preset, config_file, overrides, site)
     tree: Layer = {}
     for layer, _ in layers:
-        tree = merge(tree, layer)
+        tree = merge(_without_other_model(tree, layer), layer)
     _refuse_unresolved(tree)
     try:
         # A group that is written without keys ("optim:") is empty, not null.
@@ -127,6 +128,21 @@ def merge(lower: Layer, upper: Layer) -> Layer:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _without_other_model(lower: Layer, upper: Layer) -> Layer:
+    """`lower` without what it says of its model alone, where `upper` names an architecture of another kind."""
+    arch, before = (_arch_of(layer) for layer in (upper, lower))
+    if arch is None or not isinstance(lower.get("student"), dict):
+        return lower
+    gone = {*(OF_VIT if library_of(arch) else ()), *(("backbone_config",) if arch != before else ())}
+    return {**lower, "student": {key: value for key, value in lower["student"].items() if key not in gone}}
+
+
+def _arch_of(layer: Layer) -> str | None:
+    student = layer.get("student")
+    arch = student.get("arch") if isinstance(student, dict) else None
+    return arch if isinstance(arch, str) else None
 
 
 def _override_value(key: str, text: str) -> Any:

@@ -12,6 +12,7 @@ from dinov2cli.config.crops import Crops, Fraction
 from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
+from dinov2cli.config.library import ARCH, VITS, Arguments, GivenArguments, library_of
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, TrainedPart, ViTOptions
 from dinov2cli.requests.images import Words
 from dinov2cli.requests.protocols import EVALUATIONS
@@ -27,6 +28,7 @@ def _without_memeff(value: Any) -> Any:
     return value.removesuffix("_memeff") if isinstance(value, str) else value
 
 
+ARCHS = f"one of {', '.join(VITS)}; or hf:NAME or timm:NAME, of another library"
 FractionRange = Annotated[tuple[Fraction, Fraction], FromList]
 Tasks = Annotated[tuple[Task, ...], FromList]
 Texts = Annotated[tuple[str, ...], FromList]
@@ -125,9 +127,16 @@ class Train(Group):
 class Student(ViTOptions):
     """The vision transformer that is trained; the teacher has the same architecture."""
 
-    arch: Annotated[
-        Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2", "vit"], BeforeValidator(_without_memeff)
-    ] = key("vit_large", "Named size; vit: that of embed_dim, depth and num_heads, which override a name.")
+    arch: Annotated[str, BeforeValidator(_without_memeff), Words(ARCHS, str, VITS)] = key(
+        "vit_large",
+        "Named size; vit: that of embed_dim, depth and num_heads, which override a name. Or, to be distilled, an "
+        "architecture of another library: hf:NAME or hf:FOLDER, what AutoBackbone of transformers takes; timm:NAME.",
+        pattern=ARCH.pattern,
+    )
+    backbone_config: GivenArguments = key(
+        Arguments(),
+        "(dino2) Arguments of an architecture of another library, such as {depths: [2, 2]}; dino2 fills in the rest.",
+    )
     drop_path_rate: float = key(0.3, "Stochastic depth: share of samples a block skips.", ge=0, lt=1)
     drop_path_uniform: bool = key(True, "Same drop_path_rate in all blocks; otherwise it rises linearly with depth.")
     ffn_ratio: float = key(
@@ -184,13 +193,17 @@ class Student(ViTOptions):
             return {**keys, "arch": known, **dict.fromkeys(Architecture._fields)}
         return {**keys, "arch": "vit", **size} if named else keys
 
+    def library(self) -> str | None:
+        """`hf` or `timm`, if the backbone is one of these; None for a vision transformer."""
+        return library_of(self.arch)
+
     def trained(self) -> TrainedPart:
         """`train`, taken apart."""
         kind, _, number = self.train.partition(":")
         return TrainedPart(kind, int(number or 0))
 
     def size(self) -> Architecture:
-        """That of `arch`, or the one given in its place."""
+        """That of `arch`, or the one given in its place; of no use for another library's."""
         return ARCHITECTURES.get(self.arch) or Architecture(*(getattr(self, name) for name in Architecture._fields))
 
 

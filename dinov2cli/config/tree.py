@@ -36,8 +36,10 @@ def takes_text(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words a key takes, empty for any other kind of key."""
-    return tuple(map(_spelled, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ()
+    """The words a key takes, or may take among others; empty for any other kind of key."""
+    if get_origin(field.annotation) is Literal:
+        return tuple(map(_spelled, get_args(field.annotation)))
+    return next((item.known for item in field.metadata if isinstance(item, Words)), ())
 
 
 def expectation(field: FieldInfo) -> str:
@@ -60,6 +62,8 @@ def _in_words(annotation: Any, metadata: list[Any]) -> str:
         if parts[-1] is Ellipsis:
             return f"a list, each {_in_words(parts[0], [])}"
         return f"a list of {len(parts)} numbers, each{_bounds(_flat(parts[0].__metadata__)).removeprefix(',')}"
+    if get_origin(annotation) is dict:
+        return "names with their values, {NAME: VALUE}"
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return kind + _bounds(metadata)
 

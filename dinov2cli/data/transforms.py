@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dinov2cli.config.images import IMAGENET, RGB, Images, Statistics
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.data import pixels
 from dinov2cli.data.crop_parameters import CROP_TRIES, random_box
@@ -14,7 +15,7 @@ STANDARD_SIZE = 224
 RESIZE_RATIO = 256 / 224
 
 
-def usual_size(config: ViTConfig) -> int:
+def usual_size(config: ViTConfig | LibraryConfig) -> int:
     """Side in pixels at which a model is evaluated by default: its own, at most 224.
 
     Models with position embeddings for 518 pixels are evaluated at 224, as in the paper.

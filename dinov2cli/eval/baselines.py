@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli.config.images import Images
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 LARGEST = 2 << 30
@@ -52,7 +54,7 @@ class Unlearned(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ViTConfig, images: Images) -> None:
+    def __init__(self, config: ViTConfig | LibraryConfig, images: Images) -> None:
         super().__init__()
         self.config, self.patch_size, self.images = config, config.patch_size, images
         for name, levels in zip(("mean", "std"), images.statistics, strict=True):
@@ -80,10 +82,12 @@ class Unlearned(nn.Module):
         return {name: found[name] for name in names(self.config.in_chans)}
 
 
-def random_network(config: ViTConfig) -> VisionTransformer:
+def random_network(config: ViTConfig | LibraryConfig) -> Backbone:
     """Fresh weights of a fixed seed, and LayerScale 1, with which every block counts; in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
+        if isinstance(config, LibraryConfig):
+            return LibraryBackbone(config).eval()
         return VisionTransformer(config.changed(layerscale=None)).eval()
 
 

@@ -211,7 +211,7 @@ class Extractor:
         if not self.detailed:
             return {"cls": model.class_tokens(images).float()}
         # Where it has fewer than four blocks, all of them are kept.
-        layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, len(model.blocks)), return_class_token=True)
+        layers = model.get_intermediate_layers(images, n=min(LAST_BLOCKS, model.n_blocks), return_class_token=True)
         last_cls = torch.stack([cls for _, cls in layers], dim=1).float()
         return {"cls": last_cls[:, -1], "mean_patch": layers[-1][0].float().mean(1), "last_cls": last_cls}
 

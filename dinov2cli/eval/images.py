@@ -20,13 +20,13 @@ from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.models import load
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 
 HIGHEST_NORMALISED = 20.0
 """Normalised images lie between -2.2 and 2.7; above this they were not."""
 
 
-def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu", **options: Any) -> VisionTransformer:
+def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu", **options: Any) -> Backbone:
     """A DINOv2 backbone with its weights, in eval mode, and with its preprocessing:
 
         model = dinov2cli.load_model("dinov2_vits14", device="cuda")
@@ -57,7 +57,7 @@ def load_model(name_or_path: Any, pretrained: bool = True, *, device: Any = "cpu
 
 def embed(
     images: Any,
-    model: VisionTransformer | str | Path,
+    model: Backbone | str | Path,
     *,
     batch_size: int = 64,
     device: Any = None,
@@ -100,7 +100,7 @@ def embed(
 class PictureTransform:
     """The preprocessing of evaluations of a model, for pictures as `embed` takes them."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Backbone) -> None:
         images = getattr(model, "images", RGB)
         self.evaluation, self.reading = EvalTransform.at(usual_size(model.config), images), Reading(images)
 

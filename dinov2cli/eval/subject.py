@@ -12,9 +12,9 @@ from dinov2cli.errors import ConfigError
 from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.leaks import Overlap
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.locate import locate_together
-from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.eval import FeaturesRequest
 
 
@@ -32,7 +32,7 @@ class Subject:
         leaks: what `overlap` has found, by the strings of train and val.
     """
 
-    model: VisionTransformer
+    model: Backbone
     name: str
     weights: Path
     run: Path | None = None

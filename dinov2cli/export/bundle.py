@@ -1,19 +1,17 @@
 """What an exporter gets, and what it gives back for the comparison. Shape legend as in `graph`."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2cli.config import ViTConfig
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.data.transforms import EvalTransform, usual_size
-from dinov2cli.errors import EnvironmentProblem
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load.layouts.layout import State
-from dinov2cli.models.vision_transformer import VisionTransformer
 
 Outputs = dict[str, Tensor]
 Runner = Callable[[Tensor], Outputs]
@@ -35,12 +33,18 @@ class Bundle:
     """
 
     state: State
-    architecture: ViTConfig
-    model: VisionTransformer
+    architecture: ViTConfig | LibraryConfig
+    model: Backbone
     head: nn.Linear | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     opset: int = 18
+
+    @property
+    def vit(self) -> ViTConfig:
+        """The architecture, for formats that hold vision transformers alone."""
+        assert isinstance(self.architecture, ViTConfig)
+        return self.architecture
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -51,21 +55,7 @@ class Bundle:
         return how if height == width else {**how, "resize_shorter_side": None, "center_crop": None}
 
 
-def need(package: str, extra: str = "export") -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        EnvironmentProblem: it is not installed, and what to install.
-    """
-    try:
-        return importlib.import_module(package)
-    except (ImportError, RuntimeError, OSError) as error:  # the last two: a binary part that does not load
-        raise EnvironmentProblem(
-            f"{package} does not import ({error}); it comes with: pip install 'dinov2cli[{extra}]'"
-        ) from None
-
-
-def random_images(architecture: ViTConfig, batch: int, height: int, width: int) -> Tensor:
+def random_images(architecture: ViTConfig | LibraryConfig, batch: int, height: int, width: int) -> Tensor:
     """Normalised noise [B, C, H, W], the same every time."""
     generator = torch.Generator().manual_seed(batch * 1_000_003 + height * 1009 + width)
     return torch.randn(batch, architecture.in_chans, height, width, generator=generator)

@@ -7,11 +7,12 @@ from typing import Any
 from rich.table import Table
 
 from dinov2cli.config import load_config
+from dinov2cli.config.vit import RESIZING
 from dinov2cli.errors import ConfigError
 from dinov2cli.files import sha256
+from dinov2cli.models.library_backbone import size_of
 from dinov2cli.models.load import RecognisedWeights, read_weights, said_in
 from dinov2cli.models.load.locate import newest_teacher
-from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.requests.tools import InfoRequest
 
 
@@ -23,9 +24,9 @@ class Description(dict[str, Any]):
         table.add_column()
         table.add_column(overflow="fold")
         left_out: list[str] = self["left_out"]
-        architecture, side = self["architecture"], self["architecture"]["img_size"]
-        how = f"offset {architecture['interpolate_offset']}, antialias {architecture['interpolate_antialias']}"
-        rotary = _rotary(architecture) if architecture["pos_embed_type"] == "rope" else None
+        architecture = self["architecture"]
+        arguments = json.dumps(architecture["arguments"]) if "library" in architecture else None
+        rotary = _rotary(architecture) if architecture.get("pos_embed_type") == "rope" else None
         groups = sorted({name.split(".")[0] for name in left_out})
         rows = {
             "model": self["what"],
@@ -36,7 +37,8 @@ class Description(dict[str, Any]):
             "left out": f"{len(left_out)} tensors ({', '.join(groups)})" if left_out else None,
             "images": json.dumps(self["images"]) if self["images"] else None,
             "positions": rotary,
-            "position embeddings": None if rotary else f"for {side}x{side} pixels; elsewhere resized with {how}",
+            "position embeddings": None if rotary or arguments else _learned(architecture),
+            "arguments": arguments,
             "sha256": self.get("sha256"),
             **{f"training {key.replace('_', ' ')}": _short(value) for key, value in self["training"].items()},
             **{f"provenance {key}": value for key, value in self["provenance"].items()},
@@ -46,6 +48,11 @@ class Description(dict[str, Any]):
             if value is not None:
                 table.add_row(name, str(value))
         return table
+
+
+def _learned(architecture: dict[str, Any]) -> str:
+    side, antialias, offset = (architecture[key] for key in ("img_size", *RESIZING))
+    return f"for {side}x{side} pixels; elsewhere resized with offset {offset}, antialias {antialias}"
 
 
 def _rotary(architecture: dict[str, Any]) -> str:
@@ -68,7 +75,7 @@ def run(request: InfoRequest) -> Description:
         files=[str(file) for file in weights.source.files],
         bytes=sum(file.stat().st_size for file in weights.source.files),
         what=architecture.describe(),
-        parameters=parameter_count(architecture),
+        parameters=size_of(architecture),
         architecture=architecture.model_dump(),
         images=weights.images.beside_weights(),
         layout=weights.report.layout,

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dinov2cli.config import ViTConfig
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.console import progress
 from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
-from dinov2cli.export import huggingface
+from dinov2cli.export import huggingface, library
 from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph import ExportGraph
 from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
@@ -52,7 +52,7 @@ class Format(NamedTuple):
     tolerance: float
     suffixes: tuple[str, ...]
     opened_with: str
-    resizes_otherwise: Callable[[ViTConfig], str | None] = lambda config: None
+    resizes_otherwise: Callable[[Any], str | None] = lambda config: None
 
 
 FORMATS: dict[str, Format] = {
@@ -66,6 +66,15 @@ FORMATS: dict[str, Format] = {
     "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
 }
 
+
+LIBRARY_FORMATS = {
+    "safetensors": FORMATS["safetensors"],
+    "hf": FORMATS["hf"]._replace(write=library.write_hf, open=library.open_hf, resizes_otherwise=lambda config: None),
+    "timm": FORMATS["timm"]._replace(
+        write=library.write_timm, open=library.open_timm, resizes_otherwise=lambda config: None
+    ),
+}
+"""Those of backbones of another library."""
 
 GRAPHS = ("onnx", "torch-export")
 """Formats whose files compute by themselves, at one image size where that is asked for."""
@@ -131,6 +140,9 @@ def run(request: ExportRequest) -> ExportResult:
     head = read_linear_head(request.linear_head) if request.linear_head else None
     if head is None and released and released.classifier:
         head = read_linear_head(released.name, request.layers)
+    if isinstance(weights.architecture, LibraryConfig):
+        library.check_format(request.format, weights.architecture, head=head is not None, image_size=request.image_size)
+        chosen = LIBRARY_FORMATS[request.format]
     bundle = _bundle(weights, head, request)
     result = ExportResult(request.format, str(output), weights.architecture.describe(), notes=weights.report.lines())
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +155,7 @@ def run(request: ExportRequest) -> ExportResult:
         result.comparisons = _compare(bundle, chosen, staged, result)
         bar.advance(step)
         result.files = _move_into_place(Path(aside), output, request.overwrite)
-    if request.format == "timm":
+    if request.format == "timm" and not isinstance(weights.architecture, LibraryConfig):
         result.notes.append(f"open with {how_to_open_timm(bundle, output)}")
     return result
 
@@ -204,8 +216,6 @@ def _shapes(bundle: Bundle) -> tuple[tuple[int, int, int], ...]:
 
 def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportRequest) -> Bundle:
     architecture, image_size = weights.architecture, request.size()
-    if head is not None:
-        head_input(head.in_features, architecture.embed_dim, architecture.depth)
     if image_size is not None:
         size = f"image size {image_size[0]}x{image_size[1]}"
         if any(side < 1 or side % architecture.patch_size for side in image_size):
@@ -221,6 +231,8 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportR
         "iteration": weights.source.iteration,
     }
     model = build_from(weights).eval().requires_grad_(False)
+    if head is not None:
+        head_input(head.in_features, model.embed_dim, model.depth)
     return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.models.classifier import LinearClassifier, pool_features
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 
@@ -14,11 +15,11 @@ class ExportGraph(nn.Module):
     """What an exported file computes: `images` [B, C, H, W] -> `cls` [B, D], `patches` [B, N, D][, `logits` [B, K]].
 
     Args:
-        backbone: an `ExportableVisionTransformer`.
+        backbone: an `ExportableVisionTransformer`, where a graph is made of it.
         head: a linear classifier on the backbone's features, if the file shall classify.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: nn.Linear | None = None) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Linear | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.classifier = LinearClassifier(backbone, head) if head is not None else None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dinov2cli import __version__
-from dinov2cli.export.bundle import Bundle, Runner, need, random_images
+from dinov2cli.errors import need
+from dinov2cli.export.bundle import Bundle, Runner, random_images
 from dinov2cli.export.graph import ExportableVisionTransformer, ExportGraph
 
 _MAX_BATCH, _MAX_PATCHES = 4096, 1024
@@ -52,7 +53,7 @@ def write_onnx(bundle: Bundle, path: Path) -> None:
     program.model.metadata_props.update(
         {
             "dino2": __version__,
-            "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
+            "dino2.architecture": json.dumps(bundle.vit.model_dump()),
             "dino2.preprocessing": json.dumps(bundle.preprocessing),
         }
     )
@@ -78,10 +79,10 @@ def open_onnx(bundle: Bundle, path: Path) -> Runner:
 
 def _program(bundle: Bundle) -> torch.export.ExportedProgram:
     """The traced graph. Batch is dynamic, height and width too unless one size is asked for."""
-    backbone = ExportableVisionTransformer(bundle.architecture)
+    backbone = ExportableVisionTransformer(bundle.vit)
     backbone.load_state_dict(bundle.state)
     graph = ExportGraph(backbone, bundle.head).eval().requires_grad_(False)
-    patch = bundle.architecture.patch_size
+    patch = bundle.vit.patch_size
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
     sides: dict[int, Any] = {}
     height, width = bundle.image_size or (5 * patch, 7 * patch)
@@ -90,7 +91,7 @@ def _program(bundle: Bundle) -> torch.export.ExportedProgram:
         rows = torch.export.Dim("rows", min=2, max=_MAX_PATCHES)
         columns = torch.export.Dim("columns", min=2, max=_MAX_PATCHES)
         sides = {2: patch * rows, 3: patch * columns}
-    example = random_images(bundle.architecture, 2, height, width)
+    example = random_images(bundle.vit, 2, height, width)
     return torch.export.export(graph, (example,), dynamic_shapes={"images": {0: batch, **sides}}, strict=False)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2cli.errors import WeightsError
-from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
+from dinov2cli.errors import WeightsError, need
+from dinov2cli.export.bundle import Bundle, Outputs, Runner
 from dinov2cli.models.classifier import head_input
 from dinov2cli.models.load.layouts import huggingface, of_transformers
 from dinov2cli.models.load.tensor_files import write_tensors
@@ -45,10 +45,10 @@ def write(bundle: Bundle, folder: Path) -> None:
     Raises:
         WeightsError: transformers' classes cannot hold this model or head.
     """
-    layout = of_transformers(bundle.architecture)
-    if reason := layout.why_not(bundle.architecture):
+    layout = of_transformers(bundle.vit)
+    if reason := layout.why_not(bundle.vit):
         raise WeightsError(f"transformers cannot hold this model: {reason}")
-    architecture = bundle.architecture
+    architecture = bundle.vit
     classes: tuple[int, ...] = ()
     if bundle.head is not None:
         if architecture.is_rotary:
@@ -71,7 +71,7 @@ def write(bundle: Bundle, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tensors = layout.to_(bundle.state)
     if bundle.head is not None:
-        tensors = {f"{huggingface.model_type(bundle.architecture)}.{name}": tensor for name, tensor in tensors.items()}
+        tensors = {f"{huggingface.model_type(bundle.vit)}.{name}": tensor for name, tensor in tensors.items()}
         tensors |= {f"classifier.{name}": tensor for name, tensor in bundle.head.state_dict().items()}
     write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -90,7 +90,7 @@ def open_(bundle: Bundle, folder: Path) -> Runner:
     if wrong:
         raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
     model.eval()
-    backbone = model if bundle.head is None else getattr(model, huggingface.model_type(bundle.architecture))
+    backbone = model if bundle.head is None else getattr(model, huggingface.model_type(bundle.vit))
     prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dinov2cli import __version__
 from dinov2cli.config.vit import Architecture, ViTOptions
-from dinov2cli.errors import WeightsError
-from dinov2cli.export.bundle import Bundle, Outputs, Runner, need
+from dinov2cli.errors import WeightsError, need
+from dinov2cli.export.bundle import Bundle, Outputs, Runner
 from dinov2cli.export.graph import ExportGraph
 from dinov2cli.models.classifier import head_input, read_linear_head
 from dinov2cli.models.load import build_from, read_weights
@@ -38,7 +38,7 @@ def write_official(bundle: Bundle, path: Path) -> None:
     torch.save({name: tensor.clone() for name, tensor in bundle.state.items()}, path)
     if bundle.head is not None:
         torch.save({name: tensor.clone() for name, tensor in bundle.head.state_dict().items()}, head_path(bundle, path))
-    architecture = bundle.architecture
+    architecture = bundle.vit
     student = architecture.model_dump(include={*Architecture._fields, *ViTOptions.model_fields})
     told = {"student": {"arch": architecture.name, **student}, "crops": {"global_crops_size": architecture.img_size}}
     if images := bundle.model.images.beside_weights():
@@ -63,7 +63,7 @@ def open_ours(bundle: Bundle, path: Path) -> Runner:
 def head_path(bundle: Bundle, path: Path) -> Path:
     """Where the linear head goes: beside the backbone, named as the released heads are."""
     assert bundle.head is not None
-    blocks, _ = head_input(bundle.head.in_features, bundle.architecture.embed_dim, bundle.architecture.depth)
+    blocks, _ = head_input(bundle.head.in_features, bundle.model.embed_dim, bundle.model.depth)
     return path.with_name(f"{path.stem}_linear{'4' if blocks == 4 else ''}_head{path.suffix}")
 
 
@@ -82,19 +82,17 @@ def write_timm(bundle: Bundle, path: Path) -> None:
             "timm's classifier sees the class token alone, a DINOv2 linear head also patch tokens: it cannot go along",
             hint="Export to onnx or torch-export to have both in one file.",
         )
-    if reason := timm.why_not(bundle.architecture):
+    if reason := timm.why_not(bundle.vit):
         raise WeightsError(reason)
     metadata = {
         "format": "pt",
-        "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
+        "dino2.architecture": json.dumps(bundle.vit.model_dump()),
         "dino2.preprocessing": json.dumps(bundle.preprocessing),
         **timm.lost(bundle.state),
     }
     if not path.suffix:
         path.mkdir()
-        (path / "config.json").write_text(
-            json.dumps(timm.config_json(bundle.architecture, bundle.preprocessing)) + "\n"
-        )
+        (path / "config.json").write_text(json.dumps(timm.config_json(bundle.vit, bundle.preprocessing)) + "\n")
         path = path / "model.safetensors"
     write_tensors(timm.to_(bundle.state), path, metadata)
 
@@ -109,7 +107,7 @@ def open_timm(bundle: Bundle, path: Path) -> Runner:
     if path.is_dir():
         model = package.create_model(f"local-dir:{path}", pretrained=True, dynamic_img_size=True).eval()
     else:
-        name, arguments = timm.model_of(bundle.architecture)
+        name, arguments = timm.model_of(bundle.vit)
         model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
     prefix = bundle.model.prefix_tokens
 
@@ -124,7 +122,7 @@ def how_to_open_timm(bundle: Bundle, path: Path) -> str:
     """The line of Python that opens what `write_timm` wrote, its preprocessing included."""
     if path.is_dir():
         return f"timm.create_model('local-dir:{path}', pretrained=True)"
-    name, arguments = timm.model_of(bundle.architecture)
-    arguments["pretrained_cfg_overlay"] = timm.pretrained_cfg(bundle.architecture, bundle.preprocessing)
+    name, arguments = timm.model_of(bundle.vit)
+    arguments["pretrained_cfg_overlay"] = timm.pretrained_cfg(bundle.vit.in_chans, bundle.preprocessing)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {words})"

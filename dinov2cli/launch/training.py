@@ -233,7 +233,12 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
         given.append(f"gram.ckpt={user_path(config.gram.ckpt).absolute()}")
     config = load(overrides=given)
     resume = not request.no_resume
-    if config.student.pretrained_weights and read_weights:
+    if config.student.library():
+        from dinov2cli.models.libraries import keys_of_library
+
+        given += keys_of_library(config)
+        config = load(overrides=given)
+    elif config.student.pretrained_weights and read_weights:
         given = [*keys_that_follow_weights(config, resume=resume), *given]
         config = load(overrides=given)
     if config.distillation.teacher and read_weights:

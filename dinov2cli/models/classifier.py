@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.errors import WeightsError
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import IMAGENET_CLASSES, RELEASED
 from dinov2cli.models.load.tensor_files import read_tensors, refuse_odd_tensors
-from dinov2cli.models.vision_transformer import VisionTransformer
 
 # Blocks and mean of the patch tokens that a head's input is made of, in the order tried: F = (n + avgpool) * D.
 _HEAD_INPUTS = ((1, True), (4, True), (1, False), (4, False))
@@ -31,7 +31,7 @@ class LinearClassifier(nn.Module):
         WeightsError: F fits no such features.
     """
 
-    def __init__(self, backbone: VisionTransformer, linear_head: nn.Linear) -> None:
+    def __init__(self, backbone: Backbone, linear_head: nn.Linear) -> None:
         super().__init__()
         self.backbone = backbone
         self.linear_head = linear_head

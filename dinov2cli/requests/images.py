@@ -17,10 +17,12 @@ class Words:
     Args:
         expected: what it may be.
         meaning: of the text; raises ValueError for one that means nothing.
+        known: words among them, to be offered.
     """
 
     expected: str
     meaning: Callable[[str], Any]
+    known: tuple[str, ...] = ()
 
     def checked(self, text: str) -> str:
         """The text itself. Raises ValueError with what would be right."""

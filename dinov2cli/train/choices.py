@@ -3,9 +3,11 @@
 import torch
 
 from dinov2cli.config import Config
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.device import Precision, why_not_compile
 from dinov2cli.errors import ConfigError
 from dinov2cli.models.attention import AttentionUse, choose_attention_backend
+from dinov2cli.train.frozen_teacher import frozen_teacher
 
 
 def choose_attention(config: Config, device: torch.device, precision: Precision) -> tuple[str, str]:
@@ -14,7 +16,11 @@ def choose_attention(config: Config, device: torch.device, precision: Precision)
     Raises:
         ConfigError: the configured one does not run here.
     """
-    asked, vit, crops = config.student.attention_backend, config.vit(), config.crops
+    asked, vit, crops = config.student.attention_backend, config.backbone(), config.crops
+    if isinstance(vit, LibraryConfig):
+        teacher = frozen_teacher(config)
+        assert teacher is not None, "such a student has a teacher"
+        vit = teacher.vit  # whose attention alone is dino2's
     resolutions = crops.resolutions()
     sizes = [each.global_size for each in resolutions]
     sizes += [each.local_size for each in resolutions if crops.local_crops_number]

@@ -6,7 +6,7 @@ matrix products have the precision of the run.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -71,10 +71,10 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
         precision: `fp32`, `bf16` or `fp16`, the dtype of matrix products; parameters are float32 always.
     """
     config = config.at(config.crops.largest())
-    first, _, kinds = _blocks(config, precision)
+    first, second, kinds = _blocks(config, precision)
     if config.train.activation_checkpointing:  # all that is kept of a block, until it is computed again
         kinds[0] = (kinds[0][0], kinds[0][1]._replace(peak=first.stream))
-    block, whole = kinds[0][1], _sum(first, kinds)
+    block, whole = kinds[0][1] if kinds else second, _sum(first, kinds)
     student, followers, activations = whole.student, whole.followers, max(whole.peak, first.peak_before)
     shards, kept, gathered = 1, 0.0, 0.0
     if sharding == "fsdp":
@@ -138,8 +138,11 @@ class _Measured(NamedTuple):
 def _blocks(config: Config, precision: str) -> tuple[_Measured, _Measured, list[tuple[int, _Measured]]]:
     """Networks of one block and of two, all trained; and of further blocks how many there are, and what each adds.
 
-    There are two kinds of these where only the last ones are trained.
+    There are two kinds of these where only the last ones are trained. Another library's backbone is measured whole.
     """
+    if config.student.library():
+        whole = _measure(config, None, precision)
+        return whole, whole, []
     first, second = (_measure(config, depth, precision) for depth in (1, 2))
     part, depth = config.student.trained(), config.arch().depth
     kept = depth - part.number if part.kind == "last" else 0
@@ -158,14 +161,14 @@ def _sum(first: _Measured, kinds: list[tuple[int, _Measured]]) -> _Measured:
     return _Measured._make([*numbers, passes])
 
 
-def _measure(config: Config, depth: int, precision: str, trained: int = 0) -> _Measured:
-    """A step of networks with so many blocks, of which each drops what is dropped on average; nothing is done twice.
+def _measure(config: Config, depth: int | None, precision: str, trained: int = 0) -> _Measured:
+    """A step of networks with so many blocks (None: as they are), each of which drops what is dropped on average.
 
-    Where only the last blocks are trained, these are so many, by default all. What was measured once in this process is
+    Where only the last blocks are trained, these are so many, by default all. Nothing is done twice: what was measured once in this process is
     known: a training is asked about for its sharding, memory and plan.
     """
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
-    size = {"arch": "vit", **config.arch()._asdict(), "depth": depth}
+    size: dict[str, Any] = {} if depth is None else {"arch": "vit", **config.arch()._asdict(), "depth": depth}
     if config.student.trained().kind == "last":
         size["train"] = f"last:{trained or depth}"
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
@@ -186,7 +189,8 @@ def _run_step(config: Config, precision: str, terms: object) -> _Measured:
         for parameter in filter(lambda each: each.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         stream: list[int] = []
-        student.backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
+        for block in student.backbone.blocks[:1]:
+            block.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
         peaks: list[int] = []
         student.register_forward_pre_hook(lambda *_: peaks.append(arrays.begin_again()))
         others = {name: net for name, net in objective.networks.followers.items() if name != TEACHER.name}
@@ -205,7 +209,7 @@ def _run_step(config: Config, precision: str, terms: object) -> _Measured:
         sum(_size(network) for network in objective.networks.followers.values()),
         arrays.peak - before,
         peaks[0] - before,
-        FLOAT32 * stream[0],
+        FLOAT32 * sum(stream),
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
         left_out,

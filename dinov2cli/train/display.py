@@ -17,6 +17,7 @@ from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader
 from dinov2cli.data.look import look_at
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.train import frozen_teacher, gram_teacher
 from dinov2cli.train.cost import step_flops
 from dinov2cli.train.forewarnings import forewarnings
@@ -30,7 +31,7 @@ def plan_rows(
     config: Config, loader: Loader[MultiCropBatch], student: SSLNetwork, iteration: int, choices: Mapping[str, str]
 ) -> list[tuple[str, str]]:
     """(what, value) of the data, the model, the schedule, and `choices` that were made for the machine."""
-    crops, arch, total, world = config.crops, config.arch(), config.iterations(), distributed.world_size()
+    crops, total, world = config.crops, config.iterations(), distributed.world_size()
     batch = config.effective_batch(world)
     factors = f"{config.train.batch_size_per_gpu} per process x {world} process{'es' if world > 1 else ''}"
     if config.train.gradient_accumulation > 1:
@@ -38,12 +39,7 @@ def plan_rows(
     epochs = total * batch / max(len(loader.dataset), 1)
     workers = f"{loader.num_workers} loader worker{'s' if loader.num_workers != 1 else ''}"
     resumed = f", resumed after {counted(iteration, 'iteration')}" if iteration else ""
-    shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
-    if student.backbone.rope_embed is not None:
-        changed = student.backbone.rope_embed.augmentation._asdict().items()
-        shape += ", RoPE" + "".join(f", {name} {value:g}" for name, value in changed if value)
-    if config.student.n_storage_tokens:
-        shape += f", {config.student.n_storage_tokens} storage tokens"
+    shape = _shape_of(student.backbone, config)
     head_sizes = " + ".join(count_parameters(head) for head in student.heads())
     trained = count_parameters(student.backbone, trained=True)
     part = "" if config.student.train == "all" else f", of which {trained} are trained ({config.student.train})"
@@ -65,6 +61,19 @@ def plan_rows(
         ("learning rate", f"{peak:.3g} at its peak (base_lr {config.optim.base_lr:g} at 1024 images)"),
         *choices.items(),
     ]
+
+
+def _shape_of(backbone: Backbone, config: Config) -> str:
+    if isinstance(backbone, LibraryBackbone):
+        return f"{config.student.arch}, {backbone.embed_dim} wide"
+    arch = config.arch()
+    shape = f"ViT {arch.embed_dim} wide, {arch.depth} deep, {arch.num_heads} heads, {config.student.ffn_layer}"
+    if backbone.rope_embed is not None:
+        changed = backbone.rope_embed.augmentation._asdict().items()
+        shape += ", RoPE" + "".join(f", {name} {value:g}" for name, value in changed if value)
+    if config.student.n_storage_tokens:
+        shape += f", {config.student.n_storage_tokens} storage tokens"
+    return shape
 
 
 def teacher_rows(config: Config) -> dict[str, str]:

@@ -116,6 +116,8 @@ def share_of_start(config: Config) -> float:
 
 def closed_layerscale(config: Config, images_per_iteration: int) -> Advice | None:
     """Of a LayerScale that AdamW, which moves it by about the learning rate an iteration, has no time to open."""
+    if config.student.library():
+        return None
     scale, total = config.student.layerscale, config.iterations()
     schedule = Schedules(config, max(1, images_per_iteration // config.effective_batch())).functions["lr"]
     step = max(1, total // 1000)

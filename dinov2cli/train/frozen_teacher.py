@@ -12,12 +12,12 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
-from dinov2cli.errors import ConfigError, weights_of
+from dinov2cli.errors import ConfigError, WeightsError, weights_of
 from dinov2cli.files import fingerprint, user_path
+from dinov2cli.models.library_backbone import size_of
 from dinov2cli.models.load import RecognisedWeights, read_weights, spell
 from dinov2cli.models.load.heads import Head, HeadSizes, heads_of
 from dinov2cli.models.load.locate import Source, check_there, locate
-from dinov2cli.models.vision_transformer import parameter_count
 from dinov2cli.train.run_folder import RunFolder
 
 TYPED = "distillation.teacher (--teacher)"
@@ -54,6 +54,8 @@ def frozen_teacher(config: Config) -> FrozenTeacher | None:
 @lru_cache(maxsize=8)
 def _known(teacher: str, digest: str) -> FrozenTeacher:
     weights, heads = read_teacher(load_config(overrides=[f"distillation.teacher={teacher}"]))
+    if not isinstance(weights.architecture, ViTConfig):
+        raise WeightsError(f"{TYPED}: {teacher} is {weights.architecture.arch}; a teacher is a vision transformer")
     return FrozenTeacher(weights.architecture, weights.images, {name: head.sizes for name, head in heads.items()})
 
 
@@ -75,7 +77,7 @@ def check_fits(config: Config) -> None:
         return
     if problems := list(_misfits(config, teacher)):
         raise ConfigError("\n".join(f"{key}: the teacher has {theirs}" for key, theirs in problems))
-    sizes = [parameter_count(vit) for vit in (config.vit(), teacher.vit)]
+    sizes = [size_of(each) for each in (config.backbone(), teacher.vit)]
     if sizes[0] > sizes[1]:
         logger.warning(
             "the student is larger than its teacher (%.1f M and %.1f M parameters): distillation is meant for the "
@@ -162,9 +164,7 @@ def describe(config: Config) -> str:
     """For the plan: what the teacher is, and where its scores come from."""
     teacher = frozen_teacher(config)
     assert teacher is not None
-    size = (
-        f"{config.distillation.teacher}: {teacher.vit.describe()}, {parameter_count(teacher.vit) / 1e6:.1f} M, frozen"
-    )
+    size = f"{config.distillation.teacher}: {teacher.vit.describe()}, {size_of(teacher.vit) / 1e6:.1f} M, frozen"
     if teacher.heads:
         numbers = " + ".join(f"{head.out_dim:,}" for head in teacher.heads.values())
         return f"{size}; its own heads, of {numbers} prototypes"

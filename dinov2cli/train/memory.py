@@ -56,7 +56,10 @@ class Need:
         """The largest batches that fit, with as many images in a step; in words where none does."""
         train = self.config.train
         sizes = [size for size in range(1, train.batch_size_per_gpu) if train.batch_size_per_gpu % size == 0]
-        for changes, further in ({}, ""), ({"activation_checkpointing": True}, " train.activation_checkpointing=true"):
+        ways: list[tuple[dict[str, Any], str]] = [({}, "")]
+        if not self.config.student.library():
+            ways.append(({"activation_checkpointing": True}, " train.activation_checkpointing=true"))
+        for changes, further in ways:
             fitting = bisect.bisect_right(sizes, self.room, key=lambda size: self._total(size, changes))
             if fitting:
                 size = sizes[fitting - 1]

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.config import Config
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.schema import Dino, Ibot
 from dinov2cli.models.dino_head import DINOHead
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.load import build_from
 from dinov2cli.models.positions import RopeAugmentation
 from dinov2cli.models.trained_part import plain_parameters, train_only
 from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.train.batch_norm import running_averages
 from dinov2cli.train.frozen_teacher import check_fits, frozen_teacher, read_teacher
 
 NetworkOutputs = dict[str, Tensor]
@@ -56,7 +59,7 @@ class SSLNetwork(nn.Module):
     """A backbone with its projection heads. Keys as in teacher checkpoints.
 
     Args:
-        backbone: the vision transformer.
+        backbone: the vision transformer, or a backbone of another library.
         dino_head: head of the class tokens; None in a network whose scores nobody reads.
         ibot_head: head of the patches; None where they share the class tokens' head.
         reads: the token sets that are computed.
@@ -65,7 +68,7 @@ class SSLNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: VisionTransformer,
+        backbone: Backbone,
         dino_head: DINOHead | None,
         ibot_head: DINOHead | None,
         reads: frozenset[str],
@@ -160,7 +163,8 @@ class Networks:
         self, config: Config, attention_backend: str, reads: frozenset[str], reads_of: Mapping[Follower, frozenset[str]]
     ) -> None:
         self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
-        train_only(self.student.backbone, config.student.trained())
+        if isinstance(self.student.backbone, VisionTransformer):
+            train_only(self.student.backbone, config.student.trained())
         self.rules = {follower.name: follower for follower in (TEACHER, *reads_of)}
         self.followers: dict[str, SSLNetwork] = {}
         for name, follower in self.rules.items():
@@ -200,8 +204,11 @@ class Networks:
 
 
 def ema(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
-    """Towards the student: f = momentum * f + (1 - momentum) * s, backbone and heads."""
+    """Towards the student: f = momentum * f + (1 - momentum) * s, backbone and heads, BatchNorm's averages too."""
     torch._foreach_lerp_(*common_parameters(network, networks.student), 1 - values["momentum"])
+    averages = (running_averages(each.backbone) for each in (network, networks.student))
+    for own, theirs in zip(*averages, strict=True):
+        own.lerp_(theirs, 1 - values["momentum"])
 
 
 def frozen(networks: Networks, network: SSLNetwork, follower: Follower, values: Mapping[str, float]) -> None:
@@ -252,7 +259,8 @@ def build_network(
     ibot_head = build_head(config.ibot, backbone.embed_dim) if heads and config.ibot.separate_head else None
     teacher, teacher_heads = frozen_teacher(config) if heads else None, None
     if teacher is not None:
-        backbone.mask_token.requires_grad_(False)  # nothing is masked: it stays as it is
+        if isinstance(backbone, VisionTransformer):
+            backbone.mask_token.requires_grad_(False)  # nothing is masked: it stays as it is
         if not teacher.heads:
             width = teacher.vit.embed_dim
             patches = build_head(config.ibot, width) if config.ibot.separate_head else None
@@ -272,9 +280,9 @@ def build_frozen_teacher(config: Config, attention_backend: str = "sdpa") -> SSL
     known, ambient = frozen_teacher(config), torch.empty(0)
     assert known is not None
     if ambient.is_meta or type(ambient) is not Tensor:
-        backbone = VisionTransformer(known.vit, attention_backend=attention_backend)
+        shaped = VisionTransformer(known.vit, attention_backend=attention_backend)
         heads = {name: DINOHead(*sizes) for name, sizes in known.heads.items()}
-        return SSLNetwork(backbone, heads.get("dino_head"), heads.get("ibot_head"), frozenset())
+        return SSLNetwork(shaped, heads.get("dino_head"), heads.get("ibot_head"), frozenset())
     weights, found = read_teacher(config)
     backbone, heads = build_from(weights, attention_backend=attention_backend), {}
     for name, head in found.items():
@@ -287,10 +295,15 @@ FROZEN_TEACHER = Follower("frozen_teacher", "frozen", make=build_frozen_teacher,
 """That of a distillation; the moving average, `TEACHER`, is then what is saved and scored alone."""
 
 
-def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_rate: float = 0.0) -> VisionTransformer:
-    """The configured vision transformer with fresh weights."""
+def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_rate: float = 0.0) -> Backbone:
+    """The configured vision transformer, or backbone of another library, with fresh weights."""
+    wanted = config.backbone()
+    if isinstance(wanted, LibraryConfig):
+        of_library = LibraryBackbone(wanted)
+        of_library.images = config.images()
+        return of_library
     backbone = VisionTransformer(
-        config.vit(),
+        wanted,
         drop_path_rate=drop_path_rate,
         drop_path_uniform=config.student.drop_path_uniform,
         attention_backend=attention_backend,

@@ -27,7 +27,7 @@ def parameter_groups(student: nn.Module, config: Config) -> list[dict[str, Any]]
             lr_multiplier = config.optim.layerwise_decay ** (backbone.depth + 1 - backbone.layer_of(name_within))
             if name_within.startswith("patch_embed."):
                 lr_multiplier *= config.optim.patch_embed_lr_mult
-        undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
+        undecayed = name.endswith(("bias", "bias_table")) or "norm" in name or "gamma" in name or parameter.ndim < 2
         alike[schedule, lr_multiplier, 0.0 if undecayed else 1.0].append(parameter)
     return [
         {"params": parameters, "lr_schedule": schedule, "lr_multiplier": lr_multiplier, "wd_multiplier": wd_multiplier}

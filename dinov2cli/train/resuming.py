@@ -17,7 +17,7 @@ from dinov2cli.train.schedules import Schedules
 
 # What the tensors of a checkpoint depend on.
 SHAPING_KEYS = {
-    "student.arch", "student.ffn_ratio", "student.train",
+    "student.arch", "student.backbone_config", "student.ffn_ratio", "student.train",
     *(f"student.{key}" for key in Student.model_fields if key in ViTConfig.model_fields and key not in RESIZING),
     *(f"dino.{key}" for key in Dino.model_fields if key.startswith("head_")),
     *(f"ibot.{key}" for key in Ibot.model_fields if key.startswith("head_")),

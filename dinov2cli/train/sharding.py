@@ -19,7 +19,7 @@ from dinov2cli import distributed
 from dinov2cli.config import Config
 from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.train.cost import estimate
 from dinov2cli.train.networks import OF_ANOTHER, SSLNetwork, build_backbone
 from dinov2cli.train.objective import SSLMetaArch
@@ -71,7 +71,9 @@ class Sharding:
         self.mode = mode
         self._ddp: DistributedDataParallel | None = None
         if mode == "ddp":
-            self._ddp = DistributedDataParallel(self.networks.student, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(
+                self.networks.student, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
             objective.forward_student = self._ddp.__call__
         elif mode == "fsdp":
             # The outputs are views, which is harmless as long as nobody writes into them, and the losses do not.
@@ -100,7 +102,7 @@ class Sharding:
         whole = {name: _whole(value) for name, value in saved}
         return {name: value.cpu() for name, value in whole.items()} if distributed.is_main() else {}
 
-    def teacher_backbone(self) -> VisionTransformer:
+    def teacher_backbone(self) -> Backbone:
         """The teacher's backbone as an ordinary module: itself or, if it is sharded, a whole copy. Collective."""
         backbone = self.networks.teacher.backbone
         if self.mode != "fsdp":

@@ -10,6 +10,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.device import Precision
+from dinov2cli.train.batch_norm import agree_on_averages, running_averages
 from dinov2cli.train.objective import Losses, SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
 from dinov2cli.train.parameter_groups import apply_schedules
@@ -43,6 +44,8 @@ class TrainingStep:
         values = self.schedules.at(iteration)
         apply_schedules(self.optimizer.param_groups, values)
 
+        backbone = self.networks.student.backbone
+        averages = [each.clone() for each in running_averages(backbone)]
         losses_of = []
         for batch in batches:
             drop_generator = random_numbers_of(self.config, batch.iteration)
@@ -57,9 +60,11 @@ class TrainingStep:
 
         self.scaler.unscale_(self.optimizer)
         grad_norms = clip_gradients(self.networks.student, self.config.optim.clip_grad)
-        setattr(self.optimizer, "found_inf", self.is_not_finite(losses, grad_norms))  # noqa: B010  (AdamW reads it)
+        left_out = self.is_not_finite(losses, grad_norms)
+        setattr(self.optimizer, "found_inf", left_out)  # noqa: B010  (AdamW reads it)
         self.scaler.step(self.optimizer)
         mark("optimizer")
+        agree_on_averages(backbone, averages, left_out)
         self.networks.follow(values)
         mark("EMA")
         self.scaler.update()

@@ -19,7 +19,7 @@ from dinov2cli.data.loaders import Loader, make_train_loader
 from dinov2cli.data.workers import loader_errors
 from dinov2cli.device import Precision
 from dinov2cli.errors import TrainingFailure
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.allocator import keep_freed_memory
 from dinov2cli.train.choices import choose_attention, choose_compile
@@ -41,7 +41,7 @@ from dinov2cli.train.sharding import Sharding, choose_sharding
 from dinov2cli.train.step import TrainingStep
 from dinov2cli.train.watch import Watch
 
-OnlineKnn = Callable[[VisionTransformer], float]
+OnlineKnn = Callable[[Backbone], float]
 """Top-1 accuracy in percent of a teacher backbone; given from outside, as training knows nothing of evaluation."""
 
 
@@ -71,7 +71,7 @@ class Trainer:
         *,
         dataset: ImageDataset | None = None,
         resume: bool = True,
-        init_backbone: Callable[[VisionTransformer], None] | None = None,
+        init_backbone: Callable[[Backbone], None] | None = None,
         online_knn: OnlineKnn | None = None,
         on_teacher: Callable[[Path], object] | None = None,
     ) -> None:

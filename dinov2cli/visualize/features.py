@@ -18,7 +18,7 @@ from dinov2cli.console import logger
 from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.device import Precision, free_memory
 from dinov2cli.errors import EnvironmentProblem
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 
 Picture = NDArray[np.uint8]
 """RGB [H, W, 3]."""
@@ -43,7 +43,7 @@ class PatchFeatures:
     """
 
     def __init__(
-        self, model: VisionTransformer, resolution: int, batch_size: int | None = None, precision: str = "auto"
+        self, model: Backbone, resolution: int, batch_size: int | None = None, precision: str = "auto"
     ) -> None:
         self.model = model
         self.resolution = resolution

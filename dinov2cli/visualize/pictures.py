@@ -14,8 +14,8 @@ from dinov2cli.data.spelling import inside
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
 from dinov2cli.files import writing
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model, locate
-from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.pictures import (
     DEFAULT_MODEL,
     AttentionRequest,
@@ -159,7 +159,7 @@ def extractor_and_basis(
 
 def load_picture_model(
     request: PcaImageRequest | PcaVideoRequest | AttentionRequest | MapsRequest, default: str = DEFAULT_MODEL
-) -> tuple[VisionTransformer, str, Reading]:
+) -> tuple[Backbone, str, Reading]:
     """The model of --model, or else the default, in evaluation mode on --device, the precision of the run that it comes
     from, and how images are read: as in that run where no option says otherwise.
 

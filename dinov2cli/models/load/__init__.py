@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from dinov2cli.config.images import IMAGENET, Images
+from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ARCHITECTURES, OF_DINOV3, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
@@ -23,9 +24,18 @@ from dinov2cli.models.adapt import (
     adapt_patch_embedding,
     resize_patch_embedding,
 )
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.load.infer import check_complete, infer_architecture
 from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.layouts.layout import State
+from dinov2cli.models.load.library import (
+    build_library,
+    is_folder_of_transformers,
+    library_config,
+    library_state,
+    load_folder_into,
+    load_library_into,
+)
 from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
 from dinov2cli.models.load.recognise import LoadReport, recognise
 from dinov2cli.models.load.released import BACKBONES, RELEASED
@@ -42,7 +52,7 @@ class RecognisedWeights:
 
     Args:
         state: flat float32 state dict (`blocks.0.attn.qkv.weight`, ...).
-        architecture: inferred from it and from what lies beside it.
+        architecture: inferred from it and from what lies beside it; of a backbone of another library, as that says.
         images: what it expects of its images, likewise.
         report: what was read, renamed, left out.
         source: the files, and the run they belong to.
@@ -51,7 +61,7 @@ class RecognisedWeights:
     """
 
     state: State
-    architecture: ViTConfig
+    architecture: ViTConfig | LibraryConfig
     images: Images
     report: LoadReport
     source: Source
@@ -70,8 +80,10 @@ def load_model(
     in_chans: int | None = None,
     size_policy: str = "error",
     **overrides: Any,
-) -> VisionTransformer:
+) -> Backbone:
     """A DINOv2 backbone with its weights, or a DINOv3 one, on the CPU, in eval mode.
+
+    Of a run that has distilled into an architecture of another library, a `LibraryBackbone`.
 
     Args:
         name_or_path: a released name (`dinov2_vitb14_reg`), an http(s) or file URL, a run folder (its newest complete
@@ -113,8 +125,10 @@ def load_model(
 
 def build_from(
     weights: RecognisedWeights, *, in_chans: int | None = None, size_policy: str = "error", **overrides: Any
-) -> VisionTransformer:
+) -> Backbone:
     """A model of the weights' architecture that holds them; arguments as in `load_model`."""
+    if isinstance(weights.architecture, LibraryConfig):
+        return build_library(weights.architecture, weights.state, weights.images, in_chans)
     architecture, images, state = weights.architecture, weights.images, dict(weights.state)
     if in_chans is not None and in_chans != architecture.in_chans:
         state["patch_embed.proj.weight"] = adapt_patch_embedding(state["patch_embed.proj.weight"], in_chans)
@@ -130,6 +144,7 @@ def build_from(
 
 def at_size(weights: RecognisedWeights, side: int) -> RecognisedWeights:
     """The weights with position embeddings for square images of `side` pixels, resized as the model would do it."""
+    assert isinstance(weights.architecture, ViTConfig)
     architecture = weights.architecture.changed(img_size=side)
     return replace(
         weights, state=_at_grid(weights.state, architecture.grid, weights.architecture), architecture=architecture
@@ -162,10 +177,6 @@ def read_weights(
     for file in source.files:
         part, metadata = read_tensors(file)
         content = part if content is None else {**content, **part}
-    state, beside, report = recognise(content, source.name)
-    if report.layout == "timm" and "dino2.lost" in metadata:
-        state = timm.restore(state, metadata)
-        report.filled = ()
     hints = dict(source.hints)
     if said := said_in(metadata, "dino2.architecture", source.name):
         hints |= {"from": f"the metadata of {source.name}", **said}
@@ -175,25 +186,37 @@ def read_weights(
         hints |= config_yaml_hints(Path(config_file))
     if source.released:
         hints |= {"from": f"the name {source.released.name}", **source.released.architecture.model_dump()}
+    if (of_library := library_config(hints, source.name)) is not None:
+        state, beside, report = library_state(content, of_library, source)
+        images = _images(hints, of_library.in_chans, source.name, report)
+        return RecognisedWeights(state, of_library, images, report, source, metadata, beside)
+    state, beside, report = recognise(content, source.name)
+    if report.layout == "timm" and "dino2.lost" in metadata:
+        state = timm.restore(state, metadata)
+        report.filled = ()
     architecture = infer_architecture(state, {**hints, **given}, source.name)
     if report.layout == "transformers DINOv3":  # which makes them anew
         state["rope_embed.periods"] = rope_periods(architecture)
     check_complete(state, architecture, source.name)
+    images = _images(hints, architecture.in_chans, source.name, report)
+    return RecognisedWeights(state, architecture, images, report, source, metadata, beside)
+
+
+def _images(hints: Mapping[str, Any], in_chans: int, source: str, report: LoadReport) -> Images:
+    """What the model expects of its images, as it is said beside the weights; a note where that is not enough."""
     try:
-        images = Images(**{**hints.get("images", {}), "in_chans": architecture.in_chans})
+        images = Images(**{**hints.get("images", {}), "in_chans": in_chans})
     except (ValidationError, TypeError) as error:
         problems = error.errors() if isinstance(error, ValidationError) else [{"loc": ("images",)}]
         wrong = ", ".join(f"{'.'.join(map(str, problem['loc']))}" for problem in problems)
-        raise WeightsError(
-            f"{source.name}: what is said beside the weights of their images cannot be: {wrong}"
-        ) from None
+        raise WeightsError(f"{source}: what is said beside the weights of their images cannot be: {wrong}") from None
     if images.mean is None and images.in_chans != len(IMAGENET.mean):
         mean, std = (levels[0] for levels in images.statistics)
         report.notes.append(
             f"mean and standard deviation of its {images.in_chans} channels are said nowhere: ImageNet's averages, "
             f"{mean} and {std}, stand for them; data.mean and data.std of a --config-file would count"
         )
-    return RecognisedWeights(state, architecture, images, report, source, metadata, beside)
+    return images
 
 
 def said_in(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any]:
@@ -213,7 +236,7 @@ def said_in(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any
 
 @torch.no_grad()
 def load_backbone_into(
-    model: VisionTransformer, source: str | Path | Source, channels: str = "same", patches: str = "same"
+    model: Backbone, source: str | Path | Source, channels: str = "same", patches: str = "same"
 ) -> LoadReport:
     """Start `model` from weights made elsewhere, in place.
 
@@ -228,8 +251,13 @@ def load_backbone_into(
         WeightsError: another width, depth, patch size, number of registers or feed-forward layer; the message says
             which, and the config keys of a model that would fit. The model is then unchanged.
     """
+    source = locate(source)
+    if isinstance(model, LibraryBackbone) and is_folder_of_transformers(source) and "library" not in source.hints:
+        return load_folder_into(model, source)
     weights = read_weights(source)
     theirs, ours = weights.architecture, model.config
+    if isinstance(theirs, LibraryConfig) or isinstance(ours, LibraryConfig):
+        return load_library_into(model, theirs, weights.state, weights.report)
     adapted = ["in_chans"] * (channels != "same") + ["patch_size"] * (patches != "same")
     differs = [
         name
@@ -277,8 +305,11 @@ def _shown(config: ViTConfig, name: str) -> str:
     return spell(value is not None if name == "layerscale" else value)
 
 
-def student_settings(config: ViTConfig) -> dict[str, Any]:
+def student_settings(config: ViTConfig | LibraryConfig) -> dict[str, Any]:
     """The keys of a config's `student` group that make such a model."""
+    if isinstance(config, LibraryConfig):
+        keys = {"patch_size": config.patch_size, "in_chans": config.in_chans}
+        return {"arch": config.arch, "backbone_config": config.arguments, **keys}
     settings = {key: getattr(config, key) for key in ViTOptions.model_fields}
     if config.layerscale is not None:
         del settings["layerscale"]  # what it was at first is no property of weights

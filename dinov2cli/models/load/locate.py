@@ -10,6 +10,7 @@ import yaml
 
 from dinov2cli import distributed
 from dinov2cli.config.images import IMAGENET, ImageOptions
+from dinov2cli.config.library import library_of
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
@@ -23,6 +24,9 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "teacher_checkpoint.p
 # Levels of the images of which DINOv3's models for satellites were made; their files do not say it, but their names.
 _SATELLITE = {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
 _SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+OWN_KEY = "dino2"
+"""Of a config.json that is written for another library: what that does not know of its backbone."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +199,18 @@ def config_yaml_hints(path: Path) -> dict[str, Any]:
         student, data = ({**(groups.get(group) or {})} for group in ("student", "data"))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
         raise WeightsError(f"{path}: not a readable config.yaml (it lies beside the weights)") from None
-    arch = ARCHITECTURES.get(str(student.get("arch", "")).removesuffix("_memeff"))
+    said = str(student.get("arch", ""))
+    arch = ARCHITECTURES.get(said.removesuffix("_memeff"))
     named = arch._asdict() if arch else {}
     keys = [key for key in (*Architecture._fields, *ViTOptions.model_fields) if student.get(key) is not None]
     images = {key: data[key] for key in ImageOptions.model_fields if data.get(key) is not None}
     crop = (groups.get("crops") or {}).get("global_crops_size")
     crop = max(crop, default=None) if isinstance(crop, list | tuple) else crop
+    if library := library_of(said):
+        numbers = {"in_chans": student.get("in_chans"), "patch_size": student.get("patch_size"), "img_size": crop}
+        known = {key: value for key, value in numbers.items() if value is not None}
+        whole = {"library": library, "name": said.partition(":")[2], "arguments": student.get("backbone_config") or {}}
+        return {"from": str(path), **whole, **known, "images": images}
     size = {"crop_size": crop} if student.get("pos_embed_type") == "rope" and crop else {}
     return {"from": str(path), **named, **{key: student[key] for key in keys}, **size, "images": images}
 
@@ -210,6 +220,8 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = _mapping(path)
+    if isinstance(said := config.get(OWN_KEY), dict):
+        return {"from": str(path), **said}
     hints = huggingface.hints(config, str(path))
     processor = path.with_name("preprocessor_config.json")
     if processor.is_file() and "images" not in hints:

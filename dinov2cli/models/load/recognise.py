@@ -58,9 +58,7 @@ def recognise(content: Any, source: str) -> tuple[State, State, LoadReport]:
         WeightsError: it is not a DINOv2 backbone, and what it is instead, where that is known.
     """
     report = LoadReport(source)
-    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _unwrap(content, source, report).items()}
-    tensors = _choose_teacher(tensors, report)
-    tensors = _strip_prefixes(tensors, source)
+    tensors = _strip_prefixes(taken_apart(content, source, report), source)
     for is_such, what in NOT_DINOV2:
         if is_such(set(tensors)):
             raise WeightsError(f"{source}: {what}")
@@ -78,6 +76,16 @@ def recognise(content: Any, source: str) -> tuple[State, State, LoadReport]:
     report.filled = ("mask_token",) if "mask_token" in state and layout.name == "timm" else ()
     beside = {name: tensor for name, tensor in tensors.items() if name not in backbone}
     return _as_float32(state, source, report), beside, report
+
+
+def taken_apart(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, of a whole training those of its teacher; what is left out goes into the report.
+
+    Raises:
+        WeightsError: it holds no tensors of a model.
+    """
+    tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _unwrap(content, source, report).items()}
+    return _choose_teacher(tensors, report)
 
 
 def _unwrap(content: Any, source: str, report: LoadReport) -> dict[str, Tensor]:

@@ -141,11 +141,11 @@ def model_of(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
-def pretrained_cfg(config: ViTConfig, how: Mapping[str, Any]) -> dict[str, Any]:
+def pretrained_cfg(in_chans: int, how: Mapping[str, Any]) -> dict[str, Any]:
     """timm's words for `EvalTransform.as_dict`, as `timm.data.resolve_model_data_config` reads them."""
     crop, resized = how["center_crop"], how["resize_shorter_side"]
     return {
-        "input_size": (config.in_chans, crop, crop),
+        "input_size": (in_chans, crop, crop),
         "interpolation": how["interpolation"],
         # timm resizes to crop / crop_pct, rounded down: a hair more than that keeps rounding from taking a pixel.
         "crop_pct": math.nextafter(crop / resized, 0),
@@ -162,5 +162,5 @@ def config_json(config: ViTConfig, how: Mapping[str, Any]) -> dict[str, Any]:
         "architecture": name,
         "num_classes": arguments.pop("num_classes"),
         "model_args": arguments,
-        "pretrained_cfg": {"num_classes": 0, **pretrained_cfg(config, how)},
+        "pretrained_cfg": {"num_classes": 0, **pretrained_cfg(config.in_chans, how)},
     }
