@@ -81,3 +81,15 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     """Lines of training_metrics.json without the times, which are never the same."""
     lines = [json.loads(line) for line in (run / "training_metrics.json").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+NO_VIT = ["student.embed_dim=null", "student.depth=null", "student.num_heads=null", "student.drop_path_rate=0.0"]
+LIBRARY = {
+    "resnet": ["student.arch=hf:resnet", "student.backbone_config={depths: [1, 1], hidden_sizes: [16, 24], "
+               "embedding_size: 8, layer_type: basic}", *NO_VIT],
+    "convnext": ["student.arch=hf:convnext", "student.backbone_config={depths: [1, 1], hidden_sizes: [16, 24], "
+                 "num_stages: 2, layer_scale_init_value: 1.0}", *NO_VIT],
+    "swin": ["student.arch=hf:swin", "student.backbone_config={depths: [1, 1], num_heads: [1, 2], embed_dim: 16, "
+             "window_size: 2, patch_size: 4, drop_path_rate: 0.0}", *NO_VIT],
+}  # fmt: skip
+"""Overrides, beside a teacher: students that are small networks of transformers."""

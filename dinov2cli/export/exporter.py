@@ -155,7 +155,9 @@ def run(request: ExportRequest) -> ExportResult:
         result.comparisons = _compare(bundle, chosen, staged, result)
         bar.advance(step)
         result.files = _move_into_place(Path(aside), output, request.overwrite)
-    if request.format == "timm" and not isinstance(weights.architecture, LibraryConfig):
+    if isinstance(weights.architecture, LibraryConfig) and request.format != "safetensors":
+        result.notes.append(f"open with {library.how_to_open(bundle, output)}")
+    elif request.format == "timm":
         result.notes.append(f"open with {how_to_open_timm(bundle, output)}")
     return result
 

@@ -44,16 +44,27 @@ def write_hf(bundle: Bundle, folder: Path) -> None:
 
 
 def open_hf(bundle: Bundle, folder: Path) -> Runner:
-    """The folder by `AutoBackbone.from_pretrained`, all of whose weights must have found their place.
+    """The folder by its class of transformers, such as `ResNetBackbone`; all weights must have found their place.
 
-    Raises:
-        EnvironmentProblem: transformers is not installed.
+    `AutoBackbone` itself opens no folders in some versions of transformers, but only what is on its hub.
     """
-    with quiet_transformers() as transformers:
-        model, info = transformers.AutoBackbone.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    with quiet_transformers():
+        model, info = type(_network(bundle)).from_pretrained(folder, output_loading_info=True, local_files_only=True)
     if wrong := {kind: keys for kind, keys in info.items() if keys}:
         raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
     return _runner(bundle, model.eval())
+
+
+def how_to_open(bundle: Bundle, output: Path) -> str:
+    """The line of Python that opens what was written."""
+    architecture = _architecture(bundle)
+    if architecture.library == "hf":
+        return f"transformers.{type(_network(bundle)).__name__}.from_pretrained({str(output)!r})"
+    if output.is_dir():
+        return f"timm.create_model('local-dir:{output}', pretrained=True)"
+    arguments = {**architecture.arguments, "in_chans": architecture.in_chans, "num_classes": 0}
+    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({architecture.name!r}, checkpoint_path={str(output)!r}, {words})"
 
 
 def write_timm(bundle: Bundle, path: Path) -> None:

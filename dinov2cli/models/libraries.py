@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinov2cli.config import Config
 from dinov2cli.config.library import LIBRARIES, LibraryConfig
-from dinov2cli.errors import ConfigError, WeightsError, need
+from dinov2cli.errors import ConfigError, Dino2Error, WeightsError, need
 from dinov2cli.files import parse_json, user_path
 
 NO_ARGUMENTS = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
@@ -118,8 +118,10 @@ def _refusing(config: LibraryConfig) -> Iterator[None]:
     """Around what a library makes of its arguments: whatever it raises is for whoever has given them."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        library, reason = LIBRARIES[config.library], (str(error).strip() or repr(error)).splitlines()[0]
+    except Dino2Error:
+        raise
+    except Exception as error:  # libraries have many kinds of their own
+        library, reason = LIBRARIES[config.library], " ".join((str(error) or repr(error)).split())
         given = f"student.arch={config.arch} student.backbone_config={json.dumps(config.arguments)}"
         raise ConfigError(f"{given}: {library} makes no backbone of this: {reason}") from None
 
@@ -134,12 +136,12 @@ def _known_arguments(config: LibraryConfig) -> set[str]:
 def _configuration(config: LibraryConfig) -> Any:
     """transformers' own, whose last stage is the output."""
     transformers: Any = need("transformers")
-    if odd := sorted(config.arguments.keys() - _known_arguments(config)):
-        raise ConfigError(f"student.backbone_config.{odd[0]}: {config.arch} has no such argument")
-    arguments = {**config.arguments, "num_channels": config.in_chans}
-    made = transformers.AutoConfig.for_model(config.name, **arguments)
-    if not getattr(made, "stage_names", None):
+    known = _known_arguments(config)
+    if not hasattr(transformers.CONFIG_MAPPING[config.name], "out_features"):
         raise ConfigError(f"student.arch={config.arch}: AutoBackbone of transformers does not take it")
+    if odd := sorted(config.arguments.keys() - known):
+        raise ConfigError(f"student.backbone_config.{odd[0]}: {config.arch} has no such argument")
+    made = transformers.AutoConfig.for_model(config.name, **{**config.arguments, "num_channels": config.in_chans})
     made.out_features = made.stage_names[-1:]
     return made
 
@@ -165,11 +167,13 @@ def weights_from_folder(config: LibraryConfig, folder: Path) -> tuple[dict[str, 
     """
     with quiet_transformers() as transformers:
         try:
-            model, info = transformers.AutoBackbone.from_pretrained(
+            with torch.device("meta"):
+                kind = type(transformers.AutoBackbone.from_config(_configuration(config)))
+            model, info = kind.from_pretrained(
                 folder, config=_configuration(config), output_loading_info=True, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = " ".join((str(error) or repr(error)).split())
             raise WeightsError(f"{folder}: transformers does not load these weights: {reason}") from None
     missing = sorted(info["missing_keys"])
     if lost := [name for name in missing if not name.startswith(OUTPUT_NORMS)]:

@@ -44,9 +44,6 @@ class LibraryBackbone(nn.Module):
         self.blocks: tuple[nn.Module, ...] = ()
         """Parts that are compiled and sharded each for itself: none."""
         self.activation_checkpointing = False
-        for name, parameter in self.named_parameters():
-            if name.endswith("mask_token"):  # nothing is masked: it stays as it is
-                parameter.requires_grad_(False)
 
     def extra_repr(self) -> str:
         """All that it is: `repr` tells apart any two that compute differently with the same weights."""
@@ -55,6 +52,17 @@ class LibraryBackbone(nn.Module):
     def layer_of(self, name: str) -> int:
         """The last one: learning rates do not decay from layer to layer."""
         return self.depth + 1
+
+    @torch.enable_grad()
+    def freeze_unused(self) -> None:
+        """Keep gradients off weights that no feature depends on, as some backbones of transformers have."""
+        training, side = self.training, self.config.img_size
+        pooled, found = self.eval().maps_of(torch.zeros(1, self.config.in_chans, side, side))
+        (pooled.sum() + found.sum()).backward()
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+        self.train(training)
 
     def maps_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] -> pooled features [B, D] and the feature map [B, D, h', w'] of the last stage, float32."""

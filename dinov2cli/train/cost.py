@@ -164,8 +164,8 @@ def _sum(first: _Measured, kinds: list[tuple[int, _Measured]]) -> _Measured:
 def _measure(config: Config, depth: int | None, precision: str, trained: int = 0) -> _Measured:
     """A step of networks with so many blocks (None: as they are), each of which drops what is dropped on average.
 
-    Where only the last blocks are trained, these are so many, by default all. Nothing is done twice: what was measured once in this process is
-    known: a training is asked about for its sharding, memory and plan.
+    Where only the last blocks are trained, these are so many, by default all. Nothing is done twice: what was measured
+    once in this process is known, as a training is asked about for its sharding, memory and plan.
     """
     rate = config.student.drop_path_rate / (1 if config.student.drop_path_uniform else 2)
     size: dict[str, Any] = {} if depth is None else {"arch": "vit", **config.arch()._asdict(), "depth": depth}

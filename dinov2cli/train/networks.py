@@ -165,6 +165,8 @@ class Networks:
         self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
         if isinstance(self.student.backbone, VisionTransformer):
             train_only(self.student.backbone, config.student.trained())
+        else:
+            self.student.backbone.freeze_unused()
         self.rules = {follower.name: follower for follower in (TEACHER, *reads_of)}
         self.followers: dict[str, SSLNetwork] = {}
         for name, follower in self.rules.items():

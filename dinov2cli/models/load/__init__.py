@@ -190,6 +190,8 @@ def read_weights(
         state, beside, report = library_state(content, of_library, source)
         images = _images(hints, of_library.in_chans, source.name, report)
         return RecognisedWeights(state, of_library, images, report, source, metadata, beside)
+    if "refused" in hints:
+        raise WeightsError(hints["refused"])
     state, beside, report = recognise(content, source.name)
     if report.layout == "timm" and "dino2.lost" in metadata:
         state = timm.restore(state, metadata)

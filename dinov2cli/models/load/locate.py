@@ -220,7 +220,7 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = _mapping(path)
-    if isinstance(said := config.get(OWN_KEY), dict):
+    if isinstance(said := config.get(OWN_KEY), dict) and "library" in said:
         return {"from": str(path), **said}
     hints = huggingface.hints(config, str(path))
     processor = path.with_name("preprocessor_config.json")

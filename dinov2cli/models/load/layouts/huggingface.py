@@ -150,6 +150,8 @@ def config_json(config: ViTConfig, images: Images, classes: int | None = None) -
 def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """What a config.json at `path` says of the backbone that its weights do not show.
 
+    Of a model of another type, under `refused`, why it is not loaded: a student of that type may start from it.
+
     Raises:
         WeightsError: it is of a model that is no DINOv2.
     """
@@ -160,9 +162,8 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         return dinov3.hints(config, path)
     if kind not in ("dinov2", "dinov2_with_registers"):
         folder = path.rpartition("/")[0]
-        raise WeightsError(
-            f"{folder}: a model of type '{kind}'; dino2 loads dinov2, dinov2_with_registers and {dinov3.MODEL_TYPE}"
-        )
+        known = f"dinov2, dinov2_with_registers and {dinov3.MODEL_TYPE}"
+        return {"refused": f"{folder}: a model of type '{kind}'; dino2 loads {known}"}
     for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         if config.get(key, needed) != needed:
             raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")

@@ -1,0 +1,284 @@
+"""A student that is a network of another library: what it learns, how it resumes, what is refused, who opens it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import LIBRARY, TINY, metrics_of, write_images, write_teacher
+
+from dinov2cli.bench.train import synthetic_batch
+from dinov2cli.config import Config, load_config
+from dinov2cli.config.library import LibraryConfig
+from dinov2cli.config.schema import Student
+from dinov2cli.errors import ConfigError, Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.launch.training import resolve_config
+from dinov2cli.models.libraries import quiet_transformers
+from dinov2cli.models.library_backbone import LibraryBackbone, size_of
+from dinov2cli.models.load import load_model
+from dinov2cli.requests.base import run
+from dinov2cli.requests.eval import KnnRequest
+from dinov2cli.requests.export import ExportRequest
+from dinov2cli.requests.pictures import AttentionRequest, PcaImageRequest
+from dinov2cli.requests.tools import InfoRequest
+from dinov2cli.requests.train import TrainRequest
+from dinov2cli.start import train
+from dinov2cli.train.batch_norm import running_averages
+from dinov2cli.train.cost import estimate, step_flops
+from dinov2cli.train.objective import SSLMetaArch
+from dinov2cli.train.parameter_groups import parameter_groups
+from dinov2cli.train.trainer import Trainer
+
+transformers = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+VALUES = {"iteration": 0, "teacher_temp": 0.05}
+each_kind = pytest.mark.parametrize("kind", LIBRARY)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data` and a run `teacher` with heads."""
+    folder = tmp_path_factory.mktemp("place")
+    write_images(folder / "data")
+    write_teacher(folder)
+    return folder
+
+
+def words(place: Path, kind: str, *more: str) -> list[str]:
+    paths = [f"distillation.teacher={place / 'teacher'}", f"train.dataset_path={place / 'data'}"]
+    return [*TINY, *LIBRARY[kind], *paths, *more]
+
+
+def resolved(place: Path, output: Path, *more: str) -> Config:
+    typed = tuple(word for word in (*TINY, *more) if "prototypes" not in word)
+    request = TrainRequest(data=str(place / "data"), output_dir=output, teacher=str(place / "teacher"), overrides=typed)
+    return resolve_config(request)
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    """The run of a ResNet, from words to its end."""
+    config = resolved(place, place / "run", *LIBRARY["resnet"], "optim.epochs=1", "optim.warmup_epochs=0")
+    train(config, TrainRequest(cpu=True))
+    assert load_config(config_file=place / "run" / "config.yaml") == config
+    said = config.student.backbone_config
+    assert said["hidden_act"] == "relu" and said["depths"] == [1, 1], (
+        "what transformers does by default is said for good"
+    )
+    return place / "run"
+
+
+@each_kind
+def test_all_of_it_learns(place: Path, kind: str) -> None:
+    """Every weight has a gradient, norms and biases do not decay, and the plan's numbers are those of the network."""
+    config = load_config(overrides=words(place, kind))
+    objective = SSLMetaArch(config).train()
+    losses = objective(synthetic_batch(config), VALUES, torch.Generator().manual_seed(0))
+    losses.total.backward()
+    student = objective.student
+    without = [name for name, each in student.named_parameters() if not each.requires_grad]
+    assert without == [name for name, each in student.named_parameters() if each.grad is None]
+    assert len(without) == 2 * (kind == "swin"), "a norm of transformers' that no feature depends on"
+    assert losses.logged["ibot_loss"] > 0 and losses.logged["dino_local_crops_loss"] > 0
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    decays = {names[each]: group["wd_multiplier"] for group in parameter_groups(student, config)
+              for each in group["params"]}  # fmt: skip
+    for name, factor in decays.items():
+        weighs = student.get_parameter(name).ndim > 1 and "bias" not in name
+        assert factor == float(weighs), name
+    memory = estimate(config, world_size=1, sharding="none", precision="bf16")
+    assert memory.parameters == pytest.approx(4e-9 * sum(each.numel() for each in student.parameters()))
+    flops = step_flops(config)
+    assert 0 < flops.passes["frozen_teacher"] < flops.step
+    assert size_of(config.backbone()) == sum(each.numel() for each in student.backbone.parameters())
+
+
+@each_kind
+def test_features_are_the_pooled_map_and_the_map_on_the_teachers_grid(kind: str) -> None:
+    config = load_config(overrides=[*TINY, *LIBRARY[kind], "distillation.teacher=none"]).backbone()
+    assert isinstance(config, LibraryConfig)
+    model = LibraryBackbone(config).eval()
+    images = torch.randn(2, 3, 48, 32)
+    features = model.forward_features(images)
+    found = model.model(pixel_values=images).feature_maps[-1]
+    torch.testing.assert_close(features["x_norm_clstoken"], found.mean((2, 3)))
+    wanted = torch.nn.functional.interpolate(found, size=(6, 4), mode="bilinear")
+    torch.testing.assert_close(features["x_norm_patchtokens"], wanted.flatten(2).transpose(1, 2))
+    (patches, cls), = model.get_intermediate_layers(images, n=1, return_class_token=True)  # fmt: skip
+    assert torch.equal(cls, model.class_tokens(images)) and torch.equal(patches, features["x_norm_patchtokens"])
+    indices = torch.tensor([0, 23, 24])
+    both, rows = model.forward_tokens([images, images[:, :, :16, :16]], [None, None], indices)
+    assert torch.equal(both[:2], cls) and len(both) == 4
+    assert torch.equal(rows, patches.flatten(0, 1)[indices])
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_a_run_goes_on_as_if_it_had_not_stopped(place: Path, tmp_path: Path, kind: str) -> None:
+    """To the last bit, running averages and what layers draw by themselves included."""
+    more = ["optim.epochs=2"]
+    if kind == "convnext":
+        more.append("student.backbone_config.drop_path_rate=0.5")
+    states = []
+    for name, stops in (("whole", [8]), ("parts", [3, 8])):
+        for stop in stops:
+            config = load_config(overrides=words(place, kind, f"train.output_dir={tmp_path / name}", *more))
+            trainer = Trainer(config, CPU)
+            trainer.total = stop
+            torch.rand(stop)  # what others draw has no part in it
+            trainer.train()
+        states.append(trainer.state())
+    one, other = (state["model"] for state in states)
+    assert one.keys() == other.keys() and (("running_var" in "".join(one)) == (kind == "resnet"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+
+
+def test_batch_norms_averages_follow_and_bear_a_step_that_is_left_out(place: Path, tmp_path: Path) -> None:
+    config = load_config(overrides=words(place, "resnet", f"train.output_dir={tmp_path}"))
+    trainer = Trainer(config, CPU)
+    networks, batch = trainer.objective.networks, synthetic_batch(config)
+    first = [each.clone() for each in running_averages(networks.teacher.backbone)]
+    trainer.step(0, [batch])
+    student = [each.clone() for each in running_averages(networks.student.backbone)]
+    momentum = trainer.step.schedules.at(0)["momentum"]
+    for before, own, now in zip(first, student, running_averages(networks.teacher.backbone), strict=True):
+        assert not torch.equal(own, before)
+        torch.testing.assert_close(now, momentum * before + (1 - momentum) * own)
+    weights = [each.clone() for each in networks.student.parameters()]
+    spoilt = replace(batch, masks_weight=batch.masks_weight * float("nan"))
+    assert not trainer.step(1, [spoilt]).losses.total.isfinite()
+    left = zip(student, running_averages(networks.student.backbone), strict=True)
+    assert all(torch.equal(before, now) for before, now in left)
+    assert all(torch.equal(before, now) for before, now in zip(weights, networks.student.parameters(), strict=True))
+
+
+def test_what_reads_a_run_reads_this_one(place: Path, trained: Path, tmp_path: Path) -> None:
+    model = load_model(trained)
+    assert isinstance(model, LibraryBackbone) and model.embed_dim == 24 and not model.training
+    told = run(InfoRequest(checkpoint=str(trained)))
+    assert told["parameters"] == size_of(model.config) and "hf:resnet" in told["what"]
+    data = {"train_dataset": str(place / "data"), "val_dataset": str(place / "data")}
+    rows = run(KnnRequest(checkpoint=str(trained), nb_knn=(2,), device="cpu", no_cache=True, **data)).as_dict()["rows"]
+    assert rows[0]["top1"] > 80, "two textures"
+    picture = next((place / "data" / "class0").glob("*.png"))
+    run(PcaImageRequest(paths=(picture, tmp_path / "pca.png"), model=str(trained), resolution=4, device="cpu"))
+    assert (tmp_path / "pca.png").stat().st_size > 0
+    with pytest.raises(WeightsError, match="hf:resnet: attention maps are of vision transformers"):
+        run(AttentionRequest(paths=(picture, tmp_path / "att.png"), model=str(trained), device="cpu"))
+    with pytest.raises(WeightsError, match="hf:resnet; a teacher is a vision transformer"):
+        resolve_config(TrainRequest(data=str(place / "data"), output_dir=tmp_path / "next", teacher=str(trained)))
+
+
+def test_exports_open_in_the_library_alone_and_here(trained: Path, tmp_path: Path) -> None:
+    ours, images = load_model(trained), torch.randn(2, 3, 40, 56)
+    for name, output in (("hf", tmp_path / "hf"), ("safetensors", tmp_path / "ours.safetensors")):
+        result = run(ExportRequest(checkpoint=str(trained), format=name, output=output))
+        assert len(result.comparisons) == 2 and all(each.difference < 1e-5 for each in result.comparisons)
+        again = load_model(output)
+        assert torch.equal(again(images), ours(images)) and again.config == ours.config
+    for opener in (transformers.ResNetBackbone, transformers.AutoModel):
+        model, info = opener.from_pretrained(tmp_path / "hf", output_loading_info=True)
+        assert not any(info.values())
+        found = model.eval()(pixel_values=images)
+        pooled = found.feature_maps[-1].mean((2, 3)) if "feature_maps" in found else found.pooler_output[..., 0, 0]
+        torch.testing.assert_close(pooled, ours(images))
+    for name, output in (
+        ("timm", "x.safetensors"),
+        ("official", "x.pth"),
+        ("onnx", "x.onnx"),
+        ("torch-export", "x.pt2"),
+    ):
+        with pytest.raises(WeightsError, match=f"format {name} does not hold hf:resnet; safetensors and hf do"):
+            run(ExportRequest(checkpoint=str(trained), format=name, output=tmp_path / output))
+        assert not (tmp_path / output).exists()
+
+
+def test_a_folder_with_weights_is_gone_on_from(place: Path, tmp_path: Path) -> None:
+    """Of a classifier as others have trained it: its weights are where the student begins; the folder may go."""
+    arguments = {"depths": [1, 1], "hidden_sizes": [16, 24], "num_stages": 2, "drop_path_rate": 0.1}
+    theirs = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**arguments))
+    with quiet_transformers():
+        theirs.save_pretrained(tmp_path / "theirs")
+    plain = [word for word in LIBRARY["convnext"] if "backbone_config" not in word and "arch" not in word]
+    more = [*plain, f"student.arch=hf:{tmp_path / 'theirs'}", "optim.epochs=1", "optim.warmup_epochs=0",
+            "optim.base_lr=1e-9", "optim.min_lr=0"]  # fmt: skip
+    config = resolved(place, tmp_path / "run", *more)
+    assert config.student.arch == "hf:convnext" and config.student.backbone_config["hidden_sizes"] == [16, 24]
+    assert config.student.backbone_config["drop_path_rate"] == config.student.drop_path_rate == 0.0, "as it was typed"
+    assert config.student.pretrained_weights == str(tmp_path / "theirs")
+    train(config, TrainRequest(cpu=True))
+    name = "encoder.stages.1.layers.0.pwconv1.weight"
+    ours = load_model(tmp_path / "run").model.state_dict()
+    torch.testing.assert_close(ours[name], theirs.state_dict()[f"convnext.{name}"])
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "gone")
+    assert load_model(tmp_path / "run").embed_dim == 24
+
+
+REFUSED = [
+    (["student.arch=hf:resnet", "distillation.teacher="], r"student.arch=hf:resnet: can only be distilled"),
+    (["student.depth=3"], r"student.depth=3: is of vision transformers"),
+    (["student.train=last:2"], r"student.train=last:2: is of vision transformers"),
+    (["gram.use_loss=true", "gram.it_load_ema_teacher=1"], r"gram.use_loss=true: Gram anchoring is of vision"),
+    (["train.activation_checkpointing=true"], r"train.activation_checkpointing=true: is of vision transformers"),
+    (["student.arch=hf:resnett"], r"student.arch=hf:resnett: no architecture of transformers is called so"),
+    (["student.arch=hf:bert"], r"student.arch=hf:bert.*AutoBackbone"),
+    (["student.backbone_config.depht=3"], r"student.backbone_config.depht: hf:resnet has no such argument"),
+    (["student.backbone_config.layer_type=deep"], r"student.backbone_config=.*transformers makes no backbone of this"),
+    (["student.drop_path_rate=0.2"], r"student.drop_path_rate=0.2: hf:resnet has no stochastic depth"),
+    (["student.arch=timm:resnet18", "student.backbone_config={}"], r"timm does not import.*pip install timm"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=[words[0] for words, _ in REFUSED])
+def test_what_cannot_be_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    if more[0] == "student.arch=hf:bert":
+        more = [*more, "student.backbone_config={}"]
+    with pytest.raises(Dino2Error, match=message):
+        if "distillation.teacher=" in more:
+            load_config(overrides=[*TINY, *LIBRARY["resnet"], *more])
+        resolved(place, tmp_path / "run", *LIBRARY["resnet"], *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_library_one_message_says_what_to_install(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(EnvironmentProblem, match=r"transformers does not import .*pip install 'dinov2cli\[export\]'"):
+        resolved(place, tmp_path / "run", *LIBRARY["resnet"])
+
+
+def test_the_name_of_an_architecture_replaces_the_model_of_a_preset(tmp_path: Path) -> None:
+    """What a preset says of its vision transformer goes; what is typed beside the name stays, and is refused."""
+    config = load_config("demo", overrides=["distillation.teacher=x", "student.arch=hf:resnet"])
+    defaults = {key: field.default for key, field in Student.model_fields.items()}
+    assert config.student.layerscale == defaults["layerscale"] and config.student.embed_dim is None
+    assert config.student.patch_size == 8 and config.student.drop_path_rate == 0.0, "these are of any student"
+    config.save(tmp_path / "config.yaml")
+    assert load_config(config_file=tmp_path / "config.yaml") == config
+    with pytest.raises(
+        ConfigError, match=r"student.backbone_config=\{\"depths\": \[1\]\}: is for student.arch=hf:NAME"
+    ):
+        load_config("demo", overrides=["student.backbone_config={depths: [1]}"])
+
+
+def test_a_file_that_tells_of_something_else(trained: Path, tmp_path: Path) -> None:
+    state: dict[str, Any] = torch.load(trained / "eval/training_3/teacher_checkpoint.pth", weights_only=True)["teacher"]
+    del state["backbone.model.embedder.embedder.convolution.weight"]
+    torch.save({"teacher": state}, tmp_path / "odd.pth")
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    with pytest.raises(WeightsError, match=r"odd.pth: no weights of such a hf:resnet: .*convolution.weight is missing"):
+        load_model(tmp_path / "odd.pth")
+    folder = tmp_path / "hf"
+    run(ExportRequest(checkpoint=str(trained), format="hf", output=folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["dino2"]["patch_size"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"config.json describes no backbone of another library: patch_size"):
+        load_model(folder)
