@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_in_processes
-from tiny_run import AUGMENTED_ROPE, DINOV3, GRAM, TINY, metrics_of, write_images, write_teacher
+from tiny_run import AUGMENTED_ROPE, DINOV3, GRAM, LIBRARY, TINY, metrics_of, write_images, write_teacher
 from torch.distributed.tensor import DTensor
 
 from dinov2cli import distributed
@@ -171,6 +171,31 @@ def test_two_halves_equal_the_whole(images: Path, tmp_path: Path, variant: str, 
         assert one.keys() == other.keys()
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def ends_of(images: str, folder: str, words: list[str]) -> list[dict[str, Any]]:
+    """The state that a run by DDP, and one by FSDP, ends with."""
+    halves = ["train.batch_size_per_gpu=4", *words]
+    return [
+        train_on_parts(configure(Path(images), Path(folder) / mode, f"train.sharding={mode}", *halves))["end"]
+        for mode in ("ddp", "fsdp")
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", LIBRARY)
+def test_a_student_of_another_library_is_shared(images: Path, tmp_path: Path, kind: str) -> None:
+    """All processes end with the same weights and running averages, by DDP and FSDP; without BatchNorm, with those of
+    one process that has the whole batch."""
+    words = [*LIBRARY[kind], *distilling("own", tmp_path)]
+    train_on_parts(configure(images, tmp_path / "one", *words))
+    one, other = run_in_processes(2, ends_of, str(images), str(tmp_path), words)
+    for mine, of_other, mode in zip(one, other, ("ddp", "fsdp"), strict=True):
+        assert_same(mine, of_other)
+        if kind != "resnet":
+            assert_losses_agree(tmp_path / "one", tmp_path / mode)
+    for name, value in one[0].items():  # the two ways are the same, but for rounding
+        torch.testing.assert_close(value, one[1][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def two_sessions(images: str, run: str, words: list[str]) -> list[dict[str, Any]]:
