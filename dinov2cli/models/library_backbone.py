@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov2cli.config.images import Images
 from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ViTConfig
+from dinov2cli.errors import WeightsError
 from dinov2cli.models.libraries import build, run
 from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count
 
@@ -133,6 +134,13 @@ class LibraryBackbone(nn.Module):
 
 
 Backbone = VisionTransformer | LibraryBackbone
+
+
+def need_vit(model: Backbone, what: str) -> VisionTransformer:
+    """The model itself; WeightsError where it is no vision transformer, and `what` is of these alone."""
+    if isinstance(model, LibraryBackbone):
+        raise WeightsError(f"{model.config.arch}: {what} are of vision transformers")
+    return model
 
 
 def size_of(config: ViTConfig | LibraryConfig) -> int:

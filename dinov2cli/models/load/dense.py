@@ -23,6 +23,7 @@ from dinov2cli.models.dense_heads import (
     SegmentationHead,
     fingerprint_of,
 )
+from dinov2cli.models.library_backbone import need_vit
 from dinov2cli.models.load import load_model, said_in
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import RELEASED, RELEASED_URL
@@ -125,7 +126,7 @@ def load_dense(
     if model is None and not found.config.backbone:
         raise WeightsError(f"{head}: does not say on which backbone it was trained; give the model as well")
     if not isinstance(model, VisionTransformer):
-        model = load_model(model or found.config.backbone, pretrained, **arguments)
+        model = need_vit(load_model(model or found.config.backbone, pretrained, **arguments), "dense heads")
     if pretrained:
         warn_of_another(found.config, model)
     return DenseModel(model, found).eval()
