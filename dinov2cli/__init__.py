@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dinov2cli.requests.eval import *  # noqa: F403
     from dinov2cli.requests.export import *  # noqa: F403
     from dinov2cli.requests.pictures import *  # noqa: F403
+    from dinov2cli.requests.retrieval import *  # noqa: F403
     from dinov2cli.requests.search import *  # noqa: F403
     from dinov2cli.requests.tools import *  # noqa: F403
     from dinov2cli.requests.train import *  # noqa: F403
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 
 _PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base", "Fit": "fit"}
-_REQUESTS = ("bench", "datasets", "dense", "eval", "export", "pictures", "search", "tools", "train")
+_REQUESTS = ("bench", "datasets", "dense", "eval", "export", "pictures", "retrieval", "search", "tools", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,17 @@ class EvalTransform:
         return pixels.normalize_image(_center_crop(image, self.crop), self.images.statistics)
 
 
+class WholeTransform(EvalTransform):
+    """Resize the long side to `crop` (bicubic, antialiased), pad the other with black to a square, normalise."""
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """As `EvalTransform`."""
+        height, width = image.shape[:2]
+        scale = self.crop / max(height, width)
+        image = pixels.resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+        return pixels.normalize_image(_center_crop(image, self.crop), self.images.statistics)
+
+
 class RandomResizedCrop:
     """Augmentation of linear probing: a random box of 8 to 100 % of the area resized to `size`, flip, normalise."""
 

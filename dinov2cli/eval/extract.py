@@ -20,7 +20,7 @@ from dinov2cli.console import Interrupted, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
-from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, usual_size
+from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, WholeTransform, usual_size
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
@@ -47,6 +47,7 @@ class Extractor:
         cache: where to look for and keep the features.
         max_bad_fraction: share of a dataset's images that may be unreadable; they are left out, and named in `notes`.
         reading: how files become pixels; None: as the model expects its images.
+        whole: resize the long side to `image_size` and pad with black, in place of the centre crop.
 
     Raises:
         ConfigError: `image_size` does not fit the model's patches.
@@ -66,13 +67,15 @@ class Extractor:
         cache: FeatureCache | None = None,
         max_bad_fraction: float = 0.01,
         reading: Reading | None = None,
+        whole: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.model = model.to(self.device)
         self.image_size = fitting_image_size(model, image_size)
         self.resize = round(self.image_size * resize_ratio)
         self.images = getattr(model, "images", RGB)
-        self.transform: Callable[[np.ndarray], Tensor] = EvalTransform(self.resize, self.image_size, self.images)
+        kind, self.side = (WholeTransform, "long side ") if whole else (EvalTransform, "")
+        self.transform: Callable[[np.ndarray], Tensor] = kind(self.resize, self.image_size, self.images)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.precision = Precision.resolve(precision, self.device, frozen=True)
@@ -194,7 +197,7 @@ class Extractor:
     @property
     def recipe(self) -> Recipe:
         """What the features depend on, beside the images."""
-        transform = f"resize {self.resize}, crop {self.image_size}, {self.reading}"
+        transform = f"resize {self.side}{self.resize}, crop {self.image_size}, {self.reading}"
         return Recipe(self.weights_hash, str(self.precision.dtype), transform, self.detailed)
 
     @torch.no_grad()  # not inference mode: heads are trained on these

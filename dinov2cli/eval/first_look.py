@@ -25,7 +25,7 @@ def look(request: EvalRequest) -> None:
     with wrong.noted():
         config = known_config(request)
     with wrong.noted():
-        train = request.train_dataset or ("none" if getattr(request, "head", None) else None)
+        train = request.train_dataset or (None if request.trains else "none")
         found = datasets_for(config, train, request.val_dataset, request.labels)
         sets = dict(zip(("train", "val"), found, strict=True))
     given = (request.train_dataset, request.val_dataset, getattr(request, "finetune_dataset", None))
@@ -149,8 +149,7 @@ def plan(request: EvalRequest) -> Plan:
     from dinov2cli.device import choose_device
 
     config = known_config(request)
-    trains = not getattr(request, "head", None)
-    train = request.train_dataset or (None if trains else "none")
+    train = request.train_dataset or (None if request.trains else "none")
     train, val = datasets_for(config, train, request.val_dataset, request.labels)
     beside = (
         "beside the run's teacher"
@@ -159,7 +158,7 @@ def plan(request: EvalRequest) -> Plan:
     )
     rows = {"evaluation": request.command}
     rows["checkpoint"] = request.checkpoint + ("" if Path(request.checkpoint).exists() else " (downloaded if need be)")
-    if trains:
+    if request.trains:
         rows["train"] = make_dataset(train).describe()
     rows["val"] = make_dataset(val).describe()
     if getattr(request, "baselines", False):

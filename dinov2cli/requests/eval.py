@@ -85,6 +85,11 @@ class EvalRequest(
         """The module of `dinov2cli.eval` whose `run` does it."""
         return cls.command.split()[-1]
 
+    @property
+    def trains(self) -> bool:
+        """Whether it needs a train dataset."""
+        return not getattr(self, "head", None)
+
     @model_validator(mode="before")
     @classmethod
     def _one_checkpoint(cls, values: dict[str, Any]) -> dict[str, Any]:

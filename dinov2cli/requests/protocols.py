@@ -5,7 +5,9 @@ A new one is a module of `dinov2cli.eval` with `run(request, subject=None)`, its
 
 from dinov2cli.requests.dense import DepthRequest, SegmentationRequest
 from dinov2cli.requests.eval import EvalRequest, KnnRequest, LinearRequest, LogregRequest
+from dinov2cli.requests.retrieval import RetrievalRequest
 
 EVALUATIONS: dict[str, type[EvalRequest]] = {
-    it.protocol(): it for it in (KnnRequest, LogregRequest, LinearRequest, SegmentationRequest, DepthRequest)
+    it.protocol(): it
+    for it in (KnnRequest, LogregRequest, LinearRequest, RetrievalRequest, SegmentationRequest, DepthRequest)
 }
