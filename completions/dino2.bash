@@ -24,11 +24,13 @@ _dino2() {
             "dino2 knn") path="dino2 knn" ;;
             "dino2 logreg") path="dino2 logreg" ;;
             "dino2 linear") path="dino2 linear" ;;
+            "dino2 retrieval") path="dino2 retrieval" ;;
             "dino2 segmentation") path="dino2 segmentation" ;;
             "dino2 eval") path="dino2 eval" ;;
             "dino2 eval knn") path="dino2 eval knn" ;;
             "dino2 eval logreg") path="dino2 eval logreg" ;;
             "dino2 eval linear") path="dino2 eval linear" ;;
+            "dino2 eval retrieval") path="dino2 eval retrieval" ;;
             "dino2 eval segmentation") path="dino2 eval segmentation" ;;
             "dino2 eval depth") path="dino2 eval depth" ;;
             "dino2 search") path="dino2 search" ;;
@@ -59,7 +61,7 @@ _dino2() {
     case "$path" in
         "dino2")
             options="--version -V --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear segmentation eval search datasets presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear retrieval segmentation eval search datasets presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -543,6 +545,83 @@ _dino2() {
             esac
             options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.backbone_config= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 retrieval")
+            case "$prev" in
+                --train-dataset|--data) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --model|--pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
+                --recall-at) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                dino.reweight_dino_local_loss) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2 vit" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused swiglu64" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.norm_layer) COMPREPLY=($(compgen -W "layernorm layernormbf16 rmsnorm" -- "$cur")); return ;;
+                student.pos_embed_type) COMPREPLY=($(compgen -W "learned rope" -- "$cur")); return ;;
+                student.pos_embed_rope_normalize_coords) COMPREPLY=($(compgen -W "separate max min" -- "$cur")); return ;;
+                student.pos_embed_rope_dtype) COMPREPLY=($(compgen -W "fp32 bf16" -- "$cur")); return ;;
+                student.mask_k_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.untie_cls_and_patch_norms) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.untie_global_and_local_cls_norm) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.pretrained_channels) COMPREPLY=($(compgen -W "same mean repeat zero-new" -- "$cur")); return ;;
+                student.pretrained_patches) COMPREPLY=($(compgen -W "same resize" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                distillation.patches) COMPREPLY=($(compgen -W "masked all" -- "$cur")); return ;;
+                gram.use_loss) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.ema_teacher) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.rep_update) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.normalized) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.img_level) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.remove_neg) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.remove_only_teacher_neg) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.tokens_used) COMPREPLY=($(compgen -W "all masked unmasked" -- "$cur")); return ;;
+                gram.global_teacher_resize_method) COMPREPLY=($(compgen -W "bicubic bilinear" -- "$cur")); return ;;
+                gram.global_teacher_resize_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                crops.gram_teacher_no_distortions) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --recall-at --whole --query-boxes --batch-size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.backbone_config= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 segmentation")
             case "$prev" in
                 --train-dataset|--data) :; return ;;
@@ -629,7 +708,7 @@ _dino2() {
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.backbone_config= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval")
             options="--help -h"
-            words="knn logreg linear segmentation depth" ;;
+            words="knn logreg linear retrieval segmentation depth" ;;
         "dino2 eval knn")
             case "$prev" in
                 --train-dataset|--data) :; return ;;
@@ -879,6 +958,83 @@ _dino2() {
                 evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
             esac
             options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --head --classifier-fpath --head-layers --frozen-crops --test-datasets --test-metric-types --test-class-mapping-fpaths --test-labels --val-class-mapping-fpath --val-metric-type --epochs --epoch-length --batch-size --learning-rates --eval-period-iterations --save-checkpoint-frequency --no-resume --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
+            words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.backbone_config= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
+        "dino2 eval retrieval")
+            case "$prev" in
+                --train-dataset|--data) :; return ;;
+                --val-dataset) :; return ;;
+                --output-dir) COMPREPLY=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --model|--pretrained-weights) :; return ;;
+                --nodes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --partition) :; return ;;
+                --account) :; return ;;
+                --qos) :; return ;;
+                --constraint) :; return ;;
+                --exclude) :; return ;;
+                --comment) :; return ;;
+                --timeout-min) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --cpus-per-task) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --mem) :; return ;;
+                --slurm) :; return ;;
+                --setup) :; return ;;
+                --recall-at) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                compute_precision.precision) COMPREPLY=($(compgen -W "auto fp32 bf16 fp16" -- "$cur")); return ;;
+                compute_precision.grad_scaler) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                dino.reweight_dino_local_loss) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")); return ;;
+                train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")); return ;;
+                train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")); return ;;
+                train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                train.wandb) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.arch) COMPREPLY=($(compgen -W "vit_tiny vit_small vit_base vit_large vit_giant2 vit" -- "$cur")); return ;;
+                student.drop_path_uniform) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_layer) COMPREPLY=($(compgen -W "mlp swiglu swiglufused swiglu64" -- "$cur")); return ;;
+                student.qkv_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.proj_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.ffn_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.interpolate_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.norm_layer) COMPREPLY=($(compgen -W "layernorm layernormbf16 rmsnorm" -- "$cur")); return ;;
+                student.pos_embed_type) COMPREPLY=($(compgen -W "learned rope" -- "$cur")); return ;;
+                student.pos_embed_rope_normalize_coords) COMPREPLY=($(compgen -W "separate max min" -- "$cur")); return ;;
+                student.pos_embed_rope_dtype) COMPREPLY=($(compgen -W "fp32 bf16" -- "$cur")); return ;;
+                student.mask_k_bias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.untie_cls_and_patch_norms) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.untie_global_and_local_cls_norm) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                student.pretrained_channels) COMPREPLY=($(compgen -W "same mean repeat zero-new" -- "$cur")); return ;;
+                student.pretrained_patches) COMPREPLY=($(compgen -W "same resize" -- "$cur")); return ;;
+                student.attention_backend) COMPREPLY=($(compgen -W "auto xformers varlen sdpa" -- "$cur")); return ;;
+                distillation.patches) COMPREPLY=($(compgen -W "masked all" -- "$cur")); return ;;
+                gram.use_loss) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.ema_teacher) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.rep_update) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.normalized) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.img_level) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.remove_neg) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.remove_only_teacher_neg) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                gram.tokens_used) COMPREPLY=($(compgen -W "all masked unmasked" -- "$cur")); return ;;
+                gram.global_teacher_resize_method) COMPREPLY=($(compgen -W "bicubic bilinear" -- "$cur")); return ;;
+                gram.global_teacher_resize_antialias) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                optim.scaling_rule) COMPREPLY=($(compgen -W "sqrt_wrt_1024 none" -- "$cur")); return ;;
+                crops.gram_teacher_no_distortions) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.normalize_on_device) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.device_augment) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.scaled_decode) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                data.exif_orientation) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+                evaluation.tasks_as_jobs) COMPREPLY=($(compgen -W "true false" -- "$cur")); return ;;
+            esac
+            options="--train-dataset --data --val-dataset --output-dir --config-file --model --pretrained-weights --nodes --partition --account --qos --constraint --exclude --comment --timeout-min --cpus-per-task --mem --slurm --setup --recall-at --whole --query-boxes --batch-size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --device --no-cache --json --gpus --dry-run --help -h"
             words="compute_precision.precision= compute_precision.grad_scaler= dino.loss_weight= dino.head_n_prototypes= dino.head_bottleneck_dim= dino.head_nlayers= dino.head_hidden_dim= dino.koleo_loss_weight= dino.reweight_dino_local_loss= dino.local_loss_weight_schedule= ibot.loss_weight= ibot.mask_sample_probability= ibot.mask_ratio_min_max= ibot.separate_head= ibot.head_n_prototypes= ibot.head_bottleneck_dim= ibot.head_nlayers= ibot.head_hidden_dim= train.batch_size_per_gpu= train.dataset_path= train.output_dir= train.seed= train.num_workers= train.OFFICIAL_EPOCH_LENGTH= train.centering= train.gradient_accumulation= train.checkpoint_period= train.keep= train.log_period= train.max_nonfinite= train.stop_on_collapse= train.max_bad_fraction= train.activation_checkpointing= train.compile= train.sharding= train.hang_timeout= train.tensorboard= train.wandb= student.arch= student.patch_size= student.drop_path_rate= student.layerscale= student.drop_path_uniform= student.pretrained_weights= student.freeze_backbone_epochs= student.ffn_layer= student.block_chunks= student.qkv_bias= student.proj_bias= student.ffn_bias= student.num_register_tokens= student.interpolate_antialias= student.interpolate_offset= student.in_chans= student.norm_layer= student.pos_embed_type= student.pos_embed_rope_base= student.pos_embed_rope_min_period= student.pos_embed_rope_max_period= student.pos_embed_rope_normalize_coords= student.pos_embed_rope_dtype= student.n_storage_tokens= student.mask_k_bias= student.untie_cls_and_patch_norms= student.untie_global_and_local_cls_norm= student.backbone_config= student.ffn_ratio= student.pos_embed_rope_shift_coords= student.pos_embed_rope_jitter_coords= student.pos_embed_rope_rescale_coords= student.pretrained_channels= student.pretrained_patches= student.train= student.embed_dim= student.depth= student.num_heads= student.attention_backend= teacher.momentum_teacher= teacher.final_momentum_teacher= teacher.warmup_teacher_temp= teacher.teacher_temp= teacher.warmup_teacher_temp_epochs= distillation.teacher= distillation.digest= distillation.patches= gram.use_loss= gram.loss_weight= gram.loss_weight_schedule= gram.ema_teacher= gram.ckpt= gram.it_load_ema_teacher= gram.rep_update= gram.update_frequency= gram.it_first_update= gram.max_updates= gram.normalized= gram.img_level= gram.remove_neg= gram.remove_only_teacher_neg= gram.tokens_used= gram.global_teacher_resize_method= gram.global_teacher_resize_antialias= optim.epochs= optim.weight_decay= optim.weight_decay_end= optim.base_lr= optim.lr= optim.warmup_epochs= optim.min_lr= optim.clip_grad= optim.freeze_last_layer_epochs= optim.scaling_rule= optim.patch_embed_lr_mult= optim.layerwise_decay= optim.adamw_beta1= optim.adamw_beta2= crops.global_crops_scale= crops.local_crops_number= crops.local_crops_scale= crops.global_crops_size= crops.local_crops_size= crops.gram_teacher_crops_size= crops.global_local_crop_pairs_ratios= crops.gram_teacher_no_distortions= crops.blur_prob= crops.color_jitter_prob= crops.grayscale_prob= crops.solarize_prob= crops.channel_dropout_prob= data.normalize_on_device= data.device_augment= data.scaled_decode= data.value_range= data.exif_orientation= data.background= data.channels= data.mean= data.std= data.max_image_gb= evaluation.eval_period_iterations= evaluation.knn_period= evaluation.knn_train_dataset= evaluation.knn_val_dataset= evaluation.tasks= evaluation.segmentation_dataset= evaluation.depth_dataset= evaluation.tasks_as_jobs= evaluation.slurm=" ;;
         "dino2 eval segmentation")
             case "$prev" in

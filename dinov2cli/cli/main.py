@@ -63,7 +63,7 @@ COMMANDS: dict[str, type[Request]] = {it.command: it for it in REQUESTS}
 COMMANDS |= {name: it for name, it in EVALUATIONS.items() if name not in COMMANDS}
 # The first of two words, with its help.
 GROUPS = {
-    "eval": "Evaluate frozen features by k-NN, logistic regression or linear probe.\n\n"
+    "eval": "Evaluate frozen features: k-NN, logistic regression, linear probe, retrieval, segmentation, depth.\n\n"
     "Example:\n\n    dino2 eval knn runs/demo",
     "search": "Find alike images: keep an index of their features, and ask it.\n\n"
     "Example:\n\n    dino2 search query photos.index dog.jpg --sheet dogs.html",
