@@ -22,7 +22,7 @@ NEEDED = {
     r"--gpus [2-9]|nproc-per-node|bench gpu|--attention xformers|--compile on": "needs GPUs",
     r" /data/|ImageNet": "needs ImageNet",
     r"cells/\*": "needs a model of five channels",
-    r"embed dinov2_|export dinov2_|pca-video (?!.*--model)": "downloads weights",
+    r"(embed|export|segmentation) dinov2_|pca-video (?!.*--model)": "downloads weights",
 }
 """What the examples of `--help` need that is not there when tests type them."""
 

@@ -22,6 +22,7 @@ import pytest
 import ready
 import tifffile
 import zarr
+from dense_sets import write_depths, write_masks
 from test_pca_video import write_video
 from tiny_run import TINY, write_images
 
@@ -52,6 +53,8 @@ SMALLER = {
     "bench linear": ["--steps", "1"],
     "eval linear": ["--epochs", "1", "--epoch-length", "3"],
     "linear": ["--epochs", "1", "--epoch-length", "3"],
+    "eval segmentation": ["--iterations", "2", "--image-size", "32"],
+    "eval depth": ["--iterations", "2"],
 }
 """What is typed behind the words of a command, to make it a matter of seconds."""
 
@@ -257,6 +260,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(home / name, per_class=6)
     shutil.copytree(home / "photos/class0", home / "album")
     write_video(home / "holiday.mp4")
+    write_masks(home / "shapes")
+    write_depths(home / "rooms")
     (home / "cells").mkdir()
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 4096, (5, 40, 40), dtype=np.uint16)
@@ -289,7 +294,7 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
     shutil.copytree(data, home)
-    for name in ("holiday.mp4", "labelled", "album"):
+    for name in ("holiday.mp4", "labelled", "album", "shapes", "rooms"):
         (here / name).symlink_to(home / name)
     if page == "docs/images.md":
         (here / "cells").symlink_to(home / "labelled-cells")

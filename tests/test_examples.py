@@ -6,9 +6,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_run import metrics_of, write_images
 
+from dinov2cli.data.datasets.recognise_dense import PARTS, dense_dataset, dense_string
 from dinov2cli.data.datasets.strings import KINDS
 from dinov2cli.train.objective import TERMS
 
@@ -74,6 +76,14 @@ def test_a_hook_sees_every_block(trained: Path, photos: Path, capsys: pytest.Cap
     python("hook_on_block.py", trained, next(photos.glob("*/*.png")))
     steps = [float(line.split(": ")[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(steps) == 2 and all(0 <= step < 1 for step in steps)
+
+
+def test_sets_with_labels_for_every_pixel_are_made_and_recognised(tmp_path: Path) -> None:
+    python("dense_sets.py", tmp_path, "2", "1")
+    for name, labels in (("shapes", "masks"), ("rooms", "depth")):
+        train, val = (dense_dataset(dense_string(str(tmp_path / name), part, labels), labels) for part in PARTS)
+        assert (len(train), len(val)) == (2, 1)
+        assert len(np.unique(train.label(0))) > 1 and train.pair(0)[0].shape == (96, 96, 3)
 
 
 def test_a_term_of_ones_own_is_computed_logged_and_summed(photos: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation of frozen features: k-NN, logistic regression and linear probe, to the published protocols."""
+"""Evaluation of frozen features by the published protocols: `requests.protocols` lists them."""

@@ -97,6 +97,9 @@ class RawColours(nn.Module):
         self.config, self.patch_size, self.images = model.config, model.patch_size, getattr(model, "images", RGB)
         self.embed_dim, self.depth = model.config.in_chans * model.patch_size**2, 1
 
+    def extra_repr(self) -> str:
+        return f"patches of {self.patch_size}, {self.config.in_chans} channels"  # by which features are kept
+
     def get_intermediate_layers(self, x: Tensor, **_: Any) -> tuple[tuple[Tensor, Tensor], ...]:
         """[B, C, H, W] -> patches [B, C * P * P, h, w] and mean [B, C * P * P]."""
         patches = nn.functional.pixel_unshuffle(x.float(), self.patch_size)

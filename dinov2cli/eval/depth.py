@@ -87,8 +87,8 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
             kept = trial.folder / CHECKPOINT.format("depth") if trial.folder and not name else None
             heads = trained_heads(
                 each, train, transform, lambda width: DepthHead(2 * width * len(each.blocks), config=config),  # noqa: B023
-                settings, DEPTH, checkpoint=(kept, {}) if kept else None, resume=not request.no_resume,
-                period=request.checkpoint_period,
+                settings, DEPTH, checkpoint=(kept, {"scale": train.scale}) if kept else None,
+                resume=not request.no_resume, period=request.checkpoint_period,
             )  # fmt: skip
             measured[name] = each, heads
     rows: list[Row] = []

@@ -48,12 +48,12 @@ class DenseRequest(EvalRequest):
 class SegmentationRequest(DenseRequest, command="eval segmentation"):
     """Train a linear head that gives every patch a class, and measure its mean IoU.
 
-    BatchNorm and a 1x1 convolution on the patch tokens. FOLDER is an ADE20k, a Pascal VOC, a Cityscapes, or images/
-    beside masks/, index masks as PNG or .npy, each with train/ and val/ in it.
+    BatchNorm and a 1x1 convolution on the patch tokens. The data are a folder: ADE20k, Pascal VOC, Cityscapes, or
+    images/ beside masks/, index masks as PNG or .npy, each with train/ and val/ in it.
 
     Example:
 
-        dino2 eval segmentation runs/demo --data FOLDER --image-size 96 --iterations 500
+        dino2 eval segmentation runs/demo --data shapes --image-size 96 --iterations 500
 
         dino2 eval segmentation dinov2_vits14 --data ADEChallengeData2016 --layers 4 --inference slide ms
     """
@@ -76,12 +76,12 @@ class SegmentationRequest(DenseRequest, command="eval segmentation"):
 class DepthRequest(DenseRequest, command="eval depth"):
     """Train a linear head that gives every patch a depth, and measure its errors.
 
-    A 1x1 convolution on patch and class tokens to 256 bins of depth. FOLDER is an NYU Depth V2, a KITTI, or images/
-    beside depth/, 16-bit PNG or metres as float TIFF or .npy, each with train/ and val/ in it.
+    A 1x1 convolution on patch and class tokens to 256 bins of depth. The data are a folder: NYU Depth V2, KITTI, or
+    images/ beside depth/, 16-bit PNG or metres as float TIFF or .npy, each with train/ and val/ in it.
 
     Example:
 
-        dino2 eval depth runs/demo --data FOLDER --crop-size 96 96 --iterations 500
+        dino2 eval depth runs/demo --data rooms --iterations 500
     """
 
     labels: ClassVar[Literal["classes", "masks", "depth"]] = "depth"
