@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 import torch
 from dense_sets import write_masks
 from test_cli_eval import dino2, own_cache, run  # noqa: F401  (fixtures)
@@ -125,3 +126,19 @@ def test_what_does_not_fit_is_one_clear_message(run: Path, data: Path) -> None: 
     result = evaluated(run, data, iterations=1, max_bad_fraction=0.5)
     assert len(result.notes) == 1 and "1 of 4 images could not be read and are left out" in result.notes[0]
     assert result.rows[0].images == 3
+
+
+@pytest.mark.long
+def test_two_processes_train_the_head_of_one(run: Path, data: Path) -> None:  # noqa: F811
+    found = []
+    for more in ([], ["--gpus", "2"]):
+        folder = run.parent / f"with{len(more)}"
+        words = ["eval", "segmentation", run, "--data", data, *TYPED.split(), "--output-dir", folder, "--json", *more]
+        done = ready.dino2(*map(str, words), timeout=300)
+        assert done.returncode == 0, done.stderr
+        head = torch.load(folder / "best_head.pth")["state_dict"]
+        found.append((json.loads(done.stdout)["rows"][0], head))
+    (alone, one), (together, two) = found
+    assert together["images"] == 4 and together["scores"] == pytest.approx(alone["scores"], abs=0.2)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
