@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from dinov2cli.requests.base import AtLeastOne, option
 from dinov2cli.requests.eval import EvalRequest
@@ -112,7 +112,7 @@ class DepthRequest(DenseRequest, command="eval depth"):
 
     @field_validator("depth_scale", "max_depth")
     @classmethod
-    def _is_above_zero(cls, value: float | None) -> float | None:
+    def _is_above_zero(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{value}: give a number above 0.")
+            raise ValueError(f"--{str(info.field_name).replace('_', '-')} {value:g}: give a number above 0.")
         return value
