@@ -18,9 +18,7 @@ from dinov2cli.eval.probe import ProbeCheckpoint, train_heads
 from dinov2cli.models.dense_heads import DenseHead, DenseModel
 from dinov2cli.models.vision_transformer import VisionTransformer
 
-FROZEN_CROPS = (
-    "approximation: trained on one fixed crop of each image, its features in half precision (--frozen-crops)"
-)
+FROZEN_CROPS = "approximation: trained on one fixed crop of each image, its features in half precision (--frozen-crops)"
 CHECKPOINT = "running_checkpoint_{}_eval.pth"
 
 
