@@ -259,7 +259,7 @@ _dino2() {
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --head --near --far --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --near --far --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 segment")
             case "$prev" in
@@ -277,7 +277,7 @@ _dino2() {
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --head --opacity --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --opacity --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 plot")
             case "$prev" in

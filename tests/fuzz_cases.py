@@ -282,6 +282,34 @@ def safetensors(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], 
     return read
 
 
+def dense_head(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
+    """Heads of every kind, as they are written: bytes, tensors of wrong kinds, what they say of themselves."""
+    import torch
+
+    from dinov2cli.models.dense_heads import DepthHead, DPTHead, SegmentationHead
+    from dinov2cli.models.load.dense import SAID, read_head, save_head
+
+    suffix = rng.choice((".pth", ".safetensors"))
+    file = folder / f"{rng.choice(('head', 'dinov2_vits14_nyu_linear_head'))}{suffix}"
+    save_head(rng.choice((SegmentationHead(24, 3), DepthHead(48, 5), DPTHead(64, 4))), file)
+    if rng.random() < 0.3:
+        file.write_bytes(mutate(file.read_bytes(), rng))
+    elif suffix == ".pth":
+        content = torch.load(file, weights_only=True)
+        state = content["state_dict"]
+        if rng.random() < 0.5:
+            state[rng.choice(list(state))] = _odd_value(rng)
+        else:
+            said = {"task": "depth", "layers": [1, 2], "max_depth": 80.0, "classes": ["a"], "palette": [[0, 0, 0]]}
+            content["meta"] = rng.choice(({SAID: mutate_tree(said, rng)}, mutate_tree({"CLASSES": ["a", "b"]}, rng)))
+        torch.save(rng.choice((content, state, {"state_dict": [state]}, [content])), file)
+
+    def read() -> None:
+        read_head(file)
+
+    return read
+
+
 def hf_folder(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
     """config.json, preprocessor_config.json, an index of shards, configs beside weights."""
     for name, content in seeds.hf.items():
@@ -643,6 +671,7 @@ KINDS: dict[str, Case] = {
     for each in (
         weights,
         safetensors,
+        dense_head,
         hf_folder,
         config,
         dataset,

@@ -12,7 +12,7 @@ from torch import Tensor
 from weight_samples import assert_same_state, save
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.dense_heads import DenseHead, DepthHead, DPTHead, HeadConfig, SegmentationHead
+from dinov2cli.models.dense_heads import DenseHead, DepthHead, DPTHead, HeadConfig, SegmentationHead, fingerprint_of
 from dinov2cli.models.load.dense import RELEASED_HEADS, check_head, load_dense, read_head, save_head
 from dinov2cli.models.load.released import RELEASED
 from dinov2cli.models.vision_transformer import VisionTransformer
@@ -89,16 +89,22 @@ def test_released_heads_have_names_addresses_and_sizes() -> None:
             head = released.without_weights()
         count = 1 if name.endswith("linear") else 4
         assert len(head.blocks_read(backbone)) == count
-        assert not isinstance(head, SegmentationHead) or head.conv_seg.out_channels in (21, 150)
+        classes = {"ade20k": 150, "voc2012": 21}.get(released.dataset)
+        assert not isinstance(head, SegmentationHead) or head.conv_seg.out_channels == classes
 
 
-def test_the_model_is_found_by_what_the_head_says(tmp_path: Path) -> None:
+def test_the_model_is_found_by_what_the_head_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=4, num_heads=2, layerscale=1.0)
     weights = save(backbone.state_dict(), tmp_path / "weights.pth")
     save_head(SegmentationHead(16, 2), tmp_path / "head.pth")
     save_head(SegmentationHead(16, 2, HeadConfig(task="segmentation", backbone=str(weights))), tmp_path / "own.pth")
     assert load_dense(tmp_path / "own.pth", num_heads=2).layers == (3,)
     assert load_dense(tmp_path / "head.pth", weights, num_heads=2).layers == (3,)
+    monkeypatch.chdir(tmp_path)
+    config = HeadConfig(task="segmentation", backbone="weights.pth")
+    save_head(SegmentationHead(16, 2, config), tmp_path / "near.pth", backbone)
+    read = read_head(tmp_path / "near.pth").config
+    assert (read.backbone, read.fingerprint) == (str(weights), fingerprint_of(backbone))
     with pytest.raises(WeightsError, match=r"head\.pth: does not say on which backbone"):
         load_dense(tmp_path / "head.pth")
     with pytest.raises(WeightsError, match="no released head"):
@@ -127,6 +133,19 @@ def spoilt(**changes: Any) -> dict[str, Any]:
 def test_other_files_are_refused(tmp_path: Path, state: object, message: str) -> None:
     with pytest.raises(WeightsError, match=rf"head\.pth: .*{message}"):
         read_head(save(state, tmp_path / "head.pth"))
+
+
+@pytest.mark.parametrize("spoil", (
+    lambda data: data.replace(b"PK\1\2", b"PK\1\3"),
+    lambda data: data.replace(b"head/data.pkl", b"head/\xd6ata.pkl"),
+))  # fmt: skip
+def test_a_damaged_directory_is_told(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    file = save(SegmentationHead(8, 2).state_dict(), tmp_path / "head.pth")
+    data = spoil(file.read_bytes())
+    assert data != file.read_bytes()
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"head\.pth: "):
+        read_head(file)
 
 
 @pytest.mark.parametrize(("said", "message"), [

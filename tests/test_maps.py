@@ -135,7 +135,8 @@ def test_classes_of_photos(folder: Path, tmp_path: Path) -> None:
 def test_every_frame_of_a_video(folder: Path, tmp_path: Path, command: str) -> None:
     kind = {"depth": "depth", "segment": "classes"}[command]
     output = (tmp_path / "out.mp4", "--head", folder / f"{kind}.pth", "--resolution", 5)
-    assert run_command(command, folder / "in.mp4", *output, "--layout", "side-by-side", "--save-values", "npy") == 0
+    options = ("--layout", "side-by-side", "--save-values", "npy", "--no-steady")
+    assert run_command(command, folder / "in.mp4", *output, *options) == 0
     with av.open(str(folder / "in.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -153,6 +154,25 @@ def test_every_frame_of_a_video(folder: Path, tmp_path: Path, command: str) -> N
             assert (found == plain.argmax(0).numpy()).mean() > 0.97
     assert run_command(command, folder / "photos", tmp_path / "photos.gif", *output[1:]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out.mp4", f"out.{kind}", "photos.gif"])
+
+
+def test_what_stands_still_is_steady(folder: Path, tmp_path: Path) -> None:
+    """Noise is averaged over frames, and what moves is where it is."""
+    noise = np.random.default_rng(0)
+    (tmp_path / "frames").mkdir()
+    for index in range(12):
+        image = np.full((48, 96, 3), 70.0)
+        image[8:24, 4 * index : 4 * index + 24] = (240, 200, 40)
+        noisy = np.clip(image + noise.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / f"frames/{index:02}.png"), noisy)
+    changes = {}
+    for option in ("--steady", "--no-steady"):
+        words = (tmp_path / "frames", tmp_path / "o.gif", "--head", folder / "depth.pth", "--resolution", 6)
+        assert run_command("depth", *words, "--save-values", "npy", option) == 0
+        found = np.stack([np.load(path) for path in sorted((tmp_path / "o.depth").iterdir())])
+        changes[option] = [np.abs(np.diff(found[6:, part], axis=0)).mean() for part in (slice(32, 48), slice(8, 24))]
+    (still, moving), (still_before, _) = changes["--steady"], changes["--no-steady"]
+    assert still < 0.3 * still_before and moving > 5 * still
 
 
 def test_an_interrupted_video_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
         rows.append(_row(said, found[place]))
         lines.append({said: found[place]._asdict()})
     if request.head is None and trial.folder is not None and distributed.is_main():
-        save_head(measured[""][1][best], trial.folder / BEST_HEAD)
+        save_head(measured[""][1][best], trial.folder / BEST_HEAD, model)
     notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
     return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
 

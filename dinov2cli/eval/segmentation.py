@@ -126,7 +126,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
             rows.append(_row(said, scores[place], val.class_names))
             lines.append({said: {"mIoU": scores[place].mean_iou / 100, "aAcc": scores[place].accuracy / 100}})
     if request.head is None and trial.folder is not None and distributed.is_main():
-        save_head(measured[""][1][best], trial.folder / BEST_HEAD)
+        save_head(measured[""][1][best], trial.folder / BEST_HEAD, model)
     notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
     return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
 

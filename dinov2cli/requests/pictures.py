@@ -142,6 +142,7 @@ class MapsRequest(PicturesRequest):
         None, "Frames a second of a folder of images that becomes a video (default 10).", ge=0.01
     )
     audio: bool = option(True, "Keep the sound of a video (mp4, mov, mkv).")
+    steady: bool = option(True, "Of a video, average out sensor noise where the picture stands still.")
     batch_size: AtLeastOne | None = option(None, "Pictures at a time. Default: what the memory holds.", last=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", last=True)
 

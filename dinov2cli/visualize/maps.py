@@ -10,6 +10,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dinov2cli.console import counted, progress
 from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.decoding import Reading, read_image
@@ -33,6 +35,7 @@ from dinov2cli.visualize.pictures import (
     save_picture,
 )
 from dinov2cli.visualize.rendering import places_shown, sheet, shown
+from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video.reader import check_source, open_source, sampling_step
 from dinov2cli.visualize.video.writer import VIDEO_FORMATS, FolderWriter, check_output
 
@@ -174,9 +177,11 @@ def _draw_video(request: MapsRequest, extractor: DenseMaps, drawing: Drawing, re
             drawing.observe(low)
             display.advance(task)
         drawing.settle()
+        still = TemporalFilter(extractor.grid(source.size, source.pixel_aspect)) if request.steady else None
         beside = stack.enter_context(FolderWriter(folder, f".{kind}", write_bytes)) if kind else None
 
-        def draw(_: Picture, drawn_on: Picture, low: FeatureMap) -> Picture:
+        def draw(frame: Picture, drawn_on: Picture, low: FeatureMap) -> Picture:
+            low = still(frame, low).astype(np.float32) if still else low
             values = drawing.values(low, (drawn_on.shape[0], drawn_on.shape[1]))
             if beside and kind:
                 beside.write(drawing.encoded(values, kind), Fraction(0), Fraction(0))

@@ -26,9 +26,14 @@ LEAST_NOISE = 0.02
 
 
 class TemporalFilter:
-    """State of one video; call it with every frame in order."""
+    """State of one video; call it with every frame in order.
 
-    def __init__(self) -> None:
+    Args:
+        grid: patches (h, w) that are told still or moving; by default one for each value.
+    """
+
+    def __init__(self, grid: tuple[int, int] | None = None) -> None:
+        self._grid = grid
         self._noise = np.inf
         self._last: NDArray[np.float32] | None = None
         self._cells: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -40,9 +45,10 @@ class TemporalFilter:
 
         Args:
             picture: the frame, RGB [H, W, 3].
-            values: [h, w, C], linear in the features of that frame (colours and opacity before clipping).
+            values: [h, w, C], linear in the features of that frame (colours and opacity before clipping), or finer
+                than the grid.
         """
-        height, width = values.shape[:2]
+        height, width = self._grid or values.shape[:2]
         size = (width * CELLS, height * CELLS)
         cells = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         if self._last is None:
@@ -58,7 +64,8 @@ class TemporalFilter:
             motion[:] = 1
         gain = np.maximum(motion, 1 / np.minimum(self._averaged + 1, LONGEST_MEMORY))
         self._averaged = 1 / gain
-        self._values = self._values + gain[..., None] * (values - self._values)
+        fine = cv2.resize(gain, values.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        self._values = self._values + fine[..., None] * (values - self._values)
         cell_gain = gain.repeat(CELLS, 0).repeat(CELLS, 1)[..., None].astype(np.float32)
         self._cells = self._cells + cell_gain * (cells - self._cells)
         return self._values

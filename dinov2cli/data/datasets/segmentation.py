@@ -3,22 +3,18 @@
 import os
 from pathlib import Path
 
+from dinov2cli.config.class_names import ADE20K, VOC
 from dinov2cli.data.datasets.dense import Pair, SegmentationDataset, pairs_by_stem
 from dinov2cli.data.datasets.listing import list_images
 from dinov2cli.errors import DataError
 from dinov2cli.files import user_path
 
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
 CITYSCAPES_CLASSES = {
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
     "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
     "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
 }  # fmt: skip
 """The 19 that are evaluated, with their numbers in `*_labelIds.png`."""
-ADE_CLASSES = 150
 
 
 def folder_of(root: Path, split: str, folders: dict[str, str]) -> str:
@@ -40,19 +36,10 @@ class ADE20k(SegmentationDataset):
         super().__init__(
             pairs_by_stem(place / "images" / folder, place / "annotations" / folder),
             f"ADE20k {split.upper()} in {place}",
-            classes=[-1, *range(ADE_CLASSES)],
-            n_classes=ADE_CLASSES,
-            names=_ade_names(place / "objectInfo150.txt"),
+            classes=[-1, *range(len(ADE20K))],
+            n_classes=len(ADE20K),
+            names=ADE20K,
         )
-
-
-def _ade_names(file: Path) -> list[str]:
-    """Of the table that comes with the images, the last column; none where it is not there or is another."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(errors="replace").splitlines()[1:]
-    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-    return names if len(names) == ADE_CLASSES else []
 
 
 class PascalVOC(SegmentationDataset):
@@ -75,8 +62,8 @@ class PascalVOC(SegmentationDataset):
                 for stem in listed.read_text().split()
             ],
             f"Pascal VOC {split.upper()} in {place}",
-            n_classes=len(VOC_CLASSES),
-            names=VOC_CLASSES,
+            n_classes=len(VOC),
+            names=VOC,
         )
         for index in (0, len(self) - 1):
             if not os.path.isfile(self.label_path(index)):

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dinov2cli.config.class_names import ADE20K, VOC
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.files import replacing, user_path, writing
@@ -37,8 +38,8 @@ PREFIX = "decode_head."
 _DATASETS = {
     "nyu": HeadConfig(task="depth", max_depth=10, dataset="NYU Depth v2", short_side=480),
     "kitti": HeadConfig(task="depth", max_depth=80, dataset="KITTI", short_side=352),
-    "ade20k": HeadConfig(task="segmentation", dataset="ADE20K", short_side=512),
-    "voc2012": HeadConfig(task="segmentation", dataset="Pascal VOC 2012", short_side=512),
+    "ade20k": HeadConfig(task="segmentation", dataset="ADE20K", short_side=512, classes=ADE20K),
+    "voc2012": HeadConfig(task="segmentation", dataset="Pascal VOC 2012", short_side=512, classes=VOC),
 }
 _OTHER_NAMES = (  # DINOv3's, of the same segmentation head
     (re.compile(r"^batchnorm_layer\."), "bn."),
@@ -74,15 +75,12 @@ class ReleasedHead(NamedTuple):
     def without_weights(self) -> DenseHead:
         """Such a head, at random."""
         width = RELEASED[self.backbone].architecture.embed_dim
-        if self.dataset in ("ade20k", "voc2012"):
-            return SegmentationHead(width * (1 if self.kind == "linear" else 4), self.classes, self.config)
+        if self.config.task == "segmentation":
+            inputs = width * (1 if self.kind == "linear" else 4)
+            return SegmentationHead(inputs, len(self.config.classes), self.config)
         if self.kind == "dpt":
             return DPTHead(8 * width, config=self.config)
         return DepthHead(2 * width * (1 if self.kind == "linear" else 4), config=self.config)
-
-    @property
-    def classes(self) -> int:
-        return 21 if self.dataset == "voc2012" else 150
 
 
 def _released_heads() -> dict[str, ReleasedHead]:
@@ -192,15 +190,21 @@ def read_head(source: str | Path) -> DenseHead:
     return head.eval().requires_grad_(False)
 
 
-def save_head(head: DenseHead, path: Path) -> None:
+def save_head(head: DenseHead, path: Path, model: VisionTransformer | None = None) -> None:
     """Write a head, and what its weights do not show, as a file that `read_head` reads: `.pth` or `.safetensors`.
+
+    Args:
+        model: the one that it was trained on, by whose weights it is known again.
 
     Raises:
         WeightsError: another suffix.
         EnvironmentProblem: it cannot be written.
     """
     state = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    config = head.config.model_dump(mode="json", exclude_defaults=True)
+    known = {"fingerprint": fingerprint_of(model)} if model is not None else {}
+    if (place := user_path(head.config.backbone)).exists() and head.config.backbone:
+        known["backbone"] = str(place.resolve())  # to be found from other folders, too
+    config = head.config.model_copy(update=known).model_dump(mode="json", exclude_defaults=True)
     if path.suffix not in (".pth", ".safetensors"):
         raise WeightsError(f"{path}: heads are written as .pth or .safetensors")
     with writing(path), replacing(path, flush=True) as aside:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,8 +119,11 @@ def is_complete(path: Path) -> bool:
 def _read_pickle(path: Path) -> Any:
     archive = zipfile.is_zipfile(path)
     if archive:
-        with zipfile.ZipFile(path) as opened:
-            names = opened.namelist()
+        try:
+            with zipfile.ZipFile(path) as opened:
+                names = opened.namelist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):  # what a damaged directory says
+            raise WeightsError(f"{path}: the directory of the archive is damaged; fetch it again") from None
         if any(name.endswith("constants.pkl") for name in names):
             raise WeightsError(f"{path}: a TorchScript model; dino2 reads state dicts")
         if not any(name.endswith("data.pkl") for name in names):
