@@ -19,6 +19,7 @@ _dino2() {
             "dino2 attention") path="dino2 attention" ;;
             "dino2 depth") path="dino2 depth" ;;
             "dino2 segment") path="dino2 segment" ;;
+            "dino2 curate") path="dino2 curate" ;;
             "dino2 plot") path="dino2 plot" ;;
             "dino2 doctor") path="dino2 doctor" ;;
             "dino2 knn") path="dino2 knn" ;;
@@ -61,7 +62,7 @@ _dino2() {
     case "$path" in
         "dino2")
             options="--version -V --install-completion --show-completion --help -h"
-            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment plot doctor knn logreg linear retrieval segmentation eval search datasets presets bench" ;;
+            words="prepare-imagenet train status embed results export info pca-video pca-image attention depth segment curate plot doctor knn logreg linear retrieval segmentation eval search datasets presets bench" ;;
         "dino2 prepare-imagenet")
             case "$prev" in
                 --root) :; return ;;
@@ -278,6 +279,43 @@ _dino2() {
                 --device) :; return ;;
             esac
             options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --opacity --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            words="" ;;
+        "dino2 curate")
+            case "$prev" in
+                --data) :; return ;;
+                --model) :; return ;;
+                --images) :; return ;;
+                --duplicates) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --keep) COMPREPLY=($(compgen -W "largest first" -- "$cur")); return ;;
+                --neighbours) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --probes) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --against) :; return ;;
+                --against-threshold) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --like) :; return ;;
+                --retrieval) COMPREPLY=($(compgen -W "auto neighbours clusters" -- "$cur")); return ;;
+                --per-query) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --pool-clusters) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --hits) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --per-cluster) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --at-most) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --sample) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --clusters) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --resamplings) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --iterations) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --seed) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --config-file) :; return ;;
+                --batch-size|--batch_size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --value-range) :; return ;;
+                --background) :; return ;;
+                --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --num-workers) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --image-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --max-bad-fraction) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --resize-ratio) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --device) :; return ;;
+                --gpus) compopt +o bashdefault +o default 2>/dev/null; return ;;
+            esac
+            options="--data --model --images --duplicates --keep-duplicates --keep --neighbours --probes --against --against-threshold --like --retrieval --per-query --pool-clusters --hits --per-cluster --at-most --sample --clusters --resamplings --iterations --seed --config-file --batch-size --batch_size --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --num-workers --image-size --max-bad-fraction --resize-ratio --device --gpus --dry-run --json --help -h"
             words="" ;;
         "dino2 plot")
             case "$prev" in

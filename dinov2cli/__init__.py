@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dinov2cli.fit import train as train
     from dinov2cli.requests.base import run as run
     from dinov2cli.requests.bench import *  # noqa: F403
+    from dinov2cli.requests.curate import *  # noqa: F403
     from dinov2cli.requests.datasets import *  # noqa: F403
     from dinov2cli.requests.dense import *  # noqa: F403
     from dinov2cli.requests.eval import *  # noqa: F403
@@ -28,7 +29,19 @@ __version__ = "0.1.0"
 
 
 _PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base", "Fit": "fit"}
-_REQUESTS = ("bench", "datasets", "dense", "eval", "export", "pictures", "retrieval", "search", "tools", "train")
+_REQUESTS = (
+    "bench",
+    "curate",
+    "datasets",
+    "dense",
+    "eval",
+    "export",
+    "pictures",
+    "retrieval",
+    "search",
+    "tools",
+    "train",
+)
 
 
 def __getattr__(name: str) -> Any:

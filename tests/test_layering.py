@@ -21,7 +21,7 @@ FLOORS = {
     "data": 4, "models": 4, "losses": 4,
     "checkpoint_reading": 4.9, "checkpoint": 5.0, "train": 5.1,
     "eval": 6, "export": 6, "visualize": 6, "launch": 6, "search": 6.1,
-    "doctor": 7, "bench": 7,
+    "doctor": 7, "bench": 7, "curate": 7,
     "start": 8.0, "fit": 8.1,
     "cli": 9,
     "__init__": 10, "__main__": 10,

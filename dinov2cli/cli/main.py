@@ -17,7 +17,7 @@ from dinov2cli.cli.tree import Command, command_tree
 from dinov2cli.errors import Dino2Error
 from dinov2cli.launch.environment import worker_rank
 from dinov2cli.launch.notes import end_with_supervisor, reported
-from dinov2cli.requests import bench, datasets, eval, export, pictures, search, tools, train
+from dinov2cli.requests import bench, curate, datasets, eval, export, pictures, search, tools, train
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.protocols import EVALUATIONS
 
@@ -35,6 +35,7 @@ REQUESTS: tuple[type[Request], ...] = (
     pictures.AttentionRequest,
     pictures.DepthMapsRequest,
     pictures.SegmentRequest,
+    curate.CurateRequest,
     tools.PlotRequest,
     tools.DoctorRequest,
     *EVALUATIONS.values(),

@@ -21,6 +21,7 @@ EXAMPLES = {
     "Folder": "Folder:root=/photos",
     "ImageNet": "ImageNet:split=TRAIN:root=/imagenet:extra=/imagenet-extra",
     "ImageNet22k": "ImageNet22k:root=/imagenet22k:extra=/imagenet22k-extra",
+    "List": "List:file=/chosen.txt",
     "Parquet": "Parquet:root=/export:split=train",
     "SamplePhotos": "SamplePhotos:split=TRAIN",
     "Shards": "Shards:root=/shards",
@@ -37,7 +38,9 @@ EXAMPLES |= {  # with labels for every pixel
     "NYUd": "NYUd:root=/nyu:split=TRAIN",
     "VOC": "VOC:root=/VOC2012:split=TRAIN",
 }
-SHORT = {"folder": "Folder", "archive": "Archive", "csv": "Table", "parquet": "Parquet", "shards": "Shards"}
+SHORT = {
+    "folder": "Folder", "archive": "Archive", "csv": "Table", "list": "List", "parquet": "Parquet", "shards": "Shards"
+}  # fmt: skip
 """`name:PATH`, for what a path is to be taken for, whatever it looks like."""
 PLACES = ("root", "extra", "file", "images", "masks", "depths", "names")
 """Keys whose values are paths."""

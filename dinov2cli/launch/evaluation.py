@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
+from dinov2cli.launch.local import Elsewhere, launch_here
 from dinov2cli.launch.slurm import script, submit, wanted_for
 from dinov2cli.requests.eval import EvalRequest
 
@@ -15,17 +15,13 @@ def launch(request: EvalRequest) -> Elsewhere | None:
     Raises:
         Dino2Error: as the launchers.
     """
-    gpus, cpu = request.gpus or 1, request.device == "cpu"
     if request.slurm.is_asked:
         checkpoint = Path(request.checkpoint).absolute()
         runs = (place for place in (checkpoint, *checkpoint.parents) if (place / "config.yaml").exists())
         folder = request.output_dir or next(runs, Path())
-        wanted = wanted_for(request.slurm, request.gpus, cpu=cpu, usual=1)
+        wanted = wanted_for(request.slurm, request.gpus, cpu=request.device == "cpu", usual=1)
         request, name = request.model_copy(update={"device": "cpu"} if wanted.cpu else {}), request.protocol()
         if request.dry_run:
             return Elsewhere(script(wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
         return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
-    if gpus == 1 or request.dry_run:
-        return None
-    launch_local(request, processes_here(gpus, cpu=cpu, instead="--device cpu"), None)
-    return Elsewhere(None)
+    return launch_here(request)

@@ -40,6 +40,19 @@ def launch_local(request: Request, processes: int, run: Path | None) -> None:
         supervise(group)
 
 
+def launch_here(request: Any) -> Elsewhere | None:
+    """Start a request that has `gpus`, `device` and `dry_run` in several processes here, or (None) in this process.
+
+    Raises:
+        Dino2Error: as `processes_here` and `launch_local`.
+    """
+    gpus, cpu = request.gpus or 1, request.device == "cpu"
+    if gpus == 1 or request.dry_run:
+        return None
+    launch_local(request, processes_here(gpus, cpu=cpu, instead="--device cpu"), None)
+    return Elsewhere(None)
+
+
 def share_cores(processes: int) -> None:
     """Give each process its part of the cores, where the user has not said otherwise (OMP_NUM_THREADS)."""
     from dinov2cli.data.workers import available_cores

@@ -11,6 +11,7 @@ from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.depth import Depths, Kitti, NYUd
 from dinov2cli.data.datasets.folder import FolderDataset
+from dinov2cli.data.datasets.image_list import ROWS_OF, Lines, PathsDataset, rows_of
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
@@ -22,6 +23,7 @@ from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
 from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, inside, joined, options_of, unquoted
 from dinov2cli.errors import DataError
+from dinov2cli.files import user_path
 from dinov2cli.site import read_site
 
 
@@ -36,12 +38,35 @@ class DatasetKind(NamedTuple):
         return inspect.signature(self.build).parameters
 
 
+def _of_list(file: str, root: str | None = None) -> ImageDataset:
+    """The images that a list names (`image_list`): files, or rows of the dataset that its first line names.
+
+    Args:
+        file: the list, UTF-8.
+        root: where relative paths begin; by default the list's folder.
+
+    Raises:
+        DataError: no such file, or what is in it is not there.
+    """
+    path = user_path(file)
+    lines = Lines.read(path)
+    first = lines.line(0) if len(lines) else ""
+    if first.startswith(ROWS_OF):
+        try:
+            base = make_dataset(first.removeprefix(ROWS_OF))
+        except RecursionError:
+            raise DataError(f"{path}: a list of rows of itself") from None
+        return rows_of(base, lines.after_first(), path)
+    return PathsDataset(path, lines, user_path(root) if root else path.parent)
+
+
 KINDS = {
     "Archive": DatasetKind(ArchiveDataset, EXAMPLES["Archive"]),
     "Arrays": DatasetKind(ArraysDataset, EXAMPLES["Arrays"]),
     "Folder": DatasetKind(FolderDataset, EXAMPLES["Folder"]),
     "ImageNet": DatasetKind(ImageNet, EXAMPLES["ImageNet"]),
     "ImageNet22k": DatasetKind(ImageNet22k, EXAMPLES["ImageNet22k"]),
+    "List": DatasetKind(_of_list, EXAMPLES["List"]),
     "Parquet": DatasetKind(ParquetDataset, EXAMPLES["Parquet"]),
     "SamplePhotos": DatasetKind(SamplePhotos, EXAMPLES["SamplePhotos"]),
     "Shards": DatasetKind(ShardsDataset, EXAMPLES["Shards"]),
