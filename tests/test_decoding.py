@@ -1,11 +1,17 @@
 """The one decoder: the right value of each kind of file, the fast ways against Pillow's pixels, damage told of."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, PngImagePlugin
 from tiny_run import TINY
@@ -160,3 +166,59 @@ def test_every_command_reads_a_file_alike(tmp_path: Path) -> None:
         assert not reading.images.exif_orientation
     with pytest.raises(ValueError, match=r"must be auto, dtype, \[LOW, HIGH\] or percentile \[P, Q\]"):
         readings(value_range="[3, 1]")
+
+
+PEAKS = """
+import gc, json, re, sys
+import cv2, numpy as np
+from pathlib import Path
+from dinov2cli.config.images import Images
+from dinov2cli.data.decoding import Reading, UnreadableImage, read_image
+cv2.setNumThreads(0)
+found = {}
+for name, options in json.loads(sys.argv[1]).items():
+    def read(path, limit=9.0):
+        return read_image(Path(path), Reading(Images(**options), limit))
+    read(Path("small") / name)  # libraries loaded, tables made
+    try:
+        read(name, 0.001)
+    except UnreadableImage as error:
+        expected = 1e9 * float(re.search("need (.*?) GB", str(error))[1])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    read(name)
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    found[name] = expected, peak - before - Path(name).stat().st_size
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="tells no peaks of memory")
+def test_the_limit_holds_for_the_most_that_decoding_needs(tmp_path: Path) -> None:
+    """As its header tells, samples, their floats, and what the decoder holds; the file itself apart."""
+    rng = np.random.default_rng(0)
+    for folder, height, width in ((tmp_path, 1024, 1024), (tmp_path / "small", 16, 24)):
+        folder.mkdir(exist_ok=True)
+        wide = rng.integers(0, 65536, (height // 8, width // 8, 4), np.uint16).repeat(8, 0).repeat(8, 1)
+        narrow = (wide >> 8).astype(np.uint8)
+        for name, array in (("deep", wide[..., :3]), ("deep_alpha", wide), ("gray", wide[..., 0]), ("alpha", narrow)):
+            cv2.imwrite(str(folder / f"{name}.png"), array)
+        Image.fromarray(narrow[..., :3]).save(folder / "a.webp")
+        for name, array, how in (
+            ("deep", wide[..., :3], {"photometric": "rgb"}),
+            ("alpha", wide, {"photometric": "rgb", "extrasamples": ["assocalpha"]}),
+            ("float", wide[..., :3] / np.float32(65535), {"photometric": "rgb"}),
+            ("whole", wide[..., :3].astype(np.int32), {"photometric": "rgb"}),
+            ("inks", narrow, {"photometric": "separated"}),
+            ("bands", np.concatenate([wide, wide, wide, wide[..., :1]], 2).transpose(2, 0, 1), {}),
+        ):
+            tifffile.imwrite(folder / f"{name}.tif", array, **{"photometric": "minisblack", **how})
+    asked = {path.name: {} for path in sorted(tmp_path.iterdir()) if path.is_file()}
+    asked["bands.tif"], asked["whole.tif"] = {"in_chans": 13}, {"value_range": "[0, 65535]"}
+    giving_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else what one image left serves the next
+    command = [sys.executable, "-c", PEAKS, json.dumps(asked)]
+    child = subprocess.run(command, cwd=tmp_path, env=giving_back, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    for name, (expected, peak) in json.loads(child.stdout).items():
+        assert 0.4 * expected < peak + 2e6 and peak < 1.1 * expected + 3e6, (name, expected, peak)

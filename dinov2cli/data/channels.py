@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from dinov2cli.config.images import Images
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, span_of_type
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, bands, span_of_type
 from dinov2cli.data.workers import warn_once
 from dinov2cli.requests.images import background as background_of
 
@@ -28,8 +28,6 @@ def to_rgb(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.n
         image = image[..., :3]
     elif channels not in (1, 3):
         raise UnreadableImage(path, f"has {channels} channels, and gray (1) or RGB (3) is asked for")
-    if image.dtype != np.uint8 and stored.array.dtype.itemsize == 1:  # of 8 bits and fewer, levels lose nothing
-        image = cv2.convertScaleAbs(image, alpha=255).reshape(image.shape)
     colors = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB) if channels == 1 else image
     if stored.alpha and images.background != "drop":
         colors = over_background(colors, opacity_of(stored) if colors.dtype != np.uint8 else _opacity(stored), images)
@@ -49,12 +47,18 @@ def over_background(colors: np.ndarray, opacity: np.ndarray, images: Images) -> 
     rule, color = background_of(images.background)
     if rule == "drop":
         return colors
-    below = np.array(color or np.multiply(images.statistics.mean, 255))
-    if colors.dtype != np.uint8:
-        return np.asarray(colors * opacity + (below / 255).astype(np.float32) * (1 - opacity), np.float32)
-    below = (below + 0.5).astype(np.uint32)
-    laid = (colors.astype(np.uint32) * opacity + below * (255 - opacity.astype(np.uint32)) + 127) // 255
-    return np.asarray(laid, np.uint8)
+    background = np.array(color or np.multiply(images.statistics.mean, 255))
+    are_bytes = colors.dtype == np.uint8
+    below = (background + 0.5).astype(np.uint32) if are_bytes else (background / 255).astype(np.float32)
+    laid = np.empty_like(colors, order="C")
+    for rows in bands(colors):
+        above, share = colors[rows], opacity[rows]
+        if are_bytes:
+            share = share.astype(np.uint32)
+            laid[rows] = (above * share + below * (255 - share) + 127) // 255
+        else:
+            laid[rows] = above * share + below * (1 - share)
+    return laid
 
 
 def to_channels(image: np.ndarray, stored: Stored, images: Images, path: str) -> np.ndarray:
@@ -117,7 +121,9 @@ def opacity_of(stored: Stored) -> np.ndarray:
     """That of an image that has it: float32 [H, W, 1] in 0..1."""
     opacity = stored.array[..., -1:]
     low, opaque = stored.span if stored.span and opacity.dtype.kind == "u" else span_of_type(opacity.dtype)
-    share: np.ndarray = ((opacity - np.float64(low)) / (opaque - low)).clip(0, 1).astype(np.float32)
+    share = np.empty(opacity.shape, np.float32)
+    for rows in bands(opacity):
+        share[rows] = ((opacity[rows] - np.float64(low)) / (opaque - low)).clip(0, 1)
     return share
 
 

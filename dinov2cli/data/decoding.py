@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from dinov2cli.config.images import RGB, Images
@@ -29,7 +30,7 @@ from dinov2cli.data.formats.jpeg2000 import read_deep_jpeg2000
 from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
 from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stacks import Stack
-from dinov2cli.data.formats.stored import Stored, check_memory, span_of_type, turned
+from dinov2cli.data.formats.stored import Stored, bands, check_memory, span_of_type, turned
 from dinov2cli.data.formats.stored import UnreadableImage as UnreadableImage
 from dinov2cli.data.formats.tiff import TIFF_SIGNATURES, read_tiff
 from dinov2cli.data.spelling import inside
@@ -132,7 +133,7 @@ def pixels_of(stored: Stored, path: str, reading: Reading) -> np.ndarray:
     if stored.left_out:
         warn_once("%s: only its first image is read; %s left out, here and of others", path, stored.left_out)
     become = to_rgb if images.are_rgb else to_channels
-    return become(values(stored, images.value_range, path), stored, images, path)
+    return become(values(stored, reading, path), stored, images, path)
 
 
 def read_stored(
@@ -149,11 +150,12 @@ def read_stored(
     """
     jpeg = jpeg or fast.jpeg_header(data)
     if jpeg is not None and jpeg.components in (1, 3):
-        check_memory(path, jpeg.height // shrink, jpeg.width // shrink, 3, limit_gb)
+        check_memory(path, jpeg.height // shrink, jpeg.width // shrink, jpeg.components, limit_gb)
         if (image := fast.decode_jpeg(data, shrink, jpeg.components)) is not None:
             return Stored(image, "JPEG", (0, 255), rgb=jpeg.components == 3, orientation=jpeg.orientation)
     elif shrink == 1 and (png := fast.png_header(data)) is not None:
-        check_memory(path, png.height, png.width, fast.PNG_CHANNELS.get(png.color, 4) * -(-png.bits // 8), limit_gb)
+        channels = fast.PNG_CHANNELS.get(png.color, 4)
+        check_memory(path, png.height, png.width, channels, limit_gb, itemsize=-(-png.bits // 8))
         if (found := fast.decode_png(data, png)) is not None:
             white = 65535 if png.bits == 16 else 255
             colors = png.color in (2, 6)
@@ -171,34 +173,57 @@ def read_stored(
     return read_with_pillow(data, path, limit_gb, shrink)
 
 
-def values(stored: Stored, value_range: str, path: str) -> np.ndarray:
-    """The samples from black to white, opacity apart: uint8 if these are 0 and 255 in the file, else float32 in 0..1.
+def values(stored: Stored, reading: Reading, path: str) -> np.ndarray:
+    """The samples from black to white, opacity apart: float32 in 0..1, or uint8.
+
+    uint8 are those for which black and white are 0 and 255 in the file, and colours of files of 8 bits and fewer, as
+    levels lose nothing of them.
 
     Returns:
         [H, W, C], the image's channels without opacity.
 
     Raises:
-        UnreadableImage: the file does not say what black and white are, and neither does `value_range`.
+        UnreadableImage: the file does not say what black and white are, and neither does `reading`; or it is too large.
     """
     samples = stored.array[..., : stored.channels]
-    black, white = _black_and_white(samples, stored, value_range, path)
+    black, white = _black_and_white(samples, stored, reading.images.value_range, path)
     if samples.dtype == np.uint8 and (black, white) == (0, 255):
         return 255 - samples if stored.inverted else samples
-    if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-        warn_once("%s: samples that are no finite number become black; the same holds for others like it", path)
-        samples = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
-    as_it_is = (black, white) == (0, 1)
-    # float32 would not tell large whole numbers apart.
-    scaled: np.ndarray = samples.astype(np.float32 if as_it_is or samples.dtype.itemsize <= 2 else np.float64)
-    if black:
-        np.subtract(scaled, black, out=scaled)
-    if not as_it_is:
-        np.divide(scaled, white - black, out=scaled)
+    as_levels = samples.dtype.itemsize == 1 and reading.images.are_rgb
+    if samples.dtype.itemsize == 1 and not as_levels:  # which its header did not tell
+        height, width, channels = samples.shape
+        check_memory(path, height, width, channels, reading.max_image_gb, beside=4 * channels)
     low, high = (-np.inf, np.inf) if samples.dtype.kind == "f" else span_of_type(samples.dtype)
-    if low < black or high > white:
-        np.clip(scaled, 0, 1, out=scaled)
-    shown = scaled.astype(np.float32, copy=False)
-    return np.subtract(1, shown, out=shown) if stored.inverted else shown
+    # float32 would not tell large whole numbers apart.
+    is_narrow = samples.dtype.itemsize <= 2 or (black, white) == (0, 1)
+    shown: np.ndarray = np.empty(samples.shape, np.uint8 if as_levels else np.float32)
+    for rows in bands(samples):
+        part = _finite(samples[rows], black, white, path)
+        scaled = (
+            shown[rows] if is_narrow and not as_levels else np.empty(part.shape, np.float32 if is_narrow else float)
+        )
+        np.copyto(scaled, part, casting="unsafe")
+        if black:
+            np.subtract(scaled, black, out=scaled)
+        if white - black != 1:
+            np.divide(scaled, white - black, out=scaled)
+        if low < black or high > white:
+            np.clip(scaled, 0, 1, out=scaled)
+        if stored.inverted:
+            np.subtract(1, scaled, out=scaled)
+        if as_levels:
+            shown[rows] = cv2.convertScaleAbs(scaled, alpha=255).reshape(scaled.shape)
+        elif not is_narrow:
+            shown[rows] = scaled
+    return shown
+
+
+def _finite(samples: np.ndarray, black: float, white: float, path: str) -> np.ndarray:
+    if samples.dtype.kind != "f" or np.isfinite(samples).all():
+        return samples
+    warn_once("%s: samples that are no finite number become black; the same holds for others like it", path)
+    finite: np.ndarray = np.nan_to_num(samples, nan=black, posinf=white, neginf=black)
+    return finite
 
 
 def _black_and_white(samples: np.ndarray, stored: Stored, value_range: str, path: str) -> tuple[float, float]:

@@ -131,6 +131,9 @@ class LargeImage(LazyImage):
         bottom = min(-(-(box.top + box.height) // factor), page.imagelength)
         right = min(-(-(box.left + box.width) // factor), page.imagewidth)
         step = shrink // factor
+        channels, itemsize = page.samplesperpixel, page.dtype.itemsize
+        check_memory(self._path, -(-(bottom - top) // step), -(-(right - left) // step), channels,
+                     self._reading.max_image_gb, itemsize=itemsize, beside=channels * itemsize)  # fmt: skip
         parts = []
         try:
             tiles = _Tiles(self._file.filehandle, page)

@@ -40,7 +40,7 @@ def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
         raise UnreadableImage(path, f"an array {list(shape)} is no image; [H, W] or [H, W, C] is")
     first = len(shape) == 3 and shape[0] <= MOST_CHANNELS < shape[2] and shape[0] < shape[1]
     height, width, channels = (shape[1], shape[2], shape[0]) if first else (*shape, 1)[:3]
-    check_memory(path, height, width, channels * dtype.itemsize, limit_gb)
+    check_memory(path, height, width, channels, limit_gb, itemsize=dtype.itemsize)
     if len(data) - start < height * width * channels * dtype.itemsize:
         raise UnreadableImage(path, f"damaged array (ends early: {list(shape)} of {dtype} need more bytes)")
     flat = np.frombuffer(data, dtype, height * width * channels, start)

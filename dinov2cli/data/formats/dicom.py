@@ -29,7 +29,9 @@ def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
         if "PixelData" not in header and "FloatPixelData" not in header and "DoubleFloatPixelData" not in header:
             raise UnreadableImage(path, "a DICOM file without pixels")
         channels = int(header.SamplesPerPixel)
-        check_memory(path, header.Rows, header.Columns, channels * header.BitsAllocated / 8 + 8, limit_gb)
+        itemsize = max(1, header.BitsAllocated // 8) if channels > 1 else 4  # of what is rescaled
+        beside = 2 * channels * header.BitsAllocated / 8
+        check_memory(path, header.Rows, header.Columns, channels, limit_gb, itemsize=itemsize, beside=beside)
         array = pixel_array(header, index=0)
         array = array[..., None] if channels == 1 else array
         return _stored(array, header, further(frames - 1, "frame"))

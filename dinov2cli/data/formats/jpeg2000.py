@@ -30,7 +30,7 @@ def read_deep_jpeg2000(data: bytes | memoryview, path: str, limit_gb: float) -> 
     bits = head[start + 42] + 1 if len(head) > start + 42 else 0
     if channels not in (3, 4) or len(components) != 1 or not 8 < bits <= 16:  # above 128 they are signed
         return None
-    check_memory(path, bottom - top, right - left, 2 * channels, limit_gb)
+    check_memory(path, bottom - top, right - left, channels, limit_gb, itemsize=2, beside=4)
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype != np.uint16 or image.shape[2:] != (channels,):
         return None

@@ -7,6 +7,8 @@ import numpy as np
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory
 
 _TOKEN = re.compile(rb"(?:\s|#[^\n]*\n)*([^\s#]+)")
+_BYTES_OF_WORD = 60
+"""Of a number written in digits, as an object of Python's, in a list, and as int64."""
 _CHANNELS = {b"P2": 1, b"P3": 3, b"P5": 1, b"P6": 3, b"Pf": 1, b"PF": 3}
 
 
@@ -33,7 +35,8 @@ def read_netpbm(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
             dtype = np.dtype(np.uint8 if white < 256 else ">u2")
         else:
             raise ValueError(f"maxval {white}")
-        check_memory(path, height, width, channels * dtype.itemsize, limit_gb)
+        beside = _BYTES_OF_WORD * channels if magic in (b"P2", b"P3") else 0
+        check_memory(path, height, width, channels, limit_gb, itemsize=dtype.itemsize, beside=beside)
         size = height * width * channels
         if magic in (b"P2", b"P3"):
             array = np.array(bytes(data[start:]).split(maxsplit=size)[:size], np.int64).astype(dtype)

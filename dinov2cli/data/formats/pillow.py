@@ -15,6 +15,8 @@ from dinov2cli.data.formats.fast import exif_orientation
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further
 
 BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
+_BYTES_OF_DECODER = {"WEBP": 15, "JPEG2000": 10, "AVIF": 8, "HEIF": 8}
+"""A pixel in a decoder's own memory; of the others, what Pillow holds once more where it converts colours."""
 _ONE_PICTURE = ("MPO", "PSD")  # their further frames are previews, views of the other eye, layers
 _OTHERWISE = {
     ".heic": "pip install pillow-heif, or convert it to JPEG or AVIF",
@@ -40,7 +42,8 @@ def read_with_pillow(data: bytes | memoryview, path: str, limit_gb: float, shrin
             if shrink > 1:
                 image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
                 width, height = image.size
-            check_memory(path, height, width, BYTES_OF_MODE.get(image.mode, len(image.getbands())), limit_gb)
+            itemsize, beside = BYTES_OF_MODE.get(image.mode, 1), _BYTES_OF_DECODER.get(str(image.format), 4)
+            check_memory(path, height, width, len(image.getbands()), limit_gb, itemsize=itemsize, beside=beside)
             if image.format == "FITS":
                 raise UnreadableImage(path, f"FITS is not read; {_OTHERWISE['.fits']}")
             left_out = ""
@@ -92,12 +95,10 @@ def of_picture(image: Image.Image, path: str) -> Stored:
         # Pillow takes every CMYK JPEG for Adobe's, in which no ink is 255. Without Adobe's marker it is 0.
         image = Image.fromarray(255 - np.asarray(image), "CMYK")
     alpha = "transparency" in image.info or mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if alpha:
-        image = image.convert("LA" if mode in ("LA", "La") else "RGBA")
-    elif mode in ("1", "L"):
-        image = image.convert("L")
-    else:
-        image = image.convert("RGB")
+    gray = mode in ("1", "L", "LA", "La") and not (alpha and mode in ("1", "L"))
+    wanted = ("LA" if gray else "RGBA") if alpha else ("L" if gray else "RGB")
+    if mode != wanted or "transparency" in image.info:  # else it would be copied
+        image = image.convert(wanted)
     array = np.array(image)
     array = array[..., None] if array.ndim == 2 else array
     rgb = array.shape[2] >= 3

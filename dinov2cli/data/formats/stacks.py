@@ -61,7 +61,7 @@ class Stack:
             raise UnreadableImage(path, f"there are {len(self)} images, the first is 0")
         sizes = {axis: size for axis, size in zip(self.axes, self.array.shape, strict=True) if axis != "N"}
         channels = sizes.get("C", 1)
-        check_memory(path, sizes["H"], sizes["W"], channels * self.array.dtype.itemsize, limit_gb)
+        check_memory(path, sizes["H"], sizes["W"], channels, limit_gb, itemsize=self.array.dtype.itemsize)
         at = iter(np.unravel_index(image, self.counts) if self.counts else ())
         try:
             chosen = np.asarray(self.array[tuple(int(next(at)) if axis == "N" else slice(None) for axis in self.axes)])

@@ -1,5 +1,6 @@
 """What every reader returns, and the errors that all of them raise."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -9,6 +10,8 @@ from dinov2cli.errors import DataError
 
 BYTES_BESIDE = 7
 """A pixel as Pillow holds RGB, and as uint8 RGB: needed at once with what is stored."""
+BAND = 1 << 18
+"""Samples of an image that are worked on at a time."""
 
 
 class UnreadableImage(DataError):
@@ -68,19 +71,33 @@ def span_of_type(dtype: np.dtype) -> tuple[float, float]:
     return int(limits.min), int(limits.max)
 
 
-def check_memory(path: str, height: int, width: int, stored_bytes: float, limit_gb: float) -> None:
+def check_memory(
+    path: str, height: int, width: int, channels: int, limit_gb: float, *, itemsize: int = 1, beside: float = 0
+) -> None:
     """Raise `UnreadableImage` for an image that needs more memory than is allowed; its header is all that was read.
 
+    The most that is held at once, from samples to what a network is shown, beside the file itself.
+
     Args:
-        stored_bytes: of a pixel as it is stored, all channels.
+        channels: all of a pixel's samples, opacity among them.
+        itemsize: bytes of a sample. What has more than one becomes float32, and gray and half-transparent ones RGB.
+        beside: further bytes of a pixel that the format's decoder holds.
     """
-    needed = height * width * (stored_bytes + BYTES_BESIDE) / 1e9
+    as_floats = 4 * channels + (12 if channels in (1, 2, 4) else 0)
+    pixel = channels * itemsize + (as_floats if itemsize > 1 else BYTES_BESIDE) + beside
+    needed = height * width * pixel / 1e9
     if needed > limit_gb:
         raise UnreadableImage(
             path,
             f"{width} x {height} pixels need {needed:.2g} GB of memory, more than data.max_image_gb={limit_gb:g} "
             "(--max-image-gb) allows; raise it, or cut the image into tiles",
         )
+
+
+def bands(array: np.ndarray) -> Iterator[slice]:
+    """Rows of [H, W, C], some at a time: what is made of them on the way to a result needs little memory."""
+    rows = max(1, BAND // max(1, array.shape[1] * array.shape[2]))
+    return (slice(first, first + rows) for first in range(0, len(array), rows))
 
 
 def interleaved(array: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stored import (
     Stored,
     UnreadableImage,
+    bands,
     check_memory,
     further,
     interleaved,
@@ -50,12 +51,13 @@ def read_tiff(data: bytes | memoryview, path: str, limit_gb: float, pages_are_ch
         pages_are_channels: so are several pages of which the file does not say what they are.
     """
     try:
-        with TiffFile(io.BytesIO(data)) as tif:
+        with io.BytesIO(data) as file, TiffFile(file) as tif:  # closed, as tifffile's objects keep it in cycles
             series = tif.series[0]
-            page = series.keyframe
+            page: Any = series.keyframe
             place = _axis_of_channels(series, pages_are_channels)
             refuse_what_is_not_read(page, data, path)
-            check_memory(path, page.imagelength, page.imagewidth, _bytes_of_pixel(series, place), limit_gb)
+            channels = page.samplesperpixel * (series.shape[place] if place >= 0 else 1)
+            check_memory(path, page.imagelength, page.imagewidth, channels, limit_gb, itemsize=page.dtype.itemsize)
             if page.photometric == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
                 return _without_codec(data, path, limit_gb)  # tifffile would give these colours as stored
             array, planes = _samples(series, data, place)
@@ -114,12 +116,6 @@ def _names(tif: TiffFile) -> tuple[str, ...]:
     else:
         found = []
     return tuple(map(str, found)) if all(found) else ()
-
-
-def _bytes_of_pixel(series: TiffPageSeries, place: int) -> float:
-    page: Any = series.keyframe
-    planes = series.shape[place] if place >= 0 else 1
-    return float(planes * page.samplesperpixel * page.dtype.itemsize)
 
 
 def _samples(series: TiffPageSeries, data: bytes | memoryview, place: int) -> tuple[np.ndarray, int]:
@@ -200,11 +196,11 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
         array = _without_inks(array, span[1])
         opacity = [place - 1 for place in opacity]
     if opacity:
-        alpha = array[..., opacity[0] :][..., :1]
-        array = np.delete(array, opacity[0], axis=2)
+        if opacity[0] < array.shape[2] - 1:
+            alpha = array[..., opacity[0], None]
+            array = np.concatenate([np.delete(array, opacity[0], axis=2), alpha], axis=2)
         if EXTRASAMPLE.ASSOCALPHA in page.extrasamples:
-            array = _not_multiplied(array, alpha, span[1] if span else 1)
-        array = np.concatenate([array, alpha], axis=2)
+            array = _not_multiplied(array, span[1] if span else 1)
     return Stored(
         array,
         "TIFF",
@@ -234,21 +230,28 @@ def orientation(page: Any) -> int:
 
 def _without_inks(array: np.ndarray, white: float) -> np.ndarray:
     """Cyan, magenta, yellow, black, and what follows -> red, green, blue, and what follows; as Pillow does it."""
-    paper = white - array[..., :4].astype(np.float64)
-    colors = (paper[..., :3] * paper[..., 3:] / white + 0.5).astype(array.dtype)
-    return np.concatenate([colors, array[..., 4:]], axis=2)
+    colors = np.empty((*array.shape[:2], array.shape[2] - 1), array.dtype)
+    for rows in bands(array):
+        paper = white - array[rows, :, :4].astype(np.float64)
+        colors[rows, :, :3] = paper[..., :3] * paper[..., 3:] / white + 0.5
+        colors[rows, :, 3:] = array[rows, :, 4:]
+    return colors
 
 
-def _not_multiplied(array: np.ndarray, alpha: np.ndarray, opaque: float) -> np.ndarray:
-    straight = array * (opaque / np.maximum(alpha, 1e-12 if array.dtype.kind == "f" else 1).astype(np.float64))
-    if array.dtype.kind == "u":
-        straight = straight.clip(0, opaque) + 0.5
-    return np.asarray(straight, array.dtype)
+def _not_multiplied(array: np.ndarray, opaque: float) -> np.ndarray:
+    """Colours that were multiplied with the opacity that follows them, divided by it."""
+    straight = np.empty_like(array)
+    for rows in bands(array):
+        colors, alpha = array[rows, :, :-1], array[rows, :, -1:]
+        divided = colors * (opaque / np.maximum(alpha, 1e-12 if array.dtype.kind == "f" else 1).astype(np.float64))
+        straight[rows, :, :-1] = divided.clip(0, opaque) + 0.5 if array.dtype.kind == "u" else divided
+        straight[rows, :, -1:] = alpha
+    return straight
 
 
 def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: Exception | None = None) -> Stored:
     """What Pillow decodes to the same values; the rest needs imagecodecs."""
-    with TiffFile(io.BytesIO(data)) as tif:
+    with io.BytesIO(data) as file, TiffFile(file) as tif:
         page: Any = tif.series[0].keyframe
         white_is_zero = page.photometric == PHOTOMETRIC.MINISWHITE
         turn, pages = orientation(page), _planes_of(tif.series[0]) + len(tif.series) - 2
