@@ -348,7 +348,7 @@ def test_options_that_do_not_go_together(words: tuple[str, ...], message: str, p
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    with lock(tmp_path / "out/work"), pytest.raises(EnvironmentProblem, match="another curation is writing there"):
+    with lock(tmp_path / "out/.work"), pytest.raises(EnvironmentProblem, match="another curation is writing there"):
         curate(tmp_path, directions(3))
 
 

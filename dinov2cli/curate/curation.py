@@ -98,7 +98,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
         return
     with writing(folder):
-        held: Any = lock(folder / "work")
+        held: Any = lock(folder / ".work")
     try:
         held.acquire(timeout=0)
     except Timeout:

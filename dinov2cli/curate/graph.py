@@ -18,7 +18,7 @@ from dinov2cli.curate.components import Edges
 from dinov2cli.curate.kmeans import Points, assigned, kmeans
 from dinov2cli.curate.stage import Stage, share
 from dinov2cli.files import replacing, writing
-from dinov2cli.search.neighbours import Found, neighbours
+from dinov2cli.search.neighbours import Found, Progress, neighbours
 
 BLOCK = 1 << 14
 """Images of a block, about so many where they go by cells."""
@@ -86,14 +86,15 @@ def graph(
         return Graph(work, n)
     if not probes:
 
-        def among_all(rows: np.ndarray) -> Found:
-            return neighbours(features, features[rows], k, alive=readable, exclude=rows, device=device)
+        def among_all(rows: np.ndarray, tell: Progress) -> Found:
+            how = {"alive": readable, "exclude": rows, "device": device, "progress": tell}
+            return neighbours(features, features[rows], k, **how)  # type: ignore[arg-type]
 
         return search(work, "neighbours", _blocks(alive), k, among_all, n)
     cells, centres = _cells(features, alive, work, seed=seed, device=device)
     starts = {int(cell[0]): number for number, cell in enumerate(cells)}
 
-    def among_near_cells(rows: np.ndarray) -> Found:
+    def among_near_cells(rows: np.ndarray, tell: Progress) -> Found:
         return _of_cells(features, rows, cells, starts[int(rows[0])], centres, (k, probes), device)
 
     return search(work, "neighbours", [np.concatenate(group) for group in _grouped(cells)], k, among_near_cells, n)
@@ -105,14 +106,14 @@ def near(
 ) -> Graph:  # fmt: skip
     """Find, for some rows of the queries [Q, D], the nearest of the alive rows of a database [N, D]. Collective."""
 
-    def among_others(block: np.ndarray) -> Found:
-        return neighbours(database, queries[block], k, alive=alive, device=device)
+    def among_others(block: np.ndarray, tell: Progress) -> Found:
+        return neighbours(database, queries[block], k, alive=alive, device=device, progress=tell)
 
     return search(work, name, _blocks(rows), k, among_others, len(queries))
 
 
 def search(
-    work: Stage, name: str, blocks: Sequence[np.ndarray], k: int, find: Callable[[np.ndarray], Found], n: int
+    work: Stage, name: str, blocks: Sequence[np.ndarray], k: int, find: Callable[[np.ndarray, Progress], Found], n: int
 ) -> Graph:
     """Write what is found for each block of rows that has no file yet; the blocks are shared among processes."""
     if not work.done:
@@ -121,7 +122,7 @@ def search(
             task = bar.add_task(name, total=sum(len(blocks[number]) for number in share(len(blocks))))
             for number in share(len(blocks)):
                 if not files[number].exists():
-                    found = find(blocks[number])
+                    found = find(blocks[number], lambda done, total: stop_if_asked())
                     _write(files[number], Block(blocks[number], found.rows, found.scores), k)
                 bar.advance(task, len(blocks[number]))
                 stop_if_asked()
