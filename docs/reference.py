@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent
 NEEDED = {
     r"--nodes|--partition": "needs a Slurm cluster",
     r"--gpus [2-9]|nproc-per-node|bench gpu|--attention xformers|--compile on": "needs GPUs",
+    r"roxford5k": "needs Revisited Oxford",
     r" /data/|ImageNet": "needs ImageNet",
     r"cells/\*": "needs a model of five channels",
     r"(embed|export|segmentation) dinov2_|pca-video (?!.*--model)": "downloads weights",

@@ -77,7 +77,7 @@ class SearchRemoveRequest(Request, command="search remove", run_by="dinov2cli.se
     which: tuple[str, ...] = argument(
         "Paths of images, folders, patterns with * ? or [...] for whole paths, or dataset strings they were added by.",
         default=(),
-        metavar="WHICH...",
+        metavar="WHICH",
         default_text=False,
     )
     missing: bool = option(False, "Those whose file is no longer there.")
@@ -116,7 +116,7 @@ class SearchQueryRequest(DeviceRequest, command="search query", run_by="dinov2cl
     """
 
     index: Path = argument("The folder of the index.")
-    query: tuple[str, ...] = argument("What to look for.", metavar="QUERY...")
+    query: tuple[str, ...] = argument("What to look for.", metavar="QUERY")
     top: AtLeastOne = option(10, "Images to find for each query.", flags="--top -k")
     not_itself: bool = option(False, "Leave out the query's own path, where it is in the index.")
     sheet: Path | None = option(
@@ -126,8 +126,8 @@ class SearchQueryRequest(DeviceRequest, command="search query", run_by="dinov2cl
         None,
         "Approximate by a faiss index, which is made at the first use and kept: ivf, inverted lists; hnsw, a graph.",
     )
-    nprobe: AtLeastOne = option(32, "With --faiss ivf: lists to look into; more find more.")
-    ef_search: AtLeastOne = option(128, "With --faiss hnsw: candidates to follow; more find more.")
+    nprobe: AtLeastOne = option(128, "With --faiss ivf: lists to look into; more find more.")
+    ef_search: AtLeastOne = option(256, "With --faiss hnsw: candidates to follow; more find more.")
     model: str | None = option(None, "Where the weights of the index are now, if not where they were.", metavar="CKPT")
     batch_size: AtLeastOne = option(256, "Images at a time.", last=True)
     num_workers: int | None = option(None, "Processes that decode images; by default from the cores.", ge=0, last=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dinov2cli.console import counted, progress, stoppable
+from dinov2cli.console import Interrupted, counted, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset, check_dataset, make_dataset
 from dinov2cli.data.datasets.recognise import is_dataset_file
 from dinov2cli.errors import WeightsError
@@ -123,10 +123,14 @@ def _add(index: Index, extract: Extractor, dataset: ImageDataset, wanted: Wanted
             if waiting >= COMMIT_ROWS or time.monotonic() - committed_at > COMMIT_SECONDS:
                 index = commit(index)
                 done, waiting, committed_at = done + waiting, 0, time.monotonic()
-    finally:  # also of what is interrupted, or has too many unreadable images
+    except BaseException as error:  # interrupted, or too many unreadable images: what is done counts
         if waiting:
-            index = commit(index)
-    return index, readable
+            commit(index)
+        if isinstance(error, Interrupted):
+            done = done + waiting
+            logger.info("%d of %d images are in the index: the same command goes on from there", done, len(readable))
+        raise
+    return commit(index) if waiting else index, readable
 
 
 def compacted(index: Index) -> Index:
