@@ -101,11 +101,11 @@ def test_a_folder_of_revisited_is_measured_and_stands_among_the_results(
     photos = write_images(tmp_path / "photos", per_class=6)
     assert dino2(*words, "--train-dataset", photos, "--val-dataset", photos, "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["images"] == 12 and list(row["scores"]) == ["mAP %", "recall@1 %", "recall@5 %", "recall@10 %"]
+    assert row["images"] == 12 and list(row["scores"]) == ["mAP %", "R@1 %", "R@5 %", "R@10 %"]
     assert row["scores"]["mAP %"] > 70  # the two classes are plain to see
     assert dino2("results", tmp_path / "out") == 0
     shown = capsys.readouterr().out
-    assert "recall@10 %" in shown and "mP@5 %" in shown and "leave-one-out" in shown
+    assert "R@10 %" in shown and "mP@5 %" in shown and "leave-one-out" in shown
 
 
 @pytest.mark.parametrize(

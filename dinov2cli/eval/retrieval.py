@@ -82,7 +82,7 @@ def _of_classes(trial: Trial, extract: Extractor, settings: RetrievalSettings) -
     if not found.any():
         raise DataError(f"{trial.val_dataset}: no image of the class of any query can be found.")
     scores = {"mAP %": _percent(ranked.average_precision)}
-    scores |= {f"recall@{k} %": _percent(column) for k, column in zip(settings.recall_at, ranked.recall.T, strict=True)}
+    scores |= {f"R@{k} %": _percent(column) for k, column in zip(settings.recall_at, ranked.recall.T, strict=True)}
     notes = (LEAVE_ONE_OUT,) if among_themselves else ()
     if alone := int((~found).sum()):
         notes = (*notes, f"{alone} of {len(found)} queries are the only ones of their class, and are left out")
