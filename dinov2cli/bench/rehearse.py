@@ -28,6 +28,7 @@ from dinov2cli.device import Precision
 from dinov2cli.errors import ConfigError, Dino2Error, EnvironmentProblem
 from dinov2cli.train import sharding
 from dinov2cli.train.cost import shapes_of_batch
+from dinov2cli.train.frozen_teacher import check_fits
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.record import Record
 from dinov2cli.train.run_folder import RunFolder
@@ -138,14 +139,14 @@ def rehearse_whole(config: Config, card: str, gpus: int = 1) -> Rehearsal:
     return result._replace(graph_breaks=breaks, recompilations=later)
 
 
-def counted(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function gives in a new process.
+def counted(function: Callable[..., Result], config: Config, *arguments: Any) -> Result:
+    """What a function of a configuration gives in a new process.
 
     Raises:
         EnvironmentProblem: it failed, or the process died.
     """
     try:
-        result: Result = in_own_process(_without_warnings, function, *arguments)
+        result: Result = in_own_process(_without_warnings, function, config, *arguments)
         return result
     except Dino2Error:
         raise
@@ -154,9 +155,10 @@ def counted(function: Callable[..., Result], *arguments: Any) -> Result:
         raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
 
 
-def _without_warnings(function: Callable[..., Result], *arguments: Any) -> Result:
+def _without_warnings(function: Callable[..., Result], config: Config, *arguments: Any) -> Result:
     warnings.filterwarnings("ignore")  # the user's process has given those that matter
-    return function(*arguments)
+    check_fits(config)  # what is known of a frozen teacher is read while tensors still have numbers
+    return function(config, *arguments)
 
 
 def rows_of(result: Rehearsal) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from dinov2cli.bench import rehearse
 from dinov2cli.bench.clock import Clock, Measured, in_own_process, matrix_rate, name_of, table
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import err, progress
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
@@ -271,11 +272,12 @@ class _TimedStep:
 
 def matrix_rates(config: Config, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
     """Median GFLOP/s of the step's own matrix products: the blocks' layers, the prototypes, and one square product."""
-    dim = config.arch().embed_dim
     batch, crops, patch = config.train.batch_size_per_gpu, config.crops.largest(), config.student.patch_size
     sizes = [crops.global_size] * GLOBAL_CROPS + [crops.local_size] * config.crops.local_crops_number
-    tokens = batch * sum((size // patch) ** 2 + config.vit().prefix_tokens for size in sizes)
-    blocks = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
+    blocks, backbone = [], config.backbone()
+    if isinstance(backbone, ViTConfig):
+        tokens, dim = batch * sum((size // patch) ** 2 + backbone.prefix_tokens for size in sizes), backbone.embed_dim
+        blocks = [(tokens, dim, 3 * dim), (tokens, dim, 4 * dim), (tokens, 4 * dim, dim)]
     rows = batch * len(sizes) + masked_patches(config)
     prototypes = rows, config.dino.head_bottleneck_dim, config.dino.head_n_prototypes
     shapes = [*blocks, prototypes, (2048, 2048, 2048)]

@@ -8,6 +8,7 @@ Shape legend: B images, D width, N = h*w patches, P patch size.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ def need_vit(model: Backbone, what: str) -> VisionTransformer:
     return model
 
 
+@lru_cache(maxsize=16)
 def size_of(config: ViTConfig | LibraryConfig) -> int:
     """Number of parameters of such a model, which is built without memory for it."""
     if isinstance(config, ViTConfig):
@@ -153,10 +155,10 @@ def size_of(config: ViTConfig | LibraryConfig) -> int:
 
 @contextmanager
 def _drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """What layers draw by themselves (dropout, stochastic depth) becomes a function of `generator`, a CPU one."""
+    """What layers draw by themselves (dropout, stochastic depth) becomes a function of the seed of `generator`."""
     if generator is None:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" and torch.cuda.is_available() else []):
+        torch.manual_seed(generator.initial_seed())
         yield
