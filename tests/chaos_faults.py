@@ -214,7 +214,8 @@ def clock_moved(history: History) -> str:
 
 
 def no_memory(history: History) -> str:
-    """A process or loader may have no more memory than it has: its next allocation fails."""
+    """A process or loader that is at work may have no more memory than it has: its next allocation fails."""
+    history.advance(1)  # before that, it may end in the interpreter's own words, of which dino2 knows nothing
     pid = history.pick(history.trainers if history.rng.random() < 0.6 else history.loaders)
     with suppress(OSError, ProcessLookupError):
         used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
