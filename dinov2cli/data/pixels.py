@@ -18,6 +18,7 @@ from dinov2cli.config.images import IMAGENET, Statistics
 BLUR_KERNEL = 9
 """Width in pixels of the Gaussian blur of the crops."""
 
+_BYTES = np.dtype(np.uint8)  # compared several times a crop, to which a type would be made anew
 _TRUNCATE = -0.4999  # Pillow truncates what it blends, OpenCV rounds
 # [3, 4] matrices of colour: saturation f is _GRAY + f * _COLOR.
 _GRAY = np.array([[0.299, 0.587, 0.114, _TRUNCATE]] * 3, dtype=np.float32)
@@ -28,15 +29,16 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing (a = -0.5, support grown with the scale), as Pillow's `resize`."""
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    if image.dtype != np.uint8 and torch.backends.mkl.is_available():
+    are_bytes = image.dtype == _BYTES
+    if not are_bytes and torch.backends.mkl.is_available():
         return _resize_floats(image, height, width)
-    if image.dtype == np.uint8 and image.shape[2] not in (3, 4):
+    if are_bytes and image.shape[2] not in (3, 4):
         return _resize_in_threes(image, height, width)
     # torch picks its vectorised kernel by the strides of a channels-last tensor, batch stride included.
     nchw = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     size = height if height == width else (height, width)  # torch looks at each number of a pair, at some length
     resized = F.interpolate(nchw, size=size, mode="bicubic", antialias=True)
-    if image.dtype != np.uint8:
+    if not are_bytes:
         resized.clamp_(0, 1)  # as bytes are
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
@@ -107,7 +109,7 @@ def flip(image: np.ndarray) -> np.ndarray:
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with black; 1 is the identity."""
-    if image.dtype != np.uint8:
+    if image.dtype != _BYTES:
         return _clipped(cv2.addWeighted(image, factor, image, 0, 0)).reshape(image.shape)
     return cv2.convertScaleAbs(image, alpha=factor, beta=_TRUNCATE).reshape(image.shape)
 
@@ -116,7 +118,7 @@ def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with its mean grey; 1 is the identity."""
     red, green, blue, _ = cv2.mean(image)
     luma = red if image.shape[2] == 1 else 0.299 * red + 0.587 * green + 0.114 * blue
-    if image.dtype != np.uint8:
+    if image.dtype != _BYTES:
         return _clipped(cv2.addWeighted(image, factor, image, 0, (1 - factor) * luma)).reshape(image.shape)
     mean = int(luma + 0.5)
     return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean + _TRUNCATE)
@@ -126,9 +128,9 @@ def adjust_channel_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Each channel blended with its own mean, for channels that are no colours; 1 is the identity."""
     height, width, channels = image.shape
     lines = image.reshape(height, width * channels)  # OpenCV and numpy are slow along a few channels
-    total = cv2.reduce(lines, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S if image.dtype == np.uint8 else cv2.CV_32F)
+    total = cv2.reduce(lines, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S if image.dtype == _BYTES else cv2.CV_32F)
     mean = total.reshape(width, channels).sum(0, dtype=np.float64) / (height * width)
-    if image.dtype != np.uint8:
+    if image.dtype != _BYTES:
         grey = torch.from_numpy(np.tile((1 - factor) * mean, width).astype(np.float32))
         return _clipped(torch.add(grey, torch.from_numpy(lines), alpha=factor).numpy()).reshape(image.shape)
     levels = np.arange(256)[:, None] * factor + (1 - factor) * np.floor(mean + 0.5) + 1e-3
@@ -137,7 +139,7 @@ def adjust_channel_contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Blended with its grey version; 1 is the identity."""
-    if image.dtype != np.uint8:
+    if image.dtype != _BYTES:
         matrix = (_GRAY + np.float32(factor) * _COLOR)[:, :3]
         return _clipped(cv2.transform(image, matrix))
     return cv2.transform(image, _GRAY + np.float32(factor) * _COLOR)
@@ -145,7 +147,7 @@ def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
     """Hue turned by `shift` of the colour circle, -0.5..0.5."""
-    if image.dtype != np.uint8:
+    if image.dtype != _BYTES:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         hues = hsv[..., 0]
         np.add(hues, np.float32(360 * (shift % 1)), out=hues)  # OpenCV takes hues above 360 as what is left of them
@@ -174,7 +176,7 @@ def blur_radius(sigma: float) -> int:
 
 def solarize(image: np.ndarray) -> np.ndarray:
     """Levels of 128 (of 0..1, a half) and above inverted."""
-    inverted = cv2.bitwise_not(image) if image.dtype == np.uint8 else 1 - image
+    inverted = cv2.bitwise_not(image) if image.dtype == _BYTES else 1 - image
     return cv2.min(image, inverted).reshape(image.shape)
 
 
@@ -182,13 +184,13 @@ def without_channels(image: np.ndarray, levels: tuple[tuple[int, float], ...]) -
     """With some channels, by number, set to a level from 0 to 1."""
     image = image.copy()
     for channel, level in levels:
-        image[..., channel] = round(level * 255) if image.dtype == np.uint8 else level
+        image[..., channel] = round(level * 255) if image.dtype == _BYTES else level
     return image
 
 
 def normalize_image(image: np.ndarray, statistics: Statistics = IMAGENET) -> torch.Tensor:
     """[H, W, C] -> float32 [C, H, W] with this mean and standard deviation."""
-    mean, std = _levels(statistics, image.dtype == np.uint8)
+    mean, std = _levels(statistics, image.dtype == _BYTES)
     return torch.from_numpy(np.ascontiguousarray(((image - mean) / std).transpose(2, 0, 1)))
 
 
