@@ -1,6 +1,6 @@
 """Training heads on the frozen features of every patch, and the maps that they give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.dense import DenseDataset
 from dinov2cli.eval.dense_batches import Transform, frozen_batches, random_batches, transform_in_words
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
+from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extractors_beside
 from dinov2cli.eval.dense_heads import DenseTrainer, Recipe, features_of_blocks, same_start
 from dinov2cli.eval.probe import ProbeCheckpoint, train_heads
 from dinov2cli.models.dense_heads import DenseHead, DenseModel
@@ -20,6 +20,8 @@ from dinov2cli.models.vision_transformer import VisionTransformer
 
 FROZEN_CROPS = "approximation: trained on one fixed crop of each image, its features in half precision (--frozen-crops)"
 CHECKPOINT = "running_checkpoint_{}_eval.pth"
+Trained = tuple[str, DenseExtractor, list[DenseHead]]
+"""A name, features, and the heads that were trained on them."""
 
 
 def trained_heads(
@@ -65,6 +67,20 @@ def trained_heads(
 
     train_heads(trainer, batches, range(start, settings.iterations), kept, period, look)
     return [head.eval().requires_grad_(False) for head in heads]
+
+
+def trained_with_others(
+    extract: DenseExtractor, baselines: bool, train: Callable[[DenseExtractor, bool], list[DenseHead]]
+) -> Iterator[Trained]:
+    """The heads of a model, by the name "", and then of what it is compared with: each when it is asked for.
+
+    Args:
+        train: of features, and whether they are the model's.
+    """
+    yield "", extract, train(extract, True)
+    if baselines:
+        for name, each in extractors_beside(extract):
+            yield name, each, train(each, False)
 
 
 class MapsOf:

@@ -4,7 +4,7 @@ A 1x1 convolution gives patch and class tokens of the last block, or of four, we
 root mean squared error on val.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,9 +21,17 @@ from dinov2cli.data.datasets.depth import NYU, DepthProtocol
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, size_for, used_part
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import CHECKPOINT, FROZEN_CROPS, MapsOf, blocks_for, trained_heads
+from dinov2cli.eval.dense import (
+    CHECKPOINT,
+    FROZEN_CROPS,
+    MapsOf,
+    Trained,
+    blocks_for,
+    trained_heads,
+    trained_with_others,
+)
 from dinov2cli.eval.dense_batches import measured_images
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extractors_beside
+from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
 from dinov2cli.eval.dense_heads import DEPTH
 from dinov2cli.eval.dense_metrics import DepthErrors, DepthScores
 from dinov2cli.eval.protocol import Trial
@@ -56,15 +64,14 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
     trial = Trial.of(request, subject, trains=request.head is None)
     val = _depths(trial.val_dataset, request)
     model = need_vit(trial.subject.model, "dense heads")
-    measured: dict[str, tuple[DenseExtractor, list[DenseHead]]] = {}
     how = trial.subject.extraction(request)
     if request.head is not None:
         head = read_head(request.head)
         if head.config.task != "depth":
             raise ConfigError(f"--head {request.head} is a head for {head.config.task}, not for depth")
         extract = DenseExtractor(model, blocks=blocks_for(model, head), norm=head.config.uses_norm, **how)
-        protocol = _protocol(request, val)._replace(range=(head.config.min_depth, head.config.max_depth))
-        measured["given head"] = extract, [head.to(extract.device)]
+        protocol = _protocol(request, val, (head.config.min_depth, head.config.max_depth))
+        measured: Iterable[Trained] = [("given head", extract, [head.to(extract.device)])]
         rates = ["given head"]
     else:
         train = _depths(trial.train_dataset, request)
@@ -83,25 +90,26 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
             task="depth", layers=blocks, min_depth=protocol.range[0], max_depth=protocol.range[1],
             dataset=train.describe(), backbone=request.checkpoint, short_side=request.image_size,
         )  # fmt: skip
-        for name, each in [("", extract), *(extractors_beside(extract) if request.baselines else ())]:
-            kept = trial.folder / CHECKPOINT.format("depth") if trial.folder and not name else None
-            heads = trained_heads(
-                each, train, transform, lambda width: DepthHead(2 * width * len(each.blocks), config=config),  # noqa: B023
+
+        def train_on(each: DenseExtractor, is_model: bool) -> list[DenseHead]:
+            kept = trial.folder / CHECKPOINT.format("depth") if trial.folder and is_model else None
+            return trained_heads(
+                each, train, transform, lambda width: DepthHead(2 * width * len(each.blocks), config=config),
                 settings, DEPTH, checkpoint=(kept, {"scale": train.scale}) if kept else None,
                 resume=not request.no_resume, period=request.checkpoint_period,
             )  # fmt: skip
-            measured[name] = each, heads
+
+        measured = trained_with_others(extract, request.baselines, train_on)
     rows: list[Row] = []
-    lines, best = [], 0
-    for name, (each, heads) in measured.items():
+    lines = []
+    for name, each, heads in measured:
         found = measure(each, heads, val, settings, protocol, name or "model")
         place = min(range(len(found)), key=lambda i: (found[i].rmse, i))
-        best = best if rows else place
+        if not name and trial.folder is not None and distributed.is_main():
+            save_head(heads[place], trial.folder / BEST_HEAD, model)
         said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "")))
         rows.append(_row(said, found[place]))
         lines.append({said: found[place]._asdict()})
-    if request.head is None and trial.folder is not None and distributed.is_main():
-        save_head(measured[""][1][best], trial.folder / BEST_HEAD, model)
     notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
     return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
 
@@ -146,8 +154,14 @@ def _depths(dataset: str, request: DepthRequest) -> DepthDataset:
     return found
 
 
-def _protocol(request: DepthRequest, dataset: DepthDataset) -> DepthProtocol:
-    """The benchmark's, or for other data without its parts; with what the request says. Collective."""
+def _protocol(
+    request: DepthRequest, dataset: DepthDataset, range_of_head: tuple[float, float] | None = None
+) -> DepthProtocol:
+    """The benchmark's, or for other data without its parts; with what the request says. Collective.
+
+    Args:
+        range_of_head: of a head that is given, which then counts.
+    """
     protocol: DepthProtocol | None = getattr(dataset, "protocol", None)
     if protocol is None:
         protocol = NYU._replace(cut="", counted="")
@@ -155,7 +169,7 @@ def _protocol(request: DepthRequest, dataset: DepthDataset) -> DepthProtocol:
             first = dataset.image(0)
             height, width = size_for(first, request.image_size or min(first.shape[:2]))
             protocol = protocol._replace(crop=(min(height, NYU.crop[0]), min(width, NYU.crop[1])))
-        if request.max_depth is None:
+        if request.max_depth is None and range_of_head is None:
             largest = 0.0
             with distributed.same_error_everywhere():
                 if distributed.is_main():
@@ -166,10 +180,10 @@ def _protocol(request: DepthRequest, dataset: DepthDataset) -> DepthProtocol:
             logger.info("depths to %.4g m, the largest of the train labels (--max-depth)", largest)
             protocol = protocol._replace(range=(request.min_depth, largest))
     changed: dict[str, Any] = {"crop": request.crop_size} if request.crop_size else {}
-    low, high = protocol.range
-    if request.min_depth != 0.001:
-        low = request.min_depth
-    high = request.max_depth or high
+    low, high = range_of_head or protocol.range
+    if range_of_head is None:
+        low = low if request.min_depth == 0.001 else request.min_depth
+        high = request.max_depth or high
     if low >= high:
         raise ConfigError(f"--min-depth {low:g} is not below --max-depth {high:g}")
     return protocol._replace(range=(low, high), **changed)

@@ -4,7 +4,7 @@ A BatchNorm and a 1x1 convolution give the patch tokens of the last block, or of
 the mean IoU on val.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,9 +20,17 @@ from dinov2cli.data.datasets.dense import SegmentationDataset
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize, size_for
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import CHECKPOINT, FROZEN_CROPS, MapsOf, blocks_for, trained_heads
+from dinov2cli.eval.dense import (
+    CHECKPOINT,
+    FROZEN_CROPS,
+    MapsOf,
+    Trained,
+    blocks_for,
+    trained_heads,
+    trained_with_others,
+)
 from dinov2cli.eval.dense_batches import Transform, measured_images
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extractors_beside
+from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
 from dinov2cli.eval.dense_heads import SEGMENTATION
 from dinov2cli.eval.dense_metrics import Confusion, SegmentationScores
 from dinov2cli.eval.protocol import Trial
@@ -86,7 +94,6 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
     trial = Trial.of(request, subject, trains=request.head is None)
     val = cast(SegmentationDataset, dense_dataset(trial.val_dataset, "masks"))
     model = need_vit(trial.subject.model, "dense heads")
-    measured: dict[str, tuple[DenseExtractor, list[DenseHead]]] = {}
     how = trial.subject.extraction(request)
     if request.head is not None:
         head = read_head(request.head)
@@ -94,7 +101,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
             raise ConfigError(f"--head {request.head} is a head for {head.config.task}, not for segmentation")
         extract = DenseExtractor(model, blocks=blocks_for(model, head), norm=head.config.uses_norm, **how)
         val.with_classes(head.conv_seg.out_channels, head.config.classes)
-        measured["given head"] = extract, [head.to(extract.device)]
+        measured: Iterable[Trained] = [("given head", extract, [head.to(extract.device)])]
         n_classes, rates = head.conv_seg.out_channels, ["given head"]
     else:
         train = cast(SegmentationDataset, dense_dataset(trial.train_dataset, "masks"))
@@ -106,27 +113,28 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
             task="segmentation", layers=extract.blocks, classes=train.class_names, dataset=train.describe(),
             backbone=request.checkpoint, short_side=settings.short_side,
         )  # fmt: skip
-        for name, each in [("", extract), *(extractors_beside(extract) if request.baselines else ())]:
-            kept = trial.folder / CHECKPOINT.format("segmentation") if trial.folder and not name else None
-            heads = trained_heads(
-                each, train, transform, lambda width: SegmentationHead(width * len(each.blocks), n_classes, config),  # noqa: B023
+
+        def train_on(each: DenseExtractor, is_model: bool) -> list[DenseHead]:
+            kept = trial.folder / CHECKPOINT.format("segmentation") if trial.folder and is_model else None
+            return trained_heads(
+                each, train, transform, lambda width: SegmentationHead(width * len(each.blocks), n_classes, config),
                 settings, SEGMENTATION, checkpoint=(kept, {"n_classes": n_classes}) if kept else None,
                 resume=not request.no_resume, period=request.checkpoint_period,
             )  # fmt: skip
-            measured[name] = each, heads
+
+        measured = trained_with_others(extract, request.baselines, train_on)
     rows: list[Row] = []
-    lines, best = [], 0
-    for name, (each, heads) in measured.items():
+    lines = []
+    for name, each, heads in measured:
         found = measure(each, heads, val, settings, n_classes, name or "model")
         first = found[settings.inference[0]]
         place = max(range(len(first)), key=lambda i: (first[i].mean_iou, -i))
-        best = best if rows else place
+        if not name and trial.folder is not None and distributed.is_main():
+            save_head(heads[place], trial.folder / BEST_HEAD, model)
         for way, scores in found.items():
             said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "", IN_WORDS[way])))
             rows.append(_row(said, scores[place], val.class_names))
             lines.append({said: {"mIoU": scores[place].mean_iou / 100, "aAcc": scores[place].accuracy / 100}})
-    if request.head is None and trial.folder is not None and distributed.is_main():
-        save_head(measured[""][1][best], trial.folder / BEST_HEAD, model)
     notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
     return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
 
