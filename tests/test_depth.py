@@ -44,6 +44,7 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     (row,) = result["rows"]
     assert row["name"] == "lr 0.03" and row["images"] == 4
     assert row["scores"]["RMSE m"] < 0.8  # of depths 1, 2 and 4 m, whose own deviation is 1.2 m
+    assert set(result["extra"]["further"]["lr 0.03"]) == {"sq_rel", "log10", "rmse_log", "silog"}
     assert result["settings"]["range"] == [0.001, 4.0] and result["settings"]["crop"] == [32, 40]
     folder = run / "eval/training_19/depth"
     head = read_head(folder / "best_head.pth")

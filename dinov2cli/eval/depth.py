@@ -4,6 +4,7 @@ A 1x1 convolution gives patch and class tokens of the last block, or of four, we
 root mean squared error on val.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,7 +102,7 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
 
         measured = trained_with_others(extract, request.baselines, train_on)
     rows: list[Row] = []
-    lines = []
+    lines, further = [], {}
     for name, each, heads in measured:
         found = measure(each, heads, val, settings, protocol, name or "model")
         place = min(range(len(found)), key=lambda i: (found[i].rmse, i))
@@ -110,8 +111,10 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
         said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "")))
         rows.append(_row(said, found[place]))
         lines.append({said: found[place]._asdict()})
+        further[said] = {key: getattr(found[place], key) for key in ("sq_rel", "log10", "rmse_log", "silog")}
     notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
-    return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
+    given = request.head is not None
+    return trial.report(extract, settings, rows, lines, notes=notes, extra={"further": further}, given_head=given)
 
 
 def measure(
@@ -174,7 +177,7 @@ def _protocol(
             with distributed.same_error_everywhere():
                 if distributed.is_main():
                     largest = max(over_labels(dataset, lambda depth: float(depth.max()), "depths"))
-            largest = distributed.broadcast_object(largest)
+            largest = math.ceil(1000 * distributed.broadcast_object(largest)) / 1000
             if not largest > request.min_depth:
                 raise DataError(f"{dataset.describe()}: no depth above {request.min_depth:g} m", "See --depth-scale.")
             logger.info("depths to %.4g m, the largest of the train labels (--max-depth)", largest)
@@ -190,6 +193,6 @@ def _protocol(
 
 
 def _row(name: str, scores: DepthScores) -> Row:
-    shown = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel, "log10": scores.log10, "SILog": scores.silog}
+    shown = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel}
     shown |= {f"d{i} %": value for i, value in enumerate((scores.delta1, scores.delta2, scores.delta3), 1)}
     return Row(name or "head", images=scores.images, scores=shown)
