@@ -45,10 +45,10 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     assert row["name"] == "lr 0.03" and row["images"] == 4
     assert row["scores"]["RMSE m"] < 0.8  # of depths 1, 2 and 4 m, whose own deviation is 1.2 m
     assert set(result["extra"]["further"]["lr 0.03"]) == {"sq_rel", "log10", "rmse_log", "silog"}
-    assert result["settings"]["range"] == [0.001, 4.0] and result["settings"]["crop"] == [32, 40]
+    assert result["settings"]["range"] == [0.001, 4.001] and result["settings"]["crop"] == [32, 40]
     folder = run / "eval/training_19/depth"
     head = read_head(folder / "best_head.pth")
-    assert head.config.max_depth == 4.0 and head.config.layers == (0, 1, 2, 3)
+    assert head.config.max_depth == 4.001 and head.config.layers == (0, 1, 2, 3)
     again = evaluated(run, data, head=str(folder / "best_head.pth"), train_dataset=None, val_dataset=str(data))
     assert again.rows[0].scores == row["scores"]
     assert dino2("results", run, "--csv") == 0

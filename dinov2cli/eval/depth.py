@@ -177,11 +177,12 @@ def _protocol(
             with distributed.same_error_everywhere():
                 if distributed.is_main():
                     largest = max(over_labels(dataset, lambda depth: float(depth.max()), "depths"))
-            largest = math.ceil(1000 * distributed.broadcast_object(largest)) / 1000
+            largest = distributed.broadcast_object(largest)
             if not largest > request.min_depth:
                 raise DataError(f"{dataset.describe()}: no depth above {request.min_depth:g} m", "See --depth-scale.")
-            logger.info("depths to %.4g m, the largest of the train labels (--max-depth)", largest)
-            protocol = protocol._replace(range=(request.min_depth, largest))
+            above = math.floor(1000 * largest + 1) / 1000  # what is not below the range is not measured
+            logger.info("depths below %g m, by the largest of the train labels (--max-depth)", above)
+            protocol = protocol._replace(range=(request.min_depth, above))
     changed: dict[str, Any] = {"crop": request.crop_size} if request.crop_size else {}
     low, high = range_of_head or protocol.range
     if range_of_head is None:
