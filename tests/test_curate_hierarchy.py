@@ -52,7 +52,8 @@ def test_the_closest_of_each_cluster() -> None:
 
 
 def test_levels_for_a_number_of_points() -> None:
-    assert usual_clusters(1_000_000) == (4000, 200) and usual_clusters(100) == (40,) and usual_clusters(1) == (4,)
+    assert usual_clusters(1_000_000) == (4000, 200) and usual_clusters(100) == (40,)
+    assert usual_clusters(9) == (9,) and usual_clusters(1) == (1,)
     assert usual_clusters(100_000_000) == (40_000, 2000, 100)
 
 

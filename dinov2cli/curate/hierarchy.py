@@ -21,8 +21,9 @@ CLOSEST = 0.5
 
 
 def usual_clusters(n: int) -> tuple[int, ...]:
-    """Clusters of each level for n points: 4 x sqrt(n), then a twentieth of the level before while it is 20 or more."""
-    sizes = [max(1, round(4 * n**0.5))]
+    """Clusters of each level for n points: 4 x sqrt(n), at most n, then a twentieth of the level before while it is 20
+    or more."""
+    sizes = [max(1, min(n, round(4 * n**0.5)))]
     while sizes[-1] // 20 >= 20:
         sizes.append(sizes[-1] // 20)
     return tuple(sizes)
