@@ -139,14 +139,14 @@ def rehearse_whole(config: Config, card: str, gpus: int = 1) -> Rehearsal:
     return result._replace(graph_breaks=breaks, recompilations=later)
 
 
-def counted(function: Callable[..., Result], config: Config, *arguments: Any) -> Result:
-    """What a function of a configuration gives in a new process.
+def counted(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function gives in a new process.
 
     Raises:
         EnvironmentProblem: it failed, or the process died.
     """
     try:
-        result: Result = in_own_process(_without_warnings, function, config, *arguments)
+        result: Result = in_own_process(_without_warnings, function, *arguments)
         return result
     except Dino2Error:
         raise
@@ -155,10 +155,11 @@ def counted(function: Callable[..., Result], config: Config, *arguments: Any) ->
         raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
 
 
-def _without_warnings(function: Callable[..., Result], config: Config, *arguments: Any) -> Result:
+def _without_warnings(function: Callable[..., Result], *arguments: Any) -> Result:
     warnings.filterwarnings("ignore")  # the user's process has given those that matter
-    check_fits(config)  # what is known of a frozen teacher is read while tensors still have numbers
-    return function(config, *arguments)
+    for config in (each for each in arguments if isinstance(each, Config)):
+        check_fits(config)  # what is known of a frozen teacher is read while tensors still have numbers
+    return function(*arguments)
 
 
 def rows_of(result: Rehearsal) -> dict[str, str]:
