@@ -13,7 +13,6 @@ from tiny_run import TINY, metrics_of, write_images
 
 from dinov2cli.config import load_config
 from dinov2cli.config.gram import WeightSchedule
-from dinov2cli.config.library import Arguments
 from dinov2cli.config.tree import FIELDS
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.spelling import absolute
@@ -66,8 +65,6 @@ def another(value: Any) -> Any:
         return {"depths": [1]}
     if isinstance(value, int | float):
         return value + 1 if isinstance(value, int) else value / 2 + 0.01
-    if isinstance(value, dict):
-        return Arguments(other=1)
     return "other" if isinstance(value, str) else (0.125, *value[1:])
 
 
