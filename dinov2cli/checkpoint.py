@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from dinov2cli import distributed
 from dinov2cli.checkpoint_reading import load_safely
 from dinov2cli.console import logger
-from dinov2cli.errors import CheckpointError
+from dinov2cli.errors import OF_A_LOADER, CheckpointError
 from dinov2cli.files import flush_to_disk, replacing, write_text
 
 MANIFEST, CHECKSUM = "manifest.json", "crc32"
@@ -119,6 +119,8 @@ class Checkpointer:
         if problem is not None:
             if distributed.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
+            if OF_A_LOADER in problem:
+                raise RuntimeError(problem)
             raise CheckpointError(
                 f"{final}: the checkpoint could not be written: {problem}",
                 "Earlier checkpoints are intact. Make space (or make the folder writable) and run the same command "
@@ -210,6 +212,8 @@ def save_teacher(path: Path, teacher_state: Mapping[str, torch.Tensor]) -> None:
         with replacing(path, flush=True) as aside, aside.open("wb") as file:
             torch.save({"teacher": {key: value.detach().cpu() for key, value in teacher_state.items()}}, file)
     except (OSError, RuntimeError) as error:
+        if OF_A_LOADER in str(error):
+            raise
         raise CheckpointError(f"{path}: the teacher checkpoint could not be written: {_innermost(error)}") from error
 
 
@@ -319,11 +323,8 @@ def _innermost(error: BaseException) -> str:
     """The message of the error that started it: torch wraps a full disk in errors of its own."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    failures = getattr(error, "failures", None)  # torch.distributed.checkpoint.CheckpointException
-    if failures:
+    if failures := getattr(error, "failures", None):  # torch.distributed.checkpoint.CheckpointException
         error = next(iter(failures.values()))[0]
     line = (str(error).strip().splitlines() or [""])[-1]
-    short = (
-        "No space left on device, or " if "unexpected pos" in line else ""
-    )  # as torch says that a file came out short
-    return f"{short}{type(error).__name__}: {line}"
+    full = "No space left on device, or " if "unexpected pos" in line else ""  # as torch calls a file that is short
+    return f"{full}{type(error).__name__}: {line}"

@@ -12,6 +12,8 @@ OF_THE_MACHINE = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENODEV,
     errno.ENOSPC, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE,
 }  # fmt: skip
+OF_A_LOADER = "DataLoader worker"
+"""In the words by which torch interrupts the main thread, wherever it stands, when one of its data loaders has died."""
 
 
 class Dino2Error(Exception):

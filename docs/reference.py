@@ -23,7 +23,9 @@ NEEDED = {
     r"roxford5k": "needs Revisited Oxford",
     r" /data/|ImageNet": "needs ImageNet",
     r"cells/\*": "needs a model of five channels",
-    r"(embed|export|segmentation) dinov2_|pca-video (?!.*--model)": "downloads weights",
+    r"web\.safetensors": "needs features of a collection",
+    r"HEAD\.pth": "needs a trained head",
+    r"(embed|export|segmentation) dinov2_|pca-video (?!.*--model)|dino2 (depth|segment) ": "downloads weights",
 }
 """What the examples of `--help` need that is not there when tests type them."""
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dinov2cli.checkpoint import Checkpointer, save_teacher
-from dinov2cli.errors import CheckpointError
+from dinov2cli.data.workers import loader_errors
+from dinov2cli.errors import CheckpointError, ProcessKilled
 
 
 def state_of(value: float) -> dict[str, object]:
@@ -67,6 +68,21 @@ def test_a_failure_in_the_background_is_told(tmp_path: Path) -> None:
         checkpointer.finish()
     checkpointer.finish()  # told once
     assert not checkpointer.failed()
+
+
+def test_the_death_of_a_loader_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch raises it in the main thread wherever that stands, here within the writing of a checkpoint."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("dinov2cli.checkpoint.dcp.save", interrupted)
+    monkeypatch.setattr("dinov2cli.checkpoint.torch.save", interrupted)
+    with pytest.raises(ProcessKilled, match="killed by the system"), loader_errors():
+        Checkpointer(tmp_path / "checkpoints", keep=1).save(1, state_of(0), wait=True)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ProcessKilled, match="killed by the system"), loader_errors():
+        save_teacher(tmp_path / "teacher_checkpoint.pth", {})
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

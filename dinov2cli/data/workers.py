@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from dinov2cli.console import logger
-from dinov2cli.errors import Dino2Error, EnvironmentProblem, ProcessKilled
+from dinov2cli.errors import OF_A_LOADER, Dino2Error, EnvironmentProblem, ProcessKilled
 
 MAX_WORKERS = 16
 """Beyond this, one process's loaders no longer speed up: its own collation and copies are the limit."""
@@ -143,7 +143,7 @@ def loader_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
         text = "\n".join(str(e) for e in (error, error.__cause__, error.__context__) if e is not None)
         has_gone = "exited unexpectedly" in text or _was_taking_a_batch(error)
-        if "DataLoader worker" not in text and not has_gone:
+        if OF_A_LOADER not in text and not has_gone:
             raise
         kind = EnvironmentProblem
         raised_inside, no_memory = "Caught " in text, "allocate memory" in text or "MemoryError" in text
