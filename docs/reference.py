@@ -25,6 +25,7 @@ NEEDED = {
     r"cells/\*": "needs a model of five channels",
     r"web\.safetensors": "needs features of a collection",
     r"HEAD\.pth": "needs a trained head",
+    r"--against": "needs an evaluation set of other images",
     r"(embed|export|segmentation) dinov2_|pca-video (?!.*--model)|dino2 (depth|segment) ": "downloads weights",
 }
 """What the examples of `--help` need that is not there when tests type them."""
