@@ -1,7 +1,7 @@
 """`dino2 depth` and `dino2 segment`: what a head makes of pictures, photo by photo or frame by frame.
 
 First pass: maps of all photos, or of frames sampled evenly over a video, tell what the colours must show. Second pass:
-every picture is drawn. Neither holds more than a batch.
+every picture is drawn. Neither holds more than a batch, but for the pictures of a sheet.
 """
 
 from collections.abc import Callable
