@@ -29,13 +29,32 @@ def write(root: Command, folder: Path) -> list[Path]:
     return list(scripts)
 
 
+def _alike(root: Command) -> Iterator[tuple[Command, list[str]]]:
+    """Each command with the words of all that take the same request, its own among them."""
+    found: dict[object, tuple[Command, list[str]]] = {}
+    for command in root.walk():
+        found.setdefault(command.request or command.words, (command, []))[1].append(command.words)
+    yield from found.values()
+
+
+def _takes_overrides(command: Command) -> bool:
+    return any(argument.kind == "overrides" for argument in command.arguments)
+
+
 def _bash(root: Command) -> Iterator[str]:
     # Written for bash 3.2, which macOS ships: no compopt there, no associative arrays.
     name = root.words
     yield f"# bash completion for {name}; {NOTICE}."
+    yield f"_{name}_value() {{ # of the key of the configuration before it"
+    yield '    case "$1" in'
+    yield from (f"        {key}) {_bash_words(known)} ;;" for key, known in override_words().items())
+    yield "        *) return 1 ;;"
+    yield "    esac"
+    yield "}"
     yield f"_{name}() {{"
     yield '    local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}"'
     yield f"    local path={name} words= options= i"
+    yield f'    local keys="{" ".join(word for word, _ in complete_override(""))}"'
     yield "    # bash splits at '=': `--option=VALUE` and `key=VALUE` arrive as three words."
     yield '    if [[ $cur == "=" ]]; then cur='
     yield '    elif [[ $prev == "=" ]]; then prev="${COMP_WORDS[COMP_CWORD-2]}"; fi'
@@ -47,18 +66,18 @@ def _bash(root: Command) -> Iterator[str]:
     yield "        esac"
     yield "    done"
     yield '    case "$path" in'
-    for command in root.walk():
-        yield f'        "{command.words}")'
+    for command, alike in _alike(root):
+        yield f"        {'|'.join(f'{chr(34)}{words}{chr(34)}' for words in alike)})"
+        if _takes_overrides(command):
+            yield f'            if _{name}_value "$prev"; then return; fi'
         after = [("|".join(o.flags), _bash_values(o)) for o in command.options if o.takes_value]
-        if any(argument.kind == "overrides" for argument in command.arguments):
-            after += [(key, _bash_words(known)) for key, known in override_words().items()]
         if after:
             yield '            case "$prev" in'
             yield from (f"                {pattern}) {action}; return ;;" for pattern, action in after)
             yield "            esac"
         yield f'            options="{" ".join(flag for option in command.options for flag in option.flags)}"'
-        words = [*command.commands, *(word for argument in command.arguments for word, _ in argument.words)]
-        yield f'            words="{" ".join(words)}" ;;'
+        words = [*command.commands, *(word for a in command.arguments if a.kind != "overrides" for word, _ in a.words)]
+        yield f'            words="{" ".join([*words, *(["$keys"] if _takes_overrides(command) else [])])}" ;;'
     yield "    esac"
     yield "    if [[ $cur == -* ]]; then words=$options; fi"
     yield '    COMPREPLY=($(compgen -W "$words" -- "$cur"))'
@@ -84,8 +103,12 @@ def _zsh(root: Command) -> Iterator[str]:
     yield f"#compdef {name}"
     yield f"# zsh completion for {name}; {NOTICE}."
     yield ""
+    first: dict[object, str] = {}
     for command in root.walk():
         function = "_" + "_".join(command.path).replace("-", "_")
+        if (same := first.setdefault(command.request or function, function)) != function:
+            yield f"{function}() {{ {same} }}\n"
+            continue
         yield f"{function}() {{"
         specs = [_zsh_option(option) for option in command.options]
         if command.commands:
@@ -167,7 +190,7 @@ def _zsh_described(word: str, description: str) -> str:
 def _fish(root: Command) -> Iterator[str]:
     name = root.words
     yield f"# fish completion for {name}; {NOTICE}."
-    yield f"function __{name}_at --description 'Whether the commands typed so far are these'"
+    yield f"function __{name}_at --description 'Whether the commands typed so far are one of these'"
     yield f"    set -l path {name}"
     yield "    for word in (commandline -opc)[2..]"
     yield '        switch "$path $word"'
@@ -176,22 +199,31 @@ def _fish(root: Command) -> Iterator[str]:
     yield '                set path "$path $word"'
     yield "        end"
     yield "    end"
-    yield '    test "$path" = "$argv"'
+    yield '    contains -- "$path" $argv'
     yield "end"
-    for command in root.walk():
-        start = f"complete -c {name} -n '__{name}_at {command.words}'"
+    for command, alike in _alike(root):
+        start = _fish_start(name, alike)
         for word, below in command.commands.items():
             yield f"{start} -f -a {word} -d {_fish_quoted(below.summary)}"
         for option in command.options:
             yield f"{start} {_fish_option(option)} -d {_fish_quoted(option.help)}"
         for argument in command.arguments:
-            keep = "" if argument.kind == "overrides" else "-k "
-            for word, description in argument.words:
-                yield f"{start} -f {keep}-a {_fish_quoted(word)} -d {_fish_quoted(description)}"
-            if argument.kind == "overrides":
-                for key, words in override_words().items():
-                    at_key = f'{start.removesuffix(chr(39))}; and string match -q "{key}=*" -- (commandline -ct)\''
-                    yield f"{at_key} -f -a {_fish_quoted(' '.join(f'{key}={word}' for word in words))}"
+            for word, description in argument.words if argument.kind != "overrides" else ():
+                yield f"{start} -f -k -a {_fish_quoted(word)} -d {_fish_quoted(description)}"
+    yield from _fish_overrides(name, [command.words for command in root.walk() if _takes_overrides(command)])
+
+
+def _fish_overrides(name: str, commands: list[str]) -> Iterator[str]:
+    start = _fish_start(name, commands)
+    for word, description in complete_override(""):
+        yield f"{start} -f -a {_fish_quoted(word)} -d {_fish_quoted(description)}"
+    for key, words in override_words().items():
+        at_key = f'{start.removesuffix(chr(39))}; and string match -q "{key}=*" -- (commandline -ct)\''
+        yield f"{at_key} -f -a {_fish_quoted(' '.join(f'{key}={word}' for word in words))}"
+
+
+def _fish_start(name: str, commands: list[str]) -> str:
+    return f"complete -c {name} -n '__{name}_at {' '.join(f'{chr(34)}{words}{chr(34)}' for words in commands)}'"
 
 
 def _fish_option(option: Parameter) -> str:
