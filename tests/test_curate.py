@@ -164,7 +164,7 @@ def _share(folder: str) -> list[int]:
     place = Path(folder)
     run(CurateRequest(output=place / "two", data=(str(place / "f.npy"),), device="cpu", duplicates=0.8, sample=40,
                       clusters=(10,), against=(str(place / "ref.npy"),)))  # fmt: skip
-    return [file.stat().st_mtime_ns for file in sorted((place / "two/work/neighbours").glob("block*"))]
+    return [file.stat().st_mtime_ns for file in sorted((place / "two" / "work" / "neighbours").glob("block*"))]
 
 
 @pytest.mark.long

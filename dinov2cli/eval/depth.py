@@ -62,7 +62,7 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
     Raises:
         Dino2Error: weights, datasets, depth or a head that are missing or do not fit each other.
     """
-    trial = Trial.of(request, subject, trains=request.head is None)
+    trial = Trial.of(request, subject)
     val = _depths(trial.val_dataset, request)
     model = need_vit(trial.subject.model, "dense heads")
     how = trial.subject.extraction(request)

@@ -96,7 +96,7 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         frozen_crops=request.frozen_crops,
     )
     test_sets = test_sets_of(request)
-    trial = Trial.of(request, subject, trains=request.head is None)
+    trial = Trial.of(request, subject)
     val_images = labelled(trial.val_dataset, "val", "a linear probe")
     for test in test_sets:  # before anything expensive
         if test.labels is not None:

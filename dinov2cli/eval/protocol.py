@@ -51,14 +51,14 @@ class Trial:
     val_dataset: str
 
     @staticmethod
-    def of(request: EvalRequest, subject: Subject | None = None, *, trains: bool = True) -> "Trial":
+    def of(request: EvalRequest, subject: Subject | None = None) -> "Trial":
         """Load the model, unless it is given, and find the datasets; without training, train may be left out.
 
         Raises:
             WeightsError, ConfigError: there is no such model, or a dataset is neither given nor known to its config.
         """
         subject = subject or load_subject(request.checkpoint, request.config_file, request.overrides)
-        train = request.train_dataset or (None if trains else "none")
+        train = request.train_dataset or (None if request.trains else "none")
         return Trial(request, subject, *datasets_for(subject.config, train, request.val_dataset, request.labels))
 
     def extractor(self, batch_size: int, **options: Any) -> Extractor:

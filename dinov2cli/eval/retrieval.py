@@ -62,7 +62,7 @@ def run(request: RetrievalRequest, subject: Subject | None = None) -> Evaluation
         Dino2Error: weights or datasets that are missing, or of which nothing can be found.
     """
     settings = RetrievalSettings(request.recall_at, request.whole, request.query_boxes)
-    trial = Trial.of(request, subject, trains=request.trains)
+    trial = Trial.of(request, subject)
     sizes = {"whole": True, "resize_ratio": 1.0} if request.whole else {}
     extract = trial.extractor(request.batch_size, **sizes)
     rows, notes = (_of_revisited if request.is_revisited else _of_classes)(trial, extract, settings)

@@ -91,7 +91,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
         Dino2Error: weights, datasets, masks or a head that are missing or do not fit each other.
     """
     settings = SegmentationSettings.of(request)
-    trial = Trial.of(request, subject, trains=request.head is None)
+    trial = Trial.of(request, subject)
     val = cast(SegmentationDataset, dense_dataset(trial.val_dataset, "masks"))
     model = need_vit(trial.subject.model, "dense heads")
     how = trial.subject.extraction(request)
