@@ -131,7 +131,7 @@ def test_of_many_images_some_are_drawn_and_the_model_beside_them_has_the_same(tm
     bytes_each = 4 * sum(part.cls.shape[1] for _, part, _ in compared(extract, images, None, None))
     found = list(compared(extract, images, None, None, (own, own), largest=10 * bytes_each))
     assert [each.name for each in found] == [*names(3), baselines.THIS_MODEL]
-    chosen = Sampled(images, 10).chosen
+    chosen = torch.from_numpy(Sampled(images, 10).rows)
     for each in found:
         assert each.train is each.val or torch.equal(each.train.targets, each.val.targets)
         assert each.train.size == 10 and torch.equal(each.train.targets, own.targets[chosen])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dinov2cli.data.datasets import check_dataset, make_dataset
-from dinov2cli.data.datasets.image_list import RowsDataset, printable
+from dinov2cli.data.datasets.image_list import printable
+from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import DataError

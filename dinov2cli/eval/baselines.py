@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.data.datasets import ImageDataset
-from dinov2cli.data.decoding import USUAL, LazyImage, Reading
+from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
@@ -130,7 +129,7 @@ def compared(
         logger.info("baselines: %d of %d %s images, drawn at random", n, len(dataset), name)
         found.append(beside(sampled, f"baselines of {name}"))
         if own is not None:
-            mine[place] = _only(own[place], sampled.chosen)
+            mine[place] = _only(own[place], torch.from_numpy(sampled.rows))
     found[1:] = [features.with_classes(mapping) for features in found[1:]]
     for name, *parts in zip(widths, *(each.cls.split(list(widths.values()), dim=1) for each in found), strict=True):
         each = [replace(features, tensors={"cls": part}) for features, part in zip(found, parts, strict=True)]
@@ -149,39 +148,15 @@ def drawn_in_words(found: dict[str, Any], train_images: int, val_images: int) ->
     return f"baselines, and this model beside them, of {' and '.join(drawn)}, drawn at random" if drawn else ""
 
 
-class Sampled(ImageDataset):
+class Sampled(RowsDataset):
     """`n` of a dataset's images, drawn at random with a fixed seed, in its order."""
 
     def __init__(self, dataset: ImageDataset, n: int) -> None:
-        self.dataset, self.class_names = dataset, dataset.class_names
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED))
-        self.chosen = order[:n].sort().values
-        """int64 [n]."""
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def encoded(self, index: int) -> bytes | memoryview:
-        return self.dataset.encoded(int(self.chosen[index]))
-
-    def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
-        return self.dataset.image(int(self.chosen[index]), reading)
-
-    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
-        return self.dataset.open(int(self.chosen[index]), reading)
-
-    def path(self, index: int) -> str:
-        return self.dataset.path(int(self.chosen[index]))
-
-    def container(self, index: int) -> str:
-        return self.dataset.container(int(self.chosen[index]))
-
-    def targets(self) -> np.ndarray:
-        targets: np.ndarray = self.dataset.targets()[self.chosen.numpy()]
-        return targets
+        super().__init__(dataset, order[:n].sort().values.numpy())
 
     def describe(self) -> str:
-        return f"{len(self)} of {self.dataset.describe()}"
+        return f"{len(self)} of {self.base.describe()}"
 
 
 def histogram(bins: Tensor, size: int) -> Tensor:

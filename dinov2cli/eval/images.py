@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2cli.config.images import RGB, Images
-from dinov2cli.data.datasets import UNLABELLED, ImageDataset, check_dataset, make_dataset
+from dinov2cli.data.datasets import ImageDataset, check_dataset, make_dataset
 from dinov2cli.data.datasets.recognise import is_dataset_file
 from dinov2cli.data.decoding import USUAL, Reading, pixels_of
 from dinov2cli.data.formats.pillow import of_picture
@@ -128,9 +128,6 @@ class GivenImages(ImageDataset):
     def path(self, index: int) -> str:
         each = self.images[index]
         return str(each) if isinstance(each, str | Path) else f"image {index}"
-
-    def targets(self) -> np.ndarray:
-        return np.full(len(self), UNLABELLED, np.int64)
 
     def describe(self) -> str:
         return f"{len(self)} given images" if len(self) > 1 else self.path(0)

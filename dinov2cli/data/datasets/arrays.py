@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from dinov2cli.console import counted
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
-from dinov2cli.data.datasets.parquet import classes_of
+from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, StoredImage
 from dinov2cli.data.formats.stacks import Stack, values_inside
 from dinov2cli.data.spelling import inside
@@ -33,14 +32,13 @@ class ArraysDataset(ImageDataset):
         self.name, self.shape, self.axes, self.is_stack = stack.name, stack.array.shape, stack.axes, bool(stack.counts)
         self._length = len(stack)
         require_images(len(self), self.name)
-        self.class_names, self._classes = (), np.full(len(self), UNLABELLED, np.int32)
         if label is not None:
             place = inside(label) or inside(f"{self.file}::{label}")
             values = values_inside(place.file, place.path).reshape(-1) if place else np.empty(0)
             if len(values) != len(self):
                 raise DataError(f"{label}: {len(values)} labels for the {len(self)} images of {self.name}")
             names = [each.decode() if isinstance(each, bytes) else each for each in values.tolist()]
-            self.class_names, self._classes = classes_of(names, [])
+            self.class_names, self._classes = classes_of(names)
 
     def _opened(self) -> Stack:
         self._process = os.getpid()  # another process's file is not to be shared
@@ -66,16 +64,9 @@ class ArraysDataset(ImageDataset):
     def container(self, index: int) -> str:
         return self.file
 
-    def file_size(self, index: int) -> None:
-        return None
-
-    def targets(self) -> np.ndarray:
-        return self._classes.astype(np.int64)
-
     def describe(self) -> str:
-        classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
         shape = f"{list(self.shape)} ({self.axes})"
-        return f"array {self.name} {shape}: {counted(len(self), 'image')}, {classes}"
+        return f"array {self.name} {shape}: {counted(len(self), 'image')}, {self._classes_in_words}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stack": None}

@@ -4,6 +4,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
@@ -18,6 +19,7 @@ from dinov2cli.errors import DataError
 
 UNLABELLED = -1
 OPEN_FILES = 16
+LOOKED_AT = 20
 
 
 class ImageDataset(ABC):
@@ -43,9 +45,10 @@ class ImageDataset(ABC):
         """The file that holds the image, which may hold others, too: it changes when the image does."""
         return self.path(index)
 
-    @abstractmethod
     def targets(self) -> np.ndarray:
-        """Class indices, int64 [N]; -1 where there is no label."""
+        """Class indices, int64 [N]; -1 where there is no label. By default what a subclass keeps as `_classes`."""
+        classes: np.ndarray | None = getattr(self, "_classes", None)
+        return np.full(len(self), UNLABELLED, np.int64) if classes is None else classes.astype(np.int64)
 
     @abstractmethod
     def describe(self) -> str:
@@ -82,6 +85,10 @@ class ImageDataset(ABC):
     def _targets(self) -> np.ndarray:
         return self.targets()
 
+    @property
+    def _classes_in_words(self) -> str:
+        return f"{len(self.class_names)} classes" if self.class_names else "no labels"
+
     def _check_index(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside this dataset of {len(self)} images")
@@ -91,6 +98,31 @@ def require_images(count: int, where: str, hint: str | None = None) -> None:
     """Raise `DataError` for a dataset without images."""
     if count == 0:
         raise DataError(f"no images found in {where}", hint)
+
+
+def require_there(images: ImageDataset, file: Path, kind: str) -> None:
+    """Raise `DataError` where none of the first images that a file names exists: its paths begin elsewhere."""
+    first = [images.path(i) for i in range(min(len(images), LOOKED_AT))]
+    if not any(map(os.path.exists, first)):
+        raise DataError(f"{file}: of the first {len(first)} images none exists; the first is {first[0]}",
+                        f"Where relative paths begin: {kind}:file={file}:root=FOLDER")  # fmt: skip
+
+
+def classes_of(
+    labels: Sequence[Any], names: Sequence[str] = (), *, key: Callable[[Any], Any] | None = None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and int32 [N] with -1 where there is no label.
+
+    Args:
+        labels: of each image, None or -1 for none; with `names`, numbers.
+        key: by which classes are sorted that have no names given.
+    """
+    if names:  # numbers, -1 where a test set has none
+        numbers = np.array([UNLABELLED if label is None else label for label in labels], np.int32)
+        return tuple(names), np.where(numbers < 0, UNLABELLED, numbers)
+    known = sorted({label for label in labels if label is not None and label != UNLABELLED}, key=key)
+    place = {label: i for i, label in enumerate(known)}
+    return tuple(map(str, known)), np.array([place.get(label, UNLABELLED) for label in labels], np.int32)
 
 
 class OpenFiles:

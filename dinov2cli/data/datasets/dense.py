@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dinov2cli.console import counted, progress
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
+from dinov2cli.data.datasets.base import ImageDataset, require_images
 from dinov2cli.data.datasets.listing import PathTable, list_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, pixels_of, read_file, read_stored
 from dinov2cli.data.formats.arrays import is_array
@@ -66,9 +66,6 @@ class DenseDataset(ImageDataset):
         """Where the labels of an image lie."""
         self._check_index(index)
         return self._labels[index]
-
-    def targets(self) -> np.ndarray:
-        return np.full(len(self), UNLABELLED, np.int64)
 
     def describe(self) -> str:
         return f"{self._what}: {counted(len(self), 'image')}"

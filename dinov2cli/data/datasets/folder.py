@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
-
 from dinov2cli.console import counted, logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
 from dinov2cli.data.datasets.listing import list_images
@@ -46,9 +44,6 @@ class FolderDataset(ImageDataset):
     def path(self, index: int) -> str:
         self._check_index(index)
         return f"{self._prefix}{self._paths[index]}"
-
-    def targets(self) -> np.ndarray:
-        return self._classes.astype(np.int64)
 
     def describe(self) -> str:
         classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
-from dinov2cli.data.decoding import USUAL, LazyImage, Reading
+from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
+from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.errors import DataError
 
 ROWS_OF = "# rows of "
 """How a list begins whose images are no files of their own: the dataset that holds them follows."""
-LOOKED_AT = 20
-"""If none of so many images exists, the paths begin elsewhere."""
 COMPARED = 1000
 """Rows whose paths are compared with those of the dataset that they are of."""
 
@@ -35,14 +33,8 @@ class PathsDataset(ImageDataset):
         self.file, self._lines = file, lines
         require_images(len(self._lines), str(file))
         self._prefix = os.path.join(root, "")
-        labels = [lines.second_column(i) for i in range(len(lines))]
-        self.class_names = tuple(sorted({*labels} - {""}))
-        place = {"": UNLABELLED} | {name: i for i, name in enumerate(self.class_names)}
-        self._classes = np.fromiter((place[label] for label in labels), np.int32, len(labels))
-        first = [self.path(i) for i in range(min(len(self), LOOKED_AT))]
-        if not any(map(os.path.exists, first)):
-            raise DataError(f"{file}: of the first {len(first)} images none exists; the first is {first[0]}",
-                            f"Where relative paths begin: List:file={file}:root=FOLDER")  # fmt: skip
+        self.class_names, self._classes = classes_of([lines.second_column(i) or None for i in range(len(lines))])
+        require_there(self, file, "List")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -51,60 +43,8 @@ class PathsDataset(ImageDataset):
         self._check_index(index)
         return os.path.join(self._prefix, self._lines.first_column(index))
 
-    def targets(self) -> np.ndarray:
-        return self._classes.astype(np.int64)
-
     def describe(self) -> str:
-        classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
-        return f"list {self.file}: {len(self)} images, {classes}"
-
-
-class RowsDataset(ImageDataset):
-    """Some images of another dataset, in any order, with its classes.
-
-    Args:
-        base: that dataset.
-        rows: int64 [N], positions in it.
-        name: for messages.
-
-    Raises:
-        DataError: rows that it has not.
-    """
-
-    def __init__(self, base: ImageDataset, rows: np.ndarray, name: str = "rows") -> None:
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(base):
-            raise DataError(f"{name}: rows {rows.min()} to {rows.max()} of a dataset of {len(base)} images")
-        self.base, self.rows, self.name = base, rows, name
-        self.class_names = base.class_names
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _row(self, index: int) -> int:
-        self._check_index(index)
-        return int(self.rows[index])
-
-    def encoded(self, index: int) -> bytes | memoryview:
-        return self.base.encoded(self._row(index))
-
-    def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
-        return self.base.open(self._row(index), reading)
-
-    def path(self, index: int) -> str:
-        return self.base.path(self._row(index))
-
-    def container(self, index: int) -> str:
-        return self.base.container(self._row(index))
-
-    def file_size(self, index: int) -> int | None:
-        return self.base.file_size(self._row(index))
-
-    def targets(self) -> np.ndarray:
-        found: np.ndarray = self.base.targets()[self.rows]
-        return found
-
-    def describe(self) -> str:
-        return f"{self.name}: {len(self)} images of {self.base.describe()}"
+        return f"list {self.file}: {len(self)} images, {self._classes_in_words}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinov2cli.console import logger
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
+from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images
 from dinov2cli.data.decoding import UnreadableImage, read_file
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import user_path
@@ -119,12 +119,6 @@ class ParquetDataset(ImageDataset):
     def _file_of(self, index: int) -> int:
         return int(self._file[np.searchsorted(self._ends, index, side="right")])
 
-    def file_size(self, index: int) -> None:
-        return None
-
-    def targets(self) -> np.ndarray:
-        return self._classes.astype(np.int64)
-
     def describe(self) -> str:
         classes = (
             f"{len(self.class_names)} classes by column {self.label_column!r}" if self.class_names else "no labels"
@@ -217,16 +211,6 @@ def _class_names(parquet: "pq.ParquetFile", column: str) -> list[str]:
         return list(json.loads(written)["info"]["features"][column]["names"])
     except (ValueError, KeyError, TypeError):
         return []
-
-
-def classes_of(labels: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, and int32 [N] with -1 where there is no label."""
-    if names:  # numbers, -1 where a test set has none
-        numbers = np.array([UNLABELLED if label is None else label for label in labels], np.int32)
-        return tuple(names), np.where(numbers < 0, UNLABELLED, numbers)
-    known = sorted({label for label in labels if label is not None and label != UNLABELLED})
-    place = {label: i for i, label in enumerate(known)}
-    return tuple(map(str, known)), np.array([place.get(label, UNLABELLED) for label in labels], np.int32)
 
 
 def _shorten(kept: OrderedDict[Any, Any]) -> None:

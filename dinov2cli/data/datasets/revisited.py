@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
+from dinov2cli.data.datasets.base import ImageDataset, require_images
 from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.errors import DataError
 
@@ -51,9 +51,6 @@ class Photographs(ImageDataset):
         height, width = pixels.shape[:2]
         top, left = min(max(top, 0), height - 1), min(max(left, 0), width - 1)
         return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
-
-    def targets(self) -> np.ndarray:
-        return np.full(len(self), UNLABELLED, np.int64)
 
     def describe(self) -> str:
         boxes = ", cut to their boxes" if self._boxes is not None else ""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2cli.console import counted, logger, progress
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, require_images
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, classes_of, require_images
 from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
@@ -52,10 +52,10 @@ class ShardsDataset(ImageDataset):
     def _open(self, folder: Path, shards: list[str]) -> None:
         self.root, self.shards = folder, shards
         index = _load_or_make_index(folder, shards)
-        self._shard, self._offset, self._size, self._inflated, self._class, self._names = index
+        self._shard, self._offset, self._size, self._inflated, self._classes, self._names = index
         require_images(len(self._size), ", ".join(shards[:3]) + f" in {folder}")
         self._files = OpenFiles()
-        self.class_names = tuple(map(str, range(int(self._class.max()) + 1)))
+        self.class_names = tuple(map(str, range(int(self._classes.max()) + 1)))
 
     def __len__(self) -> int:
         return len(self._size)
@@ -81,12 +81,9 @@ class ShardsDataset(ImageDataset):
     def file_size(self, index: int) -> int:
         return int(self._inflated[index] or self._size[index])
 
-    def targets(self) -> np.ndarray:
-        return self._class.astype(np.int64)
-
     def describe(self) -> str:
-        classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
-        return f"{counted(len(self.shards), 'shard')} in {self.root}: {counted(len(self), 'image')}, {classes}"
+        held = f"{counted(len(self), 'image')}, {self._classes_in_words}"
+        return f"{counted(len(self.shards), 'shard')} in {self.root}: {held}"
 
 
 class ArchiveDataset(ShardsDataset):
@@ -112,14 +109,11 @@ class ArchiveDataset(ShardsDataset):
         folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in self._names]
         ends = zip_longest(min(folders), max(folders))
         shared = next((depth for depth, (a, b) in enumerate(ends) if a != b), len(folders[0]))
-        first = [parts[shared] if len(parts) > shared else "" for parts in folders]
-        self.class_names = tuple(sorted({*first} - {""}))
-        place = {name: i for i, name in enumerate(self.class_names)}
-        self._class = np.array([place.get(name, UNLABELLED) for name in first], np.int32)
+        first = [parts[shared] if len(parts) > shared else None for parts in folders]
+        self.class_names, self._classes = classes_of(first)
 
     def describe(self) -> str:
-        classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
-        return f"archive {self.root / self.shards[0]}: {len(self)} images, {classes}"
+        return f"archive {self.root / self.shards[0]}: {len(self)} images, {self._classes_in_words}"
 
 
 class _Index(NamedTuple):

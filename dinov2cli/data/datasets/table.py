@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
+from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
 from dinov2cli.data.datasets.listing import PathTable, image_extensions
 from dinov2cli.data.datasets.parquet import open_parquet
 from dinov2cli.errors import DataError
@@ -28,8 +26,6 @@ PATH_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
-LOOKED_AT = 20
-"""If none of so many images exists, the paths begin elsewhere."""
 
 
 class TableDataset(ImageDataset):
@@ -55,14 +51,10 @@ class TableDataset(ImageDataset):
         self._prefix = os.path.join(user_path(root) if root else self.file.parent, "")
         self._paths = PathTable.of(columns[self.path_column])
         require_images(len(self._paths), str(self.file))
-        labels = columns[self.label_column] if self.label_column else [""] * len(self._paths)
-        self.class_names = tuple(sorted({*labels} - {""}, key=_numbers_by_value))
-        place = {"": UNLABELLED} | {name: i for i, name in enumerate(self.class_names)}
-        self._classes = np.array([place[name] for name in labels], np.int32)
-        first = [self.path(i) for i in range(min(len(self), LOOKED_AT))]
-        if not any(map(os.path.exists, first)):
-            raise DataError(f"{self.file}: of the first {len(first)} images none exists; the first is {first[0]}",
-                            f"Where relative paths begin: Table:file={self.file}:root=FOLDER")  # fmt: skip
+        if self.label_column:
+            labels = [label or None for label in columns[self.label_column]]
+            self.class_names, self._classes = classes_of(labels, key=_numbers_by_value)
+        require_there(self, self.file, "Table")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -70,9 +62,6 @@ class TableDataset(ImageDataset):
     def path(self, index: int) -> str:
         self._check_index(index)
         return os.path.join(self._prefix, self._paths[index])
-
-    def targets(self) -> np.ndarray:
-        return self._classes.astype(np.int64)
 
     def describe(self) -> str:
         by = f"{len(self.class_names)} classes by column {self.label_column!r}" if self.class_names else "no labels"

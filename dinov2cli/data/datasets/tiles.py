@@ -7,11 +7,12 @@ import numpy as np
 from dinov2cli.console import progress
 from dinov2cli.data.crop_parameters import Box
 from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage
 from dinov2cli.data.regions import LargeImage
 
 
-class TiledDataset(ImageDataset):
+class TiledDataset(RowsDataset):
     """The tiles of all images of a dataset, image by image, row by row.
 
     Tiles are `size` x `size` pixels; the last of a row or column ends at the image's edge, and lies over the one before
@@ -22,8 +23,7 @@ class TiledDataset(ImageDataset):
     """
 
     def __init__(self, images: ImageDataset, size: int, overlap: int = 0, reading: Reading = USUAL) -> None:
-        self.images, self.size, self.overlap = images, size, overlap
-        self.class_names = images.class_names
+        self.base, self.size, self.overlap = images, size, overlap
         self._opened: tuple[int, int, Reading, LazyImage] | None = (
             None  # process, image: tiles of one follow each other
         )
@@ -44,18 +44,12 @@ class TiledDataset(ImageDataset):
                 counts[i] = len(boxes) - before
         self.boxes = np.array(boxes, np.int64).reshape(-1, 4)
         """Top, left, height, width: int64 [N, 4]; zeros for an image that cannot be read."""
-        self._image = np.repeat(np.arange(len(images)), counts)
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def encoded(self, index: int) -> bytes | memoryview:
-        return self.images.encoded(int(self._image[index]))
+        super().__init__(images, np.repeat(np.arange(len(images)), counts))
 
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         self._check_index(index)
         box = Box(*self.boxes[index].tolist())
-        image = self._open(int(self._image[index]), reading)
+        image = self._open(int(self.rows[index]), reading)
         if isinstance(image, LargeImage):
             return image.region(box)
         return image.pixels()[box.top : box.top + box.height, box.left : box.left + box.width]
@@ -66,22 +60,12 @@ class TiledDataset(ImageDataset):
     def _open(self, image: int, reading: Reading) -> LazyImage:
         here = (os.getpid(), image, reading)  # an open file is not to be shared with another process
         if self._opened is None or self._opened[:3] != here:
-            self._opened = (*here, self.images.open(image, reading))
+            self._opened = (*here, self.base.open(image, reading))
         return self._opened[3]
-
-    def path(self, index: int) -> str:
-        return self.images.path(int(self._image[index]))
-
-    def container(self, index: int) -> str:
-        return self.images.container(int(self._image[index]))
-
-    def targets(self) -> np.ndarray:
-        targets: np.ndarray = self.images.targets()[self._image]
-        return targets
 
     def describe(self) -> str:
         shared = f" that share {self.overlap}" if self.overlap else ""
-        return f"{len(self)} tiles of {self.size} pixels{shared}: {self.images.describe()}"
+        return f"{len(self)} tiles of {self.size} pixels{shared}: {self.base.describe()}"
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
