@@ -7,13 +7,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -26,7 +27,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from dinov2cli.files import write_text, writing
@@ -138,6 +139,22 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+REQUEUING = [signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else []
+"""The signal by which schedulers announce that time is up."""
+
+
+@contextlib.contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give signals to a handler; off the main thread, which alone gets them, nothing."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (numbers if on_main_thread else [])}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 @contextlib.contextmanager
 def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
     """A list that holds the signal after Ctrl-C or SIGTERM, for a loop to stop between two steps.
@@ -148,7 +165,7 @@ def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
 
     Args:
         message: logged at the first signal.
-        requeue: take SIGUSR2, too, by which schedulers announce that time is up.
+        requeue: take those of `REQUEUING`, too.
     """
     received: list[int] = []
 
@@ -159,14 +176,8 @@ def interruption(message: str, *, requeue: bool = False) -> Iterator[list[int]]:
             logger.info(message)
         received.append(number)
 
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if requeue and hasattr(signal, "SIGUSR2") else [])]
-    before = {number: signal.signal(number, note) for number in (numbers if on_main_thread else [])}
-    try:
+    with handling([signal.SIGINT, signal.SIGTERM, *(REQUEUING if requeue else [])], note):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -179,14 +190,8 @@ def signals_as_exceptions() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    numbers = [signal.SIGTERM, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])]
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in (numbers if on_main_thread else [])}
-    try:
+    with handling([signal.SIGTERM, *REQUEUING], stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -211,9 +216,36 @@ def stoppable(message: str = "stopping") -> Iterator[Callable[[], None]]:
         stop_if_asked()
 
 
+Advance = Callable[[float], None]
+"""Takes how much more is done; what it raises ends the work."""
+
+
+@contextlib.contextmanager
+def counting(name: str, total: float | None = None, done: float = 0) -> Iterator[Advance]:
+    """What moves a bar and, as what `stoppable` gives, raises `Interrupted`."""
+    with progress() as bar, stoppable() as stop_if_asked:
+        task = bar.add_task(name, total=total, completed=done)  # type: ignore[arg-type]
+
+        def advance(more: float) -> None:
+            bar.advance(task, more)
+            stop_if_asked()
+
+        yield advance
+
+
 def counted(number: int, noun: str) -> str:
     """`1 frame`, `2 frames`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def few(words: Sequence[str], most: int = 5) -> str:
+    """The first of some words, and dots where there are more: `a, b, ...`."""
+    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
+
+
+def plain_table(*columns: str | Column) -> Table:
+    """A table with a rule below its heads, and nothing else drawn."""
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def print_json(value: Any) -> None:

@@ -36,16 +36,16 @@ def test_neighbours_are_those_of_brute_force_and_the_lower_row_comes_first(dtype
     exclude = rng.integers(-1, 101, 41)
     left_out = np.tile(~alive, (41, 1))
     left_out[np.arange(41)[exclude >= 0], exclude[exclude >= 0]] = True
-    steps: list[tuple[int, int]] = []
+    steps: list[float] = []
     found = neighbours(
         np.load(tmp_path / "database.npy", mmap_mode="r"), queries, k, cosine=False, alive=alive, exclude=exclude,
-        progress=lambda done, total: steps.append((done, total)),
+        progress=steps.append,
     )  # fmt: skip
     scores, rows = brute_force(database, queries, k, left_out)
     assert found.scores.dtype == np.float32 and found.rows.dtype == np.int64
     np.testing.assert_array_equal(found.scores, scores)
     np.testing.assert_array_equal(found.rows, rows)
-    assert steps[-1] == (101 * 41, 101 * 41) and steps == sorted(set(steps))
+    assert sum(steps) == 101 * 41 and len(steps) > 1
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -5,7 +5,7 @@ from typing import Any
 from dinov2cli.config.loading import load_config
 from dinov2cli.config.presets import Preset, find_preset, list_presets
 from dinov2cli.config.tree import annotated_yaml
-from dinov2cli.console import out
+from dinov2cli.console import out, plain_table
 from dinov2cli.requests.tools import ListPresetsRequest, ShowPresetRequest
 
 
@@ -17,10 +17,7 @@ class PresetList(list[Preset]):
         return {"presets": [{key: getattr(preset, key) for key in keys} for preset in self]}
 
     def __rich__(self) -> Any:
-        from rich import box
-        from rich.table import Table
-
-        table = Table("preset", "for", "what it is", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = plain_table("preset", "for", "what it is")
         for preset in self:
             table.add_row(preset.name, preset.kind, preset.summary)
         return table

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dinov2cli import distributed
-from dinov2cli.console import counted, logger, progress, stoppable
+from dinov2cli.console import counted, counting, logger
 from dinov2cli.curate.stage import Stage
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.datasets.image_list import printable
@@ -268,15 +268,14 @@ def _put(features: np.ndarray, state: np.ndarray, rows: Any, values: np.ndarray)
 
 
 def _copy(stored: Stored, features: np.ndarray, state: np.ndarray) -> None:
-    with progress() as bar, stoppable() as stop_if_asked:
-        task, start = bar.add_task("features", total=len(features)), 0
+    start = 0
+    with counting("features", len(features)) as advance:
         for values, readable in stored.blocks():
             rows = start + np.flatnonzero(readable)
             _put(features, state, rows, values[readable])
             state[start : start + len(values)][~readable] = UNREADABLE
             start += len(values)
-            bar.advance(task, len(values))
-            stop_if_asked()
+            advance(len(values))
 
 
 def _extract(extract: Extractor, dataset: ImageDataset, features: np.ndarray, state: np.ndarray) -> None:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dinov2cli.console import progress, stoppable
+from dinov2cli.console import Advance, counting
 from dinov2cli.curate.components import Edges
 from dinov2cli.curate.kmeans import Points, assigned, kmeans
 from dinov2cli.curate.stage import Stage, share
 from dinov2cli.files import replacing, writing
-from dinov2cli.search.neighbours import Found, Progress, neighbours
+from dinov2cli.search.neighbours import Found, neighbours
 
 BLOCK = 1 << 14
 """Images of a block, about so many where they go by cells."""
@@ -86,7 +86,7 @@ def graph(
         return Graph(work, n)
     if not probes:
 
-        def among_all(rows: np.ndarray, tell: Progress) -> Found:
+        def among_all(rows: np.ndarray, tell: Advance) -> Found:
             how = {"alive": readable, "exclude": rows, "device": device, "progress": tell}
             return neighbours(features, features[rows], k, **how)  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ def graph(
     cells, centres = _cells(features, alive, work, seed=seed, device=device)
     starts = {int(cell[0]): number for number, cell in enumerate(cells)}
 
-    def among_near_cells(rows: np.ndarray, tell: Progress) -> Found:
+    def among_near_cells(rows: np.ndarray, tell: Advance) -> Found:
         return _of_cells(features, rows, cells, starts[int(rows[0])], centres, (k, probes), device)
 
     return search(work, "neighbours", [np.concatenate(group) for group in _grouped(cells)], k, among_near_cells, n)
@@ -106,26 +106,24 @@ def near(
 ) -> Graph:  # fmt: skip
     """Find, for some rows of the queries [Q, D], the nearest of the alive rows of a database [N, D]. Collective."""
 
-    def among_others(block: np.ndarray, tell: Progress) -> Found:
+    def among_others(block: np.ndarray, tell: Advance) -> Found:
         return neighbours(database, queries[block], k, alive=alive, device=device, progress=tell)
 
     return search(work, name, _blocks(rows), k, among_others, len(queries))
 
 
 def search(
-    work: Stage, name: str, blocks: Sequence[np.ndarray], k: int, find: Callable[[np.ndarray, Progress], Found], n: int
+    work: Stage, name: str, blocks: Sequence[np.ndarray], k: int, find: Callable[[np.ndarray, Advance], Found], n: int
 ) -> Graph:
     """Write what is found for each block of rows that has no file yet; the blocks are shared among processes."""
     if not work.done:
         files = [work / f"block-{number:06d}.npz" for number in range(len(blocks))]
-        with progress() as bar, stoppable() as stop_if_asked:
-            task = bar.add_task(name, total=sum(len(blocks[number]) for number in share(len(blocks))))
+        with counting(name, sum(len(blocks[number]) for number in share(len(blocks)))) as advance:
             for number in share(len(blocks)):
                 if not files[number].exists():
-                    found = find(blocks[number], lambda done, total: stop_if_asked())
+                    found = find(blocks[number], lambda more: advance(0))
                     _write(files[number], Block(blocks[number], found.rows, found.scores), k)
-                bar.advance(task, len(blocks[number]))
-                stop_if_asked()
+                advance(len(blocks[number]))
         work.finish(blocks=len(blocks))
     return Graph(work, n)
 
@@ -154,13 +152,7 @@ def _cells(
     """Images of each cell, and the cells' centres."""
     k = max(1, round(4 * len(alive) ** 0.5))
     some = np.sort(np.random.default_rng(seed).permutation(alive)[: TRAINED_ON * k])
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task("cells", total=None)
-
-        def tell(compared: int) -> None:
-            bar.advance(task, compared)
-            stop_if_asked()
-
+    with counting("cells") as tell:
         cells = kmeans(
             Points(features, some), k, seed=seed, iterations=ITERATIONS, device=device, kept_in=work / "cells.npz",
             told=tell,

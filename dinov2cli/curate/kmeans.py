@@ -6,7 +6,7 @@ Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007),
 Shapes: N points, D features, K centres, M points that seeds are drawn from.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dinov2cli import distributed
+from dinov2cli.console import Advance
 from dinov2cli.files import replacing, writing
 
 BLOCK_BYTES = 64 << 20
@@ -28,9 +29,6 @@ SAME = 1e-6
 """Points whose cosine is within this of 1 are one point."""
 GAIN = 1e-4
 """It ends when the mean similarity grows by less."""
-
-Told = Callable[[int], None]
-"""Called with a number of points that have been compared with all centres; what it raises ends the work."""
 
 
 class Points:
@@ -84,7 +82,7 @@ def kmeans(
     iterations: int = 20,
     device: torch.device | str = "cpu",
     kept_in: Path | None = None,
-    told: Told | None = None,
+    told: Advance | None = None,
 ) -> Clusters:
     """Cluster points by Lloyd's iterations from k-means++ seeds. Collective: every process gets the whole result.
 
@@ -95,6 +93,7 @@ def kmeans(
         k: clusters, at most; fewer where there are fewer distinct points.
         iterations: at most; it ends before when they gain nothing (`GAIN`).
         kept_in: a .npz file for the state after each iteration, from which it goes on if it is there.
+        told: of points that have been compared with all centres.
     """
     state = _recalled(kept_in) or State(0, _seeds(points, min(k, len(points)), seed), -1.0)
     while state.done < iterations:
@@ -112,7 +111,7 @@ def kmeans(
 
 
 def assigned(
-    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Told | None = None
+    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance | None = None
 ) -> Clusters:
     """The nearest of the centres, float32 [K, D], for each point; those that have none are left out. Collective."""
     labels, similarity = nearest_centres(points, centres, device=device, told=told)
@@ -121,7 +120,7 @@ def assigned(
 
 
 def nearest_centres(
-    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Told | None = None
+    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance | None = None
 ) -> tuple[Tensor, Tensor]:
     """The nearest of the centres, float32 [K, D], for each point, int64 [N], and their cosines [N]. Collective."""
     mine = [nearest for _, *nearest in _nearest(points, centres.to(device), told)]
@@ -133,7 +132,7 @@ def nearest_centres(
     return labels, similarity
 
 
-def _nearest(points: Points, centres: Tensor, told: Told | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _nearest(points: Points, centres: Tensor, told: Advance | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this process's points, block by block: the points [n, D], their nearest centres int64 [n], cosines [n]."""
     size = max(1, BLOCK_BYTES // (4 * max(points.dim, len(centres))))
     first, last = (len(points) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
@@ -145,7 +144,7 @@ def _nearest(points: Points, centres: Tensor, told: Told | None) -> Iterator[tup
             told(len(block))
 
 
-def _step(points: Points, centres: Tensor, told: Told | None) -> tuple[Tensor, Tensor, float, Tensor]:
+def _step(points: Points, centres: Tensor, told: Advance | None) -> tuple[Tensor, Tensor, float, Tensor]:
     """Of all processes' points: their sums [K, D] and numbers [K] by nearest centre, the mean similarity, and the
     distinct points farthest from their centres, at most as many as there are centres without one."""
     sums, counts = torch.zeros_like(centres), torch.zeros(len(centres), device=centres.device)

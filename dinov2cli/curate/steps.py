@@ -8,21 +8,19 @@ Shapes: N images.
 
 import hashlib
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dinov2cli.console import progress, stoppable
+from dinov2cli.console import counting
 from dinov2cli.curate.collection import Collection
 from dinov2cli.curate.components import AtThreshold, Components, sweep
 from dinov2cli.curate.graph import Graph, near
 from dinov2cli.curate.hierarchy import balanced_sample, hierarchy, usual_clusters
-from dinov2cli.curate.kmeans import Points, Told, kmeans, nearest_centres
+from dinov2cli.curate.kmeans import Points, kmeans, nearest_centres
 from dinov2cli.curate.stage import Stage
 from dinov2cli.curate.state import AGAINST, DUPLICATE, NOT_ALIKE, NOT_DRAWN, Curation
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage
@@ -143,7 +141,7 @@ def _of_clusters(state: Curation, each: Collection, rows: np.ndarray, work: Stag
     """Of some rows, those of the clusters that hold more than `hits` of a set, at random where there are too many."""
     request, points = state.request, Points(state.pool.features, rows)
     k = request.pool_clusters or min(MOST_CLUSTERS, max(1, round(4 * len(rows) ** 0.5)))
-    with _bar("clusters") as tell:
+    with counting("clusters") as tell:
         found = kmeans(points, k, seed=request.seed, iterations=request.iterations, device=state.device,
                        kept_in=work / "centres.npz", told=tell)  # fmt: skip
         of_set = Points(each.features, np.flatnonzero(each.readable))
@@ -174,7 +172,7 @@ def draw(state: Curation) -> dict[str, Any]:
         state.work / "clusters", images=state.pool.key, kept=_digest(state.alive), sizes=sizes,
         resamplings=request.resamplings, iterations=request.iterations, seed=request.seed,
     )  # fmt: skip
-    with _bar("clusters") as tell:
+    with counting("clusters") as tell:
         labels = hierarchy(
             Points(state.pool.features, rows), sizes, resamplings=request.resamplings, seed=request.seed,
             folder=work.folder, iterations=request.iterations, device=state.device, told=tell,
@@ -200,12 +198,11 @@ def largest_of(roots: np.ndarray, images: ImageDataset) -> np.ndarray:
     bytes, of these the first: int64 [N]. Only images that are not alone are looked at."""
     kept, sizes = roots.copy(), np.bincount(roots)
     members = np.flatnonzero(sizes[roots] > 1)
-    with ThreadPoolExecutor(THREADS) as pool, progress() as bar, stoppable() as stop_if_asked:
-        task, measured = bar.add_task("sizes of duplicates", total=len(members)), []
+    measured = []
+    with ThreadPoolExecutor(THREADS) as pool, counting("sizes of duplicates", len(members)) as advance:
         for size in pool.map(lambda row: _size(images, row), members.tolist()):
             measured.append(size)
-            bar.advance(task)
-            stop_if_asked()
+            advance(1)
     if len(members):
         pixels, data = np.array(measured, np.int64).T
         order = np.lexsort((members, -data, -pixels, roots[members]))  # of each component, the best first
@@ -224,19 +221,6 @@ def _size(images: ImageDataset, row: int) -> tuple[int, int]:
             return image.width * image.height, len(data)
     except (UnreadableImage, UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, images.file_size(row) or 0
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Told]:
-    """What counts on a bar and stops when it is asked to."""
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task(name, total=None)
-
-        def tell(compared: int) -> None:
-            bar.advance(task, compared)
-            stop_if_asked()
-
-        yield tell
 
 
 def _digest(alive: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinov2cli.console import plain_table
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.imagenet import ImageNet, Split
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
@@ -54,15 +55,12 @@ class KnownDatasets(list[Known]):
         return {"datasets": [each.as_dict() for each in self]}
 
     def __rich__(self) -> Any:
-        from rich import box
-        from rich.table import Table
-
         if not self:
             return (
                 f"No dataset has a name yet; they are kept in {shown(user_file())}.\n"
                 "dino2 prepare-imagenet --root ROOT, or dino2 datasets add NAME FOLDER"
             )
-        table = Table("dataset", "where", "", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = plain_table("dataset", "where", "")
         table.columns[1].overflow = "fold"
         for each in self:
             table.add_row(each.name, str(each), "" if each.is_there else "gone")

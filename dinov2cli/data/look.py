@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dinov2cli.console import few
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.formats.stored import Stored, UnreadableImage
@@ -89,7 +90,7 @@ class Look(NamedTuple):
 def _counted(kinds: Counter[str]) -> str:
     if len(kinds) == 1:
         return next(iter(kinds))
-    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5)) + (", ..." if len(kinds) > 5 else "")
+    return few([f"{kind} {count}" for kind, count in kinds.most_common()])
 
 
 def look_at(dataset: ImageDataset, reading: Reading, most: int | None = None) -> Look:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
-from dinov2cli.console import logger
+from dinov2cli.console import few, logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.device import Precision
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
@@ -138,9 +138,8 @@ def merge(findings: Sequence[tuple[str, Finding]]) -> Finding:
     if worst.status is Status.OK or len(alike) == len(findings):
         return worst
     hosts = ", ".join(dict.fromkeys(findings[rank][0] for rank in alike))
-    ranks = ", ".join(map(str, alike[:8])) + (", ..." if len(alike) > 8 else "")
     name = "process" if len(alike) == 1 else "processes"
-    return worst._replace(text=f"{name} {ranks} of {len(findings)} ({hosts}): {worst.text}")
+    return worst._replace(text=f"{name} {few([*map(str, alike)], 8)} of {len(findings)} ({hosts}): {worst.text}")
 
 
 def severity(finding: Finding) -> int:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Group
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from dinov2cli import distributed
 from dinov2cli.config import Config
-from dinov2cli.console import logger
+from dinov2cli.console import logger, plain_table
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.device import choose_device
 from dinov2cli.doctor.finding import Check, Finding, Situation, Status, examine, problem_of, severity
@@ -76,7 +75,7 @@ class Report:
         return {"status": max(self.findings.values(), key=severity).status, "checks": checks}
 
     def __rich__(self) -> Group:
-        rows = Table("check", "", Column("finding", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
+        rows = plain_table("check", "", Column("finding", overflow="fold"))
         for name, found in self.findings.items():
             text = f"{found.text}\n{found.remedy}".strip()
             rows.add_row(Text(name), Text(found.status, style=COLOURS[found.status]), Text(text))

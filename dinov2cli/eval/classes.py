@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dinov2cli.console import logger
+from dinov2cli.console import few, logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
 
@@ -31,7 +31,7 @@ def align_classes(train: ImageDataset, other: ImageDataset, other_name: str = "v
     if missing := sorted(set(names) - set(known)):
         raise DataError(
             f"The {other_name} dataset has {len(missing)} of {len(names)} classes that the train dataset has not: "
-            f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}.",
+            f"{few(missing, 8)}.",
             hint=f"train: {train.describe()} ({len(known)} classes). {other_name}: {other.describe()}. "
             "Both need the same class names (for folders: the same subfolders).",
         )

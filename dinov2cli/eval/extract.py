@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinov2cli import distributed
 from dinov2cli.config.images import RGB
-from dinov2cli.console import Interrupted, logger, progress, stoppable
+from dinov2cli.console import Interrupted, counting, few, logger
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_bad
@@ -108,8 +108,7 @@ class Extractor:
         if features.size < len(dataset):
             paths = [dataset.path(int(i)) for i in missing_from(features.positions(), len(dataset))]
             refuse_too_many_bad(len(paths), len(dataset), self.max_bad_fraction, paths)
-            shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-            self.notes.append(f"{len(paths)} of {len(dataset)} images could not be read and are left out: {shown}")
+            self.notes.append(f"{len(paths)} of {len(dataset)} images could not be read and are left out: {few(paths)}")
             if cached is not None:  # else each was named when it was met
                 logger.warning(self.notes[-1])
         return features
@@ -227,12 +226,10 @@ class Extractor:
         how = self.transform, size, self.num_workers
         on_gpu = self.device.type == "cuda"
         loader = make_eval_loader(dataset, *how, indices=indices.tolist(), reading=self.reading, pin_memory=on_gpu)
-        with progress() as bar, stoppable() as stop_if_asked:
-            task = bar.add_task(description, total=done + len(indices), completed=done)
+        with counting(description, done + len(indices), done) as advance:
             for batch in loader:
                 yield batch
-                bar.advance(task, len(batch.images) + len(batch.bad))
-                stop_if_asked()
+                advance(len(batch.images) + len(batch.bad))
 
 
 def fitting_image_size(model: Any, image_size: int | None) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli import distributed
-from dinov2cli.console import logger, progress, stoppable
+from dinov2cli.console import few, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
 from dinov2cli.eval.baselines import Compared, compared, drawn_in_words
@@ -211,8 +211,7 @@ def short_classes(labels: Tensor, names: Sequence[str], n_per_class: Sequence[in
     for n in n_per_class:
         short = [f"{names[c] if names else c} ({count})" for c, count in counts.items() if count < n]
         if short:
-            shown = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
-            notes.append(f"{n} per class: {len(short)} of {len(counts)} classes have fewer train images: {shown}")
+            notes.append(f"{n} per class: {len(short)} of {len(counts)} classes have fewer train images: {few(short)}")
     return tuple(notes)
 
 

@@ -8,13 +8,14 @@ few images of the best, so that the choice is that of float64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinov2cli import distributed
-from dinov2cli.console import logger, progress, stoppable
+from dinov2cli.console import counting, logger
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
@@ -161,14 +162,8 @@ def _fit(
     """`softmax_regression.fit` on all parts together, by the settings; further options are `fit`'s."""
     features, targets = torch.cat([part.cls for part in parts]), torch.cat([part.targets for part in parts])
     options |= {"max_iter": settings.max_iter, "tol": settings.tol, "dtype": getattr(torch, settings.dtype)}
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task("logistic regression", total=None)  # who knows how many steps it takes
-
-        def after_step() -> None:
-            bar.advance(task)
-            stop_if_asked()
-
-        return fit(features.to(device), targets.to(device), Cs, after_step=after_step, **options)
+    with counting("logistic regression") as advance:  # who knows how many steps it takes
+        return fit(features.to(device), targets.to(device), Cs, after_step=partial(advance, 1), **options)
 
 
 def _select(features: Features, mask: Tensor) -> Features:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from rich import box
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
 from dinov2cli import __version__
-from dinov2cli.console import logger
+from dinov2cli.console import logger, plain_table
 from dinov2cli.errors import DataError
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.files import parse_json, write_text
@@ -198,7 +197,7 @@ def _beside(evaluation: Evaluation) -> Group:
     found: dict[str, dict[str, float]] = evaluation.extra["baselines"]["top1"]
     names = dict.fromkeys(name for scores in found.values() for name in scores)
     columns = [Column(name, justify="right", min_width=max(6, *map(len, name.split()))) for name in names]
-    table = Table(Column("top-1 %", no_wrap=True), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table(Column("top-1 %", no_wrap=True), *columns)
     for row, scores in found.items():
         table.add_row(row, *(f"{scores[name]:.2f}" if name in scores else "" for name in names))
     where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"
@@ -233,12 +232,10 @@ def _table(evaluations: list[Evaluation]) -> Table:
     accuracy = ("top-1 %", "95 % interval", "top-5 %")
     shown = [name for name in accuracy if name in used or (name != "top-5 %" and not used)]
     columns = [*shown, *(name for name in used if name not in (*accuracy, "images")), "images"]
-    table = Table(
+    table = plain_table(
         Column("checkpoint", overflow="fold"),
         Column("classifier", overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in columns),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
     )
     for evaluation in evaluations:
         where = evaluation.checkpoint if evaluation.iteration is None else f"iteration {evaluation.iteration}"

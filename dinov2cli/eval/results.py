@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich import box
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dinov2cli.console import plain_table
 from dinov2cli.errors import DataError
 from dinov2cli.eval.reports import (
     RESULTS_FILE,
@@ -118,7 +118,7 @@ class Comparison:
 
     def _table(self, cells: dict[int, dict[str, str]]) -> Table:
         columns = [Column(f"run {i + 1}", justify="right", no_wrap=True) for i in range(len(self.runs))]
-        table = Table(Column("top-1 %", overflow="fold"), *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = plain_table(Column("top-1 %", overflow="fold"), *columns)
         for name in dict.fromkeys(name for found in cells.values() for name in found):
             table.add_row(name, *(cells.get(i, {}).get(name, "") for i in range(len(self.runs))))
         return table

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2cli import distributed
-from dinov2cli.console import progress, stoppable
+from dinov2cli.console import counting
 from dinov2cli.data.datasets.revisited import Truth, read_revisited
 from dinov2cli.errors import DataError
 from dinov2cli.eval.classes import align_classes
@@ -192,12 +192,10 @@ def rank(
 
 def _blocks(queries: int, keys: int, device: torch.device) -> Iterator[slice]:
     size = max(1, SCORES_AT_ONCE.get(device.type, 1 << 21) // max(1, keys))
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task("ranking", total=queries)
+    with counting("ranking", queries) as advance:
         for start in range(0, queries, size):
             yield slice(start, start + size)
-            bar.advance(task, min(size, queries - start))
-            stop_if_asked()
+            advance(min(size, queries - start))
 
 
 def _percent(values: Tensor) -> float:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch.distributed import DistError, HashStore, Store, TCPStore
 
-from dinov2cli.console import Interrupted, logger
+from dinov2cli.console import Interrupted, handling, logger
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, TrainingFailure
 from dinov2cli.launch.environment import NOTES_FOLDER, SUPERVISOR_PID
 from dinov2cli.launch.notes import Note, cause, is_marked, read_notes, write_note
@@ -124,13 +124,8 @@ class Supervisor:
             elif number == signal.SIGINT:
                 self.kill()
 
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
-        before = {number: signal.signal(number, received) for number in numbers}
-        try:
+        with handling([signal.SIGINT, signal.SIGTERM, signal.SIGUSR2], received):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def hand_on(self, number: int) -> None:
         """Ctrl-C arrives as SIGTERM, since a second SIGINT, which a scheduler may send, stops a worker at once."""

@@ -11,7 +11,7 @@ from dinov2cli import cluster
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.loading import read_layers
 from dinov2cli.config.messages import said_by
-from dinov2cli.console import err, logger
+from dinov2cli.console import err, logger, plain_table
 from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
@@ -278,9 +278,6 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
 
 def print_origins(request: TrainRequest, config: Config) -> None:
     """Say on standard error where the values come from that were not typed."""
-    from rich import box
-    from rich.table import Table
-
     site = read_site()
     runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
     is_named = request.output_dir not in (None, default_run_folder(TrainRequest(), config.train.dataset_path))
@@ -297,7 +294,7 @@ def print_origins(request: TrainRequest, config: Config) -> None:
         *keys_of_site(request),
         *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
     ]
-    table = Table("setting", "value", "from", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = plain_table("setting", "value", "from")
     for each in table.columns:
         each.overflow = "fold"
     names, file = max(len(row[0]) for row in rows), len(shown(user_file()))

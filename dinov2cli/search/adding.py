@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dinov2cli.console import Interrupted, counted, logger, progress, stoppable
+from dinov2cli.console import Interrupted, counted, counting, logger
 from dinov2cli.data.datasets import ImageDataset, check_dataset, make_dataset
 from dinov2cli.data.datasets.recognise import is_dataset_file
 from dinov2cli.errors import WeightsError
@@ -137,13 +137,7 @@ def compacted(index: Index) -> Index:
     """The index, its removed rows dropped from the files where they are many."""
     if not index.removed.sum() > COMPACT_ABOVE * len(index.removed):
         return index
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task("dropping what is removed", total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            stop_if_asked()
-
+    with counting("dropping what is removed", int(np.count_nonzero(~index.removed))) as tell:
         return index.compacted(tell)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dinov2cli.console import logger
+from dinov2cli.console import Advance, logger
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import replacing
-from dinov2cli.search.neighbours import Found, Progress
+from dinov2cli.search.neighbours import Found
 
 KINDS = ("ivf", "hnsw")
 BLOCK_ROWS, QUERIES = 1 << 15, 1 << 10
@@ -48,7 +48,7 @@ class Approximation:
         kind: one of `KINDS`.
         file: where it is kept. What is there is taken, and rows that are new are added to it, as rows never change;
             lists that have become four times as long as they should be are made anew.
-        progress: called with the number of rows that are done and that of all.
+        progress: of the rows.
 
     Raises:
         EnvironmentProblem: faiss is not installed.
@@ -56,7 +56,7 @@ class Approximation:
     """
 
     def __init__(
-        self, features: np.ndarray, kind: str, file: Path | None = None, progress: Progress | None = None
+        self, features: np.ndarray, kind: str, file: Path | None = None, progress: Advance | None = None
     ) -> None:
         self.features, self.kind = features, kind
         rows, dim = features.shape
@@ -64,10 +64,11 @@ class Approximation:
         kept = _kept(file, rows, dim, lists) if file is not None else None
         self.faiss_index: Any = kept or _made(features, kind, lists)
         before = self.faiss_index.ntotal
+        tell = progress or (lambda more: None)
+        tell(before)
         for start in range(before, rows, BLOCK_ROWS):
             self.faiss_index.add(_unit(features[start : start + BLOCK_ROWS], start))
-            if progress is not None:
-                progress(min(start + BLOCK_ROWS, rows) - before, rows - before)
+            tell(min(BLOCK_ROWS, rows - start))
         if file is not None and self.faiss_index.ntotal > before:
             _keep(self.faiss_index, file)
 
@@ -80,7 +81,7 @@ class Approximation:
         ef_search: int = 256,
         alive: np.ndarray | None = None,
         exclude: np.ndarray | None = None,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> Found:
         """As `neighbours` with `cosine`, of the rows that are looked at; where these are fewer than k, the rest of a
         query's rows are -1, and their scores -inf.
@@ -103,7 +104,7 @@ class Approximation:
                 found = np.where(found == exclude[block, None], -1, found)
             scores[block], rows[block] = self._compared(unit, found, k)
             if progress is not None:
-                progress(min(start + QUERIES, len(queries)), len(queries))
+                progress(len(unit))
         return Found(scores, rows)
 
     def _compared(self, unit: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ What lies behind the rows that count is an interrupted addition, and is written 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ import numpy as np
 from filelock import Timeout
 
 from dinov2cli import __version__
+from dinov2cli.console import Advance
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import append_rows, flush_to_disk, lock, parse_json, write_array, write_text, writing
 
@@ -179,7 +180,7 @@ class Index:
         """The index without some rows."""
         return self._committed(self.contents, rows)
 
-    def compacted(self, progress: Callable[[int, int], None] | None = None) -> "Index":
+    def compacted(self, progress: Advance = lambda more: None) -> "Index":
         """The index with its removed rows dropped from the files: features are copied, not computed anew."""
         kept = np.flatnonzero(~self.removed)
         number = int(self.contents.data.removeprefix("data-")) + 1
@@ -190,8 +191,7 @@ class Index:
                 block = kept[start : start + BLOCK_ROWS]
                 paths = [self.path(row) for row in block.tolist()]
                 contents = _appended(self.folder, contents, self.features[block], self.images[block], paths)
-                if progress is not None:
-                    progress(start + len(block), len(kept))
+                progress(len(block))
             _commit(self.folder, contents)
             shutil.rmtree(self.folder / self.contents.data, ignore_errors=True)
         return Index(self.folder, contents)

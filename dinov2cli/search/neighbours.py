@@ -3,13 +3,13 @@
 Shapes: N rows of the database, Q queries, D features, k neighbours.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2cli.console import Advance
 from dinov2cli.errors import DataError
 from dinov2cli.eval.nearest import grouped_topk
 
@@ -17,8 +17,6 @@ BLOCK_BYTES = 64 << 20
 """Largest size of a block of the database in float32, and of its scores."""
 QUERY_BYTES = 256 << 20
 """Largest size in float32 of the queries for which the database is read once."""
-Progress = Callable[[int, int], None]
-"""Called with the number of scores that are done and that of all; what it raises ends the search."""
 
 
 class Found(NamedTuple):
@@ -39,7 +37,7 @@ def neighbours(
     alive: np.ndarray | None = None,
     exclude: np.ndarray | None = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Found:
     """The k rows of `database` most similar to each query, by comparing all with all.
 
@@ -55,6 +53,7 @@ def neighbours(
         exclude: int64 [Q], the one row that each query may not find, such as itself; -1: none. Where it is given, one
             row less is returned at most, for all queries.
         device: where products are computed.
+        progress: of Q x N scores.
 
     Raises:
         DataError: shapes that do not go together, nothing to be found, or features that are not finite.
@@ -70,7 +69,6 @@ def neighbours(
     k = min(k, findable)
     scores, rows = np.empty((Q, k), np.float32), np.empty((Q, k), np.int64)
     n_block, q_block = (max(1, size // (4 * D)) for size in (BLOCK_BYTES, QUERY_BYTES))
-    done = 0
     for first in range(0, Q, q_block):
         wanted = _block(queries[first : first + q_block], "queries", first, cosine=cosine, device=device)
         best = [Best.none(wanted.device)] * len(range(0, len(wanted), _at_once(n_block)))
@@ -86,7 +84,7 @@ def neighbours(
                     _leave_out(similarity, exclude[at : at + len(part)] - start)
                 best[number] = best[number].with_columns(similarity, k, start)
                 if progress is not None:
-                    progress(done := done + similarity.numel(), Q * N)
+                    progress(similarity.numel())
         for number, found in enumerate(best):
             at = first + number * _at_once(n_block)
             scores[at : at + len(found.scores)] = found.scores.cpu()

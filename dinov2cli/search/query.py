@@ -1,14 +1,13 @@
 """`dino2 search query`: the images of an index that are most alike to others."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2cli.console import logger, progress, stoppable
+from dinov2cli.console import counting, logger
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import read_image
 from dinov2cli.device import choose_device
@@ -20,7 +19,7 @@ from dinov2cli.search.adding import FILES, check_words, datasets_of, entries_of
 from dinov2cli.search.approximate import Approximation, check_faiss
 from dinov2cli.search.collect import extractor_for
 from dinov2cli.search.index import Index, is_index
-from dinov2cli.search.neighbours import Found, Progress, neighbours
+from dinov2cli.search.neighbours import Found, neighbours
 from dinov2cli.search.sheet import MOST, Line, Shown, check_sheet, write_sheet
 
 Look = Callable[[], np.ndarray | None]
@@ -104,27 +103,15 @@ def search(index: Index, queries: Queries, request: SearchQueryRequest) -> Found
         exclude = np.array([index.rows.get(name, -1) for name in queries.names], np.int64)
     how: dict[str, Any] = {"alive": index.alive, "exclude": exclude}
     if request.faiss is None:
-        with _bar("comparing") as tell:
+        with counting("comparing", len(queries.features) * len(index.features)) as tell:
             return neighbours(index.features, queries.features, request.top, **how, progress=tell)
-    with _bar(f"faiss {request.faiss}") as tell:
+    with counting(f"faiss {request.faiss}", len(index.features)) as tell:
         file = index.folder / index.contents.data / f"faiss-{request.faiss}.index"
         approximation = Approximation(index.features, request.faiss, file, tell)
     how |= {"nprobe": request.nprobe, "ef_search": request.ef_search}
-    with _bar("searching") as tell:
+    with counting("searching", len(queries.features)) as tell:
         top = min(request.top, max(1, len(index) - request.not_itself))
         return approximation.search(queries.features, top, **how, progress=tell)
-
-
-@contextmanager
-def _bar(description: str) -> Iterator[Progress]:
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task(description, total=None)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            stop_if_asked()
-
-        yield tell
 
 
 def _of_index(other: Index, index: Index) -> Queries:

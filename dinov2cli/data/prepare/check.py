@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2cli.console import few
 from dinov2cli.data.datasets import UnreadableImage
 from dinov2cli.data.datasets.imagenet import Split
 from dinov2cli.data.decoding import decode_image, read_file
@@ -42,7 +43,7 @@ def check_split(root: Path, listing: SplitListing, labels: Labels) -> SplitRepor
         problems.append(f"{split.folder}/ holds no image")
     names = dict.fromkeys(listing.classes, "") if split is Split.TEST else labels.names
     if missing := [class_id for class_id in names if class_id not in listing.classes]:
-        notes.append(f"{len(missing)} classes of labels.txt without images: {_first(missing)}")
+        notes.append(f"{len(missing)} classes of labels.txt without images: {few(missing)}")
     layout = listing.layout
     paths = [root / split.image_path(c, n, layout) for c, numbers in listing.classes.items() for n in numbers]
     for what, found in (
@@ -52,7 +53,7 @@ def check_split(root: Path, listing: SplitListing, labels: Labels) -> SplitRepor
         ("empty files", [str(path.relative_to(root)) for path in paths if _size(path) == 0]),
     ):
         if found:
-            problems.append(f"{len(found)} {what}: {_first(found)}")
+            problems.append(f"{len(found)} {what}: {few(found)}")
     sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
     for i in sorted(sample.tolist()):
         try:
@@ -68,7 +69,3 @@ def _size(path: Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

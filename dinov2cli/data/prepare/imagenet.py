@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2cli.console import progress
+from dinov2cli.console import few, progress
 from dinov2cli.data.datasets.imagenet import FLAT_VAL, NO_CLASS, Split
 from dinov2cli.data.prepare.labels import SOLUTION, Labels
 from dinov2cli.errors import DataError
@@ -80,8 +80,9 @@ def entries_of(listing: SplitListing, labels: Labels) -> np.ndarray:
         raise DataError(f"{split.folder}/ holds no image of ImageNet's layout{seen}")
     named = [*listing.classes, *listing.without_images]
     if unknown := [class_id for class_id in named if class_id and class_id not in labels.names]:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise DataError(f"labels.txt does not name {len(unknown)} of the class folders of {split.folder}/: {shown}")
+        raise DataError(
+            f"labels.txt does not name {len(unknown)} of the class folders of {split.folder}/: {few(unknown)}"
+        )
     index_of = labels.class_index()
     columns = {
         "actual_index": "<u4",
