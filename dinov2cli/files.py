@@ -150,6 +150,23 @@ def lock(path: Path) -> AbstractContextManager[object]:
     return FileLock(path.with_name(path.name + ".lock"))
 
 
+@contextmanager
+def locked_now(path: Path, taken: EnvironmentProblem) -> Iterator[None]:
+    """Hold the lock of `path`; raise `taken` where another process holds it."""
+    from filelock import Timeout
+
+    with writing(path.parent):
+        held: Any = lock(path)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise taken from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def digest(text: str) -> str:
     """SHA-256 of a text, in hexadecimal: what cached things are named after."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

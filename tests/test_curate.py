@@ -20,6 +20,7 @@ from tiny_run import write_images, write_weights
 
 from dinov2cli.curate import collection, graph
 from dinov2cli.curate.curation import look
+from dinov2cli.curate.graph import usual_probes
 from dinov2cli.curate.plan import need
 from dinov2cli.curate.results import Curated
 from dinov2cli.data.datasets import make_dataset
@@ -300,7 +301,7 @@ class TestImages:
 
 
 def test_what_a_hundred_million_images_take_is_said() -> None:
-    found = need(100_000_000, 1024, 64)
+    found = need(100_000_000, 1024, 64, usual_probes(100_000_000))
     assert found.features_disk == 204_800_000_000 and found.search_disk == 38_400_000_000
     assert need(100_000_000, 1024, 64, probes=0).search == pytest.approx(2e19, rel=0.03)
     assert found.search < 3e16 and found.memory < 12 * 2**30

@@ -216,7 +216,7 @@ def collect(words: Sequence[str], stage: Path, extract: Extractor | None, images
     made = extract.recipe
     depends = {"weights": made.weights, "precision": made.precision, "transform": made.transform}
     work = Stage(stage, images=distributed.broadcast_object(found), **depends)
-    features, state = _arrays(work, len(dataset), int(extract.model.config.embed_dim))  # type: ignore[union-attr, arg-type]
+    features, state = _arrays(work, len(dataset), extract.dim)
     if not work.done:
         with distributed.same_error_everywhere():
             _extract(extract, dataset, features, state)

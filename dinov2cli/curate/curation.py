@@ -1,27 +1,27 @@
 """`dino2 curate`: a collection becomes a list to train on, step by step, each image that is dropped for a reason."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import Timeout
 
 from dinov2cli import distributed
 from dinov2cli.console import counted, logger
 from dinov2cli.curate.collection import Collection, check_source, collect, extractor_of, holds_features
-from dinov2cli.curate.graph import EXACT_UP_TO, PROBES, Graph, graph, recall
+from dinov2cli.curate.graph import Graph, graph, recall, usual_probes
 from dinov2cli.curate.plan import Plan, plan
 from dinov2cli.curate.results import Curated, write_results
 from dinov2cli.curate.stage import Stage
 from dinov2cli.curate.state import UNREADABLE, Curation, Step
 from dinov2cli.curate.steps import draw, drop_duplicates, drop_near, keep_alike
 from dinov2cli.device import choose_device
-from dinov2cli.errors import DataError, EnvironmentProblem, Problems
+from dinov2cli.errors import DataError, EnvironmentProblem, check_all
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.files import check_folder, lock, writing
+from dinov2cli.files import check_folder, locked_now
 from dinov2cli.models.load.locate import check_there
 from dinov2cli.requests.curate import CurateRequest
 
@@ -44,24 +44,21 @@ def look(request: CurateRequest) -> None:
     Raises:
         Dino2Error: all that is wrong, in the order in which to mend it.
     """
-    wrong, has_model = Problems(), request.model is not None
-    if request.model is not None:
-        with wrong.noted():
-            check_there(request.model)
-    with wrong.noted():
-        check_source(request.data, "--data", has_model=has_model, images=request.images)
-    if request.images is not None and not holds_features(request.data):
-        with wrong.noted():
+    has_model = request.model is not None
+
+    def images_fit() -> None:
+        if request.images is not None and not holds_features(request.data):
             raise DataError(f"--images {request.images} goes with features as --data; {request.data[0]} are images.")
-    for option, words in (("--against", request.against), ("--like", request.like)):
-        for word in words:
-            with wrong.noted():
-                check_source((word,), option, has_model=has_model)
-    with wrong.noted():
-        check_folder(request.output, "OUT")
-    with wrong.noted():
-        choose_device(request.device)
-    wrong.tell()
+
+    sets = [("--against", word) for word in request.against] + [("--like", word) for word in request.like]
+    check_all(
+        lambda: request.model and check_there(request.model),
+        lambda: check_source(request.data, "--data", has_model=has_model, images=request.images),
+        images_fit,
+        *(partial(check_source, (word,), option, has_model=has_model) for option, word in sets),
+        lambda: check_folder(request.output, "OUT"),
+        lambda: choose_device(request.device),
+    )
 
 
 def _curate(request: CurateRequest) -> Curated | None:
@@ -91,24 +88,10 @@ def _curate(request: CurateRequest) -> Curated | None:
     return result
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> AbstractContextManager[None]:
     """While no other curation writes to the folder."""
-    if not distributed.is_main():
-        yield
-        return
-    with writing(folder):
-        held: Any = lock(folder / ".work")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise EnvironmentProblem(
-            f"{folder}: another curation is writing there; wait for it, or name another."
-        ) from None
-    try:
-        yield
-    finally:
-        held.release()
+    taken = EnvironmentProblem(f"{folder}: another curation is writing there; wait for it, or name another.")
+    return locked_now(folder / ".work", taken) if distributed.is_main() else nullcontext()
 
 
 def _timed(state: Curation, name: str, step: Callable[[], dict[str, Any]]) -> None:
@@ -139,9 +122,7 @@ def _sets(state: Curation, words: Sequence[str], name: str, extract: Extractor |
 
 def _neighbours(state: Curation) -> Graph:
     request, pool, started = state.request, state.pool, time.monotonic()
-    probes = request.probes
-    if probes is None:
-        probes = PROBES if int(state.alive.sum()) > EXACT_UP_TO else 0
+    probes = usual_probes(int(state.alive.sum())) if request.probes is None else request.probes
     depends = {"images": pool.key, "neighbours": request.neighbours, "probes": probes}
     work = Stage(state.work / "neighbours", **depends, **({"seed": request.seed} if probes else {}))
     found = graph(

@@ -70,6 +70,11 @@ class Graph:
         return Found(scores, nearest)
 
 
+def usual_probes(n: int) -> int:
+    """Cells to look into of so many images; 0: all."""
+    return PROBES if n > EXACT_UP_TO else 0
+
+
 def graph(
     features: np.ndarray, readable: np.ndarray, k: int, probes: int, work: Stage, *, seed: int, device: torch.device
 ) -> Graph:

@@ -8,7 +8,7 @@ import torch
 
 from dinov2cli.console import clock
 from dinov2cli.curate.collection import Stored, extractor_of, holds_features
-from dinov2cli.curate.graph import EXACT_UP_TO, ITERATIONS, PROBES, TRAINED_ON
+from dinov2cli.curate.graph import ITERATIONS, TRAINED_ON, usual_probes
 from dinov2cli.curate.hierarchy import usual_clusters
 from dinov2cli.device import choose_device
 from dinov2cli.eval.first_look import Plan as Lines
@@ -36,14 +36,13 @@ class Need(NamedTuple):
     memory: int
 
 
-def need(n: int, dim: int, k: int, probes: int | None = None, iterations: int = 20, resamplings: int = 2) -> Need:
+def need(n: int, dim: int, k: int, probes: int = 0, iterations: int = 20, resamplings: int = 2) -> Need:
     """What n images of `dim` features take.
 
     Args:
         k: neighbours.
-        probes: cells that are looked into; 0: all images; None: as usual for so many.
+        probes: cells that are looked into; 0: all images.
     """
-    probes = (PROBES if n > EXACT_UP_TO else 0) if probes is None else probes
     cells = 4 * n**0.5
     trained = min(n, TRAINED_ON * cells) * ITERATIONS
     search = 2.0 * n * n * dim if not probes else 2.0 * dim * ((trained + n) * cells + n * probes * n / cells)
@@ -69,20 +68,17 @@ def plan(request: CurateRequest) -> Plan:
     else:
         images = dataset_of_words(request.data)
         assert extract is not None
-        n, dim = len(images), int(extract.model.config.embed_dim)  # type: ignore[union-attr, arg-type]
+        n, dim = len(images), extract.dim
         rows["images"] = images.describe()
         side = extract.image_size
         batch = torch.zeros(extract.at_once(side, side), extract.images.in_chans, side, side)
         each = seconds_of(lambda: extract.features_of(batch)) / len(batch)
         rows["features"] = f"about {clock(n * each)}, reading the images apart; {_size(need(n, dim, 1).features_disk)}"
     processes = request.gpus or 1
-    found, speed = (
-        need(n, dim, request.neighbours, request.probes, request.iterations, request.resamplings),
-        flops(device),
-    )
-    speed *= processes
+    probes = usual_probes(n) if request.probes is None else request.probes
+    found = need(n, dim, request.neighbours, probes, request.iterations, request.resamplings)
+    speed = flops(device) * processes
     if not request.keep_duplicates or request.against:
-        probes = request.probes if request.probes is not None else PROBES if n > EXACT_UP_TO else 0
         how = f"{probes} of {round(4 * n**0.5):,} cells" if probes else "exact"
         rows["neighbours"] = (
             f"{request.neighbours} of each, {how}: about {clock(found.search / speed)}; {_size(found.search_disk)}"

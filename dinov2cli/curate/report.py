@@ -1,20 +1,17 @@
 """The report of a curation, one HTML page with all its pictures: what was dropped, beside what was kept, and why."""
 
 import html
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dinov2cli.curate.collection import Collection
 from dinov2cli.curate.state import AGAINST, DUPLICATE, KEPT, NOT_ALIKE, NOT_DRAWN, UNREADABLE, Curation
 from dinov2cli.errors import Dino2Error
 from dinov2cli.files import replacing, writing
-from dinov2cli.search.sheet import short
+from dinov2cli.search.sheet import inlined, short
 
 PAIRS, GROUPS, MEMBERS, SINGLE, NAMED = 24, 6, 11, 32, 50
 """Pairs and single pictures of a heading, groups of near-duplicates and pictures of each, paths without pictures."""
@@ -147,13 +144,10 @@ def _picture(collection: Collection, row: int, alt: str) -> str:
     if collection.images is None:
         return '<div class="none">no picture</div>'
     try:
-        picture = Image.fromarray(collection.images.image(row))
+        pixels = collection.images.image(row)
     except Dino2Error:
         return '<div class="none">cannot be read</div>'
-    encoded = BytesIO()
-    picture.thumbnail((2 * SIDE, 2 * SIDE))  # for screens of two pixels a point
-    picture.convert("RGB").save(encoded, "JPEG", quality=80)
-    return f'<img alt="{alt}" loading="lazy" src="data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}">'
+    return f'<img alt="{alt}" loading="lazy" src="{inlined(pixels, SIDE)}">'
 
 
 def _bars(counts: Sequence[int], edges: Sequence[float], lines: Mapping[str, float]) -> str:

@@ -1,12 +1,12 @@
 """What may be asked of a curation: `dino2 curate`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dinov2cli.requests.base import AtLeastOne, argument, option
-from dinov2cli.requests.eval import FeaturesRequest
+from dinov2cli.requests.eval import RESIZE_RATIO, FeaturesRequest, OneOrSeveral
 
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 
@@ -39,7 +39,7 @@ class CurateRequest(
     """
 
     output: Path = argument("The folder to write.", metavar="OUT", default_text=False)
-    data: tuple[str, ...] = option(
+    data: OneOrSeveral = option(
         ...,
         "The images: files, a folder, a dataset string; or their features: an index of dino2 search, or what dino2 "
         "embed has written as .safetensors, .parquet or .npy.",
@@ -65,11 +65,11 @@ class CurateRequest(
         default_text="0, above 200,000 images 8",
         ge=0,
     )
-    against: tuple[str, ...] = option(
+    against: OneOrSeveral = option(
         (), "Evaluation sets, likewise images or features: drop what is near them.", metavar="DATASET"
     )
     against_threshold: Cosine = option(0.45, "Cosine above which an image is near an evaluation set.", metavar="COSINE")
-    like: tuple[str, ...] = option((), "Sets of good images, likewise: keep only what is near them.", metavar="DATASET")
+    like: OneOrSeveral = option((), "Sets of good images, likewise: keep only what is near them.", metavar="DATASET")
     retrieval: Literal["auto", "neighbours", "clusters"] = option(
         "auto",
         "What is near such a set: the nearest to each of its images; or clusters that hold several of them. auto: the "
@@ -91,20 +91,13 @@ class CurateRequest(
     seed: int = option(0, "Of all that is drawn at random.", ge=0)
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
     batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
-    resize_ratio: float = option(
-        256 / 224, "Short side to resize to, as a multiple of the image size.", ge=1, default_text="256/224", last=True
-    )
+    resize_ratio: float = RESIZE_RATIO
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     gpus: AtLeastOne | None = option(
         None, "Processes of this machine, each on a GPU of its own (or --device cpu) [1].", metavar="N", last=True
     )
     dry_run: bool = option(False, "Check everything, and print the plan with time, memory and disk.", last=True)
     as_json: bool = option(False, "Print one JSON object.", flags="--json", last=True)
-
-    @field_validator("data", "against", "like", mode="before")
-    @classmethod
-    def _one_or_several(cls, data: Any) -> Any:
-        return (data,) if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

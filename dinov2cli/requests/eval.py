@@ -6,7 +6,7 @@ The names and defaults of the options are the reference implementation's.
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
 from dinov2cli.requests.base import AtLeastOne, CheckpointRequest, DeviceRequest, argument, option
@@ -15,6 +15,17 @@ from dinov2cli.requests.launch import Slurm
 
 Metric = Literal["mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy", "imagenet_real_accuracy"]
 """How hits are averaged."""
+OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(lambda words: (words,) if isinstance(words, str) else words)]
+MAX_BAD_FRACTION: Any = option(
+    None,
+    "Share of unreadable images above which it stops; by default the run's train.max_bad_fraction, or 0.01.",
+    ge=0,
+    le=1,
+    last=True,
+)
+RESIZE_RATIO: Any = option(
+    256 / 224, "Short side to resize to, as a multiple of the image size.", ge=1, default_text="256/224", last=True
+)
 
 
 class FeaturesRequest(ImagesRequest, DeviceRequest, logs=True):
@@ -24,13 +35,7 @@ class FeaturesRequest(ImagesRequest, DeviceRequest, logs=True):
     image_size: AtLeastOne | None = option(
         None, "Side in pixels to evaluate at; by default the model's, at most 224.", last=True
     )
-    max_bad_fraction: float | None = option(
-        None,
-        "Share of unreadable images above which it stops; by default the run's train.max_bad_fraction, or 0.01.",
-        ge=0,
-        le=1,
-        last=True,
-    )
+    max_bad_fraction: float | None = MAX_BAD_FRACTION
 
 
 class EvalRequest(
@@ -253,7 +258,7 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
     checkpoint: str = argument(
         "A run folder, a weights file, a URL or a released name.", metavar="CKPT", default="", default_text=False
     )
-    data: tuple[str, ...] = option(..., "Image files, a folder of images or a dataset string.", metavar="DATASET")
+    data: OneOrSeveral = option(..., "Image files, a folder of images or a dataset string.", metavar="DATASET")
     output: Path = option(..., "A .safetensors, .parquet, .csv or .npy file.", metavar="FEATURES")
     overwrite: bool = option(False, "Replace an output that is there already.")
     tiles: AtLeastOne | None = option(
@@ -279,8 +284,3 @@ class EmbedRequest(CheckpointRequest, FeaturesRequest, logs=True, command="embed
         if self.overlap and (self.tiles is None or self.overlap >= self.tiles):
             raise ValueError(f"--overlap {self.overlap} goes with --tiles SIZE, and is less than SIZE")
         return self
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_several(cls, data: Any) -> Any:
-        return (data,) if isinstance(data, str) else data

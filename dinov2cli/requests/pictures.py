@@ -1,7 +1,7 @@
 """Requests for pictures of what a model sees."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -13,6 +13,12 @@ DEFAULT_DEPTH_HEAD = "dinov2_vits14_dd"
 INPUTS = "INPUT... OUTPUT"
 Layout = Literal["pca", "side-by-side", "overlay"]
 """Names of `visualize.rendering.LAYOUTS`."""
+SHOW_CHANNELS: Any = option(
+    None,
+    "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
+    "from its darkest to its brightest. Default: the first ones.",
+    metavar="R,G,B",
+)
 
 
 class PicturesRequest(ImagesRequest, DeviceRequest):
@@ -74,12 +80,7 @@ class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visuali
     """
 
     paths: Paths = argument("Images, folders of images or SamplePhotos (built in), then the output.", metavar=INPUTS)
-    show_channels: str | None = option(
-        None,
-        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
-        "from its darkest to its brightest. Default: the first ones.",
-        metavar="R,G,B",
-    )
+    show_channels: str | None = SHOW_CHANNELS
     save_basis: Path | None = option(None, "Keep the colours for other pictures.", metavar="FILE.npz")
     basis: Path | None = option(None, "Use colours kept by --save-basis.", metavar="FILE.npz")
 
@@ -132,12 +133,7 @@ class MapsRequest(PicturesRequest):
     save_values: Literal["png", "npy"] | None = option(
         None, "Also write the values themselves, beside the picture or, of a video, into a folder of frames."
     )
-    show_channels: str | None = option(
-        None,
-        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
-        "from its darkest to its brightest. Default: the first ones.",
-        metavar="R,G,B",
-    )
+    show_channels: str | None = SHOW_CHANNELS
     fps: float | None = option(
         None, "Frames a second of a folder of images that becomes a video (default 10).", ge=0.01
     )
@@ -220,11 +216,6 @@ class AttentionRequest(PicturesRequest, command="attention", run_by="dinov2cli.v
     """
 
     block: int = option(-1, "Index of the block; -1 is the last.")
-    show_channels: str | None = option(
-        None,
-        "Of a model of other channels: those that are drawn as red, green and blue, by number or name, each stretched "
-        "from its darkest to its brightest. Default: the first ones.",
-        metavar="R,G,B",
-    )
+    show_channels: str | None = SHOW_CHANNELS
     overlay: bool = option(False, "Draw the maps over the photo.")
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from dinov2cli.requests.base import AtLeastOne, DeviceRequest, Request, argument, option
-from dinov2cli.requests.eval import FeaturesRequest
+from dinov2cli.requests.eval import MAX_BAD_FRACTION, RESIZE_RATIO, FeaturesRequest
 
 DATA = "Image files, folders of images and dataset strings."
 
@@ -28,9 +28,7 @@ class SearchBuildRequest(FeaturesRequest, command="search build", run_by="dinov2
     dtype: Literal["float16", "float32"] = option("float16", "What features are stored in: 2 or 4 bytes a number.")
     config_file: Path | None = option(None, "Configuration instead of the run's own.", metavar="YAML")
     batch_size: AtLeastOne = option(256, "Images at a time.")
-    resize_ratio: float = option(
-        256 / 224, "Short side to resize to, as a multiple of the image size.", ge=1, default_text="256/224", last=True
-    )
+    resize_ratio: float = RESIZE_RATIO
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     as_json: bool = option(False, "Print one JSON object.", flags="--json", last=True)
 
@@ -50,13 +48,7 @@ class SearchAddRequest(DeviceRequest, command="search add", run_by="dinov2cli.se
     model: str | None = option(None, "Where the weights of the index are now, if not where they were.", metavar="CKPT")
     batch_size: AtLeastOne = option(256, "Images at a time.")
     num_workers: int | None = option(None, "Processes that decode images; by default from the cores.", ge=0, last=True)
-    max_bad_fraction: float | None = option(
-        None,
-        "Share of unreadable images above which it stops; by default the run's train.max_bad_fraction, or 0.01.",
-        ge=0,
-        le=1,
-        last=True,
-    )
+    max_bad_fraction: float | None = MAX_BAD_FRACTION
     device: str | None = option(None, "cpu, cuda or cuda:N; by default a GPU if there is one.", last=True)
     as_json: bool = option(False, "Print one JSON object.", flags="--json", last=True)
 

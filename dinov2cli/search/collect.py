@@ -72,7 +72,7 @@ def build(request: SearchBuildRequest) -> Changed:
             index = Index.open(folder)
             index.recipe.check(recipe, request.model, folder)
         else:
-            index = create(folder, recipe, int(extract.model.config.embed_dim), request.dtype)  # type: ignore
+            index = create(folder, recipe, extract.dim, request.dtype)
         return add_all(index, extract, request.data)
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import Timeout
 
 from dinov2cli import __version__
 from dinov2cli.console import Advance
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import append_rows, flush_to_disk, lock, parse_json, write_array, write_text, writing
+from dinov2cli.files import append_rows, flush_to_disk, locked_now, parse_json, write_array, write_text, writing
 
 ABOUT = "an index of dino2 search"
 FORMAT = 1
@@ -231,22 +230,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         EnvironmentProblem: another process is changing it, or the folder cannot be written.
     """
-    with writing(folder):
-        waiting = lock(folder / "index")
-    try:
-        waiting.acquire(timeout=0)  # type: ignore[attr-defined]
-    except Timeout:
-        raise EnvironmentProblem(
-            f"{folder} is being changed by another process", "Wait until that has ended; it can be searched meanwhile."
-        ) from None
-    except OSError as error:
-        raise EnvironmentProblem(f"{folder}: cannot be written ({error.strerror or error})") from None
-    try:
+    hint = "Wait until that has ended; it can be searched meanwhile."
+    with locked_now(folder / "index", EnvironmentProblem(f"{folder} is being changed by another process", hint)):
         if is_index(folder):
             _tidy(folder, _read_contents(folder))
         yield
-    finally:
-        waiting.release()  # type: ignore[attr-defined]
 
 
 def is_index(folder: Path) -> bool:

@@ -124,16 +124,20 @@ def section(line: Line) -> str:
     return f'<section>{_figure(line.query, "query")}<div class="found">{found}</div></section>\n'
 
 
+def inlined(pixels: np.ndarray, side: int) -> str:
+    """A picture as the `src` of an image of so many points, for screens of two pixels a point."""
+    encoded, small = BytesIO(), Image.fromarray(pixels)
+    small.thumbnail((2 * side, 2 * side), Image.Resampling.LANCZOS)
+    small.convert("RGB").save(encoded, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
+
+
 def _figure(shown: Shown, heading: str) -> str:
     name = html.escape(printable(shown.path), quote=True)
     if shown.pixels is None:
         inside = '<div class="none">cannot be read</div>'
     else:
-        encoded = BytesIO()
-        small = Image.fromarray(shown.pixels)
-        small.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)  # for screens of two pixels a point
-        small.save(encoded, "JPEG", quality=85)
-        inside = f'<img alt="{name}" src="data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}">'
+        inside = f'<img alt="{name}" src="{inlined(shown.pixels, SIDE)}">'
     if os.path.isfile(shown.path):
         inside = f'<a href="{html.escape(Path(shown.path).absolute().as_uri(), quote=True)}">{inside}</a>'
     caption = f'<b>{heading}</b><br><span title="{name}">{html.escape(short(shown.path))}</span>'
