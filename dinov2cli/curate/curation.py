@@ -52,7 +52,7 @@ def look(request: CurateRequest) -> None:
 
     sets = [("--against", word) for word in request.against] + [("--like", word) for word in request.like]
     check_all(
-        lambda: request.model and check_there(request.model),
+        *([partial(check_there, request.model)] if request.model is not None else []),
         lambda: check_source(request.data, "--data", has_model=has_model, images=request.images),
         images_fit,
         *(partial(check_source, (word,), option, has_model=has_model) for option, word in sets),
