@@ -23,10 +23,12 @@ from dinov2cli.config import Config, load_config
 from dinov2cli.device import Arriving
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.losses.cross_entropy import soft_cross_entropy
 from dinov2cli.losses.koleo import KoLeoTerm
 from dinov2cli.models import attention
 from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.layers import Block
+from dinov2cli.models.stochastic_depth import draw_for_branches
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.train.cost import estimate, step_flops
 from dinov2cli.train.networks import build_backbone
@@ -166,6 +168,41 @@ def _features_of_one_batch_read_during_the_next() -> tuple[dict[str, int], dict[
         queued = ledger.operators
         assert all(not tensor.is_cuda for tensor in features.read().values())
     return dict(ledger.waits), dict(ledger.copies), ledger.operators - queued
+
+
+@pytest.mark.usefixtures("ready_processes")
+def test_what_stochastic_depth_and_the_loss_move() -> None:
+    """Each array in its own precision, once for each of these: no copy in another precision, no separate sum."""
+    tokens, kept, width = 4 * 5, 2 * 5, 64
+    whole, part = tokens * width, kept * width  # numbers in the stream, and in the sequences that are kept
+    indices, scales = 8 * (3 * kept + 2 * tokens), 4 * (2 * kept + 2 * tokens)
+    forward = 2 * 4 * part + 2 * 2 * whole + (4 + 2 + 4) * whole  # two gathers, a product that is added
+    backward = 2 * 4 * part + (4 + 2) * part + 2 * 4 * whole + 3 * 4 * whole
+    of_depth, of_loss = counted(_bytes_of_depth_and_loss)
+    assert of_depth == pytest.approx(forward + backward + indices + scales, rel=0.02)
+    scores = 8 * 512
+    # Scaled to float32; its logarithm of the sum; times the targets, and their sum. Backward: scaled, less, exp, times,
+    # less the targets. bfloat16 scores are read twice, and written once as gradients.
+    assert of_loss == pytest.approx((6 + 4 + 12 + 4 + 4) * scores + (6 + 8 + 8 + 8 + 10) * scores, rel=0.02)
+
+
+def _bytes_of_depth_and_loss() -> tuple[int, int]:
+    pretend()
+    ledger = Ledger(1.0, 1.0)
+    with fake_mode(), ledger, GPU:
+        (drawn,) = draw_for_branches(1, TokenLayout(((4, 5),)), 0.5, torch.Generator(), GPU)
+        stream = torch.empty(20, 64, requires_grad=True)
+        ledger.begin()
+        with torch.autocast("cuda", torch.bfloat16):
+            rest, chosen = drawn.select(stream)
+            drawn.add(rest, chosen.bfloat16()).backward(torch.empty(20, 64))
+        casts = ledger.bytes.pop("_to_copy")  # of the branch itself: there and back
+        assert casts <= 2 * 6 * 10 * 64 + 200
+        of_depth = sum(ledger.bytes.values())
+        scores, targets = torch.empty(8, 512, dtype=torch.bfloat16, requires_grad=True), torch.empty(8, 512)
+        ledger.begin()
+        soft_cross_entropy(scores, targets, 0.1).backward(torch.empty(8))
+        return of_depth, sum(ledger.bytes.values())
 
 
 @pytest.mark.usefixtures("ready_processes")

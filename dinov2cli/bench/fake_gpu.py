@@ -292,14 +292,15 @@ def traffic(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], m
         return indices + 2 * sum(map(size_of, made))
     if name in SCATTERING:
         return indices + 3 * size_of(given[-1])
-    changed = []
+    changed, overwritten = [], []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[number] if number < len(args) else kwargs.get(argument.name)
-            changed += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            changed += (leaves := [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)])
+            overwritten += leaves if argument.is_out else []
     there = {_storage(tensor) for tensor in given}
     new = [tensor for tensor in made if _storage(tensor) not in there]
-    read = sum(map(size_of, given))
+    read = sum(map(size_of, given)) - sum(map(size_of, overwritten))
     if name in OVERWRITING:
         read -= sum(map(size_of, changed)) if changed else read
     return read + sum(map(size_of, changed)) + sum(map(size_of, new))

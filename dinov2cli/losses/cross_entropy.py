@@ -38,28 +38,28 @@ class _SoftCrossEntropy(torch.autograd.Function):
         logsumexp = torch.empty(rows.shape[:-1], dtype=exact, device=scores.device)
         product = torch.empty_like(logsumexp)
         mass = targets.sum(-1).to(exact)
+        inverse = mass.new_full((1,), 1 / temperature)  # an array, so that half-precision scores are promoted
         for at in _chunks(rows):
-            scaled = rows[at].to(exact) * (1 / temperature)
+            scaled = rows[at] * inverse
             torch.logsumexp(scaled, dim=-1, out=logsumexp[at])
             product[at] = (scaled * targets[at[1]]).sum(-1)  # a dot product would follow autocast
-        ctx.save_for_backward(rows, targets, logsumexp, mass)
+        ctx.save_for_backward(rows, targets, logsumexp, mass, inverse)
         ctx.temperature, ctx.shape = temperature, scores.shape
         return (mass * logsumexp - product).reshape(scores.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rows, targets, logsumexp, mass = ctx.saved_tensors
+        rows, targets, logsumexp, mass, inverse = ctx.saved_tensors
         factor = (gradient.reshape(logsumexp.shape) / ctx.temperature)[..., None]
         factor_of_softmax = factor * mass[:, None]
         of_scores = torch.empty_like(rows)
         for at in _chunks(rows):  # (sum of targets) * softmax - targets, in place unless the scores are half precision
             place = of_scores[at]
-            part = place.copy_(rows[at]) if place.dtype == logsumexp.dtype else rows[at].to(logsumexp.dtype)
-            part.mul_(1 / ctx.temperature).sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
-            part.addcmul_(targets[at[1]].to(part.dtype), factor[at], value=-1)
-            if part is not place:
-                place.copy_(part)
+            part = place if place.dtype == logsumexp.dtype else torch.empty_like(place, dtype=logsumexp.dtype)
+            torch.mul(rows[at], inverse, out=part)
+            part.sub_(logsumexp[at][:, None]).exp_().mul_(factor_of_softmax[at])
+            torch.addcmul(part, targets[at[1]].to(part.dtype), factor[at], value=-1, out=place)
         return of_scores.reshape(ctx.shape), None, None
 
 

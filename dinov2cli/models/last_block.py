@@ -30,13 +30,14 @@ class LastBlock(Block):
         """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens of a stream at the places `used` (int64 [U])."""
         if used is None or layout is None:
             return super().forward(x, layout, kept)
-        y: Tensor = x.index_select(0, used)
         if kept is None:
+            y: Tensor = x.index_select(0, used)
             y = y + attention_at(self.attn, self.norm1(x), layout, used, self.ls1)
             return y + self.mlp_branch(y)
         attending, transformed = kept
         rows, places, scale = find(attending, used)
-        normed = self.norm1(attending.select(x))
+        x, chosen = attending.select(x)
+        y, normed = x.index_select(0, used), self.norm1(chosen)
         residual = attention_at(self.attn, normed, attending.layout, places, self.ls1) * scale
         y = add_rows(y, rows, residual.to(y.dtype))
         rows, _, scale = find(transformed, used)

@@ -275,8 +275,8 @@ class Block(nn.Module):
             x = x + self.attention_branch(x, layout)
             return x + self.mlp_branch(x, layout)
         for branch, drawn in zip((self.attention_branch, self.mlp_branch), kept, strict=True):
-            stream = x.flatten(0, -2)
-            x = drawn.add(stream, branch(drawn.select(stream), drawn.layout)).view(x.shape)
+            stream, chosen = drawn.select(x.flatten(0, -2))
+            x = drawn.add(stream, branch(chosen, drawn.layout)).view(x.shape)
         return x
 
     def attention_branch(self, x: Tensor, layout: TokenLayout | None) -> Tensor:

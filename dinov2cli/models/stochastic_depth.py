@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2cli.device import without_autocast
 from dinov2cli.models.attention import Rotation, TokenLayout
 
 
@@ -32,12 +33,15 @@ class KeptSequences:
     place: Tensor
     scale: Tensor
 
-    def select(self, x: Tensor) -> Tensor:
-        """The kept tokens, [T, D] -> [K, D]."""
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept tokens, [T, D] -> [K, D]; and before them `x` for what comes after the branch.
+
+        Its gradient and that of the kept tokens then meet here, and are added as they are gathered.
+        """
         if shapes_may_depend_on_data(x):
-            return x.index_select(0, self.index)
-        selected: Tensor = _Select.apply(x, self.index, self.place, self.scale)  # type: ignore[no-untyped-call]
-        return selected
+            return x, x.index_select(0, self.index)
+        both: tuple[Tensor, Tensor] = _Select.apply(x, self.index, self.place, self.scale)  # type: ignore[no-untyped-call]
+        return both
 
     def turned(self, rotation: tuple[Rotation, ...]) -> "KeptSequences":
         """The same with rotary positions in its layout."""
@@ -60,15 +64,15 @@ class _Select(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, place: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, place: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(place, scale)
-        return x.index_select(0, index)
+        return x.view_as(x), x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, of_x: Tensor, of_kept: Tensor) -> tuple[Tensor, None, None, None]:
         place, scale = ctx.saved_tensors
-        return torch.where(scale > 0, gradient.index_select(0, place), 0), None, None, None
+        return torch.addcmul(of_x, of_kept.index_select(0, place), (scale > 0).to(of_x.dtype)), None, None, None
 
 
 class _Add(torch.autograd.Function):
@@ -78,13 +82,17 @@ class _Add(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, factor)
         ctx.dtype = residual.dtype
-        return x + (residual.index_select(0, place) * scale).to(x.dtype)
+        with without_autocast(x.device.type):  # which would make a float32 copy of the residual first
+            return torch.addcmul(x, residual.index_select(0, place), scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         index, factor = ctx.saved_tensors
-        of_residual = (gradient.index_select(0, index) * factor).to(ctx.dtype)
+        rows = gradient.index_select(0, index)
+        if torch.compiler.is_compiling():
+            return gradient, (rows * factor).to(ctx.dtype), None, None, None, None
+        of_residual = torch.mul(rows, factor, out=rows.new_empty(rows.shape, dtype=ctx.dtype))
         return gradient, of_residual, None, None, None, None
 
 
