@@ -127,6 +127,8 @@ class History:
 
     def advance(self, more: int) -> None:
         """Let the training come further by some iterations, or to its end."""
+        if more:  # one that is starting has the lines of the one before
+            self.wait_for(lambda: f"/{TOTAL}  loss" in self.said() or self.ended(), "its first iteration")
         target = min(self.lines() + more, TOTAL)
         self.wait_for(lambda: self.lines() >= target or self.ended(), f"iteration {target}")
 
