@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import time
 import zipfile
@@ -312,6 +313,20 @@ class TestArchives:
         labelled = {"x/0.png": png(1), "x/0.cls": b"1", "y/1.png": png(2), "y/1.cls": b"0"}
         assert make_dataset(str(write_zip(tmp_path / "web.zip", labelled))).targets().tolist() == [1, 0]
 
+    @pytest.mark.parametrize("kind", ["zip", "tar"])
+    def test_what_is_no_class_of_a_folder_is_none_of_an_archive(self, tmp_path: Path, kind: str) -> None:
+        hidden = {"./cat/.thumbs/a.png": png(9), ".ipynb_checkpoints/b.png": png(9), "cat/._a.png": b"x"}
+        parts = {"set/train/cat/a.png": png(1), "set/val/cat/b.png": png(2)}
+        for name, members in (("hidden", PHOTOS_OF_TWO | hidden), ("parts", parts)):
+            write = write_zip if kind == "zip" else write_shard
+            write(tmp_path / f"{name}.{kind}", members)
+        found = make_dataset(str(tmp_path / f"hidden.{kind}"))
+        assert len(found) == 3 and found.class_names == ("cat", "dog")
+        file = tmp_path / f"parts.{kind}"
+        with pytest.raises(DataError, match=rf"holds train and val, which are parts(.|\n)*or archive:{file}"):
+            make_dataset(str(file))
+        assert make_dataset(f"archive:{file}").class_names == ("train", "val")
+
     @pytest.mark.parametrize("name", ["photos.tar.gz", "photos.tgz", "photos.tar.xz"])
     def test_compressed_tars_say_what_to_do(self, tmp_path: Path, name: str) -> None:
         write_shard(tmp_path / name, PHOTOS_OF_TWO, "w:gz")
@@ -359,6 +374,7 @@ class TestTables:
             ("t.csv", "id;image;class\n7;c.png;10\n8;a.png;9\n9;b/b.png;10\n", ("9", "10"), [1, 0, 1]),
             ("t.tsv", "\ufeffwhere\tother\nc.png\tx\na.png\ty\nb/b.png\tz\n", (), [-1] * 3),
             ("t.csv", "c.png,1\r\na.png,0\r\nb/b.png,1\r\n", ("0", "1"), [1, 0, 1]),
+            ("t.csv", "path|label\nc.png|1\n  \n|\na.png|0\nb/b.png|1\n", ("0", "1"), [1, 0, 1]),
             ("t.csv", '"c.png"\n"a.png"\n"b/b.png"\n', (), [-1] * 3),
         ],
     )
@@ -455,6 +471,23 @@ class TestParquet:
         assert make_dataset(f"parquet:{tmp_path / 't.parquet'}:label=species").targets().tolist() == [1, 0]
         with pytest.raises(UnreadableImage, match="row 1: the row holds no image"):
             dataset.image(1)
+        pq.write_table(pa.table({"png": [png(5)] * 3, "n": [1.0, float("nan"), None]}), tmp_path / "float.parquet")
+        floats = make_dataset(f"parquet:{tmp_path / 'float.parquet'}:label=n")
+        assert floats.class_names == ("1.0",) and floats.targets().tolist() == [0, -1, -1]
+        names = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}}).encode()
+        for labels, message in (
+            ([[0], [1, 0]], r"'label' holds no labels of one number or word each, such as \[0\]"),
+            ([{"a": 1}, {"a": 2}], "'label' holds no labels of one"),
+            ([1, 2], "label 2 is none of the 2 classes that are named there"),
+            ([0, 2**40], "label 1099511627776 is none of the 2 classes"),
+        ):
+            table = pa.table({"png": [png(5)] * 2, "label": labels})
+            named = (
+                table if isinstance(labels[0], (list, dict)) else table.replace_schema_metadata({"huggingface": names})
+            )
+            pq.write_table(named, tmp_path / "v.parquet")
+            with pytest.raises(DataError, match=message):
+                make_dataset(str(tmp_path / "v.parquet"))
         with pytest.raises(DataError, match="no column 'x'; it has png, species, n"):
             make_dataset(f"parquet:{tmp_path / 't.parquet'}:label=x")
         (tmp_path / "u.parquet").write_bytes(b"PAR1 not")
@@ -464,8 +497,11 @@ class TestParquet:
 
 class TestLookAlikes:
     def test_parts_of_a_dataset_are_no_classes(self, tmp_path: Path) -> None:
-        for part in ("train", "val"):
+        for part in ("train", "val", "sets/Training_Set", "sets/test-set"):
             save_image(tmp_path / part / "cat" / "1.png")
+        with pytest.raises(DataError, match="holds Training_Set and test-set, which are parts"):
+            make_dataset(str(tmp_path / "sets"))
+        shutil.rmtree(tmp_path / "sets")
         with pytest.raises(
             DataError, match=rf"holds train and val, which are parts(.|\n)*{tmp_path}/train; or folder:"
         ):
@@ -535,7 +571,26 @@ class TestLookAlikes:
         with pytest.raises(DataError, match=r"no images found in .*; it holds 2 \.raw"):
             make_dataset(str(tmp_path))
 
+    def test_a_folder_of_what_is_given_otherwise(self, tmp_path: Path) -> None:
+        (tmp_path / "up").mkdir()
+        write_shard(tmp_path / "up" / "A.TAR", {"1.png": png(1), "1.cls": b"0"})
+        assert make_dataset(str(tmp_path / "up")).targets().tolist() == [0]
+        (tmp_path / "rows").mkdir()
+        pq.write_table(pa.table({"image": [png(3)]}), tmp_path / "rows" / "B.PARQUET")
+        assert int(make_dataset(str(tmp_path / "rows")).image(0)[0, 0, 0]) == 3
+        with pytest.raises(
+            DataError, match=r"it holds 1 \.parquet, 1 \.tar\nGive the folder in which the \.tar files lie"
+        ):
+            make_dataset(f"folder:{tmp_path}")
+        (tmp_path / "saved").mkdir()
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").touch()
+        with pytest.raises(DataError, match=r"to_parquet\(FILE\) writes one that is read"):
+            make_dataset(str(tmp_path / "saved"))
+
     def test_a_file_that_is_no_dataset(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").touch()
+        with pytest.raises(DataError, match=r"a\.txt is a file that is no dataset(.|\n)*list:.*a\.txt$"):
+            make_dataset(str(tmp_path / "a.txt"))
         save_image(tmp_path / "a.png")
         with pytest.raises(DataError, match=r"a\.png is a file that is no dataset"):
             make_dataset(str(tmp_path / "a.png"))
@@ -666,10 +721,15 @@ def test_links_that_lead_back_and_names_that_are_no_text(tmp_path: Path) -> None
     (tmp_path / "a" / "b" / "1.png").write_bytes(png(7))
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "a" / "loop.png").symlink_to("loop.png")
     (tmp_path / "c").symlink_to(tmp_path / "a")
     folder = os.fsencode(tmp_path) + b"/\xff\xfe"
     os.makedirs(folder)
     Path(os.fsdecode(folder + b"/\xe9.png")).write_bytes(png(5))
     dataset = make_dataset(str(tmp_path))
-    assert len(dataset) == 3 and [int(dataset.image(i)[0, 0, 0]) for i in range(3)] == [7, 7, 5]
+    paths = [dataset.path(i).rpartition("/")[2] for i in range(5)]
+    assert paths == ["loop.png", "1.png"] * 2 + ["\udce9.png"]
+    assert [int(dataset.image(i)[0, 0, 0]) for i in (1, 3, 4)] == [7, 7, 5]
+    with pytest.raises(UnreadableImage, match=r"loop\.png: cannot be read \(Too many levels"):
+        dataset.image(0)
     assert dataset.class_names == ("a", "c", "\udcff\udcfe")

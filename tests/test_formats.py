@@ -123,6 +123,7 @@ GRAYS = {
     **{f"tiff of {bits} bits": packed_tiff(bits) for bits in (4, 6, 10, 12, 14)},
     "npy8": npy(bands(0, 255, np.uint8)),
     "npy16": npy(np.asfortranarray(WIDE)),
+    "npy16, big-endian": npy(WIDE.astype(">u2")),
     "npy float": npy(bands(0, 1, np.float64)[..., None]),
 }  # fmt: skip
 

@@ -62,6 +62,10 @@ def levels(data: bytes, **images: Any) -> list[int]:
         pytest.param(
             dicom(bands(0, 4095, np.uint16), 12, RescaleSlope=2, RescaleIntercept=-1024), LEVELS, id="rescaled"
         ),
+        pytest.param(
+            dicom(bands(4095, 0, np.uint16), 12, RescaleSlope=-1, RescaleIntercept=4095), LEVELS, id="falling slope"
+        ),
+        pytest.param(dicom(bands(0, 4095, np.uint16), 12)[128 + 4 :], LEVELS, id="without its preamble"),
         pytest.param(dicom(bands(0, 4095, np.uint16), 12, WindowCenter=None, WindowWidth=None), LEVELS, id="no window"),
         # CT of the abdomen: 40 +- 200 HU; what lies outside is black or white.
         pytest.param(
@@ -85,6 +89,36 @@ def levels(data: bytes, **images: Any) -> list[int]:
 )  # fmt: skip
 def test_gray_is_as_it_is_to_be_seen(data: bytes, right: list[int]) -> None:
     assert levels(data) == pytest.approx(right, abs=1)
+
+
+@pytest.mark.parametrize("of_frames", [False, True])
+def test_of_many_frames_the_window_of_the_first_or_of_all(of_frames: bool) -> None:
+    """Enhanced CT and MR keep rescaling and window in functional groups (PS3.3, C.7.6.16)."""
+
+    def group(**elements: Any) -> Any:
+        dataset = pydicom.Dataset()
+        for name, value in elements.items():
+            setattr(dataset, name, value)
+        return pydicom.Sequence([dataset])
+
+    groups = pydicom.Dataset()
+    groups.PixelValueTransformationSequence = group(RescaleSlope=2, RescaleIntercept=-1024, RescaleType="HU")
+    groups.FrameVOILUTSequence = group(WindowCenter=976, WindowWidth=4000, VOILUTFunction="LINEAR_EXACT")
+    kept = {"SharedFunctionalGroupsSequence": pydicom.Sequence([pydicom.Dataset() if of_frames else groups])}
+    if of_frames:
+        kept["PerFrameFunctionalGroupsSequence"] = pydicom.Sequence([groups, pydicom.Dataset()])
+    frames = np.stack([bands(0, 2000, np.uint16), bands(2000, 0, np.uint16)])
+    assert levels(dicom(frames, 16, **kept)) == pytest.approx(LEVELS, abs=1)
+
+
+def test_pixels_of_floating_point() -> None:
+    header = pydicom.dcmread(io.BytesIO(dicom(bands(0, 255, np.uint8), 8)))
+    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        delattr(header, name)
+    header.BitsAllocated, header.FloatPixelData = 32, BANDS.astype("<f4").tobytes()
+    out = io.BytesIO()
+    header.save_as(out)
+    assert levels(out.getvalue()) == pytest.approx(LEVELS, abs=1)
 
 
 def test_a_range_that_is_said_is_one_of_rescaled_values() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinov2cli.config.images import RGB
 from dinov2cli.data.decoding import UnreadableImage, decode_image, read_stored
+from dinov2cli.data.formats.fast import exif_orientation
 from dinov2cli.visualize.rendering import shown
 
 H, W = 12, 16
@@ -138,3 +139,22 @@ def test_pages_of_different_sizes_and_an_animation_are_their_first_image() -> No
     frames[0].save(moving, "PNG", save_all=True, append_images=frames[1:])
     stored = read_stored(moving.getvalue(), "x")
     assert (stored.array == 9).all() and stored.left_out == "1 more frame"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("exif", "zTXt"), ("APP1", "tEXt"), ("exif", "iTXt")])
+def test_exif_as_imagemagick_writes_it_into_a_png(name: str, kind: str) -> None:
+    block = b"Exif\0\0" + TURNED
+    text = f"\n{name}\n{len(block):8}\n{block[:20].hex()}\n{block[20:].hex()}\n".encode()
+    head = f"Raw profile type {name}\0".encode()
+    body = {"zTXt": head + b"\0" + zlib.compress(text), "tEXt": head + text, "iTXt": head + bytes(4) + text}[kind]
+    rows = [row.tobytes() for row in (DEEP >> 8).astype(np.uint8)]
+    plain = decode_image(png(8, 2, rows), "x")
+    np.testing.assert_array_equal(decode_image(png(8, 2, rows, **{kind: body}), "x"), plain[::-1, ::-1])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("code", "sign"), [(1, "B3x"), (3, "H2x"), (4, "I")])
+def test_the_orientation_as_a_number_of_any_size(order: str, code: int, sign: str) -> None:
+    mark = b"II" if order == "<" else b"MM"
+    entry = struct.pack(f"{order}HHI{sign}", 0x112, code, 1, 6)
+    assert exif_orientation(mark + struct.pack(f"{order}HIH", 42, 8, 1) + entry + bytes(4)) == 6

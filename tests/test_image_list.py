@@ -49,7 +49,13 @@ def written(file: Path, text: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    "text", ["b/b.png\na.png\né.png\n", "b/b.png\r\na.png\r\n\r\né.png", "\ufeffb/b.png\na.png\né.png"]
+    "text",
+    [
+        "b/b.png\na.png\né.png\n",
+        "b/b.png\r\na.png\r\n\r\né.png",
+        "\ufeffb/b.png\na.png\né.png",
+        "# chosen\nb/b.png\n# \na.png\né.png\n# the end",
+    ],
 )
 def test_files_in_the_order_of_the_list_from_its_folder_on(photos: Path, text: str) -> None:
     file = written(photos / "chosen.txt", text)

@@ -17,7 +17,7 @@ from dinov2cli.cli.command import add_command
 from dinov2cli.config import load_config
 from dinov2cli.errors import WeightsError
 from dinov2cli.eval import knn, subject
-from dinov2cli.eval.protocol import evaluate_teacher
+from dinov2cli.eval.protocol import evaluate_teacher, labelled
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import option
 from dinov2cli.requests.eval import EvalRequest, KnnRequest, LinearRequest
@@ -142,3 +142,10 @@ def test_what_is_named_is_what_was_loaded_though_a_training_goes_on(
     assert found.iteration == 19
     saved = torch.load(found.weights)["teacher"]
     assert torch.equal(found.model.pos_embed, saved["backbone.pos_embed"])
+
+
+def test_classes_that_differ_in_case_alone_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "imgs", per_class=1)
+    (tmp_path / "imgs" / "class1").rename(tmp_path / "imgs" / "Class0")
+    assert len(labelled(str(tmp_path / "imgs"), "train", "k-NN").class_names) == 2
+    assert "names differ in case alone, such as Class0 and class0" in caplog.text

@@ -5,6 +5,7 @@ is given and writes the report where the request says; a request whose command e
 line in `requests.protocols`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -132,6 +133,11 @@ def labelled(dataset: str, name: str, protocol: str) -> ImageDataset:
         DataError: some have none, or there is no such dataset.
     """
     images = make_dataset(dataset)
+    names = {*images.class_names}
+    times = Counter(map(str.casefold, names))
+    if alike := sorted(each for each in names if times[each.casefold()] > 1):
+        logger.warning("%s: classes whose names differ in case alone, such as %s, count as different ones", dataset,
+                       " and ".join(alike[:2]))  # fmt: skip
     check_labels(torch.as_tensor(images.targets()), f"{name} dataset ({images.describe()})", protocol)
     return images
 

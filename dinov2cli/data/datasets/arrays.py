@@ -38,7 +38,7 @@ class ArraysDataset(ImageDataset):
             if len(values) != len(self):
                 raise DataError(f"{label}: {len(values)} labels for the {len(self)} images of {self.name}")
             names = [each.decode() if isinstance(each, bytes) else each for each in values.tolist()]
-            self.class_names, self._classes = classes_of(names)
+            self.class_names, self._classes = classes_of(names, where=label)
 
     def _opened(self) -> Stack:
         self._process = os.getpid()  # another process's file is not to be shared

@@ -104,23 +104,34 @@ def require_there(images: ImageDataset, file: Path, kind: str) -> None:
     """Raise `DataError` where none of the first images that a file names exists: its paths begin elsewhere."""
     first = [images.path(i) for i in range(min(len(images), LOOKED_AT))]
     if not any(map(os.path.exists, first)):
-        raise DataError(f"{file}: of the first {len(first)} images none exists; the first is {first[0]}",
+        raise DataError(f"{file}: of the first {len(first)} images none exists; the first is {first[0]!r}",
                         f"Where relative paths begin: {kind}:file={file}:root=FOLDER")  # fmt: skip
 
 
 def classes_of(
-    labels: Sequence[Any], names: Sequence[str] = (), *, key: Callable[[Any], Any] | None = None
+    labels: Sequence[Any], names: Sequence[str] = (), *, where: str = "", key: Callable[[Any], Any] | None = None
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names, and int32 [N] with -1 where there is no label.
 
     Args:
-        labels: of each image, None or -1 for none; with `names`, numbers.
+        labels: of each image; None, -1 or, of floating point, no number for none; with `names`, numbers.
+        where: they stand, for messages.
         key: by which classes are sorted that have no names given.
+
+    Raises:
+        DataError: a label that is not one number or word, or that has no name.
     """
+    labels = [None if label != label else label for label in labels]
     if names:  # numbers, -1 where a test set has none
-        numbers = np.array([UNLABELLED if label is None else label for label in labels], np.int32)
-        return tuple(names), np.where(numbers < 0, UNLABELLED, numbers)
-    known = sorted({label for label in labels if label is not None and label != UNLABELLED}, key=key)
+        for label in labels:
+            if label is not None and (not isinstance(label, int) or label >= len(names)):
+                raise DataError(f"{where}: label {label!r} is none of the {len(names)} classes that are named there")
+        numbers = [UNLABELLED if label is None or label < 0 else label for label in labels]
+        return tuple(names), np.array(numbers, np.int32)
+    try:
+        known = sorted({label for label in labels if label is not None and label != UNLABELLED}, key=key)
+    except TypeError:  # lists and dictionaries; words and numbers at once
+        raise DataError(f"{where} holds no labels of one number or word each, such as {labels[0]!r}") from None
     place = {label: i for i, label in enumerate(known)}
     return tuple(map(str, known)), np.array([place.get(label, UNLABELLED) for label in labels], np.int32)
 

@@ -9,6 +9,12 @@ from dinov2cli.data.datasets.listing import list_images
 from dinov2cli.errors import DataError
 from dinov2cli.files import user_path
 
+REMEDIES = {
+    ".tar": "Give the folder in which the .tar files lie.",
+    ".parquet": "Give the folder in which the .parquet files lie.",
+    ".arrow": "Hugging Face's datasets keeps such files for itself: to_parquet(FILE) writes one that is read.",
+    "": "Files are recognised by their extension (.jpg, .png, ...).",
+}
 _told: set[Path] = set()
 """Folders whose other files have been named."""
 
@@ -33,10 +39,12 @@ class FolderDataset(ImageDataset):
         self._paths, self._classes, self.class_names, others = list_images(self.root)
         of_others = ", ".join(f"{count} {suffix}" for suffix, count in list(others.items())[:8])
         where = f"{self.root}; it holds {of_others}" if others else str(self.root)
-        require_images(len(self._paths), where, "Files are recognised by their extension (.jpg, .png, ...).")
+        remedy = next((REMEDIES[suffix] for suffix in REMEDIES if suffix in others), REMEDIES[""])
+        require_images(len(self._paths), where, remedy)
         if others and self.root not in _told:
             _told.add(self.root)
-            logger.info("%s: passed over %d files of other types: %s", self.root, sum(others.values()), of_others)
+            passed_over = counted(sum(others.values()), "file")
+            logger.info("%s: passed over %s of other types: %s", self.root, passed_over, of_others)
 
     def __len__(self) -> int:
         return len(self._paths)

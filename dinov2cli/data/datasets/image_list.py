@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov2cli.console import counted
 from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
 from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.errors import DataError
@@ -18,7 +19,8 @@ COMPARED = 1000
 
 
 class PathsDataset(ImageDataset):
-    """The image files of a list, in its order: a path a line, and behind a tab its class, if it has one.
+    """The image files of a list, in its order: a path a line, and behind a tab its class, if it has one. Lines that
+    begin with `# ` are remarks.
 
     Args:
         file: the list, for messages.
@@ -30,7 +32,7 @@ class PathsDataset(ImageDataset):
     """
 
     def __init__(self, file: Path, lines: "Lines", root: Path) -> None:
-        self.file, self._lines = file, lines
+        self.file, self._lines = file, (lines := lines.without_remarks())
         require_images(len(self._lines), str(file))
         self._prefix = os.path.join(root, "")
         self.class_names, self._classes = classes_of([lines.second_column(i) or None for i in range(len(lines))])
@@ -44,7 +46,7 @@ class PathsDataset(ImageDataset):
         return os.path.join(self._prefix, self._lines.first_column(index))
 
     def describe(self) -> str:
-        return f"list {self.file}: {len(self)} images, {self._classes_in_words}"
+        return f"list {self.file}: {counted(len(self), 'image')}, {self._classes_in_words}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ class Lines:
     def after_first(self) -> "Lines":
         """All but the first line."""
         return Lines(self.content, self.starts[1:], self.tabs[1:], self.stops[1:])
+
+    def without_remarks(self) -> "Lines":
+        """Those that do not begin with `# `."""
+        second = self.content[np.minimum(self.starts + 1, len(self.content) - 1)]
+        kept = (self.content[self.starts] != ord("#")) | (second != ord(" "))
+        return Lines(self.content, self.starts[kept], self.tabs[kept], self.stops[kept])
 
     def _text(self, start: int, stop: int) -> str:
         return bytes(self.content[start:stop]).decode(errors="surrogateescape")

@@ -169,7 +169,7 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if is_folder(entry):
                     folders.append(entry.name)
                 elif _blocks(entry):
                     others["pipes or devices"] += 1
@@ -180,9 +180,15 @@ def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) ->
     return _Folder(sorted(files), sorted(folders), others, status.st_mtime_ns, parents | {identity})
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """As `entry.is_dir()`, which raises OSError for a link that leads to itself."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+
+
 def _blocks(entry: os.DirEntry[str]) -> bool:
     """Whether it is a pipe, socket or device, to which reading may never end; a link to nothing is a damaged file."""
-    return not entry.is_file() and os.path.exists(entry.path)
+    is_file = os.path.isfile(entry) if entry.is_symlink() else entry.is_file()
+    return not is_file and os.path.exists(entry)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov2cli.console import logger
+from dinov2cli.console import counted, logger
 from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images
 from dinov2cli.data.decoding import UnreadableImage, read_file
 from dinov2cli.errors import DataError, EnvironmentProblem
@@ -22,6 +22,7 @@ GROUPS_KEPT = 4
 """Row groups that a process keeps in memory: what is read at once."""
 LARGE_GROUP = 200
 """Images of a row group from which on reading them at random is slow."""
+_PARQUET = re.compile(r"[^.].*\.parquet", re.IGNORECASE)
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-\w+)?\.parquet")
 
 
@@ -73,7 +74,9 @@ class ParquetDataset(ImageDataset):
         if (largest := int(table[:, 2].max())) > LARGE_GROUP:
             logger.info("%s: an image is read with its row group of up to %d", self.root, largest)
         self.class_names, self._classes = classes_of(
-            labels or [None] * len(self), _class_names(first, self.label_column)
+            labels or [None] * len(self),
+            _class_names(first, self.label_column),
+            where=f"{self.root}: column {self.label_column!r}",
         )
 
     def __len__(self) -> int:
@@ -125,7 +128,7 @@ class ParquetDataset(ImageDataset):
         )
         split = f" ({self.split})" if self.split else ""
         what = f"{len(self.files)} Parquet file{'s' * (len(self.files) > 1)}{split} in {self.root}"
-        return f"{what}: {len(self)} images in column {self.image_column!r}, {classes}"
+        return f"{what}: {counted(len(self), 'image')} in column {self.image_column!r}, {classes}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_files": OrderedDict(), "_groups": OrderedDict()}
@@ -146,7 +149,8 @@ def open_parquet(file: Path) -> "pq.ParquetFile":
 
 def parquet_files(root: Path) -> list[Path]:
     """The Parquet files of a folder or, if it has none, of its `data/`."""
-    here = (sorted(folder.glob("[!.]*.parquet")) for folder in (root, root / "data"))
+    places = [folder for folder in (root, root / "data") if folder.is_dir()]
+    here = (sorted(each for each in place.iterdir() if _PARQUET.fullmatch(each.name)) for place in places)
     return next(filter(None, here), [])
 
 

@@ -1,6 +1,7 @@
 """What a path holds: folders, archives, tables or Parquet files of images, and what only looks like classes."""
 
 import os
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -9,20 +10,21 @@ from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.imagenet import data_root
-from dinov2cli.data.datasets.listing import image_extensions
+from dinov2cli.data.datasets.listing import image_extensions, is_folder
 from dinov2cli.data.datasets.parquet import ParquetDataset, holds_images, parquet_files
 from dinov2cli.data.datasets.shards import COMPRESSED, ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import DELIMITERS, TableDataset
 from dinov2cli.data.spelling import HDF5_SUFFIXES, holds_arrays
 from dinov2cli.errors import DataError
 
-TRAIN = {"train", "training"}
+TRAIN = {"train", "training"}  # train_set, Training-Set and trainset are such, too
 OTHERS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 """Names of folders that, beside one of `TRAIN`, are parts of a dataset and not classes."""
 MANY = 1000
 """Entries of a folder up to which `check_layout` looks at it: one with more is no set of parts."""
 FILES = (".tar", ".zip", ".parquet", ".h5", ".hdf5", *DELIMITERS)
 """Of files that hold a dataset."""
+LISTS = (".txt", ".lst", ".list")
 
 
 def recognise(path: Path) -> ImageDataset:
@@ -42,13 +44,24 @@ def is_dataset_file(file: str | Path) -> bool:
 def of_file(file: Path) -> ImageDataset:
     """The dataset in an archive, a table or a Parquet file."""
     if not is_dataset_file(file):
-        raise DataError(f"{file} is a file that is no dataset; datasets are folders and {', '.join(FILES)} files")
+        raise DataError(
+            f"{file} is a file that is no dataset; datasets are folders and {', '.join(FILES)} files",
+            f"If it is a list of image files: list:{file}" if file.suffix.lower() in LISTS else None,
+        )
     suffix = file.suffix.lower()
     if suffix in HDF5_SUFFIXES:
         return ArraysDataset(str(file))
     if suffix == ".parquet" and holds_images(file):
         return ParquetDataset(str(file))
-    return TableDataset(str(file)) if suffix in (".parquet", *DELIMITERS) else ArchiveDataset(file)
+    if suffix in (".parquet", *DELIMITERS):
+        return TableDataset(str(file))
+    archive = ArchiveDataset(file)
+    if parts := _parts_among(archive.class_names):
+        raise DataError(
+            f"{file} holds {' and '.join(parts)}, which are parts of a dataset rather than classes",
+            f"Unpack it and give one of them; or archive:{file} for all images, with these as classes.",
+        )
+    return archive
 
 
 def check_layout(path: Path) -> None:
@@ -77,7 +90,7 @@ def _content(folder: Path, at_most: int | None = None) -> tuple[list[str], list[
     """The names of the folders and of the files in a folder, sorted; None where there are more than `at_most`."""
     with os.scandir(folder) as entries:
         visible = (entry for entry in entries if not entry.name.startswith("."))
-        found = {entry.name: entry.is_dir() for entry in islice(visible, None if at_most is None else at_most + 1)}
+        found = {entry.name: is_folder(entry) for entry in islice(visible, None if at_most is None else at_most + 1)}
     if at_most is not None and len(found) > at_most:
         return None
     return sorted(name for name in found if found[name]), sorted(name for name in found if not found[name])
@@ -91,7 +104,7 @@ def of_folder(folder: Path) -> ImageDataset:
     _refuse_parts(folder, folders)
     if any(os.path.splitext(name)[1].lower() in image_extensions() for name in files):
         return FolderDataset(folder)
-    if any(name.endswith(".tar") for name in files):
+    if any(name.lower().endswith(".tar") for name in files):
         return ShardsDataset(folder)
     if parquet_files(folder) and set(folders) <= {"data"}:
         return ParquetDataset(folder)
@@ -118,11 +131,9 @@ def _refuse_parts(folder: Path, folders: list[str]) -> None:
         raise DataError(
             f"{folder} is ImageNet as Kaggle gives it, with its parts in {data_root(folder)}", _imagenet(folder)
         )
-    trains = [name for name in folders if name.lower() in TRAIN]
-    parts = trains + [name for name in folders if name.lower() in OTHERS]
-    if not trains or len(parts) == len(trains):
+    if not (parts := _parts_among(folders)):
         return
-    train = folder / trains[0]
+    train = folder / parts[0]
     if any(name.startswith("n") and name[1:].isdigit() and len(name) == 9 for name in _folders_in(train)):
         raise DataError(
             f"{folder} is the root of an ImageNet: {' and '.join(parts)} are parts, not classes", _imagenet(folder)
@@ -133,6 +144,13 @@ def _refuse_parts(folder: Path, folders: list[str]) -> None:
     )
 
 
+def _parts_among(names: Sequence[str]) -> list[str]:
+    """Those that are parts of a dataset, the training set first; none where that or any other is not there."""
+    bare = {name: name.lower().removesuffix("set").rstrip("_- ") for name in names}
+    trains, others = ([name for name in names if bare[name] in kind] for kind in (TRAIN, OTHERS))
+    return trains + others if trains and others else []
+
+
 def _imagenet(root: Path) -> str:
     extra = f"dino2 prepare-imagenet --root {root}, and then ImageNet:split=TRAIN:root={root}"
     return f"{extra}; or folder:{data_root(root) / 'train'}"
@@ -140,4 +158,4 @@ def _imagenet(root: Path) -> str:
 
 def _folders_in(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        return [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]

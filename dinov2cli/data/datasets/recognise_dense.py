@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinov2cli.data.datasets.dense import DenseDataset
+from dinov2cli.data.datasets.listing import is_folder
 from dinov2cli.data.datasets.strings import KINDS, make_dataset
 from dinov2cli.data.spelling import EXAMPLES, complete, options_of, quoted
 from dinov2cli.errors import DataError
@@ -60,7 +61,7 @@ def recognised(root: Path, part: Part, labels: Labels) -> str:
     for inner in ("ADEChallengeData2016", "VOCdevkit", "VOC2012"):  # as archives unpack
         if labels == "masks" and (place / inner).is_dir():
             place = place / inner
-    there = {entry.name for entry in os.scandir(place) if entry.is_dir() or entry.name.endswith(".txt")}
+    there = {entry.name for entry in os.scandir(place) if is_folder(entry) or entry.name.endswith(".txt")}
     marks = {
         "masks": {
             "ADE20k": {"images", "annotations"},
@@ -89,7 +90,7 @@ def _looks_like_ade(place: Path) -> bool:
 def _beside(root: Path, part: Part, labels: Labels) -> tuple[Path, Path]:
     """Folders of images and of their labels: images/train and masks/train, train/images and train/masks, or, without
     parts, images and masks, which are for training."""
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+    folders = {entry.name for entry in os.scandir(root) if is_folder(entry)}
     halves = [name for name in PARTS[part] if name in folders]
     for place in (*(root / half for half in halves), root):
         pair = [next((place / n for n in known if (place / n).is_dir()), None)

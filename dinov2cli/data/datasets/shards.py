@@ -1,6 +1,7 @@
 """Images in tar and zip files, read by index without unpacking: a folder of WebDataset shards, or one archive."""
 
 import os
+import re
 import struct
 import tarfile
 import time
@@ -27,6 +28,7 @@ LARGEST = 1 << 30
 MOST_CLASSES = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 """What cannot be read by position."""
+_HIDDEN = re.compile(r"(?:^|/)\.(?!/|\./)")  # a file, or a folder on the way to it, as in a folder of images
 
 
 class ShardsDataset(ImageDataset):
@@ -106,14 +108,14 @@ class ArchiveDataset(ShardsDataset):
         self._open(path.parent, [path.name])
         if self.class_names:
             return
-        folders = [[part for part in name.split("/")[:-1] if part not in ("", ".")] for name in self._names]
+        folders = [[part for part in name.split("/")[:-1] if part not in ("", ".", "..")] for name in self._names]
         ends = zip_longest(min(folders), max(folders))
         shared = next((depth for depth, (a, b) in enumerate(ends) if a != b), len(folders[0]))
         first = [parts[shared] if len(parts) > shared else None for parts in folders]
         self.class_names, self._classes = classes_of(first)
 
     def describe(self) -> str:
-        return f"archive {self.root / self.shards[0]}: {len(self)} images, {self._classes_in_words}"
+        return f"archive {self.root / self.shards[0]}: {counted(len(self), 'image')}, {self._classes_in_words}"
 
 
 class _Index(NamedTuple):
@@ -129,7 +131,7 @@ class _Index(NamedTuple):
 
 
 def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
-    kind = ["archives", *shards]
+    kind = ["archives, nothing hidden", *shards]
     if (recalled := recall(root, kind)) is not None:
         arrays, _ = recalled
         names = PathTable(arrays.pop("blob"), arrays.pop("ends"))
@@ -169,7 +171,7 @@ def _images_in(path: Path) -> list[tuple[str, int, int, int, int]]:
             # WebDataset's key is the name up to the first dot of its last part.
             folder, _, file = member.name.rpartition("/")
             stem, _, extension = file.partition(".")
-            if stem == "" or folder.startswith("__MACOSX"):  # hidden files; what macOS keeps beside each
+            if _HIDDEN.search(member.name) or folder.startswith("__MACOSX"):  # what macOS keeps beside each file
                 continue
             if "." + extension.lower().rpartition(".")[2] in image_extensions():
                 images.append((f"{folder}/{stem}", member))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from dinov2cli.console import counted
 from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
 from dinov2cli.data.datasets.listing import PathTable, image_extensions
 from dinov2cli.data.datasets.parquet import open_parquet
@@ -25,15 +26,15 @@ PATH_COLUMNS = (
     "img_path",
 )
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
-DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 
 
 class TableDataset(ImageDataset):
     """The images that a table names, in its order.
 
     Args:
-        file: a .csv (with commas, semicolons or tabs), .tsv or .parquet; the first line of text names the columns,
-            unless it names an image.
+        file: a .csv (with commas, semicolons, tabs or bars), .tsv or .parquet; the first line of text names the
+            columns, unless it names an image.
         root: where relative paths begin; by default the table's folder.
         path: column of the paths; by default the one of `PATH_COLUMNS` that is there, or the only one of image files.
         label: column of the labels, numbers or names, empty for none; by default the first of `LABEL_COLUMNS`; `none`
@@ -65,7 +66,7 @@ class TableDataset(ImageDataset):
 
     def describe(self) -> str:
         by = f"{len(self.class_names)} classes by column {self.label_column!r}" if self.class_names else "no labels"
-        return f"table {self.file}: {len(self)} images by column {self.path_column!r}, {by}"
+        return f"table {self.file}: {counted(len(self), 'image')} by column {self.path_column!r}, {by}"
 
 
 def read_columns(file: Path, *wanted: str | None) -> dict[str, Sequence[str]]:
@@ -80,14 +81,14 @@ def read_columns(file: Path, *wanted: str | None) -> dict[str, Sequence[str]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             first = text.readline()
-            delimiter = max(DELIMITERS.get(file.suffix.lower(), ",;\t"), key=first.count)
+            delimiter = max(DELIMITERS.get(file.suffix.lower(), DELIMITERS[".csv"]), key=first.count)
             text.seek(0)
             rows = list(csv.reader(text, delimiter=delimiter, strict=True))
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: not a table in UTF-8 ({error}); save it as such (Excel: CSV UTF-8)") from error
-    rows = [row for row in rows if row]
+    rows = [row for row in rows if any(map(str.strip, row))]
     if not rows:
         raise DataError(f"{file} is empty")
     names = rows[0] if not any(map(_is_image, rows[0])) else []

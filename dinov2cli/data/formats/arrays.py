@@ -48,7 +48,7 @@ def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
     array = array[..., None] if array.ndim == 2 else array.transpose(1, 2, 0) if first else array
     if dtype.kind == "b":
         array = array.astype(np.uint8)
-    span = span_of_type(dtype) if dtype.kind == "b" or dtype in (np.uint8, np.uint16) else None
+    span = span_of_type(dtype) if dtype.kind in "bu" and dtype.itemsize <= 2 else None
     array = interleaved(array).astype(array.dtype.newbyteorder("="), copy=False)
     return Stored(array, "npy", span, rgb=channels == 3)
 

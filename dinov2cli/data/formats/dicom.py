@@ -9,7 +9,7 @@ from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory,
 
 
 def is_dicom(data: bytes | memoryview) -> bool:
-    return bytes(data[128:132]) == b"DICM"
+    return bytes(data[128:132]) == b"DICM" or bytes(data[:6]) == b"\x02\0\0\0UL"  # the latter without its preamble
 
 
 def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
@@ -24,7 +24,7 @@ def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
     except ImportError:
         raise UnreadableImage(path, "a DICOM file needs pydicom: pip install 'dinov2cli[dicom]'") from None
     try:
-        header = pydicom.dcmread(io.BytesIO(data))
+        header = pydicom.dcmread(io.BytesIO(data), force=True)
         frames = int(header.get("NumberOfFrames") or 1)
         if "PixelData" not in header and "FloatPixelData" not in header and "DoubleFloatPixelData" not in header:
             raise UnreadableImage(path, "a DICOM file without pixels")
@@ -55,7 +55,7 @@ def _stored(array: np.ndarray, header: Any, left_out: str) -> Stored:
         array = apply_color_lut(array[..., 0], header)
         bits = int(header.RedPaletteColorLookupTableDescriptor[2])
         return Stored(array[..., :3], "DICOM", (0, 2**bits - 1), rgb=True, left_out=left_out)
-    bits = int(header.BitsStored)
+    bits = int(header.get("BitsStored") or header.BitsAllocated)
     if array.shape[2] == 3:
         return Stored(array, "DICOM", (0, 2**bits - 1), rgb=True, left_out=left_out)
     signed = int(header.get("PixelRepresentation") or 0)
@@ -64,19 +64,29 @@ def _stored(array: np.ndarray, header: Any, left_out: str) -> Stored:
         array = apply_modality_lut(array, header)
         span: tuple[float, float] | None = (0, 2 ** int(header.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
     else:
-        slope = float(header.get("RescaleSlope") or 1)
-        intercept = float(header.get("RescaleIntercept") or 0)
+        rescaling = _of_first_frame(header, "PixelValueTransformationSequence")
+        slope = float(rescaling.get("RescaleSlope") or 1)
+        intercept = float(rescaling.get("RescaleIntercept") or 0)
         if (slope, intercept) != (1, 0):
             array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-        span = (ends[0] * slope + intercept, ends[1] * slope + intercept) if array.dtype.kind != "f" or (
-            "PixelData" in header) else None  # fmt: skip
-    has_window = header.get("WindowCenter") is not None and header.get("WindowWidth") is not None
+        low, high = sorted(end * slope + intercept for end in ends)  # the slope may fall
+        span = (low, high) if "PixelData" in header else None
+    shown = _of_first_frame(header, "FrameVOILUTSequence")
+    has_window = shown.get("WindowCenter") is not None and shown.get("WindowWidth") is not None
     if "VOILUTSequence" in header and not has_window:
         array = apply_voi_lut(array[..., 0], header)[..., None]
         span = (0, 2 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1)
     elif has_window:
-        array, span = _windowed(array, header)
+        array, span = _windowed(array, shown)
     return Stored(array, "DICOM", span, inverted=kind == "MONOCHROME1", left_out=left_out)
+
+
+def _of_first_frame(header: Any, sequence: str) -> Any:
+    """Where such elements stand: of a multi-frame object in the groups of its first frame, or of all (C.7.6.16)."""
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        if (found := header.get(groups)) and (inner := found[0].get(sequence)):
+            return inner[0]
+    return header
 
 
 def _windowed(array: np.ndarray, header: Any) -> tuple[np.ndarray, tuple[float, float]]:

@@ -52,7 +52,7 @@ def exif_orientation(exif: bytes | memoryview) -> int:
         for entry in range(first + 2, first + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
             if tag == 0x0112:
-                (turn,) = struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", exif, entry + 8)
+                (turn,) = struct.unpack_from(f"{order}{ {1: 'B', 4: 'I'}.get(kind, 'H') }", exif, entry + 8)
                 return int(turn) if 1 <= turn <= 8 else 1
     except struct.error:
         pass
@@ -131,7 +131,10 @@ def _png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, memoryview]]:
 def is_plain_png(data: bytes | memoryview) -> bool:
     """Whether `data` is a whole PNG, by its checksums, with nothing that changes its pixels."""
     try:
-        return all(kind in _CHUNKS_THAT_CHANGE_NOTHING for kind, _ in _png_chunks(data))
+        return all(
+            kind in _CHUNKS_THAT_CHANGE_NOTHING and bytes(chunk[8:24]) != b"Raw profile type"  # EXIF, as a text
+            for kind, chunk in _png_chunks(data)
+        )
     except ValueError:
         return False
 

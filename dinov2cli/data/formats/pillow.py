@@ -83,7 +83,7 @@ def _know_heif(data: bytes | memoryview) -> None:
 def of_picture(image: Image.Image, path: str) -> Stored:
     """What an image of Pillow's holds. Raises `UnreadableImage` for colours that are not read, else as Pillow does."""
     kind = str(image.format)
-    turn = exif_orientation(image.info.get("exif") or b"")
+    turn = exif_orientation(image.info.get("exif") or _exif_in_text(image))
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):
         return Stored(np.array(image).astype(np.uint16)[..., None], kind, (0, 65535), orientation=turn)
@@ -103,6 +103,16 @@ def of_picture(image: Image.Image, path: str) -> Stored:
     array = array[..., None] if array.ndim == 2 else array
     rgb = array.shape[2] >= 3
     return Stored(array, kind, (0, 255), rgb=rgb, alpha=alpha, orientation=turn)
+
+
+def _exif_in_text(image: Image.Image) -> bytes:
+    """EXIF's block as ImageMagick writes it into the texts of a PNG: hexadecimal digits, after three lines."""
+    names = (f"Raw profile type {kind}" for kind in ("exif", "APP1"))
+    text = next((image.info[name] for name in names if name in image.info), "")
+    try:
+        return bytes.fromhex("".join(str(text).split("\n")[3:]))
+    except ValueError:
+        return b""
 
 
 def read_indices(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:

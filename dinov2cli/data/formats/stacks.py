@@ -73,7 +73,7 @@ class Stack:
         chosen = chosen if "C" in axes else chosen[..., None]
         chosen = chosen.transpose([(axes if "C" in axes else f"{axes}C").index(axis) for axis in "HWC"])
         dtype = chosen.dtype
-        span = span_of_type(dtype) if dtype.kind == "b" or dtype in (np.uint8, np.uint16) else None
+        span = span_of_type(dtype) if dtype.kind in "bu" and dtype.itemsize <= 2 else None
         kept = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
         return Stored(interleaved(chosen).astype(kept, copy=False), "array", span, rgb=channels == 3)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dinov2cli.console import few, progress
 from dinov2cli.data.datasets.imagenet import FLAT_VAL, NO_CLASS, Split
+from dinov2cli.data.datasets.listing import is_folder
 from dinov2cli.data.prepare.labels import SOLUTION, Labels
 from dinov2cli.errors import DataError
 from dinov2cli.files import write_array
@@ -126,7 +127,7 @@ def changed_since(root: Path, extra: Path, split: Split) -> bool:
     written = min(path.stat().st_mtime for path in metadata_files(extra, split))
     folder = root / split.folder
     with os.scandir(folder) as entries:
-        times = [entry.stat().st_mtime for entry in entries if entry.is_dir()] if split is not Split.TEST else []
+        times = [entry.stat().st_mtime for entry in entries if is_folder(entry)] if split is not Split.TEST else []
     return max([folder.stat().st_mtime, *times]) > written
 
 
@@ -160,5 +161,5 @@ def _by_labels(val: Path, numbers: list[int], labels: Mapping[int, str] | None) 
 def _names_in(folder: Path) -> list[str]:
     """What is in a folder and not hidden, sorted; folders end with a slash."""
     with os.scandir(folder) as entries:
-        names = [entry.name + "/" * entry.is_dir() for entry in entries if not entry.name.startswith(".")]
+        names = [entry.name + "/" * is_folder(entry) for entry in entries if not entry.name.startswith(".")]
     return sorted(names)
