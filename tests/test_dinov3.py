@@ -1,5 +1,6 @@
 """DINOv3's files, as its authors and as transformers write them: loaded strictly, exported, and refused in words."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from weight_samples import assert_same_state, export_model, sample_model, sample
 from dinov2cli.config import ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load import load_backbone_into, load_model, read_weights
+from dinov2cli.models.load.infer import infer_architecture
 from dinov2cli.models.load.layouts import dinov3
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, shapes_of
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ViTConfig(
@@ -103,6 +105,37 @@ def test_what_transformers_saves_computes_the_same_here(gated: bool, tmp_path: P
     tokens = torch.cat([found[f"x_{name}"] for name in ("storage_tokens", "norm_patchtokens")], dim=1)
     torch.testing.assert_close(found["x_norm_clstoken"], expected[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=0)
+
+
+def test_features_equal_timms(tmp_path: Path) -> None:
+    """A small `vit_small_patch16_dinov3_qkvb` that timm 1.0.31 made, recorded by `timm_students.py`."""
+    golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / "timm_dinov3.npz").items()}
+    state = {key[2:]: tensor for key, tensor in golden.items() if key.startswith("w/")}
+    model = load_model(save(state, tmp_path / "timm.pth"), num_heads=2)
+    with torch.no_grad():
+        found = model.forward_features(golden["x"])
+    tokens = [found["x_norm_clstoken"][:, None], found["x_storage_tokens"], found["x_norm_patchtokens"]]
+    torch.testing.assert_close(torch.cat(tokens, dim=1), golden["tokens"], atol=1e-5, rtol=0)
+    assert read_weights(tmp_path / "timm.pth", num_heads=2).report.filled == ("mask_token",)
+    del state["blocks.1.attn.v_bias"]
+    with pytest.raises(WeightsError, match=r"biases of 'blocks\.1\.attn\.' that no model of the reference has"):
+        read_weights(save(state, tmp_path / "timm.pth"), num_heads=2)
+
+
+def test_what_timms_weights_do_not_show(tmp_path: Path) -> None:
+    """Its folder says it; without that, heads of the two widths that only DINOv3 has."""
+    golden = np.load(GOLDEN / "timm_dinov3.npz")
+    save({key[2:]: torch.from_numpy(golden[key]) for key in golden if key[:2] == "w/"}, tmp_path / "pytorch_model.bin")
+    levels = {"mean": [0.43, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
+    said = {"architecture": "vit_small_patch16_dinov3_qkvb", "model_args": {"num_heads": 4, "rope_temperature": 50.0},
+            "pretrained_cfg": {"input_size": [3, 64, 64], **levels}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    model = load_model(tmp_path)
+    assert (model.num_heads, model.config.pos_embed_rope_base, model.config.img_size) == (4, 50, 64)
+    assert model.images.statistics == tuple(map(tuple, levels.values()))
+    wide = SMALL.changed(embed_dim=1280, num_heads=20)
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(wide).items() if "rope" not in name}
+    assert infer_architecture(shapes, {}, "file").num_heads == 20
 
 
 def test_names_of_transformers_4_are_read_too(tmp_path: Path) -> None:

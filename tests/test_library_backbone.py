@@ -1,29 +1,36 @@
 """A student that is a network of another library: what it learns, how it resumes, what is refused, who opens it."""
 
 import json
+import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from dense_sets import write_depths, write_masks
+from PIL import Image
+from test_pca_video import write_video
 from tiny_run import LIBRARY, TINY, metrics_of, write_images, write_teacher
 
 from dinov2cli.bench.train import synthetic_batch
+from dinov2cli.cli.main import main
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.schema import Student
+from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import ConfigError, Dino2Error, EnvironmentProblem, WeightsError
+from dinov2cli.eval.reports import read_results
 from dinov2cli.launch.training import resolve_config
-from dinov2cli.models.libraries import quiet_transformers
+from dinov2cli.models.libraries import quiet_transformers, settle
 from dinov2cli.models.library_backbone import LibraryBackbone, size_of
-from dinov2cli.models.load import load_model
+from dinov2cli.models.load import load_model, locate
 from dinov2cli.requests.base import run
-from dinov2cli.requests.eval import KnnRequest
 from dinov2cli.requests.export import ExportRequest
-from dinov2cli.requests.pictures import AttentionRequest, PcaImageRequest
-from dinov2cli.requests.tools import InfoRequest
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.start import train
 from dinov2cli.train.batch_norm import running_averages
@@ -155,21 +162,89 @@ def test_batch_norms_averages_follow_and_bear_a_step_that_is_left_out(place: Pat
     assert all(torch.equal(before, now) for before, now in zip(weights, networks.student.parameters(), strict=True))
 
 
-def test_what_reads_a_run_reads_this_one(place: Path, trained: Path, tmp_path: Path) -> None:
-    model = load_model(trained)
-    assert isinstance(model, LibraryBackbone) and model.embed_dim == 24 and not model.training
-    told = run(InfoRequest(checkpoint=str(trained)))
-    assert told["parameters"] == size_of(model.config) and "hf:resnet" in told["what"]
-    data = {"train_dataset": str(place / "data"), "val_dataset": str(place / "data")}
-    rows = run(KnnRequest(checkpoint=str(trained), nb_knn=(2,), device="cpu", no_cache=True, **data)).as_dict()["rows"]
-    assert rows[0]["top1"] > 80, "two textures"
+SETS = "--train-dataset DATA --val-dataset DATA --device cpu --no-cache"
+DENSE = "--image-size 32 --batch-size 4 --iterations 20 --device cpu --no-cache --num-workers 0"
+COMMANDS = {
+    "info RUN": "",
+    f"eval knn RUN {SETS} --nb-knn 2 --baselines": "",
+    f"eval logreg RUN {SETS} --max-train-iters 5": "",
+    f"eval linear RUN {SETS} --epochs 1 --epoch-length 2 --batch-size 4": "",
+    f"eval retrieval RUN {SETS}": "",
+    f"eval segmentation RUN --data MASKS {DENSE} --learning-rates 0.03 --baselines": "",
+    f"eval segmentation RUN --data MASKS {DENSE} --head HEAD --inference ms": "",
+    f"eval depth RUN --data DEPTHS {DENSE}": "",
+    "segment PICTURE OUT/s.png --head HEAD --device cpu": "",
+    "depth PICTURE OUT/d.png --head OTHER --device cpu": "",
+    "embed RUN --data DATA --output OUT/f.npy --device cpu --no-cache": "",
+    "embed RUN --data DATA --output OUT/f.parquet --tiles 16 --device cpu --no-cache": "",
+    "pca-image PICTURE OUT/p.png --model RUN --resolution 4 --device cpu": "",
+    "pca-video CLIP OUT/p.mp4 --model RUN --resolution 4 --device cpu": "",
+    "attention PICTURE OUT/a.png --model RUN --device cpu": "ARCH: attention maps are of vision transformers",
+    "search build OUT/i --model RUN --data DATA --device cpu": "",
+    "search query OUT/i PICTURE --top 1 --device cpu --json": "",
+    "curate OUT/c --data DATA --model RUN --duplicates 0.95 --device cpu --dry-run": "",
+    "curate OUT/c --data DATA --model RUN --duplicates 0.95 --device cpu": "",
+    "export RUN --format safetensors --output OUT/x.safetensors": "",
+    "export RUN --format official --output OUT/x.pth": "format official does not hold ARCH",
+    "export RUN --format onnx --output OUT/x.onnx": "format onnx does not hold ARCH",
+    "export RUN --format torch-export --output OUT/x.pt2": "format torch-export does not hold ARCH",
+    "export RUN --format safetensors --output OUT/y.safetensors --image-size 32": "takes images of any size as it is",
+    "results RUN": "",
+    "status RUN": "",
+}
+"""Every command that takes a checkpoint, and what it says where it refuses such a one."""
+
+
+def try_commands(run: Path, place: Path, folder: Path) -> None:
+    """All of them with the run of a library's student, whose `place` has `data`; raises where one does otherwise."""
+    folder.mkdir(exist_ok=True)
+    model, newest = load_model(run), locate(run).files[0].parent
     picture = next((place / "data" / "class0").glob("*.png"))
-    run(PcaImageRequest(paths=(picture, tmp_path / "pca.png"), model=str(trained), resolution=4, device="cpu"))
-    assert (tmp_path / "pca.png").stat().st_size > 0
-    with pytest.raises(WeightsError, match="hf:resnet: attention maps are of vision transformers"):
-        run(AttentionRequest(paths=(picture, tmp_path / "att.png"), model=str(trained), device="cpu"))
+    assert isinstance(model, LibraryBackbone) and not model.training
+    places = {
+        "RUN": run, "DATA": place / "data", "PICTURE": picture, "CLIP": write_video(folder / "clip.mp4", 2),
+        "MASKS": write_masks(folder / "masks"), "DEPTHS": write_depths(folder / "depths"), "OUT": folder,
+        "HEAD": newest / "segmentation" / "best_head.pth", "OTHER": newest / "depth" / "best_head.pth",
+    }  # fmt: skip
+    for command, refusal in COMMANDS.items():
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(SystemExit) as end:
+            main(re.sub(r"\b[A-Z]+\b", lambda found: str(places[found[0]]), command).split())
+        assert (end.value.code or 0) == 2 * bool(refusal), (command, err.getvalue())
+        assert refusal.replace("ARCH", model.config.arch) in err.getvalue(), command
+        if command.startswith("search query"):
+            assert str(picture) in out.getvalue(), "a picture is the most alike to itself"
+    transform = EvalTransform.at(32)
+    shown = [transform(np.array(Image.open(file))) for file in sorted((place / "data").rglob("*.png"))]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(np.load(folder / "f.npy")), model(torch.stack(shown)))
+    rows = {result.task: result.rows[0] for result in reversed(read_results(run))}
+    assert rows["knn"].top1 > 80, "two textures"
+    assert rows["segmentation"].scores["aAcc %"] > 60 and rows["depth"].scores["RMSE m"] < 1
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "resnet" else pytest.mark.long) for kind in LIBRARY]
+)
+def test_every_command_reads_it_or_says_that_it_does_not(
+    kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINO2_CACHE", str(tmp_path / "cache"))
+    config = resolved(place, tmp_path / "run", *LIBRARY[kind], "optim.epochs=1", "optim.warmup_epochs=0")
+    train(config, TrainRequest(cpu=True))
+    try_commands(tmp_path / "run", place, tmp_path)
+
+
+def test_what_is_of_vision_transformers_alone_is_refused(place: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="size_policy: hf:resnet is no vision transformer"):
+        load_model(trained, size_policy="pad")
+    with pytest.raises(WeightsError, match="num_heads, attention_backend: hf:resnet is no vision transformer"):
+        load_model(trained, num_heads=2, attention_backend="sdpa")
     with pytest.raises(WeightsError, match="hf:resnet; a teacher is a vision transformer"):
         resolve_config(TrainRequest(data=str(place / "data"), output_dir=tmp_path / "next", teacher=str(trained)))
+    request = TrainRequest(data=str(place / "data"), output_dir=tmp_path / "vit", overrides=tuple(TINY),
+                           init_from=str(trained), cpu=True)  # fmt: skip
+    with pytest.raises(WeightsError, match="cannot start this model: its weights are of hf:resnet"):
+        train(resolve_config(request), request)
 
 
 def test_exports_open_in_the_library_alone_and_here(trained: Path, tmp_path: Path) -> None:
@@ -254,8 +329,13 @@ def test_without_the_library_one_message_says_what_to_install(
         resolved(place, tmp_path / "run", *LIBRARY["resnet"])
 
 
-def test_the_name_of_an_architecture_replaces_the_model_of_a_preset(tmp_path: Path) -> None:
+def test_the_name_of_an_architecture_replaces_the_model_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a preset says of its vision transformer goes; what is typed beside the name stays, and is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet").mkdir()
+    assert settle("hf:resnet", {}, 3).folder is None, "a folder that happens to be called so is not meant"
     config = load_config("demo", overrides=["distillation.teacher=x", "student.arch=hf:resnet"])
     defaults = {key: field.default for key, field in Student.model_fields.items()}
     assert config.student.layerscale == defaults["layerscale"] and config.student.embed_dim is None

@@ -436,9 +436,6 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "not a number": (changed(norm__bias=torch.full((192,), float("nan"))), r"not finite numbers .*: norm\.bias"),
     "integers": (changed(norm__bias=torch.ones(192, dtype=torch.int8)), r"weights of type torch\.int8"),
     "DINOv3": (changed(storage_tokens=torch.ones(1, 4, 192), pos_embed=None), "missing: rope_embed.periods"),
-    "DINOv3 from timm": (
-        saved(lambda: {"reg_token": torch.ones(1), "patch_embed.proj.weight": torch.ones(1)}),
-        "a DINOv3 model as timm names it"),
     "DINOv3 folder": (hf_folder("dinov3_vit"), "says img_size=224, but the weights have 56"),
     "I-JEPA folder": (hf_folder("ijepa"), "a model of type 'ijepa'; dino2 loads dinov2"),
     "supervised transformer": (saved(supervised), "without mask token and LayerScale"),

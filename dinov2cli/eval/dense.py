@@ -16,7 +16,7 @@ from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extracto
 from dinov2cli.eval.dense_heads import DenseTrainer, Recipe, features_of_blocks, same_start
 from dinov2cli.eval.probe import ProbeCheckpoint, train_heads
 from dinov2cli.models.dense_heads import DenseHead, DenseModel
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 
 FROZEN_CROPS = "approximation: trained on one fixed crop of each image, its features in half precision (--frozen-crops)"
 CHECKPOINT = "running_checkpoint_{}_eval.pth"
@@ -46,7 +46,7 @@ def trained_heads(
     Raises:
         CheckpointError: the file is of other settings.
     """
-    heads = [make_head(int(extract.model.embed_dim)).to(extract.device) for _ in settings.learning_rates]  # type: ignore[arg-type]
+    heads = [make_head(extract.dim).to(extract.device) for _ in settings.learning_rates]
     same_start(heads, settings.seed)
     trainer = DenseTrainer(heads, settings.learning_rates, settings.iterations, recipe)
     kept = None
@@ -96,6 +96,6 @@ class MapsOf:
         return torch.cat([head.predict(features, size) for head in self.heads], dim=1)
 
 
-def blocks_for(model: VisionTransformer, head: DenseHead) -> tuple[int, ...]:
+def blocks_for(model: Backbone, head: DenseHead) -> tuple[int, ...]:
     """Indices of the blocks that a head reads. Raises WeightsError where it does not fit the model."""
     return DenseModel(model, head).layers

@@ -13,7 +13,7 @@ from dinov2cli.eval.baselines import random_network
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Recipe
 from dinov2cli.models.dense_heads import pad_to_patches
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 
 RAW_COLOURS, RANDOM_NETWORK = "raw colours", "random network"
 
@@ -92,7 +92,7 @@ class DenseExtractor(Extractor):
 class RawColours(nn.Module):
     """In place of a backbone: of every patch the colours of its pixels, and as class token their mean over patches."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Backbone) -> None:
         super().__init__()
         self.config, self.patch_size, self.images = model.config, model.patch_size, getattr(model, "images", RGB)
         self.embed_dim, self.depth = model.config.in_chans * model.patch_size**2, 1

@@ -39,7 +39,6 @@ from dinov2cli.eval.protocol import Trial
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.models.dense_heads import DenseHead, DepthHead, HeadConfig, last_blocks, spread_blocks
-from dinov2cli.models.library_backbone import need_vit
 from dinov2cli.models.load.dense import read_head, save_head
 from dinov2cli.models.sliding import mirrored_mean
 from dinov2cli.requests.dense import DepthRequest
@@ -64,7 +63,7 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
     """
     trial = Trial.of(request, subject)
     val = _depths(trial.val_dataset, request)
-    model = need_vit(trial.subject.model, "dense heads")
+    model = trial.subject.model
     how = trial.subject.extraction(request)
     if request.head is not None:
         head = read_head(request.head)

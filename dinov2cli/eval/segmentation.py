@@ -37,7 +37,6 @@ from dinov2cli.eval.protocol import Trial
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.subject import Subject
 from dinov2cli.models.dense_heads import DenseHead, HeadConfig, SegmentationHead, last_blocks
-from dinov2cli.models.library_backbone import need_vit
 from dinov2cli.models.load.dense import read_head, save_head
 from dinov2cli.models.sliding import multi_scale, sliding
 from dinov2cli.requests.dense import SegmentationRequest
@@ -93,7 +92,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
     settings = SegmentationSettings.of(request)
     trial = Trial.of(request, subject)
     val = cast(SegmentationDataset, dense_dataset(trial.val_dataset, "masks"))
-    model = need_vit(trial.subject.model, "dense heads")
+    model = trial.subject.model
     how = trial.subject.extraction(request)
     if request.head is not None:
         head = read_head(request.head)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dinov2cli import cluster
 from dinov2cli.config import Config, load_config
+from dinov2cli.config.library import library_of
 from dinov2cli.config.loading import read_layers
 from dinov2cli.config.messages import said_by
 from dinov2cli.console import err, logger, plain_table
@@ -318,6 +319,8 @@ def keys_that_follow_weights(config: Config, *, resume: bool) -> list[str]:
     else:
         settings = student_settings(read_weights(config.student.pretrained_weights).architecture)
     chosen = set(config.student.model_fields_set)
+    if "arch" in chosen and library_of(settings["arch"]) != library_of(config.student.arch):
+        return []  # of another kind of network; the weights are refused when they are read
     size = {"arch", "embed_dim", "depth", "num_heads"}
     if chosen & size:  # these describe one thing together: whoever sets one has chosen
         chosen |= size

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.library_backbone import Backbone
 
 Features = Sequence[tuple[Tensor, Tensor]]
 """Of each block that a head reads, earliest first: patch tokens [B, D, h, w] and class token [B, D]."""
@@ -85,7 +85,7 @@ class DenseHead(nn.Module):
             low = low.clamp(self.config.min_depth, self.config.max_depth)
         return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
 
-    def blocks_read(self, backbone: VisionTransformer) -> tuple[int, ...]:
+    def blocks_read(self, backbone: Backbone) -> tuple[int, ...]:
         """Indices of the blocks of `backbone` that the head reads.
 
         Raises:
@@ -273,14 +273,14 @@ class DenseModel(nn.Module):
     included, as the released heads were trained.
 
     Args:
-        backbone: any `VisionTransformer`.
+        backbone: as `load_model` gives it; one of another library has one block, its last stage.
         head: one that fits it.
 
     Raises:
         WeightsError: the head does not fit.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: DenseHead) -> None:
+    def __init__(self, backbone: Backbone, head: DenseHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.layers = head.blocks_read(backbone)

@@ -65,13 +65,15 @@ def keys_of_library(config: Config) -> list[str]:
 def settle(arch: str, arguments: Mapping[str, Any], in_chans: int) -> Settled:
     """All arguments of an architecture written out, those of a folder's `config.json` included.
 
+    What transformers has an architecture of is never a folder: a run would else depend on where it is resumed.
+
     Raises:
         EnvironmentProblem: the library is not installed.
         ConfigError: it has no such architecture or argument.
     """
     library, _, name = arch.partition(":")
     folder, said = user_path(name), dict[str, Any]()
-    if library == "hf" and folder.is_dir():
+    if library == "hf" and folder.is_dir() and name not in need("transformers").CONFIG_MAPPING:
         name, said = _config_json(folder / "config.json", arch)
     config = LibraryConfig(library=library, name=name, arguments={**said, **arguments}, in_chans=in_chans)
     with torch.device("meta"):

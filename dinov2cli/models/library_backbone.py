@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dinov2cli.config.images import Images
 from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ViTConfig
-from dinov2cli.errors import WeightsError
 from dinov2cli.models.libraries import build, run
 from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count
 
@@ -118,9 +117,14 @@ class LibraryBackbone(nn.Module):
         }
 
     def get_intermediate_layers(
-        self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
     ) -> tuple[Any, ...]:
-        """As of a vision transformer of one block: the last stage alone.
+        """As of a vision transformer of one block: the last stage alone, the same with `norm` and without.
 
         Raises:
             ValueError: another layer is asked for.
@@ -135,13 +139,6 @@ class LibraryBackbone(nn.Module):
 
 
 Backbone = VisionTransformer | LibraryBackbone
-
-
-def need_vit(model: Backbone, what: str) -> VisionTransformer:
-    """The model itself; WeightsError where it is no vision transformer, and `what` is of these alone."""
-    if isinstance(model, LibraryBackbone):
-        raise WeightsError(f"{model.config.arch}: {what} are of vision transformers")
-    return model
 
 
 @lru_cache(maxsize=16)

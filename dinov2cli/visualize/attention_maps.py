@@ -14,8 +14,8 @@ from torch import Tensor
 from dinov2cli.console import counted
 from dinov2cli.data.augmentations import normalize_pixels
 from dinov2cli.data.decoding import read_image
-from dinov2cli.errors import DataError
-from dinov2cli.models.library_backbone import Backbone, need_vit
+from dinov2cli.errors import DataError, WeightsError
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.pictures import AttentionRequest
 from dinov2cli.visualize.features import PatchFeatures, Picture, resize
@@ -71,7 +71,8 @@ def attention_maps(model: Backbone, picture: Picture, *, resolution: int = 32, b
         DataError: a block that the model does not have.
         WeightsError: the model is no vision transformer.
     """
-    model = need_vit(model, "attention maps")
+    if isinstance(model, LibraryBackbone):
+        raise WeightsError(f"{model.config.arch}: attention maps are of vision transformers")
     if not -model.depth <= block < model.depth:
         raise DataError(f"--block {block}: the model has blocks 0 to {model.depth - 1} (or -1 for the last)")
     grid = PatchFeatures(model, resolution).grid((picture.shape[0], picture.shape[1]))

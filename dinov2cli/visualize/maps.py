@@ -19,7 +19,6 @@ from dinov2cli.data.spelling import inside
 from dinov2cli.errors import DataError, WeightsError
 from dinov2cli.files import write_bytes, writing
 from dinov2cli.models.dense_heads import DenseModel
-from dinov2cli.models.library_backbone import need_vit
 from dinov2cli.models.load.dense import check_head, read_head, warn_of_another
 from dinov2cli.requests.pictures import DEFAULT_DEPTH_HEAD, DepthMapsRequest, MapsRequest, SegmentRequest
 from dinov2cli.visualize.dense_maps import DenseMaps
@@ -122,8 +121,7 @@ def _load(request: DepthMapsRequest | SegmentRequest) -> tuple[DenseModel, str, 
         raise WeightsError(
             f"--head {request.head}: does not say which model it was trained on", "Give that with --model."
         )
-    loaded, precision, reading = load_picture_model(request, head.config.backbone)
-    model = need_vit(loaded, "dense heads")
+    model, precision, reading = load_picture_model(request, head.config.backbone)
     warn_of_another(head.config, model)
     return DenseModel(model, head.to(next(model.parameters()).device)).eval(), precision, reading
 

@@ -120,6 +120,9 @@ def load_model(
     weights = read_weights(name_or_path, config_file=config_file, **given)
     for line in weights.report.lines():
         logger.info("%s", line)
+    asked = {**given, **overrides, **({} if size_policy == "error" else {"size_policy": size_policy})}
+    if asked and isinstance(weights.architecture, LibraryConfig):
+        raise WeightsError(f"{', '.join(asked)}: {weights.architecture.arch} is no vision transformer, whose these are")
     return build_from(weights, in_chans=in_chans, size_policy=size_policy, **overrides).eval()
 
 
@@ -197,7 +200,7 @@ def read_weights(
         state = timm.restore(state, metadata)
         report.filled = ()
     architecture = infer_architecture(state, {**hints, **given}, source.name)
-    if report.layout == "transformers DINOv3":  # which makes them anew
+    if report.layout in ("transformers DINOv3", "timm DINOv3"):  # which make them anew
         state["rope_embed.periods"] = rope_periods(architecture)
     check_complete(state, architecture, source.name)
     images = _images(hints, architecture.in_chans, source.name, report)

@@ -24,7 +24,7 @@ from dinov2cli.models.dense_heads import (
     SegmentationHead,
     fingerprint_of,
 )
-from dinov2cli.models.library_backbone import need_vit
+from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model, said_in
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import RELEASED, RELEASED_URL
@@ -100,7 +100,7 @@ RELEASED_HEADS = _released_heads()
 
 def load_dense(
     head: str | Path | DenseHead,
-    model: str | Path | VisionTransformer | None = None,
+    model: str | Path | Backbone | None = None,
     *,
     pretrained: bool = True,
     **arguments: Any,
@@ -123,20 +123,22 @@ def load_dense(
     found = head if isinstance(head, DenseHead) else read_head(head)
     if model is None and not found.config.backbone:
         raise WeightsError(f"{head}: does not say on which backbone it was trained; give the model as well")
-    if not isinstance(model, VisionTransformer):
-        model = need_vit(load_model(model or found.config.backbone, pretrained, **arguments), "dense heads")
+    if not isinstance(model, Backbone):
+        model = load_model(model or found.config.backbone, pretrained, **arguments)
     if pretrained:
         warn_of_another(found.config, model)
     return DenseModel(model, found).eval()
 
 
-def warn_of_another(config: HeadConfig, model: VisionTransformer) -> None:
+def warn_of_another(config: HeadConfig, model: Backbone) -> None:
     """Say so where a head was trained on other weights than these, as far as it tells."""
     released = RELEASED.get(config.backbone)
     if config.fingerprint:
         same = config.fingerprint == fingerprint_of(model)
     else:
-        same = released is None or shapes_of(released.architecture) == shapes_of(model.config)
+        same = released is None or (
+            isinstance(model, VisionTransformer) and shapes_of(released.architecture) == shapes_of(model.config)
+        )
     if not same:
         logger.warning("the head was trained on %s, and this is another model: its maps mean little", config.backbone)
 
@@ -190,7 +192,7 @@ def read_head(source: str | Path) -> DenseHead:
     return head.eval().requires_grad_(False)
 
 
-def save_head(head: DenseHead, path: Path, model: VisionTransformer | None = None) -> None:
+def save_head(head: DenseHead, path: Path, model: Backbone | None = None) -> None:
     """Write a head, and what its weights do not show, as a file that `read_head` reads: `.pth` or `.safetensors`.
 
     Args:

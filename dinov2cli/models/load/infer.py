@@ -75,7 +75,7 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         heads = _heads_of_periods(dim, len(periods), hints, source)
         rope |= {} if rope.keys() & _PERIODS else _how_periods_are_made(periods)
     else:
-        heads = _heads(dim, hints, source)
+        heads = _heads(dim, hints, source, _HEADS_OF_DINOV3 if rotary else {})
     try:
         return ViTConfig(**shown, num_heads=heads, norm_layer=norm, **resizing, **rope)
     except ValueError as error:
@@ -167,8 +167,12 @@ def _differ(key: str, stated: Any, found: Any) -> bool:
     return stated is not None and bool(stated != found)
 
 
-def _heads(dim: int, hints: Hints, source: str) -> int:
-    usual = {size.embed_dim: size.num_heads for size in ARCHITECTURES.values()}
+_HEADS_OF_DINOV3 = {1280: 20, 4096: 32}
+"""By width, where files have no periods: ViT-H+ and 7B. ViT-H of others has 16 heads."""
+
+
+def _heads(dim: int, hints: Hints, source: str, further: Mapping[int, int]) -> int:
+    usual = {**{size.embed_dim: size.num_heads for size in ARCHITECTURES.values()}, **further}
     heads = hints.get("num_heads") or usual.get(dim)
     if not heads:
         known = ", ".join(map(str, sorted(usual)))

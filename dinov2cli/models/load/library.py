@@ -84,7 +84,7 @@ def load_library_into(
 ) -> LoadReport:
     """Start it, in place, from weights of `theirs`; WeightsError where these are of another kind of network."""
     if not isinstance(model, LibraryBackbone) or not isinstance(theirs, LibraryConfig):
-        raise WeightsError(f"{report.source} cannot start this model: they are of {theirs.describe()}")
+        raise WeightsError(f"{report.source} cannot start this model: its weights are of {theirs.describe()}")
     check_state(state, model.config, report.source)
     model.load_state_dict(state, strict=True)
     return report

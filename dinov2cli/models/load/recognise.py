@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.load.layouts import LAYOUTS
+from dinov2cli.models.load.layouts import LAYOUTS, timm
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.load.tensor_files import refuse_odd_tensors
 
@@ -73,7 +73,7 @@ def recognise(content: Any, source: str) -> tuple[State, State, LoadReport]:
         raise WeightsError(f"{source}: {error.message}") from None
     report.layout, report.read = layout.name, len(backbone)
     report.renamed = len(set(backbone) - set(state))
-    report.filled = ("mask_token",) if "mask_token" in state and layout.name == "timm" else ()
+    report.filled = ("mask_token",) if layout.name.startswith("timm") else ()
     beside = {name: tensor for name, tensor in tensors.items() if name not in backbone}
     return _as_float32(state, source, report), beside, report
 
@@ -154,10 +154,6 @@ NOT_DINOV2: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
         "one rank's shard of an FSDP training checkpoint: flattened pieces of the weights, without their shapes. "
         "Use the run's eval/training_<iteration>/teacher_checkpoint.pth, which holds the whole teacher",
     ),
-    (
-        lambda names: _any(r"^reg_token$")(names) and not _any(r"^pos_embed$")(names),
-        "a DINOv3 model as timm names it; dino2 loads the reference's file of it, or transformers' folder",
-    ),
     (_any(r"^decoder_(embed|blocks|pos_embed)"), "a masked autoencoder (MAE); dino2 loads DINOv2 models"),
     (_any(r"^masked_embed$"), "an iBOT model; dino2 loads DINOv2 models"),
     (
@@ -176,7 +172,7 @@ NOT_DINOV2: tuple[tuple[Callable[[set[str]], bool], str], ...] = (
         "a projection head without a backbone",
     ),
     (
-        lambda names: "patch_embed.proj.weight" in names and "mask_token" not in names
+        lambda names: "patch_embed.proj.weight" in names and "mask_token" not in names and not timm.is_dinov3(names)
         and not _any(r"\.ls1\.gamma$")(names) and "blocks.0.norm1.weight" in names,
         "a vision transformer without mask token and LayerScale (DINO, DeiT or a supervised one); "
         "dino2 loads DINOv2 models",

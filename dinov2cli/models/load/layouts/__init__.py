@@ -17,6 +17,7 @@ LAYOUTS = (
     Layout("DINOv2 in block chunks", official.is_chunked, official.from_chunked),
     Layout("DINOv2", official.matches, dict),
     Layout("timm", timm.matches, timm.from_),
+    Layout("timm DINOv3", timm.is_dinov3, timm.from_dinov3),
 )
 """In the order in which they are tried."""
 

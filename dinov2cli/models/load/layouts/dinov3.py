@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import ViTConfig
@@ -61,18 +62,27 @@ def from_(state: StateView) -> State:
 
 
 def _join(parts: State, attention: str) -> None:
-    """Queries, keys and values of one block in one; where the keys alone have no bias, zeros and the mask of it."""
+    """Queries, keys and values of one block in one."""
     names = [f"{attention}{letter}.weight" for letter in "qkv"]
     if missing := [name for name in names if name not in parts]:
         raise WeightsError(f"incomplete weights, '{missing[0]}' is missing beside '{names[0]}'")
     parts[f"{attention}qkv.weight"] = torch.cat([parts.pop(name) for name in names])
-    q, k, v = (parts.pop(f"{attention}{letter}.bias", None) for letter in "qkv")
-    if q is not None and v is not None:
-        if k is None:
-            parts[f"{attention}qkv.bias_mask"] = key_bias_mask(3 * len(q))
-        parts[f"{attention}qkv.bias"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
-    elif not (q is k is v is None):
+    parts |= biases(attention, *(parts.pop(f"{attention}{letter}.bias", None) for letter in "qkv"))
+
+
+def biases(attention: str, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> State:
+    """Those of one block in one, under our names; where the keys alone have none, zeros and the mask of it.
+
+    Raises:
+        WeightsError: no model of the reference has some of them without the others.
+    """
+    if q is k is v is None:
+        return {}
+    if q is None or v is None:
         raise WeightsError(f"biases of '{attention}' that no model of the reference has")
+    joined = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    mask = {f"{attention}qkv.bias_mask": key_bias_mask(len(joined))} if k is None else {}
+    return {f"{attention}qkv.bias": joined, **mask}
 
 
 def to_(state: StateView) -> State:

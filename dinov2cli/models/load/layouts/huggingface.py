@@ -8,7 +8,7 @@ import torch
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import RESIZING, ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.load.layouts import dinov3
+from dinov2cli.models.load.layouts import dinov3, timm
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 
 # Options by transformers' names.
@@ -156,8 +156,8 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         WeightsError: it is of a model that is no DINOv2.
     """
     kind = config.get("model_type")
-    if kind is None:  # timm's: the architecture's name only, and the weights show all of it
-        return {}
+    if kind is None:
+        return timm.hints(config, path)
     if kind == dinov3.MODEL_TYPE:
         return dinov3.hints(config, path)
     if kind not in ("dinov2", "dinov2_with_registers"):

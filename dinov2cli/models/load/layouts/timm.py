@@ -1,4 +1,4 @@
-"""timm: vit_*_patch14_dinov2 and vit_*_patch14_reg4_dinov2, their weights and the name to open them by.
+"""timm: vit_*_patch14_dinov2, vit_*_patch14_reg4_dinov2 and, to read, vit_*_patch16_dinov3.
 
 timm keeps no mask token, and with registers no position of the class token; both travel in the metadata of a file that
 is written here, so that reading it back is exact.
@@ -12,20 +12,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2cli.config.images import IMAGENET
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.files import parse_json
+from dinov2cli.models.load.layouts.dinov3 import biases
 from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
 from dinov2cli.models.load.released import RELEASED
 
 _SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_giant2": "giant"}
 # Options whose names timm shares.
 _OPTIONS = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "qkv_bias", "proj_bias")
+# Parts of names: ours, and those of timm's DINOv3, which is of its class for EVA.
+_DINOV3 = (
+    ("storage_tokens", "reg_token"),
+    (".ls1.gamma", ".gamma_1"),
+    (".ls2.gamma", ".gamma_2"),
+)
+_GATED = ((".mlp.w1.", ".mlp.fc1_g."), (".mlp.w2.", ".mlp.fc1_x."), (".mlp.w3.", ".mlp.fc2."))
+_OF_DINOV3 = {"cls_token", "reg_token", "blocks.0.gamma_1", "blocks.0.attn.qkv.weight", "norm.bias"}
 
 
 def matches(names: set[str]) -> bool:
     # timm's models have no mask token; LayerScale tells DINOv2's from its supervised vision transformers.
     return "mask_token" not in names and "patch_embed.proj.weight" in names and "blocks.0.ls1.gamma" in names
+
+
+def is_dinov3(names: set[str]) -> bool:
+    """Among others of timm with rotary positions, these have a class token, LayerNorm, and no bias of keys."""
+    return names >= _OF_DINOV3 and not names & {"pos_embed", "blocks.0.attn.qkv.bias"}
+
+
+def from_dinov3(state: StateView) -> State:
+    """timm's DINOv3 -> canonical. It keeps neither the periods of positions, all of base 100, nor the mask token."""
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    parts: State = {"mask_token": state["cls_token"].new_zeros(1, state["cls_token"].shape[-1])}
+    for name, tensor in state.items():
+        for ours, theirs in (*_DINOV3, *(_GATED if gated else ())):
+            name = name.replace(theirs, ours)
+        parts[name] = tensor
+    for name in [name for name in parts if name.endswith(".attn.q_bias")]:
+        attention = name.removesuffix("q_bias")
+        parts |= biases(attention, parts.pop(name), None, parts.pop(f"{attention}v_bias", None))
+    return parts
 
 
 def from_(state: StateView) -> State:
@@ -139,6 +168,20 @@ def model_of(config: ViTConfig) -> tuple[str, dict[str, Any]]:
     if config.hidden_dim * released.embed_dim != released.hidden_dim * config.embed_dim:
         arguments["mlp_ratio"] = (packed * config.hidden_dim + 0.5) / config.embed_dim
     return name, arguments
+
+
+def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a config.json at `path` says that the weights do not show."""
+    arguments, images = (config.get(key) for key in ("model_args", "pretrained_cfg"))
+    arguments, images = (each if isinstance(each, dict) else {} for each in (arguments, images))
+    said = {"num_heads": arguments.get("num_heads"), "pos_embed_rope_base": arguments.get("rope_temperature")}
+    size = images.get("input_size")
+    if isinstance(size, list) and size:
+        said["crop_size"] = size[-1]
+    levels = {key: images.get(key) for key in ("mean", "std")}
+    if all(isinstance(each, list) for each in levels.values()) and (*map(tuple, levels.values()),) != IMAGENET:
+        said["images"] = levels
+    return {"from": path, **{key: value for key, value in said.items() if value is not None}}
 
 
 def pretrained_cfg(in_chans: int, how: Mapping[str, Any]) -> dict[str, Any]:
