@@ -13,7 +13,7 @@ import pytest
 import ready
 import torch
 from test_bench_train import ready_processes  # noqa: F401  (a fixture)
-from tiny_run import TINY
+from tiny_run import LIBRARY, TINY
 from torch import Tensor
 
 from dinov2cli.bench import rehearse as rehearsal
@@ -258,3 +258,6 @@ def test_cards_are_those_of_the_option() -> None:
 def test_a_process_that_dies_is_one_clear_error() -> None:
     with pytest.raises(EnvironmentProblem, match="cannot be rehearsed"):
         counted(os.abort)
+    library = load_config(overrides=[*TINY, *LIBRARY["resnet"], "distillation.teacher=none"])
+    with pytest.raises(EnvironmentProblem, match="a step of hf:resnet cannot be rehearsed: transformers asks"):
+        rehearse(library, "h100")

@@ -6,6 +6,7 @@ the other, none of them fused.
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from dinov2cli.bench.clock import Measured, Result, in_own_process, table
 from dinov2cli.bench.fake_gpu import Ledger, pretend, pretend_group
 from dinov2cli.config import Config
+from dinov2cli.config.library import LIBRARIES, library_of
 from dinov2cli.data.augmentations import GLOBAL_CROPS, MultiCropAugmentation
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.crop_parameters import draw_crops
@@ -146,20 +148,29 @@ def counted(function: Callable[..., Result], *arguments: Any) -> Result:
         EnvironmentProblem: it failed, or the process died.
     """
     try:
-        result: Result = in_own_process(_without_warnings, function, *arguments)
+        result: Result = in_own_process(_in_words, function, *arguments)
         return result
+    except BrokenProcessPool as error:
+        raise _not_rehearsed(error) from None
+
+
+def _in_words(function: Callable[..., Result], *arguments: Any) -> Result:
+    """In the new process, without warnings: the user's has given those that matter. Not all errors of torch's leave it
+    as they are."""
+    warnings.filterwarnings("ignore")
+    try:
+        for config in (each for each in arguments if isinstance(each, Config)):
+            check_fits(config)  # what is known of a frozen teacher is read while tensors still have numbers
+        return function(*arguments)
     except Dino2Error:
         raise
     except Exception as error:
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}") from error
+        raise _not_rehearsed(error) from None
 
 
-def _without_warnings(function: Callable[..., Result], *arguments: Any) -> Result:
-    warnings.filterwarnings("ignore")  # the user's process has given those that matter
-    for config in (each for each in arguments if isinstance(each, Config)):
-        check_fits(config)  # what is known of a frozen teacher is read while tensors still have numbers
-    return function(*arguments)
+def _not_rehearsed(error: Exception) -> EnvironmentProblem:
+    why = str(error).strip().partition("\n")[0] or type(error).__name__
+    return EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}")
 
 
 def rows_of(result: Rehearsal) -> dict[str, str]:
@@ -214,6 +225,11 @@ def rehearse(config: Config, card: str, gpus: int = 1, prepare: Callable[[], obj
     Raises:
         EnvironmentProblem: this PyTorch cannot.
     """
+    if library := library_of(config.student.arch):
+        raise EnvironmentProblem(
+            f"a step of {config.student.arch} cannot be rehearsed: {LIBRARIES[library]} asks tensors for numbers, "
+            "which those of a rehearsal have not"
+        )
     pretend()
     if gpus > 1:
         pretend_group(gpus)
