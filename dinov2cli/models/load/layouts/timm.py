@@ -178,9 +178,9 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     size = images.get("input_size")
     if isinstance(size, list) and size:
         said["crop_size"] = size[-1]
-    levels = {key: images.get(key) for key in ("mean", "std")}
-    if all(isinstance(each, list) for each in levels.values()) and (*map(tuple, levels.values()),) != IMAGENET:
-        said["images"] = levels
+    mean, std = (images.get(key) for key in ("mean", "std"))
+    if isinstance(mean, list) and isinstance(std, list) and (tuple(mean), tuple(std)) != IMAGENET:
+        said["images"] = {"mean": mean, "std": std}
     return {"from": path, **{key: value for key, value in said.items() if value is not None}}
 
 
