@@ -46,19 +46,39 @@ class Manner:
 
     quiet = False
     verbose = False
+    speaker = ""
+    """Of several runs in this process, the one whose lines these are; they begin with its name."""
 
 
-def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send the `dino2` logger to standard error (`quiet`: warnings only) and, where given, append it to `log_file`."""
+@contextlib.contextmanager
+def speaking(name: str) -> Iterator[None]:
+    """Around the work of a run of this name among several."""
+    before, Manner.speaker = Manner.speaker, name
+    try:
+        yield
+    finally:
+        Manner.speaker = before
+
+
+def _with_speaker(record: logging.LogRecord) -> bool:
+    """A filter of the logger, which sees a record once, that lets all pass."""
+    if Manner.speaker:
+        record.msg, record.args = f"{Manner.speaker}: {record.getMessage()}", None
+    return True
+
+
+def set_up_logging(*log_files: Path, quiet: bool = False) -> None:
+    """Send the `dino2` logger to standard error (`quiet`: warnings only) and append it to the files that are given."""
     logger.setLevel(logging.DEBUG if Manner.verbose else logging.INFO)
     logger.propagate = False
+    logger.addFilter(_with_speaker)  # once, however often
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     to_terminal = RichHandler(console=err, show_path=False, log_time_format="[%H:%M:%S]", markup=False)
     to_terminal.setLevel(logging.WARNING if quiet or Manner.quiet else logging.NOTSET)
     logger.addHandler(to_terminal)
-    if log_file is not None:
+    for log_file in log_files:
         to_file = _LateFileHandler(log_file, encoding="utf-8", errors="backslashreplace", delay=True)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)

@@ -17,7 +17,7 @@ from dinov2cli.console import Manner, logger, set_up_logging
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.images import embed, load_model
 from dinov2cli.files import user_path
-from dinov2cli.launch.training import first_look, resolve_config
+from dinov2cli.launch.training import first_look, resolve_students
 from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.allocator import memory_given_back
@@ -126,7 +126,7 @@ def train(
         quiet: show warnings only.
 
     Returns:
-        the run.
+        the run; of several students (`distillation.students`) that of the first.
 
     Raises:
         Dino2Error: what the command would end with, with the same message.
@@ -157,8 +157,8 @@ def train(
         Manner.quiet = quiet
         set_up_logging()
         request = first_look(request)
-        config = resolve_config(request)
-        start.train(config, request)
+        config, *others = resolve_students(request)
+        start.train(config, request, *others)
     return Fit(config.train.output_dir)
 
 

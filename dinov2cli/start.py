@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from dinov2cli import cluster, distributed
 from dinov2cli.config import Config
-from dinov2cli.console import logger, set_up_logging, signals_as_exceptions
+from dinov2cli.console import logger, set_up_logging, signals_as_exceptions, speaking
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.device import choose_device
@@ -24,7 +24,7 @@ from dinov2cli.launch import slurm
 from dinov2cli.launch.environment import RUN_TOKEN, is_supervised
 from dinov2cli.launch.notes import mark, reported
 from dinov2cli.launch.owner import owning
-from dinov2cli.launch.training import completed, resolve_config
+from dinov2cli.launch.training import completed, resolve_students
 from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
@@ -33,6 +33,7 @@ from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
 from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.students import train_students
 from dinov2cli.train.trainer import OnlineKnn, Trainer
 from dinov2cli.train.verdicts import collapse_of
 from dinov2cli.train.watch import watched_start
@@ -45,82 +46,107 @@ def run(request: TrainRequest) -> None:
         Dino2Error: a wrong configuration, data or weights, and what training may end with.
     """
     request = completed(request)
-    train(resolve_config(request), request)
+    config, *others = resolve_students(request)
+    train(config, request, *others)
 
 
-def train(config: Config, request: TrainRequest) -> None:
-    """Train with this configuration; of the request, `cpu`, `no_resume` and `dry_run` count."""
+def train(config: Config, request: TrainRequest, *others: Config) -> None:
+    """Train with this configuration; of the request, `cpu`, `no_resume` and `dry_run` count.
+
+    `others` are those of further students, which learn from the same passes of the same teacher.
+    """
     mark("joining")
     alone = config.train.sharding in ("ddp", "fsdp")
     with distributed.process_group(alone=alone), reported(), ExitStack() as until_the_end:
         mark("joined")
-        _train_in_group(config, request, until_the_end)
+        _train_in_group([config, *others], request, until_the_end)
 
 
-def _train_in_group(config: Config, request: TrainRequest, until_the_end: ExitStack) -> None:
-    folder = RunFolder(Path(config.train.output_dir))
+def _train_in_group(configs: Sequence[Config], request: TrainRequest, until_the_end: ExitStack) -> None:
+    folders = [RunFolder(Path(config.train.output_dir)) for config in configs]
     until_the_end.enter_context(signals_as_exceptions())
-    with watched_start(folder, config.train.hang_timeout):
-        trainer = _prepare(config, request, folder, until_the_end)
+    with watched_start(folders[0], configs[0].train.hang_timeout):
+        runs = _prepare(configs, request, folders, until_the_end)
     if request.dry_run:
-        rehearse(trainer)
+        rehearse(runs)
         if not request.cpu and distributed.is_main():
             from dinov2cli.bench.rehearse import short_form
             from dinov2cli.train.display import print_plan
 
-            print_plan([("on a GPU", short_form(config))], [])
+            for config in configs:
+                print_plan([("on a GPU", short_form(config))], [])
     else:
-        trainer.train()
-        if distributed.is_main():
-            if collapse := collapse_of(folder.path):
+        train_students(runs)
+        for run in runs if distributed.is_main() else ():
+            if collapse := collapse_of(run.folder.path):
                 logger.warning("the run looked collapsed %s", collapse)
-            for line in ending(folder, trainer.total):
+            for line in ending(run.folder, run.total):
                 logger.info(line)
 
 
-def _prepare(config: Config, request: TrainRequest, folder: RunFolder, until_the_end: ExitStack) -> Trainer:
-    """The trainer, with the run folder taken until the end."""
+def _prepare(
+    configs: Sequence[Config], request: TrainRequest, folders: Sequence[RunFolder], until_the_end: ExitStack
+) -> list[Trainer]:
+    """The trainers, with their run folders taken until the end."""
     # Read first, so that a wrong one is found before anything is written.
     with distributed.same_error_everywhere():
-        dataset, online_knn = make_dataset(config.train.dataset_path), make_online_knn(config)
+        dataset = make_dataset(configs[0].train.dataset_path)
+        scores = [make_online_knn(config) for config in configs]
     with distributed.same_error_everywhere():
-        if distributed.is_main():
-            folder.make()
-            # What is typed holds for the first start, not for those after a crash or a requeue.
-            first = not request.dry_run and (request.no_resume or request.take_over) and not is_restart(folder.path)
-            if not request.dry_run:
-                until_the_end.enter_context(owning(folder.path, take_over=request.take_over and first))
-                folder.clear_leftovers()
-            anew = request.no_resume and first
-            if anew and (moved := folder.set_aside()):
-                logger.info("the earlier run is now in %s", moved)
+        for folder in folders if distributed.is_main() else ():
+            _take(folder, request, until_the_end)
     if not request.dry_run:
         # Every process keeps a log; the first one's is that of the run, and alone speaks of what is well.
-        set_up_logging(folder.log_of(distributed.rank()), quiet=not distributed.is_main())
+        logs = [folder.log_of(distributed.rank()) for folder in folders]
+        set_up_logging(*logs, quiet=not distributed.is_main())
     with distributed.same_error_everywhere():
         device = choose_device("cpu" if request.cpu else request.device)
-    preflight(config, device, dataset=dataset)
-    with distributed.same_error_everywhere():
-        on_teacher = teacher_tasks(config, device)
+    runs: list[Trainer] = []
+    for config, folder, online_knn in zip(configs, folders, scores, strict=True):
+        with speaking(folder.path.name if len(configs) > 1 else ""):
+            preflight(config, device, dataset=dataset)
+            with distributed.same_error_everywhere():
+                on_teacher = teacher_tasks(config, device)
+            run = Trainer(
+                config,
+                device,
+                dataset=dataset,
+                resume=not request.no_resume,
+                init_backbone=_start_from_weights(config, folder),
+                online_knn=online_knn,
+                on_teacher=on_teacher,
+                beside=runs[0] if runs else None,
+            )
+        runs.append(run)
+    return runs
+
+
+def _take(folder: RunFolder, request: TrainRequest, until_the_end: ExitStack) -> None:
+    """Make the run folder and own it, in the first process."""
+    folder.make()
+    # What is typed holds for the first start, not for those after a crash or a requeue.
+    first = not request.dry_run and (request.no_resume or request.take_over) and not is_restart(folder.path)
+    if not request.dry_run:
+        until_the_end.enter_context(owning(folder.path, take_over=request.take_over and first))
+        folder.clear_leftovers()
+    anew = request.no_resume and first
+    if anew and (moved := folder.set_aside()):
+        logger.info("the earlier run is now in %s", moved)
+
+
+def _start_from_weights(config: Config, folder: RunFolder) -> Callable[[Backbone], None] | None:
+    """What loads `student.pretrained_weights`; None without any. Collective."""
     given = config.student.pretrained_weights
     # Those of a run that goes on may be gone, and nobody loads them.
     weights = locate_together(given) if given and not folder.has_checkpoints() else given
 
-    def start_from_weights(backbone: Backbone) -> None:
+    def load(backbone: Backbone) -> None:
         student = config.student
         report = load_backbone_into(backbone, weights, student.pretrained_channels, student.pretrained_patches)
         if distributed.is_main():
             logger.info("%s", report)
 
-    return Trainer(
-        config,
-        device,
-        dataset=dataset,
-        resume=not request.no_resume,
-        init_backbone=start_from_weights if weights else None,
-        online_knn=online_knn,
-        on_teacher=on_teacher,
-    )
+    return load if weights else None
 
 
 def make_online_knn(config: Config) -> OnlineKnn | None:

@@ -267,7 +267,7 @@ def test_a_rehearsal_leaves_no_trace(
     monkeypatch.setattr("dinov2cli.train.dry_run.SECONDS", seconds)
     trainer = make_trainer()
     trainer.folder.path.mkdir()
-    rehearse(trainer)
+    rehearse([trainer])
     assert list(trainer.folder.path.iterdir()) == []
     assert said in " ".join(capsys.readouterr().err.split())
     assert trainer.iteration == (3 if seconds else 0), "of a slow machine only a small step is asked"

@@ -147,9 +147,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"optim.warmup_epochs={optim.warmup_epochs}: the warm-up must not be longer than the run; "
             f"at most optim.epochs={optim.epochs}"
         )
-    if not config.distillation.teacher and config.distillation.patches != "masked":
-        patches = config.distillation.patches
-        yield f"distillation.patches={patches}: there is no teacher to learn from; set distillation.teacher (--teacher)"
+    yield from config.distillation.contradictions()
     yield from config.gram.contradictions()
     if (config.dino.local_loss_weight_schedule is not None) != config.dino.reweight_dino_local_loss:
         set_one = str(config.dino.reweight_dino_local_loss).lower()

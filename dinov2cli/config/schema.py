@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from dinov2cli.config.crops import Crops, Fraction
+from dinov2cli.config.distillation import Distillation
 from dinov2cli.config.gram import Gram, ScheduleOfWeight
 from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
@@ -221,22 +222,6 @@ class Teacher(Group):
     teacher_temp: float = key(0.07, "Teacher temperature after its warm-up.", gt=0)
     warmup_teacher_temp_epochs: int = key(
         30, "Epochs of linear temperature warm-up; may exceed the run, which then ends below the top.", ge=0
-    )
-
-
-class Distillation(Group):
-    """A frozen teacher, trained before and usually larger, in the place of the student's own average."""
-
-    teacher: str = key(
-        "", "(dino2) The teacher's weights: a run, a file, a URL or a released name; empty: no distillation."
-    )
-    digest: str = key(
-        "", "(dino2) Fingerprint of their files, which dino2 fills in: a run goes on with the same teacher only."
-    )
-    patches: Literal["masked", "all"] = key(
-        "masked",
-        "(dino2) Patches whose outputs are compared: those that the masks choose, or all; the student sees every patch "
-        "in either case.",
     )
 
 

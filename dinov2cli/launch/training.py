@@ -1,8 +1,7 @@
 """A training in other processes, of this machine or of a Slurm job, and the configuration that its request means."""
 
-import json
-import os
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,23 @@ from typing import Any
 from dinov2cli import cluster
 from dinov2cli.config import Config, load_config
 from dinov2cli.config.library import library_of
-from dinov2cli.config.loading import read_layers
-from dinov2cli.config.messages import said_by
-from dinov2cli.console import err, logger, plain_table
+from dinov2cli.console import logger
 from dinov2cli.data.datasets import check_dataset
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder, user_path
 from dinov2cli.launch import owner, slurm
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
+from dinov2cli.launch.origins import keys_of_site, print_origins
 from dinov2cli.launch.restarts import newest_checkpoint
 from dinov2cli.launch.typed import (
     default_run_folder,
+    of_student,
     open_data,
     overrides_of,
     own_file,
     said_here,
+    students_of,
     tell_of_fewer_nodes,
     tell_of_more_images,
     typed_config,
@@ -33,8 +33,8 @@ from dinov2cli.launch.typed import (
 )
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.site import cache_folder, read_site, shown, user_file
-from dinov2cli.train.resuming import changed_keys
+from dinov2cli.site import read_site
+from dinov2cli.train.resuming import changed_keys, check_same_batches
 from dinov2cli.train.run_folder import RunFolder
 
 
@@ -53,24 +53,26 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     for said_by_file in [] if request.dry_run else sorted({file for *_, file in keys}):
         words = " ".join(f"{key}={value}" for key, value, file in keys if file == said_by_file)
         logger.info("from %s: %s", said_by_file, words)
+    students = resolve_students(request, read_weights=False)
     # A restart in a week means the same, whatever is known by then in the site's file.
     overrides = (*(f"{key}={value}" for key, value, _ in keys), *request.overrides)
     request = request.model_copy(update={"output_dir": run, "data": config.train.dataset_path, "overrides": overrides})
     if not request.slurm.is_asked:
         if (processes := processes_here(request.gpus, cpu=request.cpu)) == 1:
             return None
-        config = resolve_config(request)
+        students = resolve_students(request)
         tell_of_more_images(request, config, processes)
         # All processes, and those that start again, learn from the one that is there now.
-        request = request.model_copy(update={"teacher": config.distillation.teacher or None})
-        launch_local(request, processes, None if request.dry_run else run)
+        request = request.model_copy(update={"teacher": students[0].distillation.teacher or None})
+        launch_local(request, processes, None if request.dry_run else folder_of_longest(students))
         return Elsewhere(None)
-    if not (request.dry_run or request.no_resume) and is_finished(run, config):
+    if not (request.dry_run or request.no_resume) and all(map(is_finished, students)):
         from dinov2cli.train.display import ending
 
-        logger.info("finished already: %d of %d iterations", config.iterations(), config.iterations())
-        for line in ending(RunFolder(run), config.iterations()):
-            logger.info(line)
+        for each in students:
+            logger.info("finished already: %d of %d iterations", each.iterations(), each.iterations())
+            for line in ending(RunFolder(Path(each.train.output_dir)), each.iterations()):
+                logger.info(line)
         return Elsewhere(None)
     name, folder = f"dino2-{run.absolute().name}", run.absolute() / "slurm"
     usual = read_site().settings.slurm.gpus or GPUS_PER_NODE
@@ -82,16 +84,21 @@ def launch(request: TrainRequest) -> Elsewhere | None:
     if request.dry_run:
         from dinov2cli.train.dry_run import print_plan_of_job
 
-        config = resolve_config(request) if config.distillation.teacher else config
-        print_plan_of_job(config, processes=processes, cpu=wanted.cpu)
+        students = resolve_students(request) if config.distillation.teacher else students
+        print_plan_of_job(students, processes=processes, cpu=wanted.cpu)
         return Elsewhere(slurm.script(wanted, folder=folder, name=name))
     RunFolder(run).make()
-    return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=run))
+    return Elsewhere(slurm.submit(request, wanted, folder=folder, name=name, run=folder_of_longest(students)))
 
 
-def is_finished(run: Path, config: Config) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether all iterations of this configuration are done, by the names of the checkpoints alone."""
-    return newest_checkpoint(run) >= config.iterations()
+    return newest_checkpoint(Path(config.train.output_dir)) >= config.iterations()
+
+
+def folder_of_longest(students: Sequence[Config]) -> Path:
+    """The run folder that tells how far a training is."""
+    return Path(max(students, key=Config.iterations).train.output_dir)
 
 
 def completed(request: TrainRequest) -> TrainRequest:
@@ -151,16 +158,18 @@ def first_look(request: TrainRequest) -> TrainRequest:
             from dinov2cli.train.frozen_teacher import check_teacher_there
 
             check_teacher_there(config.distillation.teacher)
+    several = [] if wrong.found else students_of(request)
     with wrong.noted():
         check_folder(folder.path, "--output-dir")
-        folder.refuse_foreign()
-        if not request.dry_run and not request.take_over:
-            owner.check_free(folder.path)
-            if request.slurm.is_asked:
-                owner.refuse_jobs_of(folder.path)
-    if is_default and not wrong.found:
+        for each in {folder.path, *(each.output_dir for each in several if each.output_dir)}:
+            RunFolder(each).refuse_foreign()
+            if not request.dry_run and not request.take_over:
+                owner.check_free(each)
+                if request.slurm.is_asked:
+                    owner.refuse_jobs_of(each)
+    if (is_default or len(several) > 1) and not wrong.found:
         with wrong.noted():
-            resolve_config(request, read_weights=False)  # whether another run is there
+            resolve_students(request, read_weights=False)  # whether another run is there, and students go together
     if request.slurm.is_asked:
         with wrong.noted():
             cluster.check(request.slurm, submits=not request.dry_run)
@@ -196,16 +205,6 @@ def what_can_be_read(request: TrainRequest) -> TrainRequest:
             typed_config(candidate := readable.model_copy(update=both))
             readable = candidate
     return readable
-
-
-def keys_of_site(request: TrainRequest) -> list[tuple[str, str, str]]:
-    """(key, value as in an override, file) of those of the site's keys that hold for a run."""
-    site = said_here()
-    layers, files = read_layers(request.preset, own_file(request), overrides_of(request), site), {f for _, f in site}
-    pairs = [(group, key) for layer, _ in site for group, keys in layer.items() for key in keys]
-    found = [(f"{group}.{key}", *said_by(layers, [group, key])) for group, key in pairs]
-    return [(key, value if isinstance(value, str) else json.dumps(value), file) for key, value, file in found
-            if file in files]  # fmt: skip
 
 
 def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Config:
@@ -253,6 +252,23 @@ def resolve_config(request: TrainRequest, *, read_weights: bool = True) -> Confi
     return config
 
 
+def resolve_students(request: TrainRequest, *, read_weights: bool = True) -> list[Config]:
+    """The configuration of each student that a request trains: of one, or of each of `distillation.students`.
+
+    Raises:
+        Dino2Error: as `resolve_config`, with the student's name.
+        ConfigError: they cannot learn together.
+    """
+    configs: list[Config] = []
+    for each in (several := students_of(request)):
+        if configs:  # which may have been looked for, and goes on with that of its run
+            each = each.model_copy(update={"teacher": configs[0].distillation.teacher})
+        with of_student(each) if len(several) > 1 else nullcontext():
+            configs.append(resolve_config(each, read_weights=read_weights))
+    check_same_batches(configs)
+    return configs
+
+
 def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
     """Raise ConfigError, with the choices there are, where the run folder holds a run of another configuration."""
     folder = RunFolder(Path(config.train.output_dir))
@@ -266,7 +282,8 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
         changed = {key: text for key, text in changed.items() if not key.startswith("student.") or key in chosen}
     if not changed:
         return
-    state = "a finished" if is_finished(folder.path, load_config(config_file=folder.config)) else "an unfinished"
+    done, total = newest_checkpoint(folder.path), load_config(config_file=folder.config).iterations()
+    state = "a finished" if done >= total else "an unfinished"
     texts = [*list(changed.values())[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])]
     free = next(path for n in range(2, 1000) if not (path := folder.path.with_name(f"{folder.path.name}-{n}")).exists())
     raise ConfigError(
@@ -275,35 +292,6 @@ def refuse_another_run(config: Config, *, read_weights: bool = True) -> None:
         f"        --output-dir {folder.path} to go on with that run, changed so,\n"
         "        --no-resume to start over there; that run's files move to previous_1/ and so on.",
     )
-
-
-def print_origins(request: TrainRequest, config: Config) -> None:
-    """Say on standard error where the values come from that were not typed."""
-    site = read_site()
-    runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
-    is_named = request.output_dir not in (None, default_run_folder(TrainRequest(), config.train.dataset_path))
-    typed = "typed" if is_named or "train.output_dir" in "".join(request.overrides) else runs
-    plain = typed_config(request.model_copy(update={"data": None})).train.dataset_path
-    name = (request.data or plain).partition(":")[0]
-    source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
-    known = site.sources.get(f"datasets.{name}")
-    cache_from = "DINO2_CACHE" if os.environ.get("DINO2_CACHE") else shown(site.sources.get("cache", "by default"))
-    rows = [
-        ("run folder", config.train.output_dir, typed),
-        ("data", config.train.dataset_path, f"{source}; its place from {shown(known)}" if known else source),
-        ("cache", str(cache_folder("weights").parent), cache_from),
-        *keys_of_site(request),
-        *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
-    ]
-    table = plain_table("setting", "value", "from")
-    for each in table.columns:
-        each.overflow = "fold"
-    names, file = max(len(row[0]) for row in rows), len(shown(user_file()))
-    table.columns[1].max_width = max(err.width - names - file - 8, 16)  # values are folded first
-    table.columns[2].max_width = max(file, 16)
-    for row in rows:
-        table.add_row(*row)
-    err.print(table, markup=False, highlight=False)
 
 
 def keys_that_follow_weights(config: Config, *, resume: bool) -> list[str]:

@@ -1,6 +1,9 @@
 """What a request to train says: its configuration as it is typed, and the preset where it leaves that open."""
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dinov2cli.config import Config, find_preset, load_config
@@ -12,7 +15,7 @@ from dinov2cli.data.decoding import Reading
 from dinov2cli.data.look import look_at
 from dinov2cli.data.spelling import absolute, complete
 from dinov2cli.data.workers import available_cores
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, Dino2Error
 from dinov2cli.files import user_path
 from dinov2cli.launch.environment import is_supervised, worker_rank
 from dinov2cli.launch.local import processes_here
@@ -32,6 +35,42 @@ LOOKED_AT = 100
 def typed_config(request: TrainRequest) -> Config:
     """The configuration as it is typed: datasets and the run folder are not filled in."""
     return load_config(request.preset, own_file(request), overrides_of(request), said_here())
+
+
+def students_of(request: TrainRequest) -> list[TrainRequest]:
+    """The requests that would train each of `distillation.students` alone; the request itself where there are none.
+
+    Raises:
+        ConfigError: as `typed_config`.
+    """
+    config = typed_config(request)
+    if not config.distillation.students:
+        return [request]
+    folder = Path(config.train.output_dir)
+    if folder == Path():
+        folder = default_run_folder(request, absolute(complete(config.train.dataset_path, "TRAIN")))
+    each = []
+    for student in config.distillation.students:
+        keys = [(f"{group}.{key}", value) for group, keys in student.items() if group != "name"
+                for key, value in keys.items()]  # fmt: skip
+        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys]
+        own = {
+            "output_dir": folder / student["name"],
+            "overrides": (*request.overrides, "distillation.students=[]", *words),
+        }
+        each.append(request.model_copy(update=own))
+    return each
+
+
+@contextmanager
+def of_student(request: TrainRequest) -> Iterator[None]:
+    """Lets an error begin with the name of the student that it is of."""
+    try:
+        yield
+    except Dino2Error as error:
+        assert request.output_dir is not None, "`students_of` gives each a folder"
+        error.message = f"student {request.output_dir.name}: {error.message}"
+        raise
 
 
 def said_here() -> list[tuple[Layer, str]]:

@@ -6,6 +6,7 @@ matrix products have the precision of the run.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from dinov2cli.data.augmentations import GLOBAL_CROPS
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.device import DTYPES, main_memory_of_a_process
 from dinov2cli.train.counting import Arrays, MatrixPrecision
-from dinov2cli.train.networks import TEACHER, build_backbone
+from dinov2cli.train.networks import TEACHER, build_backbone, build_frozen_teacher
 from dinov2cli.train.objective import TERMS, SSLMetaArch
 
 GB = 1e9
@@ -86,6 +87,20 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     weights, trained = student / shards, whole.trained / shards
     parts = (weights + kept, trained + gathered, 2 * trained, followers / shards + gathered, activations)
     return MemoryEstimate(*(part / GB for part in (*parts, 0.05 * sum(parts))))
+
+
+def estimate_together(configs: Sequence[Config], *, world_size: int, sharding: str, precision: str) -> MemoryEstimate:
+    """Of students that learn together (`train.students`): one frozen teacher, and one student's step at a time.
+
+    Args: as of `estimate`.
+    """
+    how: dict[str, Any] = {"world_size": world_size, "sharding": sharding, "precision": precision}
+    columns = list(zip(*(estimate(config, **how) for config in configs), strict=True))
+    with META:
+        teacher = _size(build_frozen_teacher(configs[0])) / GB / (world_size if sharding == "fsdp" else 1)
+    parameters, gradients, optimizer, followers = (sum(column) for column in columns[:4])
+    parts = parameters, gradients, optimizer, followers - (len(configs) - 1) * teacher, max(columns[4])
+    return MemoryEstimate(*parts, 0.05 * sum(parts))
 
 
 def step_flops(config: Config) -> StepFlops:

@@ -147,7 +147,7 @@ class TrainingDisplay:
         # At 80 columns what stands right is cut off first.
         status = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self.progress = Progress(
-            TextColumn("[bold]training"),
+            TextColumn(f"[bold]{Manner.speaker or 'training'}"),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("left {task.fields[left]}"),

@@ -23,8 +23,6 @@ NetworkOutputs = dict[str, Tensor]
 OF_TEACHER = {f"{name}_scores": f"teacher_{name}_scores" for name in ("cls", "masked")}
 """What the heads that are trained for a frozen teacher give of its tokens: scores, by what they are called there."""
 TOKEN_SETS = frozenset({"cls", "masked", "patches", *OF_TEACHER})
-
-
 OF_ANOTHER = "teacher_heads"
 """Child of a network that belongs to a frozen teacher, and is not saved with the network for evaluation."""
 
@@ -79,6 +77,8 @@ class SSLNetwork(nn.Module):
         assert reads <= known, f"unknown token sets {sorted(reads - known)}; known: {sorted(known)}"
         self.backbone, self.dino_head, self.ibot_head, self.reads = backbone, dino_head, ibot_head, reads
         self.teacher_heads = teacher_heads
+        self.see: Callable[..., tuple[Tensor, Tensor]] | None = None
+        """In place of the backbone's pass; `train.students` puts here what does the teacher's once for all."""
 
     def heads(self) -> list[DINOHead]:
         return [module for module in self.modules() if isinstance(module, DINOHead)]
@@ -101,7 +101,8 @@ class SSLNetwork(nn.Module):
         if "patches" in self.reads:
             height, width = (side // self.backbone.patch_size for side in crops[0].shape[-2:])
             wanted = torch.arange(images * height * width, device=mask_indices.device)
-        cls, rows = self.backbone.forward_tokens(crops, masks, wanted, drop_generator)
+        see = self.see or self.backbone.forward_tokens
+        cls, rows = see(crops, masks, wanted, drop_generator)
         found = {"cls": cls, "masked": rows}
         if "patches" in self.reads:
             found |= {"masked": rows.index_select(0, mask_indices), "patches": rows.unflatten(0, (images, -1))}
@@ -157,11 +158,13 @@ class Networks:
         attention_backend: a key of `models.attention.ATTENTION_BACKENDS`.
         reads: token sets that are read of the student.
         reads_of: token sets that are read of each follower.
+        there: followers that exist already, by name.
     """
 
     def __init__(
-        self, config: Config, attention_backend: str, reads: frozenset[str], reads_of: Mapping[Follower, frozenset[str]]
-    ) -> None:
+        self, config: Config, attention_backend: str, reads: frozenset[str],
+        reads_of: Mapping[Follower, frozenset[str]], there: Mapping[str, SSLNetwork],
+    ) -> None:  # fmt: skip
         self.student = build_network(config, attention_backend, config.student.drop_path_rate, reads)
         if isinstance(self.student.backbone, VisionTransformer):
             train_only(self.student.backbone, config.student.trained())
@@ -171,7 +174,9 @@ class Networks:
         self.followers: dict[str, SSLNetwork] = {}
         for name, follower in self.rules.items():
             read = reads_of.get(follower, frozenset())
-            if follower.make:
+            if name in there:
+                network = there[name]
+            elif follower.make:
                 with torch.random.fork_rng(devices=[]):  # what it draws changes nothing of the run
                     network = follower.make(config, attention_backend)
             else:  # what is saved has its heads, read or not

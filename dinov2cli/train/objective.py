@@ -109,13 +109,16 @@ class SSLMetaArch(nn.Module):
     """Student, followers and terms.
 
     Every network, and every child module of a term as `<term>_<child>`, is a child of this module: what is saved of a
-    run are their states. `attention_backend` is a key of `models.attention.ATTENTION_BACKENDS`.
+    run are their states. `attention_backend` is a key of `models.attention.ATTENTION_BACKENDS`; `there` are
+    followers that exist already, by name.
     """
 
     student: SSLNetwork
     teacher: SSLNetwork
 
-    def __init__(self, config: Config, attention_backend: str = "sdpa") -> None:
+    def __init__(
+        self, config: Config, attention_backend: str = "sdpa", there: Mapping[str, SSLNetwork] | None = None
+    ) -> None:
         super().__init__()
         self.config, self.attention_backend = config, attention_backend
         made = {name: make(config) for name, make in TERMS.items()}
@@ -125,7 +128,7 @@ class SSLMetaArch(nn.Module):
         for term in self.terms.values():
             if term.follower:
                 reads_of[term.follower] = reads_of.get(term.follower, frozenset()) | term.loss.reads_of_follower
-        self.networks = Networks(config, attention_backend, reads, reads_of)
+        self.networks = Networks(config, attention_backend, reads, reads_of, there or {})
         for name, network in self.networks.named():
             self.add_module(name, network)
         for name, term in self.terms.items():

@@ -186,7 +186,7 @@ class Record:
     def health(self, reading: Reading) -> dict[str, float]:
         """What the monitors say of the teacher; of a collapse they warn again in every tenth of the run."""
         numbers = reading.tensors.read()
-        if "cls" not in numbers:
+        if "cls" not in numbers or not numbers["cls"].isfinite().all():  # of which `check` speaks
             return {}
         health = teacher_health(numbers)
         # Fresh networks give nearly equal features, so the numbers mean something only once learning has begun.

@@ -1,5 +1,6 @@
 """Whether a run can go on with the configuration it is resumed with, and how on another number of processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ FREE_KEYS = {
                                  "hang_timeout", "tensorboard", "wandb", "compile", "activation_checkpointing",
                                  "max_nonfinite", "max_bad_fraction", "stop_on_collapse")),
     "student.attention_backend", "student.block_chunks", "optim.lr", "data.normalize_on_device", "data.max_image_gb",
+    "distillation.students",  # each has a configuration of its own
     *(f"evaluation.{key}" for key in Evaluation.model_fields),
 }  # fmt: skip
 # What `keep_effective_batch` changes; it says so itself.
@@ -54,6 +56,12 @@ NAMED_KEYS = {
     *(f"crops.{key}" for key in Crops.model_fields if key != "global_crops_size"),
     *(f"data.{key}" for key in Data.model_fields if f"data.{key}" not in FREE_KEYS),
 }  # fmt: skip
+# In what students that learn together may differ: all else decides their batches, or the pass of their teacher.
+OWN_GROUPS = ("student", "dino", "ibot", "teacher", "gram", "optim", "evaluation")
+OWN_KEYS = {f"train.{key}" for key in ("output_dir", "centering", "checkpoint_period", "keep", "log_period", "wandb",
+            "tensorboard", "max_nonfinite", "stop_on_collapse", "activation_checkpointing")}  # fmt: skip
+COMMON_KEYS = {"student.patch_size", "student.in_chans", "student.attention_backend",
+               "ibot.mask_sample_probability", "ibot.mask_ratio_min_max"}  # fmt: skip
 DATASETS = ("train.dataset_path", "evaluation.knn_train_dataset", "evaluation.knn_val_dataset")
 
 
@@ -136,6 +144,29 @@ def changed_keys(saved: Path, config: Config) -> dict[str, str]:
         old["distillation.teacher"] = new["distillation.teacher"]
     keys = [key for key in new if old[key] != new[key] and key not in FREE_KEYS | BATCH_KEYS]
     return {key: f"{key} ({old[key]} there, {new[key]} here)" for key in keys}
+
+
+def check_same_batches(configs: Sequence[Config]) -> None:
+    """Whether students can learn from the same batches and one pass of their teacher.
+
+    Raises:
+        ConfigError: keys in which they must not differ do; the message names both values, and whose they are.
+    """
+    first, *others = map(_flat, configs)
+    common = [key for key in first if key not in OWN_KEYS and key.partition(".")[0] not in OWN_GROUPS]
+    problems = []
+    for other in others:
+        differ = [key for key in (*common, *sorted(COMMON_KEYS)) if first[key] != other[key]]
+        if bool(first["ibot.loss_weight"]) != bool(other["ibot.loss_weight"]):  # nothing is masked without one
+            differ.append("ibot.loss_weight")
+        names = [Path(each["train.output_dir"]).name for each in (first, other)]
+        problems += [f"{key}={first[key]} of {names[0]}, {other[key]} of {names[1]}" for key in differ]
+    if problems:
+        raise ConfigError(
+            "distillation.students: " + "; ".join(problems),
+            "Students that learn together see the same batches, and one pass of one teacher: say this once for all, or "
+            "train them one by one.",
+        )
 
 
 def data_facts(dataset: ImageDataset) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Sharding:
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             # The student's parameters stay whole from forward to backward, which saves gathering them again; the
             # followers have no backward.
-            for _, network in self.networks.named():
+            for network in (each for _, each in self.networks.named() if not isinstance(each, FSDPModule)):
                 _shard_network(network, precision, reshard_after_forward=network is not self.networks.student)
 
     @contextmanager

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dinov2cli.train.choices import choose_attention, choose_compile
 from dinov2cli.train.cost import describe, estimate, room_for_gaps
 from dinov2cli.train.display import plan_rows, print_plan, teacher_rows
 from dinov2cli.train.gram_teacher import GramTeacher
+from dinov2cli.train.networks import FROZEN_TEACHER, SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
@@ -40,6 +41,16 @@ from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import Sharding, choose_sharding
 from dinov2cli.train.step import TrainingStep
 from dinov2cli.train.watch import Watch
+
+
+@contextmanager
+def stream_of(loader: Loader[MultiCropBatch]) -> Iterator[tuple[Iterator[MultiCropBatch], list[int]]]:
+    """The batches, and the signals that this process gets meanwhile, for a training to heed between its steps."""
+    message = "stopping after this iteration (again to stop at once, without saving)"
+    # The death of a loader is told wherever the training stands; loader processes end with it.
+    with loader_errors(), closing(iter(loader)) as batches, interruption(message, requeue=True) as signals:
+        yield batches, signals
+
 
 OnlineKnn = Callable[[Backbone], float]
 """Top-1 accuracy in percent of a teacher backbone; given from outside, as training knows nothing of evaluation."""
@@ -57,6 +68,7 @@ class Trainer:
         init_backbone: loads pretrained weights into a fresh backbone (not called where a checkpoint is resumed).
         online_knn: scores the teacher every `evaluation.knn_period` iterations.
         on_teacher: called on every process with each teacher checkpoint that has been written (`evaluation.tasks`).
+        beside: the run of another student, whose frozen teacher this one shares (`train.students`).
 
     Raises:
         ConfigError: the folder holds a run of another architecture, or the attention backend cannot run here.
@@ -74,6 +86,7 @@ class Trainer:
         init_backbone: Callable[[Backbone], None] | None = None,
         online_knn: OnlineKnn | None = None,
         on_teacher: Callable[[Path], object] | None = None,
+        beside: "Trainer | None" = None,
     ) -> None:
         self.device, self.online_knn, self.on_teacher = device, online_knn, on_teacher
         self.world_size = distributed.world_size()
@@ -97,8 +110,12 @@ class Trainer:
             attention, why_attention = choose_attention(config, device, self.precision)
             self.compiled, why_compiled = choose_compile(config, device)
             mode, why_sharded = choose_sharding(config, self.precision, self.world_size)
+            there: dict[str, SSLNetwork] = {}
+            if beside is not None:
+                mode, why_sharded = beside.sharding.mode, "as the students beside it"
+                there[FROZEN_TEACHER.name] = beside.objective.networks.followers[FROZEN_TEACHER.name]
             torch.manual_seed(config.train.seed)  # initial weights; nothing later draws from the global generator
-            self.objective = SSLMetaArch(config, attention)
+            self.objective: SSLMetaArch = SSLMetaArch(config, attention, there)
             if init_backbone is not None and not resume:
                 init_backbone(self.objective.student.backbone)
                 self.objective.networks.begin()
@@ -121,7 +138,7 @@ class Trainer:
         self.objective.to(device).train()
         if self.compiled:
             self.objective.compile_parts()
-        self.sharding = Sharding(self.objective, mode, self.precision)
+        self.sharding: Sharding = Sharding(self.objective, mode, self.precision)
         self.step = TrainingStep(config, self.objective, self.sharding, self.precision)
         self.record = Record(config, self.folder, watched_gradients=not self.precision.scale_gradients)
         self.iteration = 0
@@ -142,39 +159,42 @@ class Trainer:
             return
         loader = self.make_loader()
         with ExitStack() as stack:
-            timeout = self.config.train.hang_timeout
-            watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=timeout)
-            self.watch = stack.enter_context(watch)
-            with distributed.same_error_everywhere():
-                self.print_plan(loader)
-                if distributed.is_main():
-                    self.config.save(self.folder.config)
-                self.record.open(self.iteration, stack)
-            stack.callback(self.checkpointer.finish)
-            if self.iteration == 0:
-                self.score_teacher()
-            stack.enter_context(self.record.display)
-            message = "stopping after this iteration (again to stop at once, without saving)"
-            stack.enter_context(loader_errors())  # the death of a loader is told wherever the training stands
-            batches = stack.enter_context(closing(iter(loader)))  # loader processes end with the training
-            self.loop(batches, stack.enter_context(interruption(message, requeue=True)))
+            self.begin(loader, stack)
+            for _ in self.steps(*stack.enter_context(stream_of(loader))):
+                pass
+
+    def begin(self, loader: Loader[MultiCropBatch], stack: ExitStack) -> None:
+        """What comes before the iterations of a session, and ends with `stack`: signs of life, files, display."""
+        limit = self.config.train.hang_timeout
+        watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=limit)
+        self.watch = stack.enter_context(watch)
+        with distributed.same_error_everywhere():
+            self.print_plan(loader)
+            if distributed.is_main():
+                self.config.save(self.folder.config)
+            self.record.open(self.iteration, stack)
+        stack.callback(self.checkpointer.finish)
+        if self.iteration == 0:
+            self.score_teacher()
+        stack.enter_context(self.record.display)
 
     def print_plan(self, loader: Loader[MultiCropBatch]) -> None:
         if distributed.is_main():
             rows = plan_rows(self.config, loader, self.objective.student, self.iteration, self.choices)
             print_plan(rows, self.config.deviations())
 
-    def loop(self, batches: Iterator[MultiCropBatch], signals: list[int]) -> None:
-        """All iterations that are left; `signals` holds those that this process has got."""
+    def steps(self, batches: Iterator[MultiCropBatch], signals: list[int]) -> Iterator[None]:
+        """All iterations that are left, each when it is asked for; `signals` holds those that this process has got."""
         # On a GPU, the numbers of an iteration are read while the next one runs.
         lag = 1 if self.device.type == "cuda" else 0
         unread: deque[Reading] = deque()
         clock = time.perf_counter()
         while self.iteration < self.total:
+            asked = time.perf_counter()
             micro_batches, standing = next_batches(
                 batches, self.accumulation, signals, self.checkpointer.failed(), self.record.gives_up()
             )
-            data_time = time.perf_counter() - clock
+            data_time = time.perf_counter() - asked
             if standing.checkpoint_failed:
                 self.checkpointer.finish()
             if standing.signal:
@@ -194,17 +214,18 @@ class Trainer:
                 self.record.read(unread.popleft(), iter_time, data_time)
             for save in due:
                 save()
+            yield
 
     def on_device(self, batch: MultiCropBatch) -> MultiCropBatch:
         """The batch where the networks are; from page-locked memory, nobody waits for the copy."""
         return batch.to(self.device, non_blocking=True, compiled=self.compiled)
 
-    def make_loader(self) -> Loader[MultiCropBatch]:
-        """Batches of this process from the current iteration to the end of the run."""
+    def make_loader(self, end: int | None = None) -> Loader[MultiCropBatch]:
+        """Batches of this process from the current iteration to the end, by default that of the run."""
         return make_train_loader(
             self.config,
             start=self.iteration * self.accumulation,
-            stop=self.total * self.accumulation,
+            stop=(end or self.total) * self.accumulation,
             first_sample=self.record.samples_seen,
             rank=distributed.rank(),
             world_size=self.world_size,

@@ -80,10 +80,15 @@ class Watch:
     do it if for `EVALUATING` times as long no bar moves, neither of their own nor of the first process, for which the
     others may wait for long.
 
+    Of several runs in a process each has its own, and what any of them is told is a sign of life of all.
+
     Args:
         iteration: done so far, of `total`.
         hang_timeout: seconds; 0: never.
     """
+
+    _last_beat = 0.0  # of the process, as is what it does
+    _evaluates = False
 
     def __init__(self, folder: RunFolder, *, total: int, iteration: int, hang_timeout: float) -> None:
         rank = distributed.rank()
@@ -101,8 +106,7 @@ class Watch:
         self.state = "training"
         self._iter_times: deque[float] = deque(maxlen=50)
         self._data_times: deque[float] = deque(maxlen=50)
-        self._last_beat = time.monotonic()
-        self._evaluates = False
+        Watch._last_beat = time.monotonic()
         self._steps: tuple[int, ...] = ()  # of the bars, when last looked at
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -130,18 +134,18 @@ class Watch:
         self.facts["iteration"] = iteration
         self._iter_times.append(iter_time)
         self._data_times.append(data_time)
-        self._last_beat = time.monotonic()
+        Watch._last_beat = time.monotonic()
 
     @contextlib.contextmanager
     def doing(self, state: str) -> Iterator[None]:
         """Around work between two iterations: "saving", or "evaluating", which takes as long as it goes on."""
-        self.state, self._last_beat = state, time.monotonic()
-        self._evaluates = state == "evaluating"
+        self.state, Watch._last_beat = state, time.monotonic()
+        Watch._evaluates = state == "evaluating"
         try:
             yield
         finally:
-            self._last_beat = time.monotonic()
-            self.state, self._evaluates = "training", False
+            Watch._last_beat = time.monotonic()
+            self.state, Watch._evaluates = "training", False
 
     def _run(self) -> None:
         while not self._ended.wait(min(WRITE_EVERY_S, self.hang_timeout / 4 or WRITE_EVERY_S)):
@@ -150,7 +154,7 @@ class Watch:
             if self._evaluates:
                 what, limit, words = "progress of the evaluation", EVALUATING * limit, f"{EVALUATING} times {words}"
                 if (steps := (Bars.steps, self._steps_of_first())) != self._steps:
-                    self._steps, self._last_beat = steps, time.monotonic()
+                    self._steps, Watch._last_beat = steps, time.monotonic()
             silence = time.monotonic() - self._last_beat
             if self.hang_timeout and silence > limit:
                 self._report_hang(f"no {what} for {silence:.0f} s", words)
