@@ -15,8 +15,8 @@ from dinov2cli.data.spelling import EXAMPLES, complete
 from dinov2cli.errors import ConfigError, DataError, Several
 from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.launch.local import Elsewhere
-from dinov2cli.launch.slurm import wanted_for
 from dinov2cli.launch.origins import print_origins
+from dinov2cli.launch.slurm import wanted_for
 from dinov2cli.launch.training import launch, resolve_config
 from dinov2cli.requests.base import run
 from dinov2cli.requests.datasets import AddDatasetRequest, ForgetDatasetRequest, ShowDatasetRequest
