@@ -13,7 +13,7 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.checkpoint import Checkpointer, tensor_bytes
 from dinov2cli.config import Config
-from dinov2cli.console import clock
+from dinov2cli.console import clock, speaking
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.train.agreement import next_batches
 from dinov2cli.train.cost import describe, estimate, estimate_together, step_flops
@@ -52,7 +52,8 @@ def rehearse(runs: Sequence[Trainer]) -> None:
     first, config = runs[0], runs[0].config
     left = [run.total - run.iteration for run in runs]
     for run in runs:
-        run.print_plan(run.make_loader())
+        with speaking(run.folder.path.name if len(runs) > 1 else ""):
+            run.print_plan(run.make_loader())
     parts = config.train.batch_size_per_gpu * run.accumulation / FEW
     seconds = _seconds_of_few_images(runs) if first.device.type == "cpu" else [0.0] * len(runs)
     whole = parts * sum(seconds) < SECONDS
@@ -72,7 +73,7 @@ def rehearse(runs: Sequence[Trainer]) -> None:
             "sharding": first.sharding.mode,
             "precision": first.precision.name,
         }
-        rows.append(("expected", describe(estimate_together([run.config for run in runs], **how_run))))
+        rows.append(("expected memory", describe(estimate_together([run.config for run in runs], **how_run))))
         rows += _of_each([run.config for run in runs], steps)
     for run, (size, how) in zip(runs, written, strict=True):
         rows.append(("checkpoint", f"{size / 1e6:,.0f} MB each, {run.config.train.keep} kept; {how}"))
