@@ -78,10 +78,11 @@ def _train_in_group(configs: Sequence[Config], request: TrainRequest, until_the_
     else:
         train_students(runs)
         for run in runs if distributed.is_main() else ():
-            if collapse := collapse_of(run.folder.path):
-                logger.warning("the run looked collapsed %s", collapse)
-            for line in ending(run.folder, run.total):
-                logger.info(line)
+            with speaking(run.folder.path.name if len(runs) > 1 else ""):
+                if collapse := collapse_of(run.folder.path):
+                    logger.warning("the run looked collapsed %s", collapse)
+                for line in ending(run.folder, run.total):
+                    logger.info(line)
 
 
 def _prepare(

@@ -81,7 +81,13 @@ def read_status(run: Path) -> Status:
         ConfigError: there is no run in it.
     """
     if not any((run / name).exists() for name in ("config.yaml", "logs", "slurm", "checkpoints")):
-        raise ConfigError(f"{run}: no run here", "Name the folder given to dino2 train as --output-dir.")
+        inside = [str(path.parent) for path in sorted(run.glob("*/config.yaml"))]
+        hint = (
+            f"There are runs in {', '.join(inside)}."
+            if inside
+            else "Name the folder given to dino2 train as --output-dir."
+        )
+        raise ConfigError(f"{run}: no run here", hint)
     processes, metrics, jobs = read_heartbeats(run), last_metrics(run), read_jobs(run)
     total = processes[0]["total"] if processes else total_of(run)
     logged = int(metrics[-1]["iteration"]) + 1 if metrics else 0

@@ -88,6 +88,8 @@ def train_students(runs: Sequence[Trainer]) -> None:
         for run in going:
             with speaking(names[run]):
                 run.begin(loader, stack)
+        for run in going:
+            stack.enter_context(run.record.display)
         batches, signals = stack.enter_context(stream_of(loader))
         shared = Shared(batches, last)
         steps = {run: run.steps(shared, signals) for run in going}

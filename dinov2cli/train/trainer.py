@@ -160,11 +160,12 @@ class Trainer:
         loader = self.make_loader()
         with ExitStack() as stack:
             self.begin(loader, stack)
+            stack.enter_context(self.record.display)
             for _ in self.steps(*stack.enter_context(stream_of(loader))):
                 pass
 
     def begin(self, loader: Loader[MultiCropBatch], stack: ExitStack) -> None:
-        """What comes before the iterations of a session, and ends with `stack`: signs of life, files, display."""
+        """What comes before the iterations of a session, and ends with `stack`: signs of life, plan, files."""
         limit = self.config.train.hang_timeout
         watch = Watch(self.folder, total=self.total, iteration=self.iteration, hang_timeout=limit)
         self.watch = stack.enter_context(watch)
@@ -176,7 +177,6 @@ class Trainer:
         stack.callback(self.checkpointer.finish)
         if self.iteration == 0:
             self.score_teacher()
-        stack.enter_context(self.record.display)
 
     def print_plan(self, loader: Loader[MultiCropBatch]) -> None:
         if distributed.is_main():
