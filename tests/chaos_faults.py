@@ -104,7 +104,7 @@ def full_disk(history: History) -> str:
         return LEFT_OUT
     free, filler = shutil.disk_usage(history.disk).free, history.disk / "filler"
     leave = history.rng.choice((0, 0, 20_000, 100_000))
-    with filler.open("wb") as file, suppress(OSError):
+    with suppress(OSError), filler.open("wb", buffering=0) as file:  # a checkpoint may take the space meanwhile
         file.write(b"\0" * (free - leave))
     try:
         return history.ends({2, 0}, r"No space left on device|disk space|finished|the weights are in")
