@@ -1,13 +1,12 @@
 """What Slurm has here, what it can be asked for, and what is wrong with what somebody asks of it."""
 
-import difflib
 import re
 import shutil
 import subprocess
 from typing import Any, NamedTuple
 
 from dinov2cli.console import counted
-from dinov2cli.errors import ConfigError, EnvironmentProblem, Problems
+from dinov2cli.errors import ConfigError, EnvironmentProblem, Problems, did_you_mean
 from dinov2cli.requests.launch import Slurm
 from dinov2cli.site import read_site, shown, user_file
 
@@ -79,8 +78,7 @@ def on_this_cluster(typed: Slurm) -> Slurm:
     option, given = _said(typed, "partition")
     names = given.split(",") if given else [each.name for each in there.values() if each.is_default]
     if there and (unknown := [name for name in names if name not in there]):
-        near = difflib.get_close_matches(unknown[0], there, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
+        guess = did_you_mean(unknown[0], there)
         raise ConfigError(f"{option} {given}: Slurm has no partition {unknown[0]}{guess}",
                           f"There are: {', '.join(there)}")  # fmt: skip
     largest = max((there[name].nodes for name in names if there), default=None)
@@ -152,9 +150,8 @@ def split_parameter(word: str) -> tuple[str, Any]:
     if name in IN_HAND:
         raise ConfigError(f"--slurm {word}: dino2 sets {name} itself")
     if name not in SBATCH and key not in SUBMITIT:
-        near = difflib.get_close_matches(name, SBATCH, n=1)
         raise ConfigError(
-            f"--slurm {word}: sbatch has no parameter {name}{f'; did you mean {near[0]}?' if near else ''}",
+            f"--slurm {word}: sbatch has no parameter {name}{did_you_mean(name, SBATCH)}",
             "man sbatch lists them, and --help those that have options of their own.",
         )
     flags: dict[str, Any] = {"true": True, "false": None}

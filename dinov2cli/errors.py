@@ -1,9 +1,10 @@
 """The errors that dino2 raises for its users: one clear message each, no traceback."""
 
+import difflib
 import errno
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -33,6 +34,12 @@ class Dino2Error(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """For the end of a message: `; did you mean NAME?` where one of the known names is much like a word."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else otherwise
 
 
 class ConfigError(Dino2Error):

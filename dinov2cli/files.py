@@ -197,6 +197,20 @@ def fingerprint(*files: Path) -> str:
 MOST_YAML_VALUES = 100_000
 
 
+def last_json_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last lines of a file of JSON, less those that are not whole; only its end is read."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000 * count))
+        lines = file.read().decode(errors="replace").splitlines()[-count:]
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # the first may be cut, and the last is being written
+            found.append(json.loads(line))
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text that others have written.
 

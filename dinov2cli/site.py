@@ -13,7 +13,6 @@ Read are the user's file and, laid over it key by key, `dino2.yaml` in the worki
 Relative paths are relative to the file; `~` and `$VARIABLES` are filled in.
 """
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 
 from dinov2cli.config.editing import with_entry
 from dinov2cli.config.loading import read_yaml
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, did_you_mean
 from dinov2cli.files import lock, user_path, write_text, writing
 from dinov2cli.requests.base import Group
 from dinov2cli.requests.launch import Slurm
@@ -185,8 +184,7 @@ def _problem(problem: Any) -> str:
         return f"overrides: {problem['ctx']['error']}"
     if problem["type"] == "extra_forbidden":
         names = [name for name in (SlurmDefaults if path[1:] else Settings).model_fields if name != "nodes"]
-        close = difflib.get_close_matches(path[-1], names, n=1)
-        return f"{key}: no such key; " + (f"did you mean {close[0]}?" if close else f"there is {', '.join(names)}")
+        return f"{key}: no such key" + did_you_mean(path[-1], names, f"; there is {', '.join(names)}")
     message = problem["msg"].replace("Input should be", "must be")
     return f"{key}={problem['input']}: {message[:1].lower()}{message[1:]}"
 

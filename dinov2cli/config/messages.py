@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dinov2cli.config.tree import FIELDS, GROUPS, choices, expectation
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, did_you_mean
 
 # Names that people try, which no spelling distance would lead to the right key.
 _OTHER_NAMES = {
@@ -81,9 +81,7 @@ def _lines(problem: Any, path: list[str], value: Any) -> Iterator[str]:
     if problem["type"] == "extra_forbidden" and key not in FIELDS:
         yield _unknown_key(key, value)
     elif key in FIELDS:
-        known = choices(FIELDS[key])
-        close = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.6) if known else []
-        guess = f"; did you mean {close[0]}?" if close else ""
+        guess = did_you_mean(str(value).lower(), choices(FIELDS[key]) or ())
         guess = "; write it in quotes" if problem["type"] == "string_type" else guess
         yield f"{key}={_shown(value)}: must be {expectation(FIELDS[key])}{guess}"
     else:
@@ -93,9 +91,7 @@ def _lines(problem: Any, path: list[str], value: Any) -> Iterator[str]:
 
 def _unknown_key(key: str, value: Any) -> str:
     if "." not in key and isinstance(value, dict):
-        close = difflib.get_close_matches(key.lower(), GROUPS, n=1, cutoff=0.6)
-        guess = f"did you mean {close[0]}?" if close else f"groups: {', '.join(GROUPS)}"
-        return f"{key}: no such group; {guess}"
+        return f"{key}: no such group" + did_you_mean(key.lower(), GROUPS, f"; groups: {', '.join(GROUPS)}")
     closest = suggest(key)
     shown = key if isinstance(value, dict) else f"{key}={_shown(value)}"
     if closest:

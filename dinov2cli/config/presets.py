@@ -1,12 +1,11 @@
 """The presets: YAML files that state their difference from the defaults and open with a comment on their use."""
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from dinov2cli.errors import ConfigError
+from dinov2cli.errors import ConfigError, did_you_mean
 
 # Inside the package in an installed wheel, beside it in a source checkout.
 _FOLDERS = (Path(__file__).parents[1] / "presets", Path(__file__).parents[2] / "presets")
@@ -68,6 +67,5 @@ def find_preset(name: str) -> Preset:
     wanted = name.removesuffix(".yaml").removeprefix("train/").removeprefix("eval/")
     if wanted in presets:
         return presets[wanted]
-    close = difflib.get_close_matches(wanted.lower(), presets, n=1, cutoff=0.6)
-    guess = f" Did you mean {close[0]}?" if close else ""
+    guess = did_you_mean(wanted.lower(), presets).replace("; did", " Did")
     raise ConfigError(f"no preset named '{name}'.{guess}", hint=f"Presets: {', '.join(presets)}")

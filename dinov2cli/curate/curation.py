@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,9 @@ def run(request: CurateRequest) -> Curated | Plan | None:
     """
     if request.dry_run:
         return plan(request)
-    with distributed.process_group(), _alone(request.output):
+    taken = EnvironmentProblem(f"{request.output}: another curation is writing there; wait for it, or name another.")
+    lock = partial(locked_now, request.output / ".work", taken)
+    with distributed.process_group(), lock() if distributed.is_main() else nullcontext():
         return _curate(request)
 
 
@@ -86,12 +87,6 @@ def _curate(request: CurateRequest) -> Curated | None:
     result = write_results(state) if distributed.is_main() else None
     distributed.barrier()
     return result
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """While no other curation writes to the folder."""
-    taken = EnvironmentProblem(f"{folder}: another curation is writing there; wait for it, or name another.")
-    return locked_now(folder / ".work", taken) if distributed.is_main() else nullcontext()
 
 
 def _timed(state: Curation, name: str, step: Callable[[], dict[str, Any]]) -> None:

@@ -110,7 +110,8 @@ def _write_dropped(table: Any, state: Curation) -> None:
     table.writerow(["path", "reason", "beside", "cosine"])
     for row in np.flatnonzero(state.fate != KEPT).tolist():
         fate, beside, score = state.fate[row], int(state.beside[row]), state.score[row]
-        near = state.path_beside(fate, beside) if fate in (DUPLICATE, AGAINST) else ""
+        of, at = state.set_of(fate, beside) if fate in (DUPLICATE, AGAINST) else (None, 0)
+        near = of.path(at) if of else ""
         table.writerow([state.pool.path(row), REASONS[fate], near, "" if np.isnan(score) else f"{score:.4f}"])
 
 

@@ -82,10 +82,5 @@ class Curation:
             row -= len(each)
         raise IndexError(row)
 
-    def path_beside(self, fate: int, row: int) -> str:
-        """Of the image that another is shown beside."""
-        each, row = self.set_of(fate, row)
-        return each.path(row)
-
     def drop(self, rows: np.ndarray, fate: int, beside: Any = -1, score: Any = np.nan) -> None:
         self.fate[rows], self.beside[rows], self.score[rows] = fate, beside, score

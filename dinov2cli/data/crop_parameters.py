@@ -118,7 +118,7 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
 
     Every decision has numbers of its own, needed or not, so none depends on how another fell.
     """
-    tries = numbers[: 2 * CROP_TRIES]
+    tries, (smallest, largest) = numbers[: 2 * CROP_TRIES], BLUR_SIGMA
     down, right, flip, jitter, third, second, first, *factors, gray, blur, sigma, solarize = numbers[2 * CROP_TRIES :]
     return CropParameters(
         box=random_box(recipe.scale, height, width, tries, down, right),
@@ -126,7 +126,7 @@ def draw_crop(recipe: CropRecipe, height: int, width: int, numbers: list[float])
         flip=flip < FLIP_PROBABILITY,
         jitter=_jitter((third, second, first), factors, recipe.colors) if jitter < recipe.jitter else None,
         grayscale=gray < recipe.grayscale and recipe.colors,
-        blur_sigma=_between(*BLUR_SIGMA, sigma) if blur < recipe.blur else 0.0,
+        blur_sigma=smallest + (largest - smallest) * sigma if blur < recipe.blur else 0.0,
         solarize=solarize < recipe.solarize,
         larger=recipe.larger,
         larger_is_plain=recipe.larger_is_plain,
@@ -154,10 +154,6 @@ def random_box(
     elif width / height > ASPECT_RATIO[1]:
         w = min(width, max(1, round(height * ASPECT_RATIO[1])))
     return Box((height - h) // 2, (width - w) // 2, h, w)
-
-
-def _between(low: float, high: float, number: float) -> float:
-    return low + (high - low) * number
 
 
 def _jitter(order_numbers: tuple[float, float, float], numbers: list[float], colors: bool) -> Jitter:

@@ -24,7 +24,7 @@ from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, WholeTransfor
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.cache import FeatureCache
-from dinov2cli.eval.features import Features, Recipe, missing_from, part_of_this_process
+from dinov2cli.eval.features import Features, Recipe, part_of_this_process
 from dinov2cli.eval.gathered import Gathered
 from dinov2cli.train.allocator import keep_freed_memory
 
@@ -106,7 +106,8 @@ class Extractor:
             if self.cache is not None:
                 self.cache.save(self.recipe, dataset, features)
         if features.size < len(dataset):
-            paths = [dataset.path(int(i)) for i in missing_from(features.positions(), len(dataset))]
+            missing = np.setdiff1d(np.arange(len(dataset)), features.positions().numpy())
+            paths = [dataset.path(int(i)) for i in missing]
             refuse_too_many_bad(len(paths), len(dataset), self.max_bad_fraction, paths)
             self.notes.append(f"{len(paths)} of {len(dataset)} images could not be read and are left out: {few(paths)}")
             if cached is not None:  # else each was named when it was met

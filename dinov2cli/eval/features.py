@@ -57,13 +57,6 @@ class Recipe:
     """Names of the tensors, where these are others."""
 
 
-def missing_from(positions: Tensor, size: int) -> Tensor:
-    """Which of a dataset's `size` images are not at `positions`: int64, ascending."""
-    missing = torch.ones(size, dtype=torch.bool)
-    missing[positions] = False
-    return missing.nonzero()[:, 0]
-
-
 def part_of_this_process(size: int) -> Tensor:
     """The consecutive positions of `size` images that fall to this process, int64."""
     return torch.arange(size).tensor_split(distributed.world_size())[distributed.rank()]

@@ -1,5 +1,6 @@
 """What an exporter gets, and what it gives back for the comparison. Shape legend as in `graph`."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,12 @@ class Bundle:
         how = EvalTransform.at(height, self.model.images).as_dict()
         # An oblong image has no counterpart in the evaluations: it is for the user to cut.
         return how if height == width else {**how, "resize_shorter_side": None, "center_crop": None}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file of weights or a graph says of itself."""
+        about = {"architecture": self.architecture.model_dump(), "preprocessing": self.preprocessing}
+        return {f"dino2.{name}": json.dumps(value) for name, value in about.items()}
 
 
 def random_images(architecture: ViTConfig | LibraryConfig, batch: int, height: int, width: int) -> Tensor:

@@ -1,7 +1,6 @@
 """What a checkpoint is: for `dino2 info`."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -9,7 +8,7 @@ from rich.table import Table
 from dinov2cli.config import load_config
 from dinov2cli.config.vit import RESIZING
 from dinov2cli.errors import ConfigError
-from dinov2cli.files import sha256
+from dinov2cli.files import last_json_lines, sha256
 from dinov2cli.models.library_backbone import size_of
 from dinov2cli.models.load import RecognisedWeights, read_weights, said_in
 from dinov2cli.models.load.locate import newest_teacher
@@ -115,21 +114,9 @@ def _training(weights: RecognisedWeights) -> dict[str, Any]:
                 "dataset": config.train.dataset_path,
                 "seed": config.train.seed,
             }
-    if metrics := _last_metrics(run / "training_metrics.json"):
-        state["last_metrics"] = metrics
+    if metrics := last_json_lines(run / "training_metrics.json", 2):  # a run may be writing to the last
+        state["last_metrics"] = metrics[-1]
     return state
-
-
-def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last complete line of a metrics file; a run may be writing to it."""
-    if not path.is_file():
-        return {}
-    for line in reversed(path.read_text().splitlines()):
-        try:
-            return dict(json.loads(line))
-        except ValueError:
-            continue
-    return {}
 
 
 def _short(value: Any) -> Any:

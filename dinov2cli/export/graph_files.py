@@ -50,13 +50,7 @@ def write_onnx(bundle: Bundle, path: Path) -> None:
             _program(bundle), dynamo=True, input_names=["images"], output_names=names, opset_version=bundle.opset,
             verbose=False,
         )  # fmt: skip
-    program.model.metadata_props.update(
-        {
-            "dino2": __version__,
-            "dino2.architecture": json.dumps(bundle.vit.model_dump()),
-            "dino2.preprocessing": json.dumps(bundle.preprocessing),
-        }
-    )
+    program.model.metadata_props.update({"dino2": __version__, **bundle.metadata})
     program.save(path, external_data=4 * sum(tensor.numel() for tensor in bundle.state.values()) > _EXTERNAL_DATA_ABOVE)
 
 

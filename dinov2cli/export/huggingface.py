@@ -76,6 +76,18 @@ def write(bundle: Bundle, folder: Path) -> None:
     write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def opened_by(opener: Any, folder: Path) -> Any:
+    """The model that a class of transformers makes of a folder.
+
+    Raises:
+        WeightsError: not all weights have found their place.
+    """
+    model, info = opener.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    if wrong := {kind: keys for kind, keys in info.items() if keys}:
+        raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
+    return model.eval()
+
+
 def open_(bundle: Bundle, folder: Path) -> Runner:
     """The folder as transformers opens it; every key must have found its place.
 
@@ -85,11 +97,7 @@ def open_(bundle: Bundle, folder: Path) -> Runner:
     transformers: Any = need("transformers")
     transformers.utils.logging.disable_progress_bar()
     opener = transformers.AutoModel if bundle.head is None else transformers.AutoModelForImageClassification
-    model, info = opener.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    wrong = {kind: keys for kind, keys in info.items() if keys}
-    if wrong:
-        raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
-    model.eval()
+    model = opened_by(opener, folder)
     backbone = model if bundle.head is None else getattr(model, huggingface.model_type(bundle.vit))
     prefix = bundle.model.prefix_tokens
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from dinov2cli.config.library import LIBRARIES, LibraryConfig
-from dinov2cli.errors import WeightsError, need
+from dinov2cli.errors import WeightsError
 from dinov2cli.export.bundle import Bundle, Outputs, Runner
-from dinov2cli.export.huggingface import preprocessor_json
+from dinov2cli.export.huggingface import opened_by, preprocessor_json
+from dinov2cli.export.weight_files import opened_by_timm, timm_words
 from dinov2cli.models.libraries import quiet_transformers, run
 from dinov2cli.models.library_backbone import LibraryBackbone
 from dinov2cli.models.load.layouts import timm
@@ -49,30 +50,21 @@ def open_hf(bundle: Bundle, folder: Path) -> Runner:
     `AutoBackbone` itself opens no folders in some versions of transformers, but only what is on its hub.
     """
     with quiet_transformers():
-        model, info = type(_network(bundle)).from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    if wrong := {kind: keys for kind, keys in info.items() if keys}:
-        raise WeightsError(f"transformers does not find its weights in the export: {wrong}")
-    return _runner(bundle, model.eval())
+        return _runner(bundle, opened_by(type(_network(bundle)), folder))
 
 
 def how_to_open(bundle: Bundle, output: Path) -> str:
     """The line of Python that opens what was written."""
-    architecture = _architecture(bundle)
-    if architecture.library == "hf":
+    if _architecture(bundle).library == "hf":
         return f"transformers.{type(_network(bundle)).__name__}.from_pretrained({str(output)!r})"
-    if output.is_dir():
-        return f"timm.create_model('local-dir:{output}', pretrained=True)"
-    arguments = {**architecture.arguments, "in_chans": architecture.in_chans, "num_classes": 0}
-    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"timm.create_model({architecture.name!r}, checkpoint_path={str(output)!r}, {words})"
+    return timm_words(output, *_model_of(bundle))
 
 
 def write_timm(bundle: Bundle, path: Path) -> None:
     """The weights under timm's names; in a folder with the config.json by which timm opens it."""
     architecture, metadata = _architecture(bundle), {"format": "pt"}
     if path.suffix:
-        metadata["dino2.architecture"] = json.dumps(architecture.model_dump())
-        metadata["dino2.preprocessing"] = json.dumps(bundle.preprocessing)
+        metadata |= bundle.metadata
     else:
         path.mkdir()
         config = {
@@ -88,19 +80,13 @@ def write_timm(bundle: Bundle, path: Path) -> None:
 
 
 def open_timm(bundle: Bundle, path: Path) -> Runner:
-    """The file or folder as timm opens it.
+    """The file or folder as timm opens it; raises as `opened_by_timm`."""
+    return _runner(bundle, opened_by_timm(path, *_model_of(bundle)))
 
-    Raises:
-        EnvironmentProblem: timm (which needs torchvision) is not installed.
-    """
-    package: Any = need("timm", "timm torchvision")
+
+def _model_of(bundle: Bundle) -> tuple[str, dict[str, Any]]:
     architecture = _architecture(bundle)
-    if path.is_dir():
-        model = package.create_model(f"local-dir:{path}", pretrained=True)
-    else:
-        arguments = {**architecture.arguments, "in_chans": architecture.in_chans, "num_classes": 0}
-        model = package.create_model(architecture.name, checkpoint_path=str(path), **arguments)
-    return _runner(bundle, model.eval())
+    return architecture.name, {**architecture.arguments, "in_chans": architecture.in_chans, "num_classes": 0}
 
 
 def _runner(bundle: Bundle, model: Any) -> Callable[[Tensor], Outputs]:

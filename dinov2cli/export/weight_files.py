@@ -22,13 +22,8 @@ from dinov2cli.models.load.tensor_files import write_tensors
 
 def write_safetensors(bundle: Bundle, path: Path) -> None:
     """One file that says by itself how many heads the model has and how it resizes position embeddings."""
-    metadata = {
-        "format": "pt",
-        "dino2.architecture": json.dumps(bundle.architecture.model_dump()),
-        "dino2.preprocessing": json.dumps(bundle.preprocessing),
-        "dino2.provenance": json.dumps({"dino2": __version__, **bundle.provenance}),
-    }
-    write_tensors(bundle.state, path, metadata)
+    provenance = json.dumps({"dino2": __version__, **bundle.provenance})
+    write_tensors(bundle.state, path, {"format": "pt", **bundle.metadata, "dino2.provenance": provenance})
     if bundle.head is not None:
         write_tensors(bundle.head.state_dict(), head_path(bundle, path), {"format": "pt"})
 
@@ -84,31 +79,16 @@ def write_timm(bundle: Bundle, path: Path) -> None:
         )
     if reason := timm.why_not(bundle.vit):
         raise WeightsError(reason)
-    metadata = {
-        "format": "pt",
-        "dino2.architecture": json.dumps(bundle.vit.model_dump()),
-        "dino2.preprocessing": json.dumps(bundle.preprocessing),
-        **timm.lost(bundle.state),
-    }
     if not path.suffix:
         path.mkdir()
         (path / "config.json").write_text(json.dumps(timm.config_json(bundle.vit, bundle.preprocessing)) + "\n")
         path = path / "model.safetensors"
-    write_tensors(timm.to_(bundle.state), path, metadata)
+    write_tensors(timm.to_(bundle.state), path, {"format": "pt", **bundle.metadata, **timm.lost(bundle.state)})
 
 
 def open_timm(bundle: Bundle, path: Path) -> Runner:
-    """The file or folder as timm opens it, for images of any size.
-
-    Raises:
-        EnvironmentProblem: timm (which needs torchvision) is not installed.
-    """
-    package: Any = need("timm")
-    if path.is_dir():
-        model = package.create_model(f"local-dir:{path}", pretrained=True, dynamic_img_size=True).eval()
-    else:
-        name, arguments = timm.model_of(bundle.vit)
-        model = package.create_model(name, checkpoint_path=str(path), dynamic_img_size=True, **arguments).eval()
+    """The file or folder as timm opens it, for images of any size; raises as `opened_by_timm`."""
+    model = opened_by_timm(path, *timm.model_of(bundle.vit), dynamic_img_size=True)
     prefix = bundle.model.prefix_tokens
 
     def run(images: Tensor) -> Outputs:
@@ -120,9 +100,26 @@ def open_timm(bundle: Bundle, path: Path) -> Runner:
 
 def how_to_open_timm(bundle: Bundle, path: Path) -> str:
     """The line of Python that opens what `write_timm` wrote, its preprocessing included."""
+    name, arguments = timm.model_of(bundle.vit)
+    overlay = timm.pretrained_cfg(bundle.vit.in_chans, bundle.preprocessing)
+    return timm_words(path, name, {**arguments, "pretrained_cfg_overlay": overlay})
+
+
+def opened_by_timm(path: Path, name: str, arguments: dict[str, Any], **options: bool) -> Any:
+    """The model that timm makes of what was written: a folder says by itself what it is, a file does not.
+
+    Raises:
+        EnvironmentProblem: timm (which needs torchvision) is not installed.
+    """
+    package: Any = need("timm", "timm torchvision")
+    if path.is_dir():
+        return package.create_model(f"local-dir:{path}", pretrained=True, **options).eval()
+    return package.create_model(name, checkpoint_path=str(path), **options, **arguments).eval()
+
+
+def timm_words(path: Path, name: str, arguments: dict[str, Any]) -> str:
+    """What `opened_by_timm` does, as a line of Python."""
     if path.is_dir():
         return f"timm.create_model('local-dir:{path}', pretrained=True)"
-    name, arguments = timm.model_of(bundle.vit)
-    arguments["pretrained_cfg_overlay"] = timm.pretrained_cfg(bundle.vit.in_chans, bundle.preprocessing)
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {words})"

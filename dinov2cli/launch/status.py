@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dinov2cli.console import counted
 from dinov2cli.errors import ConfigError
+from dinov2cli.files import last_json_lines
 from dinov2cli.launch.restarts import newest_checkpoint, read_restarts
 from dinov2cli.requests import tools
 from dinov2cli.train.judgement import Judgement, judge
@@ -88,7 +89,8 @@ def read_status(run: Path) -> Status:
             else "Name the folder given to dino2 train as --output-dir."
         )
         raise ConfigError(f"{run}: no run here", hint)
-    processes, metrics, jobs = read_heartbeats(run), last_metrics(run), read_jobs(run)
+    processes, jobs = read_heartbeats(run), read_jobs(run)
+    metrics = last_json_lines(run / "training_metrics.json", RECENT)
     total = processes[0]["total"] if processes else total_of(run)
     logged = int(metrics[-1]["iteration"]) + 1 if metrics else 0
     iteration = max([logged, newest_checkpoint(run), *(int(process["iteration"]) for process in processes)])
@@ -152,21 +154,6 @@ def read_heartbeats(run: Path) -> list[dict[str, Any]]:
             found.append(json.loads(path.read_text()))
     now, newest = time.time(), max(found, key=lambda beat: float(beat["time"]), default={})
     return [{**beat, "age": max(0.0, now - beat["time"])} for beat in found if beat["rank"] < newest["world_size"]]
-
-
-def last_metrics(run: Path, count: int = RECENT) -> list[dict[str, Any]]:
-    """The last lines of training_metrics.json; only the end of the file is read."""
-    path = run / "training_metrics.json"
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2000 * count))
-        lines = file.read().decode(errors="replace").splitlines()[-count:]
-    found = []
-    for line in lines:
-        with suppress(ValueError):  # the first may be cut, and the last is being written
-            found.append(json.loads(line))
-    return found
 
 
 def median_of(metrics: list[dict[str, Any]], key: str) -> float | None:

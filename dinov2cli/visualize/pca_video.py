@@ -8,12 +8,12 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from dinov2cli.console import counted, progress
+from dinov2cli.console import Advance, counted, progress
 from dinov2cli.errors import DataError
 from dinov2cli.requests.pictures import PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureMap, FeatureSpool, PatchFeatures, Picture
-from dinov2cli.visualize.pictures import Advance, Written, check_takes_video, draw_video, extractor_and_basis
+from dinov2cli.visualize.pictures import Written, check_takes_video, draw_video, extractor_and_basis
 from dinov2cli.visualize.rendering import render
 from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video.reader import FrameSource, check_source, open_source, sampling_step

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dinov2cli.config import load_config
 from dinov2cli.config.images import Images
-from dinov2cli.console import interruption, logger
+from dinov2cli.console import Advance, interruption, logger
 from dinov2cli.data.datasets.sample_photos import photo_files
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.spelling import inside
@@ -28,9 +28,6 @@ from dinov2cli.visualize.features import FeatureMap, PatchFeatures, Picture, res
 from dinov2cli.visualize.video.reader import FrameSource
 from dinov2cli.visualize.video.stills import list_images
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer, write_png
-
-Advance = Callable[[int], object]
-"""Called with the number of frames that were just finished."""
 
 
 class Written(NamedTuple):
@@ -117,6 +114,7 @@ def draw_video(
     Args:
         draw: of a frame, the same with square pixels where the output has no others, and its map, what is written.
         audio: keep the sound of a video.
+        advance: called as frames are finished.
 
     Raises:
         DataError: an unknown output type.

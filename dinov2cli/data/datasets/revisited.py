@@ -65,11 +65,6 @@ class Revisited(NamedTuple):
     truths: list[Truth]
 
 
-def truth_file(folder: Path) -> Path | None:
-    """The `gnd_*.pkl` of a folder; None where it has none."""
-    return next(iter(sorted(folder.glob("gnd_*.pkl"))), None)
-
-
 def read_revisited(folder: Path, *, boxes: bool = False) -> Revisited:
     """The benchmark in a folder.
 
@@ -79,7 +74,7 @@ def read_revisited(folder: Path, *, boxes: bool = False) -> Revisited:
     Raises:
         DataError: it is none, it could run code, rows that are not there, or images that are missing.
     """
-    file = truth_file(folder)
+    file = min(folder.glob("gnd_*.pkl"), default=None)
     if file is None:
         raise DataError(f"{folder} has no gnd_*.pkl, as Revisited Oxford and Paris have.")
     try:

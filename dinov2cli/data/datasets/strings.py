@@ -3,7 +3,6 @@
 import inspect
 import os
 from collections.abc import Callable, Collection
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from dinov2cli.data.datasets.segmentation import ADE20k, Cityscapes, Masks, Pasc
 from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
 from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, inside, joined, options_of, unquoted
-from dinov2cli.errors import DataError
+from dinov2cli.errors import DataError, did_you_mean
 from dinov2cli.files import user_path
 from dinov2cli.site import read_site
 
@@ -133,8 +132,7 @@ def _one_dataset(text: str) -> ImageDataset:
         return recognise(Path(path))
     name = text.partition(":")[0]
     own = read_site().settings.datasets.keys() - KINDS.keys()
-    close = get_close_matches(name, [*KINDS, *own], n=1)
-    meant = f"; did you mean {close[0]}?" if close else ""
+    meant = did_you_mean(name, [*KINDS, *own])
     known = "".join(f", {each}" for each in sorted(own))
     raise DataError(f"{unquoted(text)!r} is neither a folder nor a known dataset{meant}", KNOWN + known)
 

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, interleaved, span_of_type
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, stored_numbers
 
 MOST_CHANNELS = 16
 """A first axis of at most so many, shorter than the others, is that of the channels where the last cannot be."""
@@ -46,11 +46,7 @@ def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
     flat = np.frombuffer(data, dtype, height * width * channels, start)
     array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     array = array[..., None] if array.ndim == 2 else array.transpose(1, 2, 0) if first else array
-    if dtype.kind == "b":
-        array = array.astype(np.uint8)
-    span = span_of_type(dtype) if dtype.kind in "bu" and dtype.itemsize <= 2 else None
-    array = interleaved(array).astype(array.dtype.newbyteorder("="), copy=False)
-    return Stored(array, "npy", span, rgb=channels == 3)
+    return stored_numbers(array, "npy")
 
 
 def _only_member(data: bytes | memoryview, path: str, limit_gb: float) -> bytes:

@@ -76,15 +76,12 @@ def decode_jpeg(data: bytes | memoryview, shrink: int, components: int = 3) -> n
         return None
     encoded = np.frombuffer(data, np.uint8)
     if components == 1:
-        return _with_axis(cv2.imdecode(encoded, _REDUCED_GRAY[shrink] | cv2.IMREAD_IGNORE_ORIENTATION))
+        gray = cv2.imdecode(encoded, _REDUCED_GRAY[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
+        return None if gray is None else gray[..., None]
     if shrink == 1:
         return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     image = cv2.imdecode(encoded, _REDUCED[shrink] | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _with_axis(gray: np.ndarray | None) -> np.ndarray | None:
-    return None if gray is None else gray[..., None]
 
 
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}

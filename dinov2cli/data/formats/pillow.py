@@ -36,31 +36,25 @@ def read_with_pillow(data: bytes | memoryview, path: str, limit_gb: float, shrin
     if len(data) == 0:
         raise UnreadableImage(path, "the file is empty")
     _know_heif(data)
-    try:
-        with _opened(data) as image:
+    with _opened(data, path) as image:
+        width, height = image.size
+        if shrink > 1:
+            image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
             width, height = image.size
-            if shrink > 1:
-                image.draft("RGB", (-(-width // shrink), -(-height // shrink)))
-                width, height = image.size
-            itemsize, beside = BYTES_OF_MODE.get(image.mode, 1), _BYTES_OF_DECODER.get(str(image.format), 4)
-            check_memory(path, height, width, len(image.getbands()), limit_gb, itemsize=itemsize, beside=beside)
-            if image.format == "FITS":
-                raise UnreadableImage(path, f"FITS is not read; {_OTHERWISE['.fits']}")
-            left_out = ""
-            if image.format not in _ONE_PICTURE and getattr(image, "is_animated", False):
-                left_out = further(getattr(image, "n_frames", 2) - 1, "frame")
-                image.seek(0)
-            return replace(of_picture(image, path), left_out=left_out)
-    except Image.UnidentifiedImageError:
-        remedy = _OTHERWISE.get(Path(path).suffix.lower(), "")
-        reason = "not an image of any type that Pillow reads"
-        raise UnreadableImage(path, f"{reason}; {remedy}" if remedy else reason) from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
-        raise UnreadableImage(path, f"damaged image ({error})") from error
+        itemsize, beside = BYTES_OF_MODE.get(image.mode, 1), _BYTES_OF_DECODER.get(str(image.format), 4)
+        check_memory(path, height, width, len(image.getbands()), limit_gb, itemsize=itemsize, beside=beside)
+        if image.format == "FITS":
+            raise UnreadableImage(path, f"FITS is not read; {_OTHERWISE['.fits']}")
+        left_out = ""
+        if image.format not in _ONE_PICTURE and getattr(image, "is_animated", False):
+            left_out = further(getattr(image, "n_frames", 2) - 1, "frame")
+            image.seek(0)
+        return replace(of_picture(image, path), left_out=left_out)
 
 
 @contextmanager
-def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+def _opened(data: bytes | memoryview, path: str) -> Iterator[Image.Image]:
+    """Around what reads a picture. Raises `UnreadableImage` in place of what Pillow does."""
     # Pillow's own limit is a fixed number of pixels; ours is memory, and is checked before any is decoded.
     pixels, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -68,6 +62,12 @@ def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # damaged EXIF blocks and the like: the pixels decide
             with Image.open(io.BytesIO(data)) as image:
                 yield image
+    except Image.UnidentifiedImageError:
+        remedy = _OTHERWISE.get(Path(path).suffix.lower(), "")
+        reason = "not an image of any type that Pillow reads"
+        raise UnreadableImage(path, f"{reason}; {remedy}" if remedy else reason) from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
+        raise UnreadableImage(path, f"damaged image ({error})") from error
     finally:
         Image.MAX_IMAGE_PIXELS = pixels
 
@@ -122,20 +122,15 @@ def read_indices(data: bytes | memoryview, path: str, limit_gb: float) -> Stored
     Raises:
         UnreadableImage: it has colours, is a JPEG, whose compression changes numbers, or is damaged.
     """
-    try:
-        with _opened(data) as image:
-            check_memory(path, image.height, image.width, BYTES_OF_MODE.get(image.mode, 1), limit_gb)
-            if image.format == "JPEG":
-                raise UnreadableImage(path, "JPEG changes the numbers that it stores; save index masks as PNG")
-            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-                raise UnreadableImage(path, f"is a picture in colours ({image.mode}), not a mask of class numbers; "
-                                      "save each pixel's class as its number, in a grey or palette PNG")  # fmt: skip
-            numbers = np.array(image, np.int64)
-            if image.format == "PNG" and image.mode == "L" and (bits := data[24]) < 8:
-                numbers //= 255 // (2**bits - 1)  # which Pillow spreads over 0 to 255
-            turn = exif_orientation(image.info.get("exif") or b"")
-            return Stored(numbers[..., None], str(image.format), orientation=turn)
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage(path, "not an image of any type that Pillow reads") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
-        raise UnreadableImage(path, f"damaged image ({error})") from error
+    with _opened(data, path) as image:
+        check_memory(path, image.height, image.width, BYTES_OF_MODE.get(image.mode, 1), limit_gb)
+        if image.format == "JPEG":
+            raise UnreadableImage(path, "JPEG changes the numbers that it stores; save index masks as PNG")
+        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+            raise UnreadableImage(path, f"is a picture in colours ({image.mode}), not a mask of class numbers; "
+                                  "save each pixel's class as its number, in a grey or palette PNG")  # fmt: skip
+        numbers = np.array(image, np.int64)
+        if image.format == "PNG" and image.mode == "L" and (bits := data[24]) < 8:
+            numbers //= 255 // (2**bits - 1)  # which Pillow spreads over 0 to 255
+        turn = exif_orientation(image.info.get("exif") or b"")
+        return Stored(numbers[..., None], str(image.format), orientation=turn)

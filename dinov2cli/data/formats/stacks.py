@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinov2cli.data.formats.arrays import MOST_CHANNELS
-from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, interleaved, span_of_type
+from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, stored_numbers
 from dinov2cli.errors import DataError, EnvironmentProblem
 
 EXTRA = "pip install 'dinov2cli[arrays]'"
@@ -60,8 +60,8 @@ class Stack:
         if not 0 <= image < len(self):
             raise UnreadableImage(path, f"there are {len(self)} images, the first is 0")
         sizes = {axis: size for axis, size in zip(self.axes, self.array.shape, strict=True) if axis != "N"}
-        channels = sizes.get("C", 1)
-        check_memory(path, sizes["H"], sizes["W"], channels, limit_gb, itemsize=self.array.dtype.itemsize)
+        itemsize = self.array.dtype.itemsize
+        check_memory(path, sizes["H"], sizes["W"], sizes.get("C", 1), limit_gb, itemsize=itemsize)
         at = iter(np.unravel_index(image, self.counts) if self.counts else ())
         try:
             chosen = np.asarray(self.array[tuple(int(next(at)) if axis == "N" else slice(None) for axis in self.axes)])
@@ -71,11 +71,8 @@ class Stack:
             raise UnreadableImage(path, f"cannot be read ({text}){needs}") from error
         axes = self.axes.replace("N", "")
         chosen = chosen if "C" in axes else chosen[..., None]
-        chosen = chosen.transpose([(axes if "C" in axes else f"{axes}C").index(axis) for axis in "HWC"])
-        dtype = chosen.dtype
-        span = span_of_type(dtype) if dtype.kind in "bu" and dtype.itemsize <= 2 else None
-        kept = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
-        return Stored(interleaved(chosen).astype(kept, copy=False), "array", span, rgb=channels == 3)
+        axes = axes if "C" in axes else f"{axes}C"
+        return stored_numbers(chosen.transpose([axes.index(axis) for axis in "HWC"]), "array")
 
 
 def values_inside(file: str, path: str) -> np.ndarray:

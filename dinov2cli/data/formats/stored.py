@@ -71,6 +71,14 @@ def span_of_type(dtype: np.dtype) -> tuple[float, float]:
     return int(limits.min), int(limits.max)
 
 
+def stored_numbers(array: np.ndarray, kind: str) -> Stored:
+    """An array [H, W, C] that is nothing but numbers, or truth values: three channels are taken for colours."""
+    dtype = array.dtype
+    span = span_of_type(dtype) if dtype.kind in "bu" and dtype.itemsize <= 2 else None
+    kept = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+    return Stored(interleaved(array).astype(kept, copy=False), kind, span, rgb=array.shape[2] == 3)
+
+
 def check_memory(
     path: str, height: int, width: int, channels: int, limit_gb: float, *, itemsize: int = 1, beside: float = 0
 ) -> None:
