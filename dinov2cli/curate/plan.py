@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from rich.filesize import decimal
 
 from dinov2cli.console import clock
 from dinov2cli.curate.collection import Stored, extractor_of, holds_features
@@ -73,7 +74,9 @@ def plan(request: CurateRequest) -> Plan:
         side = extract.image_size
         batch = torch.zeros(extract.at_once(side, side), extract.images.in_chans, side, side)
         each = seconds_of(lambda: extract.features_of(batch)) / len(batch)
-        rows["features"] = f"about {clock(n * each)}, reading the images apart; {_size(need(n, dim, 1).features_disk)}"
+        rows["features"] = (
+            f"about {clock(n * each)}, reading the images apart; {decimal(need(n, dim, 1).features_disk)}"
+        )
     processes = request.gpus or 1
     probes = usual_probes(n) if request.probes is None else request.probes
     found = need(n, dim, request.neighbours, probes, request.iterations, request.resamplings)
@@ -81,7 +84,7 @@ def plan(request: CurateRequest) -> Plan:
     if not request.keep_duplicates or request.against:
         how = f"{probes} of {round(4 * n**0.5):,} cells" if probes else "exact"
         rows["neighbours"] = (
-            f"{request.neighbours} of each, {how}: about {clock(found.search / speed)}; {_size(found.search_disk)}"
+            f"{request.neighbours} of each, {how}: about {clock(found.search / speed)}; {decimal(found.search_disk)}"
         )
     if not request.keep_duplicates:
         rows["duplicates"] = f"cosine above {request.duplicates:g}; the {request.keep} is kept"
@@ -92,8 +95,8 @@ def plan(request: CurateRequest) -> Plan:
     if request.sample is not None:
         clusters = " / ".join(map(str, request.clusters or usual_clusters(n)))
         rows["sample"] = f"{request.sample:,} from {clusters} clusters: at most about {clock(found.sample / speed)}"
-    rows["memory"] = f"about {_size(found.memory)} beside PyTorch's and the model's"
-    rows["disk"] = f"{_size(found.features_disk + found.search_disk)} in {request.output / 'work'}"
+    rows["memory"] = f"about {decimal(found.memory)} beside PyTorch's and the model's"
+    rows["disk"] = f"{decimal(found.features_disk + found.search_disk)} in {request.output / 'work'}"
     rows["device"] = f"{device}, {processes} process{'es' if processes > 1 else ''}"
     return rows
 
@@ -113,12 +116,3 @@ def seconds_of(work: Callable[[], object]) -> float:
         work()
         quickest = min(quickest, time.perf_counter() - start)
     return quickest
-
-
-def _size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
