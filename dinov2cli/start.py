@@ -28,7 +28,6 @@ from dinov2cli.launch.training import completed, resolve_students
 from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
-from dinov2cli.requests.protocols import EVALUATIONS
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train.display import ending
 from dinov2cli.train.dry_run import rehearse
@@ -177,7 +176,8 @@ def teacher_tasks(config: Config, device: torch.device) -> Callable[[Path], obje
     if not evaluation.tasks:
         return None
     for task in evaluation.tasks:
-        datasets_for(config, None, None, EVALUATIONS[task].labels)
+        request = evaluation.request(task, "a teacher")
+        datasets_for(config, request.train_dataset, request.val_dataset, request.labels)
     if not evaluation.tasks_as_jobs:
         return lambda checkpoint: evaluate_teacher(checkpoint, config, evaluation.tasks, device=str(device))
     cluster.need_slurm()
@@ -193,7 +193,7 @@ def submit_tasks(checkpoint: Path, config: Config, *, cpu: bool) -> None:
     wanted = slurm.Wanted(slurm.slurm_of_this_job(*config.evaluation.slurm), 1, cpu)
     folder = Path(config.train.output_dir).absolute() / "slurm"
     for task in config.evaluation.tasks:
-        request = EVALUATIONS[task](checkpoint=str(checkpoint.absolute()), device="cpu" if cpu else None)
+        request = config.evaluation.request(task, str(checkpoint.absolute()), "cpu" if cpu else None)
         try:
             job = slurm.submit(request, wanted, folder=folder, name=f"dino2-{task}")
         except EnvironmentProblem as error:

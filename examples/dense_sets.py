@@ -3,8 +3,8 @@
     python examples/dense_sets.py FOLDER [IMAGES FOR TRAINING] [FOR MEASURING]
 
 FOLDER/shapes: photos with shapes cut out of others; a pixel's class is the photo that it is of. Colours do not tell.
-FOLDER/rooms: a floor and a wall covered with photos, and how far away they are,
-in millimetres; finer structure is farther.
+FOLDER/things: the same, of things whose size is known; how far away each is, in millimetres,
+follows from what it is (the larger, the farther away it fills a photo) and how small it is shown.
 """
 
 import sys
@@ -16,7 +16,11 @@ import numpy as np
 from dinov2cli.data.datasets.sample_photos import PHOTOS, SIZE, SamplePhotos
 
 PARTS = {"train": "TRAIN", "val": "VAL"}
-EYES, FOCAL, FINER = 1.5, 80.0, 4  # metres above the floor, pixels, times as many pixels while a room is drawn
+BY_SIZE = ("ihc", "retina", "coins", "page", "chelsea", "grass", "gravel", "astronaut", "brick", "rocket", "moon",
+           "hubble_deep_field")  # fmt: skip
+"""What the photos are of, the smallest first."""
+NEAREST, FARTHEST, SMALLEST = 1.0, 5.0, 2.0
+"""Metres at which the smallest and the largest of them fill an image, and how much smaller they are shown, at most."""
 
 
 def shape(rng: np.random.Generator) -> np.ndarray:
@@ -47,32 +51,35 @@ def whole(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, n
     return image.copy(), np.full((SIZE, SIZE), label, np.uint8)
 
 
-def room(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def things(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """An image, uint8 [SIZE, SIZE, 3], and millimetres, uint16 [SIZE, SIZE]."""
-    side, focal, wall = SIZE * FINER, FOCAL * FINER, rng.uniform(2, 9)
-    horizon = side * rng.uniform(0.2, 0.5)
-    across, down = np.meshgrid(np.arange(side) - side / 2, np.arange(side) - horizon)
-    floor = EYES * focal / np.maximum(down, 1e-3)
-    depth = np.minimum(floor, wall)
-    surface = np.where(floor < wall, depth, down * depth / focal)  # metres along the floor, or up the wall
-    image = np.empty((side, side, 3), np.uint8)
-    for part in (floor < wall, floor >= wall):
-        photo = np.tile(whole(photos, rng)[0], (2, 2, 1))
-        photo[SIZE:], photo[:, SIZE:] = photo[SIZE - 1 :: -1], photo[:, SIZE - 1 :: -1]  # mirrored, so that it repeats
-        start = rng.uniform(0, 2 * SIZE, 2)
-        x, y = (start[0] + across * depth / focal * SIZE) % (2 * SIZE), (start[1] + surface * SIZE) % (2 * SIZE)
-        seen = cv2.remap(
-            photo, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
-        )
-        image[part] = seen[part]
-    small = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    return small, np.rint(1000 * depth[FINER // 2 :: FINER, FINER // 2 :: FINER]).astype(np.uint16)
+    image, depth = thing(photos, rng)
+    for _ in range(rng.integers(3)):
+        other, its = thing(photos, rng)
+        inside = shape(rng)
+        image[inside], depth[inside] = other[inside], its[inside]
+    return image, depth
+
+
+def thing(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A photo's crop so many times smaller that it is seen several times, mirrored, and how far that makes it."""
+    crop, classes = whole(photos, rng)
+    smaller = SMALLEST ** rng.random()
+    side = round(SIZE / smaller)
+    tile = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
+    tile = np.concatenate([tile, tile[::-1]])
+    tile = np.concatenate([tile, tile[:, ::-1]], axis=1)
+    top, left = rng.integers(0, 2 * side, 2)
+    away = (np.arange(SIZE)[:, None] + top) % (2 * side), (np.arange(SIZE) + left) % (2 * side)
+    share = BY_SIZE.index(PHOTOS[classes[0, 0]].partition(".")[0]) / (len(BY_SIZE) - 1)
+    metres = NEAREST * (FARTHEST / NEAREST) ** share * smaller
+    return tile[away], np.full((SIZE, SIZE), round(1000 * metres), np.uint16)
 
 
 def main(folder: Path, train: int = 400, val: int = 100) -> None:
     for number, (part, split) in enumerate(PARTS.items()):
         photos, rng = SamplePhotos(split), np.random.default_rng(number)
-        for name, make, labels in (("shapes", shapes, "masks"), ("rooms", room, "depth")):
+        for name, make, labels in (("shapes", shapes, "masks"), ("things", things, "depth")):
             places = [folder / name / kind / part for kind in ("images", labels)]
             for place in places:
                 place.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,7 @@ def main(folder: Path, train: int = 400, val: int = 100) -> None:
                 cv2.imwrite(str(places[1] / f"{i:04d}.png"), label)
     names = "".join(f"{name.partition('.')[0]}\n" for name in PHOTOS)
     (folder / "shapes" / "classes.txt").write_text(names)
-    print(f"{folder / 'shapes'} and {folder / 'rooms'}: {train} images to train on, {val} to measure on")
+    print(f"{folder / 'shapes'} and {folder / 'things'}: {train} images to train on, {val} to measure on")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.protocol import evaluate_teacher
 from dinov2cli.eval.reports import Evaluation
 from dinov2cli.models.load.dense import read_head
-from dinov2cli.requests.protocols import EVALUATIONS
 
 SMALL: dict[str, Any] = {
     "iterations": 30, "batch_size": 4, "learning_rates": (0.03,), "num_workers": 0, "device": "cpu", "layers": 4,
@@ -56,15 +55,14 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
 
 
 def test_a_training_measures_it_after_every_teacher(run: Path, data: Path) -> None:  # noqa: F811
-    config = load_config(config_file=run / "config.yaml", overrides=[f"evaluation.depth_dataset={data}"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(EVALUATIONS, "depth", _quick)  # by default it takes 38,400 iterations
-        (done,) = evaluate_teacher(run / "eval/training_9/teacher_checkpoint.pth", config, ["depth"], device="cpu")
+    config = load_config(config_file=run / "config.yaml", overrides=[
+        f"evaluation.depth_dataset={data}", "evaluation.tasks=[depth]", "evaluation.task_options.depth.iterations=2",
+        "evaluation.task_options.depth.num_workers=0", "evaluation.task_options.depth.learning_rates=[0.03, 0.01]",
+    ])  # fmt: skip
+    teacher = run / "eval/training_9/teacher_checkpoint.pth"
+    (done,) = evaluate_teacher(teacher, config, config.evaluation.tasks, device="cpu")
     assert (done.task, done.iteration) == ("depth", 9) and done.val_dataset.endswith("depth/val")
-
-
-def _quick(**given: Any) -> Any:
-    return dinov2cli.DepthRequest(**{**SMALL, "iterations": 1, **given})
+    assert done.settings["iterations"] == 2 and done.settings["learning_rates"] == (0.03, 0.01)
 
 
 def test_frozen_crops_and_baselines(run: Path, data: Path) -> None:  # noqa: F811

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 import dinov2cli.eval
 from dinov2cli.cli.command import add_command
 from dinov2cli.config import load_config
-from dinov2cli.errors import WeightsError
+from dinov2cli.errors import ConfigError, WeightsError
 from dinov2cli.eval import knn, subject
 from dinov2cli.eval.protocol import evaluate_teacher, labelled
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import option
 from dinov2cli.requests.eval import EvalRequest, KnnRequest, LinearRequest
-from dinov2cli.requests.protocols import EVALUATIONS
+from dinov2cli.requests.protocols import EVALUATIONS, OF_THE_TRAINING, task_request
 
 PHOTOS = {"train_dataset": "SamplePhotos:split=TRAIN", "val_dataset": "SamplePhotos:split=VAL"}
 
@@ -125,6 +125,38 @@ def test_a_request_names_its_checkpoint_by_position_or_option() -> None:
 def test_a_training_may_name_every_evaluation() -> None:
     config = load_config(overrides=[f"evaluation.tasks=[{','.join(EVALUATIONS)}]"])
     assert config.evaluation.tasks == tuple(EVALUATIONS)
+
+
+@pytest.mark.parametrize("task", EVALUATIONS)
+def test_a_training_may_set_any_option_of_an_evaluation_but_where_it_runs(task: str, tmp_path: Path) -> None:
+    kind = EVALUATIONS[task]
+    own = {name: field.default for name, field in kind.model_fields.items() if name not in OF_THE_TRAINING}
+    load_config(
+        overrides=[f"evaluation.tasks=[{task}]", f"evaluation.task_options={{{task}: {{batch_size: 7}}}}"]
+    ).save(tmp_path / "config.yaml")
+    config = load_config(config_file=tmp_path / "config.yaml")
+    request = config.evaluation.request(task, "weights.pth", "cpu")
+    assert type(request) is kind and request.model_dump(exclude_unset=True) == {
+        "checkpoint": "weights.pth", "device": "cpu", "batch_size": 7,
+    }  # fmt: skip
+    plain = kind(checkpoint="weights.pth")
+    assert task_request(task, own, "weights.pth") == plain
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{segment: {layers: 4}}", r"evaluation.task_options.segment=.*must be {TASK: .* of knn, "),
+        ("{depth: 4}", r"evaluation.task_options.depth=4: must be {TASK: "),
+        ("{depth: {layers: 3}}", r"evaluation.task_options.depth.layers=3: --layers 3 is unknown; known: 1, 4"),
+        ("{knn: {iterations: 3}}", r"evaluation.task_options.knn.iterations: no such option; there are .*nb_knn"),
+        ("{knn: {device: cpu}}", r"evaluation.task_options.knn.device: no such option"),
+        ("{linear: {epochs: 0}}", r"evaluation.task_options.linear.epochs=0: .*greater than or equal to 1"),
+    ],
+)
+def test_what_no_evaluation_takes_is_refused_before_a_training(said: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[f"evaluation.task_options={said}"])
 
 
 def test_what_is_named_is_what_was_loaded_though_a_training_goes_on(

@@ -155,6 +155,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"dino.reweight_dino_local_loss={set_one}: goes with dino.local_loss_weight_schedule, as both are set or "
             "neither"
         )
+    yield from config.evaluation.contradictions()
     for key in ("knn_train_dataset", "knn_val_dataset"):
         if config.evaluation.knn_period > 0 and not getattr(config.evaluation, key):
             yield (

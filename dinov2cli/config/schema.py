@@ -4,6 +4,7 @@ Groups and keys carry the names of the DINOv2 reference, and the defaults are it
 are marked "(dino2)" in their description.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
@@ -15,8 +16,10 @@ from dinov2cli.config.group import Group, key, put_first
 from dinov2cli.config.images import FromList, ImageOptions
 from dinov2cli.config.library import ARCH, VITS, Arguments, GivenArguments, library_of
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, TrainedPart, ViTOptions
+from dinov2cli.errors import ConfigError
+from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.requests.images import Words
-from dinov2cli.requests.protocols import EVALUATIONS
+from dinov2cli.requests.protocols import EVALUATIONS, task_request
 
 if TYPE_CHECKING:
     Task = str
@@ -280,12 +283,31 @@ class Evaluation(Group):
     knn_train_dataset: str = key("", "(dino2) Labelled data whose neighbours vote, for knn_period.")
     knn_val_dataset: str = key("", "(dino2) Labelled data that is classified, for knn_period.")
     tasks: Tasks = key((), "(dino2) Evaluations of every teacher checkpoint, on the data of knn_period or their own.")
+    task_options: GivenArguments = key(
+        Arguments(), "(dino2) Options of dino2 eval for these, by task: {segmentation: {iterations: 1000}}."
+    )
     segmentation_dataset: str = key("", "(dino2) Images with masks, train and val, for the task segmentation.")
     depth_dataset: str = key("", "(dino2) Images with depth, train and val, for the task depth.")
     tasks_as_jobs: bool = key(
         False, "(dino2) Submit these to Slurm, each as a job of its own, and go on training meanwhile."
     )
     slurm: Texts = key((), "(dino2) KEY=VALUE: sbatch parameters of these jobs, on top of those of the training job.")
+
+    def request(self, task: str, checkpoint: str, device: str | None = None) -> EvalRequest:
+        """One of `tasks`, with its options, of a teacher checkpoint."""
+        return task_request(task, self.task_options.get(task, {}), checkpoint, device)
+
+    def contradictions(self) -> Iterator[str]:
+        """Of `task_options`, what no evaluation takes, one line each."""
+        for task, options in self.task_options.items():
+            if task not in EVALUATIONS or not isinstance(options, dict):
+                tasks = ", ".join(EVALUATIONS)
+                yield f"evaluation.task_options.{task}={options}: must be {{TASK: {{OPTION: VALUE}}}}, of {tasks}"
+                continue
+            try:
+                self.request(task, "a teacher")
+            except ConfigError as error:
+                yield error.message
 
 
 class Groups(Group):

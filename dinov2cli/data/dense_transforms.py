@@ -108,7 +108,7 @@ class CentreCrop:
     def __init__(self, short_side: int, crop: int, statistics: Statistics = IMAGENET) -> None:
         self.short_side, self.crop, self.statistics = short_side, crop, statistics
 
-    def __call__(self, image: np.ndarray, labels: np.ndarray) -> DenseSample:
+    def __call__(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator | None = None) -> DenseSample:
         height, width = size_for(image, self.short_side)
         top, left = max(height - self.crop, 0) // 2, max(width - self.crop, 0) // 2
         box = slice(top, top + self.crop), slice(left, left + self.crop)

@@ -5,7 +5,7 @@ root mean squared error on val.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,28 +22,16 @@ from dinov2cli.data.datasets.depth import NYU, DepthProtocol
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, size_for, used_part
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import (
-    CHECKPOINT,
-    FROZEN_CROPS,
-    MapsOf,
-    Trained,
-    blocks_for,
-    trained_heads,
-    trained_with_others,
-)
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
 from dinov2cli.eval.dense_batches import measured_images
 from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
 from dinov2cli.eval.dense_heads import DEPTH
 from dinov2cli.eval.dense_metrics import DepthErrors, DepthScores
-from dinov2cli.eval.protocol import Trial
-from dinov2cli.eval.reports import Evaluation, Row
+from dinov2cli.eval.reports import Evaluation
 from dinov2cli.eval.subject import Subject
-from dinov2cli.models.dense_heads import DenseHead, DepthHead, HeadConfig, last_blocks, spread_blocks
-from dinov2cli.models.load.dense import read_head, save_head
+from dinov2cli.models.dense_heads import DenseHead, DepthHead, last_blocks, spread_blocks
 from dinov2cli.models.sliding import mirrored_mean
 from dinov2cli.requests.dense import DepthRequest
-
-BEST_HEAD = "best_head.pth"
 
 
 @dataclass(frozen=True)
@@ -61,69 +49,44 @@ def run(request: DepthRequest, subject: Subject | None = None) -> Evaluation:
     Raises:
         Dino2Error: weights, datasets, depth or a head that are missing or do not fit each other.
     """
-    trial = Trial.of(request, subject)
-    val = _depths(trial.val_dataset, request)
-    model = trial.subject.model
-    how = trial.subject.extraction(request)
-    if request.head is not None:
-        head = read_head(request.head)
-        if head.config.task != "depth":
-            raise ConfigError(f"--head {request.head} is a head for {head.config.task}, not for depth")
-        extract = DenseExtractor(model, blocks=blocks_for(model, head), norm=head.config.uses_norm, **how)
-        protocol = _protocol(request, val, (head.config.min_depth, head.config.max_depth))
-        measured: Iterable[Trained] = [("given head", extract, [head.to(extract.device)])]
-        rates = ["given head"]
-    else:
-        train = _depths(trial.train_dataset, request)
-        protocol = _protocol(request, train)
-        count = min(request.layers, model.depth)
-        blocks = spread_blocks(model.depth) if count == 4 else last_blocks(model.depth, count)
-        extract = DenseExtractor(model, blocks=blocks, norm=False, **how)
-        rates = [f"lr {rate:g}" for rate in request.learning_rates]
+
+    def blocks(depth: int) -> tuple[int, ...]:
+        count = min(request.layers, depth)
+        return spread_blocks(depth) if count == 4 else last_blocks(depth, count)
+
+    trial = DenseTrial(request, subject, blocks, norm=False)
+    val, course = _depths(trial.trial.val_dataset, request), None
+    train = _depths(trial.trial.train_dataset, request) if trial.head is None else None
+    given = (trial.head.config.min_depth, trial.head.config.max_depth) if trial.head else None
+    protocol = _protocol(request, train or val, given)
     settings = DepthSettings(
         request.layers, request.iterations, request.batch_size, request.learning_rates, request.frozen_crops,
         short_side=request.image_size, crop=protocol.crop, range=protocol.range,
     )  # fmt: skip
-    if request.head is None:
-        transform = DepthCrop(protocol, request.image_size, extract.images.statistics, fixed=settings.frozen_crops)
-        config = HeadConfig(
-            task="depth", layers=blocks, min_depth=protocol.range[0], max_depth=protocol.range[1],
-            dataset=train.describe(), backbone=request.checkpoint, short_side=request.image_size,
-        )  # fmt: skip
+    if train is not None:
+        low, high = protocol.range
+        config = trial.config(train, min_depth=low, max_depth=high, short_side=request.image_size)
 
-        def train_on(each: DenseExtractor, is_model: bool) -> list[DenseHead]:
-            kept = trial.folder / CHECKPOINT.format("depth") if trial.folder and is_model else None
-            return trained_heads(
-                each, train, transform, lambda width: DepthHead(2 * width * len(each.blocks), config=config),
-                settings, DEPTH, checkpoint=(kept, {"scale": train.scale}) if kept else None,
-                resume=not request.no_resume, period=request.checkpoint_period,
-            )  # fmt: skip
+        def make_head(width: int, blocks: int) -> DepthHead:
+            return DepthHead(2 * width * blocks, config=config)
 
-        measured = trained_with_others(extract, request.baselines, train_on)
-    rows: list[Row] = []
-    lines, further = [], {}
-    for name, each, heads in measured:
-        found = measure(each, heads, val, settings, protocol, name or "model")
-        place = min(range(len(found)), key=lambda i: (found[i].rmse, i))
-        if not name and trial.folder is not None and distributed.is_main():
-            save_head(heads[place], trial.folder / BEST_HEAD, model)
-        said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "")))
-        rows.append(_row(said, found[place]))
-        lines.append({said: found[place]._asdict()})
-        further[said] = {key: getattr(found[place], key) for key in ("sq_rel", "log10", "rmse_log", "silog")}
-    notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
-    given = request.head is not None
-    return trial.report(extract, settings, rows, lines, notes=notes, extra={"further": further}, given_head=given)
+        statistics = trial.extract.images.statistics
+        transform = DepthCrop(protocol, request.image_size, statistics, fixed=settings.frozen_crops)
+        course = Course(train, transform, make_head, settings, DEPTH, {"scale": train.scale})
+
+    return trial.report(
+        course, settings, lambda extract, heads, what: measure(extract, heads, what, val, settings, protocol)
+    )
 
 
 def measure(
     extract: DenseExtractor,
     heads: Sequence[DenseHead],
+    description: str,
     val: DepthDataset,
     settings: DepthSettings,
     protocol: DepthProtocol,
-    description: str,
-) -> list[DepthScores]:
+) -> dict[str, list[Scores]]:
     """Scores of every head, of the mean over an image and its mirror image, where depth is known and in the range.
 
     Raises:
@@ -138,7 +101,7 @@ def measure(
         shown = pixels.normalize_image(resize(image, *size), extract.images.statistics)
         return [shown], torch.from_numpy(np.ascontiguousarray(labels))
 
-    for (image,), labels in measured_images(extract, val, prepare, f"{description}: val"):
+    for (image,), labels in measured_images(extract, val, prepare, description):
         size = labels.shape[0], labels.shape[1]
         found = F.interpolate(mirrored_mean(maps, image), size=size, mode="bilinear", align_corners=False)
         box = counted_part(*size, protocol)
@@ -147,7 +110,7 @@ def measure(
         errors.update(found[0].clamp(low, high)[:, *box][:, known], there[known])
     if not int(distributed.all_reduce_sum(torch.tensor(errors.images))):
         raise DataError(f"{val.describe()}: no depth between {low:g} and {high:g} m", "See --depth-scale, --max-depth.")
-    return errors.scores()
+    return {"": [_told(scores) for scores in errors.scores()]}
 
 
 def _depths(dataset: str, request: DepthRequest) -> DepthDataset:
@@ -192,7 +155,8 @@ def _protocol(
     return protocol._replace(range=(low, high), **changed)
 
 
-def _row(name: str, scores: DepthScores) -> Row:
-    shown = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel}
-    shown |= {f"d{i} %": value for i, value in enumerate((scores.delta1, scores.delta2, scores.delta3), 1)}
-    return Row(name or "head", images=scores.images, scores=shown)
+def _told(scores: DepthScores) -> Scores:
+    columns = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel}
+    columns |= {f"d{i} %": value for i, value in enumerate((scores.delta1, scores.delta2, scores.delta3), 1)}
+    further = {key: getattr(scores, key) for key in ("sq_rel", "log10", "rmse_log", "silog")}
+    return Scores(-scores.rmse, columns, scores._asdict(), scores.images, further=further)

@@ -26,7 +26,6 @@ from dinov2cli.eval.leaks import Overlap, overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
 from dinov2cli.eval.subject import Subject, load_subject
 from dinov2cli.requests.eval import EvalRequest
-from dinov2cli.requests.protocols import EVALUATIONS
 
 
 def perform(request: EvalRequest) -> Evaluation | Plan:
@@ -153,7 +152,7 @@ def evaluate_teacher(
     done = []
     for task in tasks:
         try:
-            done.append(evaluate(EVALUATIONS[task](checkpoint=str(checkpoint), device=device), subject))
+            done.append(evaluate(config.evaluation.request(task, str(checkpoint), device), subject))
         except Dino2Error as error:
             logger.error("evaluation.tasks: %s of %s failed: %s", task, checkpoint, error)
             continue

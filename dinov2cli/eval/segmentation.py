@@ -4,9 +4,9 @@ A BatchNorm and a 1x1 convolution give the patch tokens of the last block, or of
 the mean IoU on val.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,28 +20,17 @@ from dinov2cli.data.datasets.dense import SegmentationDataset
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize, size_for
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import (
-    CHECKPOINT,
-    FROZEN_CROPS,
-    MapsOf,
-    Trained,
-    blocks_for,
-    trained_heads,
-    trained_with_others,
-)
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
 from dinov2cli.eval.dense_batches import Transform, measured_images
 from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
 from dinov2cli.eval.dense_heads import SEGMENTATION
 from dinov2cli.eval.dense_metrics import Confusion, SegmentationScores
-from dinov2cli.eval.protocol import Trial
-from dinov2cli.eval.reports import Evaluation, Row
+from dinov2cli.eval.reports import Evaluation
 from dinov2cli.eval.subject import Subject
-from dinov2cli.models.dense_heads import DenseHead, HeadConfig, SegmentationHead, last_blocks
-from dinov2cli.models.load.dense import read_head, save_head
+from dinov2cli.models.dense_heads import DenseHead, SegmentationHead, last_blocks
 from dinov2cli.models.sliding import multi_scale, sliding
 from dinov2cli.requests.dense import SegmentationRequest
 
-BEST_HEAD = "best_head.pth"
 SCALES = (1.0, 1.32, 1.73, 2.28, 3.0)
 IN_WORDS = {"whole": "whole image", "slide": "sliding window", "ms": "multi-scale"}
 
@@ -71,16 +60,9 @@ class SegmentationSettings(DenseSettings):
     def transform(self, statistics: Statistics) -> Transform:
         """Of training."""
         if self.frozen_crops:
-            return FixedCrop(self.short_side, self.crop, statistics)
+            return CentreCrop(self.short_side, self.crop, statistics)
         factors = (0.5, 2.0) if self.layers == 1 else (1.0, 3.0)
         return SegmentationCrop(self.short_side, self.crop, factors, statistics)
-
-
-class FixedCrop(CentreCrop):
-    """`CentreCrop` in the place of a random one."""
-
-    def __call__(self, image: np.ndarray, labels: np.ndarray, rng: Any = None) -> Any:
-        return super().__call__(image, labels)
 
 
 def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluation:
@@ -90,63 +72,37 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
         Dino2Error: weights, datasets, masks or a head that are missing or do not fit each other.
     """
     settings = SegmentationSettings.of(request)
-    trial = Trial.of(request, subject)
-    val = cast(SegmentationDataset, dense_dataset(trial.val_dataset, "masks"))
-    model = trial.subject.model
-    how = trial.subject.extraction(request)
-    if request.head is not None:
-        head = read_head(request.head)
-        if not isinstance(head, SegmentationHead):
-            raise ConfigError(f"--head {request.head} is a head for {head.config.task}, not for segmentation")
-        extract = DenseExtractor(model, blocks=blocks_for(model, head), norm=head.config.uses_norm, **how)
-        val.with_classes(head.conv_seg.out_channels, head.config.classes)
-        measured: Iterable[Trained] = [("given head", extract, [head.to(extract.device)])]
-        n_classes, rates = head.conv_seg.out_channels, ["given head"]
+    trial = DenseTrial(request, subject, lambda depth: last_blocks(depth, min(settings.layers, depth)), norm=True)
+    val = cast(SegmentationDataset, dense_dataset(trial.trial.val_dataset, "masks"))
+    course = None
+    if isinstance(trial.head, SegmentationHead):
+        n_classes = trial.head.conv_seg.out_channels
+        val.with_classes(n_classes, trial.head.config.classes)
     else:
-        train = cast(SegmentationDataset, dense_dataset(trial.train_dataset, "masks"))
+        train = cast(SegmentationDataset, dense_dataset(trial.trial.train_dataset, "masks"))
         n_classes = _same_classes(train, val)
-        blocks = last_blocks(model.depth, min(settings.layers, model.depth))
-        extract = DenseExtractor(model, blocks=blocks, norm=True, **how)
-        transform, rates = settings.transform(extract.images.statistics), [f"lr {r:g}" for r in settings.learning_rates]
-        config = HeadConfig(
-            task="segmentation", layers=extract.blocks, classes=train.class_names, dataset=train.describe(),
-            backbone=request.checkpoint, short_side=settings.short_side,
-        )  # fmt: skip
+        config = trial.config(train, classes=train.class_names, short_side=settings.short_side)
 
-        def train_on(each: DenseExtractor, is_model: bool) -> list[DenseHead]:
-            kept = trial.folder / CHECKPOINT.format("segmentation") if trial.folder and is_model else None
-            return trained_heads(
-                each, train, transform, lambda width: SegmentationHead(width * len(each.blocks), n_classes, config),
-                settings, SEGMENTATION, checkpoint=(kept, {"n_classes": n_classes}) if kept else None,
-                resume=not request.no_resume, period=request.checkpoint_period,
-            )  # fmt: skip
+        def make_head(width: int, blocks: int) -> SegmentationHead:
+            return SegmentationHead(width * blocks, n_classes, config)
 
-        measured = trained_with_others(extract, request.baselines, train_on)
-    rows: list[Row] = []
-    lines = []
-    for name, each, heads in measured:
-        found = measure(each, heads, val, settings, n_classes, name or "model")
-        first = found[settings.inference[0]]
-        place = max(range(len(first)), key=lambda i: (first[i].mean_iou, -i))
-        if not name and trial.folder is not None and distributed.is_main():
-            save_head(heads[place], trial.folder / BEST_HEAD, model)
-        for way, scores in found.items():
-            said = ", ".join(filter(None, (name, rates[place] if name != "given head" else "", IN_WORDS[way])))
-            rows.append(_row(said, scores[place], val.class_names))
-            lines.append({said: {"mIoU": scores[place].mean_iou / 100, "aAcc": scores[place].accuracy / 100}})
-    notes = (FROZEN_CROPS,) if settings.frozen_crops and request.head is None else ()
-    return trial.report(extract, settings, rows, lines, notes=notes, given_head=request.head is not None)
+        transform = settings.transform(trial.extract.images.statistics)
+        course = Course(train, transform, make_head, settings, SEGMENTATION, {"n_classes": n_classes})
+
+    return trial.report(
+        course, settings, lambda extract, heads, what: measure(extract, heads, what, val, settings, n_classes)
+    )
 
 
 def measure(
     extract: DenseExtractor,
     heads: Sequence[DenseHead],
+    description: str,
     val: SegmentationDataset,
     settings: SegmentationSettings,
     n_classes: int,
-    description: str,
-) -> dict[str, list[SegmentationScores]]:
-    """For each way of inference the scores of every head."""
+) -> dict[str, list[Scores]]:
+    """For each way of inference, in words, the scores of every head."""
     maps = MapsOf(extract, heads)
     confusions = {how: Confusion(len(heads), n_classes) for how in settings.inference}
 
@@ -159,7 +115,7 @@ def measure(
         scaled = [pixels.normalize_image(resize(image, *size), extract.images.statistics) for size in sizes]
         return scaled, torch.from_numpy(np.ascontiguousarray(labels))
 
-    for scaled, labels in measured_images(extract, val, prepare, f"{description}: val"):
+    for scaled, labels in measured_images(extract, val, prepare, description):
         size = labels.shape[0], labels.shape[1]
         for how, confusion in confusions.items():
             if how == "ms":
@@ -168,7 +124,10 @@ def measure(
                 found = windows(scaled[0]) if how == "slide" else maps(scaled[0])
                 found = F.interpolate(found.float(), size=size, mode="bilinear", align_corners=False)
             confusion.update(found[0].unflatten(0, (-1, n_classes)).argmax(1), labels)
-    return {how: confusion.scores() for how, confusion in confusions.items()}
+    return {
+        IN_WORDS[how]: [_told(scores, val.class_names) for scores in confusion.scores()]
+        for how, confusion in confusions.items()
+    }
 
 
 def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
@@ -183,7 +142,8 @@ def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
     return found
 
 
-def _row(name: str, scores: SegmentationScores, names: Sequence[str]) -> Row:
+def _told(scores: SegmentationScores, names: Sequence[str]) -> Scores:
     by_class = {names[i] if i < len(names) else str(i): iou for i, iou in enumerate(scores.iou) if iou == iou}
-    shown = {"mIoU %": scores.mean_iou, "mAcc %": scores.mean_accuracy, "aAcc %": scores.accuracy}
-    return Row(name, images=scores.images, per_class=by_class, scores=shown)
+    columns = {"mIoU %": scores.mean_iou, "mAcc %": scores.mean_accuracy, "aAcc %": scores.accuracy}
+    line = {"mIoU": scores.mean_iou / 100, "aAcc": scores.accuracy / 100}
+    return Scores(scores.mean_iou, columns, line, scores.images, by_class)
