@@ -17,6 +17,7 @@ from tiny_run import LIBRARY, TINY
 from torch import Tensor
 
 from dinov2cli.bench import rehearse as rehearsal
+from dinov2cli.bench.fake_compiler import pretend_compiler
 from dinov2cli.bench.fake_gpu import Ledger, pretend
 from dinov2cli.bench.rehearse import CARDS, GPU, Rehearsal, counted, fake_mode, graph_breaks, rehearse, short_form
 from dinov2cli.config import Config, load_config
@@ -50,7 +51,8 @@ VARIANTS = {
 
 
 def tiny(*overrides: str) -> Config:
-    return load_config(overrides=[*TINY, *overrides])
+    """Not compiled unless they say so: that takes most of a rehearsal's time."""
+    return load_config(overrides=[*TINY, "train.compile=false", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,44 @@ def _bytes_of_depth_and_loss() -> tuple[int, int]:
         ledger.begin()
         soft_cross_entropy(scores, targets, 0.1).backward(torch.empty(8))
         return of_depth, sum(ledger.bytes.values())
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ready_processes")
+def test_a_compiled_step_is_that_of_the_kernels_that_inductor_decides_on() -> None:
+    """The same matrix products; all else in fewer kernels that move less, and no other wait."""
+    size = ["train.batch_size_per_gpu=64", "student.drop_path_rate=0.3", "student.drop_path_uniform=true"]
+    plain, compiled = (counted(rehearse, tiny(*size, f"train.compile={word}"), "h100") for word in ("false", "true"))
+    assert compiled.compiled and not plain.compiled
+    assert compiled.waits == {} and compiled.blocking_copies == {}
+    assert compiled.tflop == pytest.approx(plain.tflop, rel=1e-3)
+    assert compiled.other_gb < 0.85 * plain.other_gb and compiled.operators < 0.85 * plain.operators
+    assert 0.8 * plain.memory_gb < compiled.memory_gb < 1.02 * plain.memory_gb
+
+
+@pytest.mark.usefixtures("ready_processes")
+def test_what_is_fused_is_read_once_and_written_once() -> None:
+    moved, kernels, flops = counted(_cost_of_a_compiled_chain)
+    size = 4 * 64 * 256
+    # Forward: x is read, the product's factor is written. Backward: x and a gradient are read, one is written.
+    assert moved == pytest.approx(2 * size + 3 * size, rel=0.01) and kernels == 2
+    assert flops == 3 * 2 * 64 * 256 * 256
+
+
+def _cost_of_a_compiled_chain() -> tuple[int, int, int]:
+    pretend()
+    ledger = Ledger(1.0, 1.0)
+    with fake_mode(), ledger, GPU:
+        pretend_compiler(ledger)
+        x, weight = (torch.empty(rows, 256, requires_grad=True) for rows in (64, 256))
+        function = torch.compile(lambda x, weight: (x.sin().cos() / 2) @ weight)
+        gradient = torch.empty(64, 256)
+        function(x, weight).backward(gradient)
+        ledger.begin()
+        x.grad = weight.grad = None
+        function(x, weight).backward(gradient)
+        matrix_products = 3
+        return sum(ledger.bytes.values()), ledger.operators - matrix_products, ledger.flops
 
 
 @pytest.mark.usefixtures("ready_processes")

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dinov2cli.bench.traffic import size_of, storage_of, traffic
 from dinov2cli.errors import EnvironmentProblem
 from dinov2cli.files import digest, replacing
 from dinov2cli.site import cache_folder
@@ -63,9 +65,6 @@ extern "C" void pretend() {
 
 VIEWS = {"device", "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_", "is_pinned"}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-OVERWRITING = {"copy_", "fill_", "zero_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "arange"}
-GATHERING = {"index_select", "gather", "index", "embedding"}
-SCATTERING = {"scatter_", "scatter_add_", "index_add_", "index_copy_", "index_put_", "_index_put_impl_"}
 
 
 def pretend() -> None:
@@ -139,6 +138,7 @@ class Ledger(Arrays):
         super().__init__()
         self.matrix_rate, self.bandwidth = matrix_rate, bandwidth
         self.pinned: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets their numbers
+        self.fused = False
         self.begin()
         setattr(torch.cuda, "synchronize", lambda device=None: self.wait("synchronize"))  # noqa: B010
         setattr(torch.cuda, "Event", lambda **_: FakeEvent(self))  # noqa: B010
@@ -156,6 +156,26 @@ class Ledger(Arrays):
         """Bytes that come from or go to other GPUs."""
         self.operators, self.flops, self.peak = 0, 0, self.held
         self.matrix_s = self.other_s = 0.0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """It is not there while something is compiled, and is again when that runs."""
+        return True
+
+    @contextmanager
+    def compiled(self, kernels: Mapping[str, int], launched: int) -> Iterator[None]:
+        """Around the operators of a graph that is compiled to so many kernels, which move these bytes.
+
+        Of the operators only matrix products are counted.
+        """
+        self.bytes.update(kernels)
+        self.other_s += sum(kernels.values()) / self.bandwidth
+        self.operators += launched
+        self.fused = True
+        try:
+            yield
+        finally:
+            self.fused = False
 
     def wait(self, name: str) -> None:
         """The host waits, in an operator or function of this name."""
@@ -183,8 +203,11 @@ class Ledger(Arrays):
             result = self._as_if_all(name, args)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if kwargs.get("pin_memory"):
-            self.pinned |= {_storage(tensor): tensor.untyped_storage() for tensor in made}
-        self.hold([tensor for tensor in made if tensor.is_cuda])
+            self.pinned |= {storage_of(tensor): tensor.untyped_storage() for tensor in made}
+        if (
+            func._overloadpacket in flop_registry or not self.fused
+        ):  # of what is fused, arrays are what matrix products read and write
+            self.hold([tensor for tensor in (*made, *asked) if tensor.is_cuda])
         if (asked or any(tensor.is_cuda for tensor in made)) and not (func.is_view or name in VIEWS | EMPTY):
             self._count(func, name, args, kwargs, given, result)
         return result
@@ -193,12 +216,15 @@ class Ledger(Arrays):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if self._waits_for_copy(name, args, kwargs, given, made):
             self.copies[f"{name} in {place()}"] += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if self.fused and formula is None and func.namespace != "c10d":
+            return  # counted with its kernel
         self.operators += 1
         if func.namespace == "c10d":
             self.communicated += max(size_of(tensor) for tensor in [*given, *made])
             return
         size = traffic(func, name, args, kwargs, given, made)
-        if formula := flop_registry.get(func._overloadpacket):
+        if formula:
             flops = formula(*args, **kwargs, out_val=result)
             self.flops += flops
             self.matrix_s += max(flops / self.matrix_rate, size / self.bandwidth)
@@ -232,11 +258,11 @@ class Ledger(Arrays):
 
     def _pin(self, tensor: Tensor) -> Tensor:
         pinned = torch.empty_like(tensor)
-        self.pinned[_storage(pinned)] = pinned.untyped_storage()
+        self.pinned[storage_of(pinned)] = pinned.untyped_storage()
         return pinned
 
     def _is_pinned(self, tensor: Tensor) -> bool:
-        return _storage(tensor) in self.pinned
+        return storage_of(tensor) in self.pinned
 
     def _as_if_all(self, name: str, args: Any) -> Any:
         """A result for a shape that depends on numbers: as if none were zero or false."""
@@ -279,36 +305,6 @@ class FakeStream:
 
     def record_event(self, event: object = None) -> object:
         return event or torch.cuda.Event()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def traffic(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> int:
-    """Bytes that an operator reads and writes if it does each once."""
-    indices = sum(size_of(tensor) for tensor in given if tensor.dtype == torch.int64)
-    if name in GATHERING:
-        return indices + 2 * sum(map(size_of, made))
-    if name in SCATTERING:
-        return indices + 3 * size_of(given[-1])
-    changed, overwritten = [], []
-    for number, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            changed += (leaves := [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)])
-            overwritten += leaves if argument.is_out else []
-    there = {_storage(tensor) for tensor in given}
-    new = [tensor for tensor in made if _storage(tensor) not in there]
-    read = sum(map(size_of, given)) - sum(map(size_of, overwritten))
-    if name in OVERWRITING:
-        read -= sum(map(size_of, changed)) if changed else read
-    return read + sum(map(size_of, changed)) + sum(map(size_of, new))
-
-
-def size_of(tensor: Tensor) -> int:
-    """Bytes of the elements that are there: a tensor that is expanded has fewer than its shape says."""
-    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
 def place() -> str:

@@ -1,7 +1,8 @@
 """A training step rehearsed for a GPU, without one: the run's own step at its own sizes, on fake tensors.
 
-What it says of time is a bound: matrix products at the card's rate and all else at its bandwidth, one operator after
-the other, none of them fused.
+What it says of time is a bound: matrix products at the card's rate and all else at its bandwidth, one kernel after the
+other, each of which reads its arrays once and writes them once. Where `train.compile` is on, kernels are those that
+Inductor decides on for the compiled parts; else, and in the rest of the step, each operator is one.
 """
 
 import warnings
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 from dinov2cli.bench.clock import Measured, Result, in_own_process, table
+from dinov2cli.bench.fake_compiler import pretend_compiler
 from dinov2cli.bench.fake_gpu import Ledger, pretend, pretend_group
 from dinov2cli.config import Config
 from dinov2cli.config.library import LIBRARIES, library_of
@@ -83,12 +85,14 @@ class Rehearsal(NamedTuple):
     """How often each place of the code asks the GPU for a number or a shape: 0 are allowed."""
     blocking_copies: dict[str, int]
     """How often each place copies between main memory and GPU and waits for it: 0 are allowed."""
+    compiled: bool
+    """The parts that `train.compile` compiles."""
     operators: int
-    """That start at least one kernel, in a step that is not compiled."""
+    """That start at least one kernel; kernels of what is compiled."""
     tflop: float
     """Matrix products, attention among them."""
     other_gb: float
-    """Read and written by all other operators."""
+    """Read and written by all other operators or kernels."""
     largest_gb: dict[str, float]
     """The largest parts of it."""
     communicated_gb: float
@@ -125,7 +129,7 @@ def run(configs: Sequence[Config], card: str, gpus: int = 1) -> Measured:
     figures = {"card": card, "variants": [result._asdict() for result in results]}
     cards = card if gpus == 1 else f"{gpus} x {card} (FSDP2)"
     head = f"rehearsal without a GPU for {cards}; batches of {results[0].batch_size} images, attention as PyTorch's own"
-    names = [f"{result.precision}{' compiled' * (result.recompilations is not None)}" for result in results]
+    names = [f"{result.precision}{' compiled' * result.compiled}" for result in results]
     columns = [rows_of(result) for result in results]
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
     found = [line for result in results for line in complaints(result)]
@@ -135,7 +139,7 @@ def run(configs: Sequence[Config], card: str, gpus: int = 1) -> Measured:
 def rehearse_whole(config: Config, card: str, gpus: int = 1) -> Rehearsal:
     """The step and, if it is compiled, its compilation, each alone in a process."""
     result = counted(rehearse, config, card, gpus)
-    if config.train.compile is False:  # on a GPU, auto means yes
+    if not result.compiled:
         return result
     breaks, later = counted(graph_breaks, config)
     return result._replace(graph_breaks=breaks, recompilations=later)
@@ -170,7 +174,8 @@ def _in_words(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def _not_rehearsed(error: Exception) -> EnvironmentProblem:
     why = str(error).strip().partition("\n")[0] or type(error).__name__
-    return EnvironmentProblem(f"a step cannot be rehearsed with this PyTorch: {why}")
+    problem = f"a step cannot be rehearsed with this PyTorch: {why}"
+    return EnvironmentProblem(problem, "With train.compile=false less of PyTorch is needed.")
 
 
 def rows_of(result: Rehearsal) -> dict[str, str]:
@@ -180,13 +185,13 @@ def rows_of(result: Rehearsal) -> dict[str, str]:
         "blocking copies": f"{sum(result.blocking_copies.values())}",
         "graph breaks, compiled": "-" if result.graph_breaks is None else f"{sum(result.graph_breaks.values())}",
         "recompilations after two steps": "-" if result.recompilations is None else f"{result.recompilations}",
-        "operators": f"{result.operators:,}",
+        "operators, or kernels": f"{result.operators:,}",
         "matrix products, TFLOP": f"{result.tflop:,.3g}",
         "  ms at the card's rate": f"{result.matrix_ms:,.3g}",
-        "other operators, GB": f"{result.other_gb:,.3g}",
+        "all else, GB": f"{result.other_gb:,.3g}",
         "  ms at the card's bandwidth": f"{result.other_ms:,.3g}",
         "exchanged with other GPUs, GB": f"{result.communicated_gb:,.3g}",
-        "images/s at most, not fused": f"{result.images_per_s:,.4g}",
+        "images/s at most": f"{result.images_per_s:,.4g}",
         "memory, GB": f"{result.memory_gb:.3g}" + ("" if result.fits else ": too much"),
     }
 
@@ -203,8 +208,9 @@ def complaints(result: Rehearsal) -> list[str]:
 
 def short_form(config: Config, card: str = "h100") -> str:
     """A line for a plan; why there is none, where this PyTorch cannot."""
+    train = config.train.model_copy(update={"compile": False})  # compiling would take longer than the rest of a plan
     try:
-        result = counted(rehearse, config, card)
+        result = counted(rehearse, config.model_copy(update={"train": train}), card)
     except EnvironmentProblem as error:
         return f"not rehearsed: {error.message}"
     waits, copies = sum(result.waits.values()), sum(result.blocking_copies.values())
@@ -244,13 +250,16 @@ def rehearse(config: Config, card: str, gpus: int = 1, prepare: Callable[[], obj
         precision = Precision.resolve(asked, GPU, grad_scaler=False)
         with GPU:
             objective = SSLMetaArch(config, "sdpa").train()
+        if compiled := config.train.compile is not False:  # on a GPU, auto means yes
+            pretend_compiler(ledger)
+            objective.compile_parts()
         spread = sharding.Sharding(objective, "none" if gpus == 1 else "fsdp", precision)
         step = TrainingStep(config, objective, spread, precision)
         record = Record(config, RunFolder(Path()), watched_gradients=True)
         batches = [batch_in_main_memory(config) for _ in range(config.train.gradient_accumulation)]
         for iteration, some in enumerate((batches[:1], batches)):  # the first one makes what is kept for all
             ledger.begin()
-            result = step(iteration, [batch.to(GPU, non_blocking=True) for batch in some])
+            result = step(iteration, [batch.to(GPU, non_blocking=True, compiled=compiled) for batch in some])
             record.take(result)
     seconds = ledger.matrix_s + ledger.other_s
     images = config.train.batch_size_per_gpu * len(batches) * gpus
@@ -259,6 +268,7 @@ def rehearse(config: Config, card: str, gpus: int = 1, prepare: Callable[[], obj
         gpus=gpus,
         batch_size=config.train.batch_size_per_gpu,
         precision=precision.name,
+        compiled=compiled,
         waits=dict(ledger.waits),
         blocking_copies=dict(ledger.copies),
         operators=ledger.operators,
