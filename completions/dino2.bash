@@ -261,13 +261,14 @@ _dino2() {
                 --head) :; return ;;
                 --near) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --far) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --colormap) COMPREPLY=($(compgen -W "inferno magma plasma viridis cividis" -- "$cur")); return ;;
                 --value-range) :; return ;;
                 --background) :; return ;;
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --near --far --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --near --far --colormap --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 segment")
             case "$prev" in
@@ -279,13 +280,14 @@ _dino2() {
                 --fps) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --head) :; return ;;
                 --opacity) compopt +o bashdefault +o default 2>/dev/null; return ;;
+                --inference) COMPREPLY=($(compgen -W "whole slide" -- "$cur")); return ;;
                 --value-range) :; return ;;
                 --background) :; return ;;
                 --max-image-gb) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --batch-size) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
             esac
-            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --opacity --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
+            options="--model --resolution --layout --legend --no-legend --save-values --show-channels --fps --audio --no-audio --steady --no-steady --head --opacity --inference --quiet -q --verbose --cpu --value-range --background --no-exif-orientation --max-image-gb --batch-size --device --help -h"
             words="" ;;
         "dino2 curate")
             case "$prev" in

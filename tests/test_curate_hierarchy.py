@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinov2cli.curate.hierarchy import balanced_sample, closest, evenly, hierarchy, usual_clusters
+from dinov2cli.curate.hierarchy import all_comparisons, balanced_sample, closest, evenly, hierarchy, usual_clusters
 from dinov2cli.curate.kmeans import Clusters, Points
 
 
@@ -65,7 +65,11 @@ def test_resampling_spreads_centres_and_a_sample_over_the_space(tmp_path: Path) 
 
     def crowded(resamplings: int) -> float:
         folder = tmp_path / str(resamplings)
-        labels = hierarchy(points, (100, 10), resamplings=resamplings, seed=0, folder=folder, iterations=20)
+        told: list[float] = []
+        labels = hierarchy(points, (100, 10), resamplings=resamplings, seed=0, folder=folder, iterations=20,
+                           told=told.append)  # fmt: skip
+        in_all = all_comparisons(5000, (100, 10), resamplings, 20)
+        assert sum(told) == in_all  # where a bar ends
         assert [len(each) for each in labels] == [5000, 100] and labels[1].max() == 9
         return float((angle[balanced_sample(labels, 400, rng)] < 0.15).mean())
 

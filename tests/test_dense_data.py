@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from dense_sets import COLOURS, pair, write_depths, write_masks
 from PIL import Image
 
@@ -190,15 +191,17 @@ def test_labels_lie_on_their_pixels_whatever_exif_says(of: str, orientation: int
 
 def test_depth_is_metres_and_zero_where_it_is_not_known(tmp_path: Path) -> None:
     images, depths = tmp_path / "images", tmp_path / "depth"
-    for i in range(4):
+    for i in range(5):
         save(images / f"{i}.png", np.zeros((1, 4, 3), np.uint8))
-    save(depths / "0.png", np.array([[0, 500, 2000, 65535]], np.uint16))
+    whole = np.array([[0, 500, 2000, 65535]], np.uint16)
+    save(depths / "0.png", whole)
+    tifffile.imwrite(depths / "4.tif", whole, photometric="minisblack")
     floats = np.array([[np.nan, 0.5, -2.0, np.inf]], np.float32)
     save(depths / "1.tiff", floats)
     np.save(depths / "2.npy", floats.astype(np.float64))
     save(depths / "3.png", np.array([[0, 5, 20, 255]], np.uint8))
     dataset = dense_dataset(f"Depths:images={images}:depths={depths}:scale=500", "depth")
-    assert dataset.label(0).tolist() == [[0, 1, 4, np.float32(131.07)]]
+    assert dataset.label(0).tolist() == dataset.label(4).tolist() == [[0, 1, 4, np.float32(131.07)]]
     assert dataset.label(1).tolist() == dataset.label(2).tolist() == [[0, 0.5, 0, 0]]
     with pytest.raises(UnreadableImage, match=r"3\.png: uint8 \[1, 4, 1\] is no depth; 16-bit or floating point"):
         dataset.label(3)

@@ -43,6 +43,13 @@ def test_sliding_windows_are_the_references() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_maps_of_patches_slide_by_patches() -> None:
+    torch.manual_seed(0)
+    images, patches = torch.randn(2, 3, 20, 36), torch.nn.Conv2d(3, 5, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(sliding(patches, images, 12, 8, cell=4), patches(images))
+
+
 @pytest.mark.parametrize(
     "size, window, stride", [(512, 512, 341), (683, 512, 341), (40, 24, 16), (10, 24, 16), (49, 24, 24)]
 )

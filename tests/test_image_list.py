@@ -104,6 +104,7 @@ def test_rows_of_shards_keep_their_classes_and_are_read_by_loaders(photos: Path,
             r"row 1 was /other\.tar:1\.png, and is .* now: the dataset has changed",
         ),
         ("# rows of nowhere\n1\n", "neither a folder nor a known dataset"),
+        ("# rows of 2*{shards} + {shards}\n1\n", "leave out the weights of its first line"),
         ("# rows of list:{here}\n1\n", "a list of rows of itself"),
     ],
 )

@@ -3,6 +3,7 @@
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import av
 import cv2
@@ -76,6 +77,24 @@ def run_command(*words: object) -> int:
     return int(stop.value.code or 0)
 
 
+def test_classes_by_windows_are_the_mean_of_the_maps_of_all_that_show_a_patch(folder: Path, tmp_path: Path) -> None:
+    words = ("--head", folder / "classes.pth", "--resolution", 5, "--save-values", "png")
+    for how in ("slide", "whole"):
+        assert run_command("segment", folder / "photos/0.png", tmp_path / f"{how}.png", *words, "--inference", how) == 0
+    dense = load_dense(folder / "classes.pth")
+    picture = cv2.imread(str(folder / "photos/0.png"))[..., ::-1].copy()  # 40 x 61: two windows of 40 x 40
+    images = normalize_pixels(torch.from_numpy(picture)[None], dense.backbone.images.statistics)
+    images = F.pad(images, (1, 2))
+    total, shown = torch.zeros(1, 3, 5, 8), torch.zeros(8)
+    with torch.no_grad():
+        for first in (0, 3):
+            total[..., first : first + 5] += dense.head(dense.features(images[..., 8 * first : 8 * first + 40]))
+            shown[first : first + 5] += 1
+    plain = F.interpolate(total / shown, picture.shape[:2], mode="bilinear")[0].argmax(0).numpy()
+    found, whole = (np.asarray(Image.open(tmp_path / f"{how}.classes.png")) for how in ("slide", "whole"))
+    assert (found == plain).mean() > 0.999 and (found != whole).any()
+
+
 def test_depths_of_photos(folder: Path, tmp_path: Path) -> None:
     """As arrays, as PNG files of millimetres, and in colour: bright near by, with the scale below."""
     words = DepthMapsRequest(
@@ -99,11 +118,16 @@ def test_depths_of_photos(folder: Path, tmp_path: Path) -> None:
     said = re.search(r"2 photos, from (\S+) m \(bright\) to (\S+) m \(dark\)", str(written))
     np.testing.assert_allclose([float(end) for end in said.groups()] if said else [], ends, atol=0.1)
     one = [folder / "photos/0.png", tmp_path / "one.png", "--head", folder / "depth.pth"]
-    assert run_command("depth", *one, "--save-values", "png", "--no-legend", "--near", 1, "--far", 2) == 0
+    assert (
+        run_command(
+            "depth", *one, "--save-values", "png", "--no-legend", "--near", 1, "--far", 2, "--colormap", "magma"
+        )
+        == 0
+    )
     millimetres = cv2.imread(str(tmp_path / "one.depth.png"), cv2.IMREAD_UNCHANGED)
     assert millimetres.dtype == np.uint16 and np.abs(millimetres / 1000 - found[0]).max() < 6e-4
     drawn = cv2.imread(str(tmp_path / "one.png"))[..., ::-1]
-    np.testing.assert_array_equal(drawn, near_is_bright(found[0] - 1))
+    np.testing.assert_array_equal(drawn, near_is_bright(found[0] - 1, "magma"))
     assert list_images(tmp_path / "out")  # of nothing but our own pictures, these are meant
     cv2.imwrite(str(tmp_path / "out/photo.png"), photo(0))
     assert [path.name for path in list_images(tmp_path / "out")] == ["photo.png"]
@@ -236,8 +260,10 @@ def test_palettes_and_legends() -> None:
     assert len(set(colors)) == 256 and colors[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
     assert colors[15] == (192, 128, 128)  # a person, as in VOC's masks
     assert palette_of(NAMES, 3) == colors[:3] and palette_of((), 3) == colors[1:4]
-    scale = near_is_bright(np.linspace(0, 1, 50)[None])[0].astype(float) @ [0.3, 0.59, 0.11]
-    assert (np.diff(scale) < 0.5).all() and scale[0] > 220 and scale[-1] < 10
+    for name in get_args(DepthMapsRequest.model_fields["colormap"].annotation):
+        scale = near_is_bright(np.linspace(0, 1, 50)[None], name)[0].astype(float) @ [0.3, 0.59, 0.11]
+        assert (np.diff(scale) < 0.5).all() and scale[0] > scale[-1] + 150, name
+    assert (depth_legend(1, 2, 99, "viridis") != depth_legend(1, 2, 99)).any()
     for width in (20, 640):
         assert depth_legend(0.5, 12, width).shape[1] == width
         lines = [class_legend([((255, 0, 0), "a long name")] * count, width).shape[0] for count in (1, 60)]

@@ -61,7 +61,7 @@ def test_the_command_trains_measures_and_keeps_the_best_head(
     shown = capsys.readouterr().out
     assert "segmentation" in shown and "mIoU %" in shown and best in shown
     head = read_head(folder / "best_head.pth")
-    assert head.config.layers == (3,) and head.config.short_side == 32 and head.config.dataset
+    assert head.config.layers == (3,) and head.config.short_side == head.config.window == 32 and head.config.dataset
     assert head.config.backbone == str(
         (folder.parent / "teacher_checkpoint.pth").resolve()
     )  # not the run, which goes on

@@ -15,7 +15,7 @@ import torch
 
 from dinov2cli.console import Advance, counting
 from dinov2cli.curate.components import Edges
-from dinov2cli.curate.kmeans import Points, assigned, kmeans
+from dinov2cli.curate.kmeans import Points, assigned, comparisons, kmeans
 from dinov2cli.curate.stage import Stage, share
 from dinov2cli.files import replacing, writing
 from dinov2cli.search.neighbours import Found, neighbours
@@ -157,7 +157,7 @@ def _cells(
     """Images of each cell, and the cells' centres."""
     k = max(1, round(4 * len(alive) ** 0.5))
     some = np.sort(np.random.default_rng(seed).permutation(alive)[: TRAINED_ON * k])
-    with counting("cells") as tell:
+    with counting("cells", comparisons(len(some), ITERATIONS) + comparisons(len(alive), 0)) as tell:
         cells = kmeans(
             Points(features, some), k, seed=seed, iterations=ITERATIONS, device=device, kept_in=work / "cells.npz",
             told=tell,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinov2cli.curate.kmeans import Clusters, Points, assigned, kmeans
+from dinov2cli.curate.kmeans import Clusters, Points, assigned, comparisons, kmeans
 
 CLOSEST = 0.5
 """Share of the mean cluster's points, the closest to each centre, that it is fitted to again."""
@@ -51,6 +51,15 @@ def hierarchy(
     return labels
 
 
+def all_comparisons(points: int, sizes: Sequence[int], resamplings: int, iterations: int) -> int:
+    """How many points `hierarchy` tells this process of; of fewer, where a level has fewer clusters."""
+    total = 0
+    for n, k in zip((points, *sizes), sizes, strict=False):
+        total += comparisons(n, iterations)
+        total += resamplings * (comparisons(max(int(CLOSEST * n), k), iterations) + comparisons(n, 0))
+    return total
+
+
 def _spread(points: Points, k: int, resamplings: int, *, seed: int, name: Path, **how: Any) -> Clusters:
     clusters = kmeans(points, k, seed=seed, kept_in=name.with_name(f"{name.name}-0.npz"), **how)
     for again in range(1, resamplings + 1):
@@ -59,6 +68,9 @@ def _spread(points: Points, k: int, resamplings: int, *, seed: int, name: Path, 
         rows = chosen if points.rows is None else points.rows[chosen]
         state = name.with_name(f"{name.name}-{again}.npz")
         fitted = kmeans(Points(points.array, rows), k, seed=seed + again, kept_in=state, **how)
+        if "told" in how:  # as if each cluster had had as many
+            most, few = (comparisons(n, how["iterations"]) for n in (max(int(CLOSEST * len(points)), k), len(rows)))
+            how["told"](most - few)
         places = {key: how[key] for key in ("device", "told") if key in how}
         clusters = assigned(points, torch.from_numpy(fitted.centres), **places)
     return clusters

@@ -93,9 +93,12 @@ def kmeans(
         k: clusters, at most; fewer where there are fewer distinct points.
         iterations: at most; it ends before when they gain nothing (`GAIN`).
         kept_in: a .npz file for the state after each iteration, from which it goes on if it is there.
-        told: of points that have been compared with all centres.
+        told: of points that have been compared with all centres, or need not be as an iteration is left out.
     """
     state = _recalled(kept_in) or State(0, _seeds(points, min(k, len(points)), seed), -1.0)
+    each = len(_mine(points))
+    if told is not None:
+        told(state.done * each)
     while state.done < iterations:
         centres = state.centres
         sums, counts, reached, worst = _step(points, centres.to(device), told)
@@ -103,6 +106,8 @@ def kmeans(
         empty = (counts == 0).nonzero()[:, 0][: len(worst)]
         moved[empty] = worst[: len(empty)]
         settled = reached - state.reached < GAIN and not len(empty)
+        if settled and told is not None:
+            told((iterations - state.done - 1) * each)
         state = State(iterations if settled else state.done + 1, moved, reached)
         if kept_in is not None and distributed.is_main():
             with writing(kept_in), replacing(kept_in) as aside, aside.open("wb") as file:
@@ -132,12 +137,22 @@ def nearest_centres(
     return labels, similarity
 
 
+def comparisons(points: int, iterations: int) -> int:
+    """How many points of so many `kmeans` tells this process of: those of each iteration, and of the assignment."""
+    return points * (iterations + 1) // distributed.world_size()
+
+
+def _mine(points: Points) -> range:
+    """The part that falls to this process."""
+    return range(*(len(points) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1)))
+
+
 def _nearest(points: Points, centres: Tensor, told: Advance | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this process's points, block by block: the points [n, D], their nearest centres int64 [n], cosines [n]."""
     size = max(1, BLOCK_BYTES // (4 * max(points.dim, len(centres))))
-    first, last = (len(points) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1))
-    for start in range(first, last, size):
-        block = points[slice(start, min(start + size, last))].to(centres.device)
+    mine = _mine(points)
+    for start in mine[::size]:
+        block = points[slice(start, min(start + size, mine.stop))].to(centres.device)
         similarity, labels = (block @ centres.T).max(dim=1)
         yield block, labels, similarity
         if told is not None:

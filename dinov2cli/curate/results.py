@@ -14,7 +14,7 @@ from dinov2cli.curate.state import AGAINST, DUPLICATE, KEPT, REASONS, UNREADABLE
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.datasets.image_list import ROWS_OF, printable
 from dinov2cli.data.datasets.joined import JoinedDataset
-from dinov2cli.data.spelling import absolute, complete
+from dinov2cli.data.spelling import absolute, complete, joined
 from dinov2cli.files import replacing, write_array, write_text, writing
 
 LOOKED_AT = 100
@@ -87,7 +87,9 @@ def write_list(file: Any, state: Curation, kept: np.ndarray) -> None:
     """The kept images as `--data list:FILE` reads them: their files, or rows of the dataset that holds them."""
     images = state.pool.images
     assert images is not None
-    if isinstance(images, JoinedDataset) and any(weight != 1 for weight in images.weights):
+    words = absolute(complete(state.request.images or state.request.data[0]))
+    if isinstance(images, JoinedDataset) and images.is_weighted():
+        words = " + ".join(part for _, part in joined(words))
         state.warn(f"--data {state.pool.name}: its weights are not in the list, which names each image once.")
     sample = kept[:: max(1, len(kept) // LOOKED_AT)].tolist()
     are_files = all(images.container(row) == images.path(row) and os.path.isfile(images.path(row)) for row in sample)
@@ -98,7 +100,6 @@ def write_list(file: Any, state: Curation, kept: np.ndarray) -> None:
             label = f"\t{names[targets[row]]}" if targets[row] >= 0 else ""
             file.write(os.fsencode(os.path.abspath(images.path(row))) + f"{label}\n".encode())
         return
-    words = absolute(complete(state.request.images or state.request.data[0]))
     file.write(os.fsencode(f"{ROWS_OF}{words}\n"))
     base = make_dataset(words)  # by other paths where those given were relative
     for row in kept.tolist():

@@ -19,8 +19,8 @@ from dinov2cli.console import counting
 from dinov2cli.curate.collection import Collection
 from dinov2cli.curate.components import AtThreshold, Components, sweep
 from dinov2cli.curate.graph import Graph, near
-from dinov2cli.curate.hierarchy import balanced_sample, hierarchy, usual_clusters
-from dinov2cli.curate.kmeans import Points, kmeans, nearest_centres
+from dinov2cli.curate.hierarchy import all_comparisons, balanced_sample, hierarchy, usual_clusters
+from dinov2cli.curate.kmeans import Points, comparisons, kmeans, nearest_centres
 from dinov2cli.curate.stage import Stage
 from dinov2cli.curate.state import AGAINST, DUPLICATE, NOT_ALIKE, NOT_DRAWN, Curation
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage
@@ -141,7 +141,7 @@ def _of_clusters(state: Curation, each: Collection, rows: np.ndarray, work: Stag
     """Of some rows, those of the clusters that hold more than `hits` of a set, at random where there are too many."""
     request, points = state.request, Points(state.pool.features, rows)
     k = request.pool_clusters or min(MOST_CLUSTERS, max(1, round(4 * len(rows) ** 0.5)))
-    with counting("clusters") as tell:
+    with counting("clusters", comparisons(len(points), request.iterations)) as tell:
         found = kmeans(points, k, seed=request.seed, iterations=request.iterations, device=state.device,
                        kept_in=work / "centres.npz", told=tell)  # fmt: skip
         of_set = Points(each.features, np.flatnonzero(each.readable))
@@ -172,7 +172,8 @@ def draw(state: Curation) -> dict[str, Any]:
         state.work / "clusters", images=state.pool.key, kept=_digest(state.alive), sizes=sizes,
         resamplings=request.resamplings, iterations=request.iterations, seed=request.seed,
     )  # fmt: skip
-    with counting("clusters") as tell:
+    in_all = all_comparisons(len(rows), sizes, request.resamplings, request.iterations)
+    with counting("clusters", in_all) as tell:
         labels = hierarchy(
             Points(state.pool.features, rows), sizes, resamplings=request.resamplings, seed=request.seed,
             folder=work.folder, iterations=request.iterations, device=state.device, told=tell,

@@ -81,7 +81,7 @@ def run(request: SegmentationRequest, subject: Subject | None = None) -> Evaluat
     else:
         train = cast(SegmentationDataset, dense_dataset(trial.trial.train_dataset, "masks"))
         n_classes = _same_classes(train, val)
-        config = trial.config(train, classes=train.class_names, short_side=settings.short_side)
+        config = trial.config(train, classes=train.class_names, short_side=settings.short_side, window=settings.crop)
 
         def make_head(width: int, blocks: int) -> SegmentationHead:
             return SegmentationHead(width * blocks, n_classes, config)

@@ -47,6 +47,7 @@ class HeadConfig(BaseModel):
     backbone: str = Field("", description="weights that it was trained on, as --model takes them; empty: not known")
     fingerprint: str = Field("", description="`fingerprint_of` that model; empty: not known")
     short_side: int | None = Field(None, description="pixels of the short side of test images", ge=1)
+    window: int | None = Field(None, description="side in pixels of the windows they are seen by; None: as that", ge=1)
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

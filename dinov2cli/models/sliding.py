@@ -20,24 +20,27 @@ def window_starts(size: int, window: int, stride: int) -> list[int]:
     return [max(min(i * stride + window, size) - window, 0) for i in range(count)]
 
 
-def sliding(maps: Maps, images: Tensor, window: int, stride: int, at_once: int = 8) -> Tensor:
+def sliding(maps: Maps, images: Tensor, window: int, stride: int, at_once: int = 8, cell: int = 1) -> Tensor:
     """The mean of the maps of all windows that show a pixel: [B, C, H, W] -> float32 [B, K, H, W].
 
     Args:
         window, stride: in pixels; an image with a side below `window` has windows that are smaller.
         at_once: windows in a batch.
+        cell: side in pixels of what has a place in the maps, which are [B, K, H / cell, W / cell]; all sizes are
+            multiples of it.
     """
     height, width = images.shape[-2:]
     places = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
     boxes = [(slice(y, y + window), slice(x, x + window)) for y, x in places]
     total: Tensor | None = None
-    shown = images.new_zeros((1, 1, height, width), dtype=torch.float32)
+    shown = images.new_zeros((1, 1, height // cell, width // cell), dtype=torch.float32)
     for first in range(0, len(boxes), at_once):
         some = boxes[first : first + at_once]
         found = maps(torch.cat([images[:, :, rows, columns] for rows, columns in some])).float()
         if total is None:
-            total = found.new_zeros((len(images), found.shape[1], height, width))
-        for (rows, columns), each in zip(some, found.split(len(images)), strict=True):
+            total = found.new_zeros((len(images), found.shape[1], height // cell, width // cell))
+        for sides, each in zip(some, found.split(len(images)), strict=True):
+            rows, columns = (slice(side.start // cell, side.stop // cell) for side in sides)
             total[:, :, rows, columns] += each
             shown[:, :, rows, columns] += 1
     assert total is not None

@@ -173,6 +173,9 @@ class DepthMapsRequest(MapsRequest, command="depth", run_by="dinov2cli.visualize
     far: float | None = option(
         None, "Metres that are darkest. Default: those of the farthest percent of all pixels.", ge=0
     )
+    colormap: Literal["inferno", "magma", "plasma", "viridis", "cividis"] = option(
+        "inferno", "Scale of colours, by matplotlib's name."
+    )
 
     @model_validator(mode="after")
     def _near_is_nearer(self) -> Self:
@@ -201,6 +204,11 @@ class SegmentRequest(MapsRequest, command="segment", run_by="dinov2cli.visualize
         "which is downloaded once: dinov2_vit{s,b,l,g}14_{ade20k,voc2012}_{linear,ms}.",
     )
     opacity: float = option(0.6, "Of the colours in an overlay.", ge=0, le=1)
+    inference: Literal["whole", "slide"] = option(
+        "whole",
+        "How the network sees a picture: whole, or by windows that overlap, as large as the crops that the head was "
+        "trained on (slide): for pictures that are long, or of more patches by --resolution.",
+    )
 
 
 class AttentionRequest(PicturesRequest, command="attention", run_by="dinov2cli.visualize.attention_maps:run"):

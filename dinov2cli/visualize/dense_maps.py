@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinov2cli.models.dense_heads import DenseModel
+from dinov2cli.models.dense_heads import DenseModel, pad_to_patches
+from dinov2cli.models.sliding import sliding
 from dinov2cli.visualize.features import FeatureMap, PatchFeatures
 
 ROWS_AT_ONCE = 32
@@ -25,15 +26,20 @@ class DenseMaps(PatchFeatures):
     Args:
         dense: in evaluation mode, on the device to be used.
         short_side: pixels at which the network sees a picture's short side; the long one is not rounded to patches.
+        window: side in pixels of the windows by which it sees them, which overlap; None: it sees them whole.
         batch_size, precision: as in `PatchFeatures`; the head itself is computed in float32.
     """
 
     def __init__(
-        self, dense: DenseModel, short_side: int, batch_size: int | None = None, precision: str = "auto"
+        self,
+        dense: DenseModel,
+        short_side: int,
+        batch_size: int | None = None,
+        precision: str = "auto",
+        window: int | None = None,
     ) -> None:
-        patches = -(-short_side // dense.backbone.patch_size)
-        super().__init__(dense.backbone, patches, batch_size, precision)
-        self.dense, self.short_side = dense, short_side
+        super().__init__(dense.backbone, -(-short_side // dense.backbone.patch_size), batch_size, precision)
+        self.dense, self.short_side, self.window = dense, short_side, window
 
     def fitted(self, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
         height, width = float(size[0]), float(size[1] * pixel_aspect)
@@ -41,10 +47,19 @@ class DenseMaps(PatchFeatures):
         return max(round(height * scale), 1), max(round(width * scale), 1)
 
     def compute(self, images: Tensor) -> Tensor:
+        if self.window is None:
+            return self._maps(images).permute(0, 2, 3, 1)
+        side = self.dense.backbone.patch_size
+        patches = max(1, round(self.window / side))
+        stride = max(1, patches * 2 // 3 if len(self.dense.layers) == 1 else patches // 2)
+        found = sliding(self._maps, pad_to_patches(images, side), patches * side, stride * side, cell=side)
+        return found.permute(0, 2, 3, 1)
+
+    def _maps(self, images: Tensor) -> Tensor:
         with self.precision.autocast():
             features = self.dense.features(images)
         maps: Tensor = self.dense.head([(patches.float(), cls.float()) for patches, cls in features])
-        return maps.permute(0, 2, 3, 1)
+        return maps
 
 
 def depths_of(depths: FeatureMap, span: tuple[float, float], size: tuple[int, int]) -> NDArray[np.float32]:

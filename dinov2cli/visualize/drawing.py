@@ -88,6 +88,7 @@ class DepthDrawing(Drawing):
 
     Args:
         head: gives the range.
+        colormap: of `near_is_bright`.
         near, far: metres at the ends of the colours; None: of the nearest and farthest percent of what was observed.
     """
 
@@ -95,7 +96,8 @@ class DepthDrawing(Drawing):
     PERCENT = 1
     BINS = 10_000
 
-    def __init__(self, head: DenseHead, near: float | None, far: float | None) -> None:
+    def __init__(self, head: DenseHead, near: float | None, far: float | None, colormap: str = "inferno") -> None:
+        self.colormap = colormap
         self.span = (head.config.min_depth, head.config.max_depth)
         self._given = near, far
         self.near, self.far = self.span
@@ -123,10 +125,10 @@ class DepthDrawing(Drawing):
         return depths_of(low, self.span, size)
 
     def colors(self, values: Values) -> Picture:
-        return near_is_bright((values - self.near) / (self.far - self.near))
+        return near_is_bright((values - self.near) / (self.far - self.near), self.colormap)
 
     def legend(self, width: int, values: Values | None) -> Picture:
-        return depth_legend(self.near, self.far, width)
+        return depth_legend(self.near, self.far, width, self.colormap)
 
     def note(self) -> str:
         return f"from {self.near:.3g} m (bright) to {self.far:.3g} m (dark)"

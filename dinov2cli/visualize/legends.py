@@ -12,10 +12,11 @@ from dinov2cli.visualize.features import Picture
 Color = tuple[int, int, int]
 
 
-def near_is_bright(share: NDArray[np.floating]) -> Picture:
-    """Colours of shares of the way from near (0) to far (1): uint8 [..., 3] of a scale that is even to the eye."""
+def near_is_bright(share: NDArray[np.floating], scale: str = "inferno") -> Picture:
+    """Colours of shares of the way from near (0) to far (1): uint8 [..., 3] of a scale that is even to the eye, by
+    matplotlib's name."""
     levels = (np.clip(1 - share, 0, 1) * 255 + 0.5).astype(np.uint8)
-    colored = cv2.applyColorMap(levels.reshape(levels.shape[0], -1), cv2.COLORMAP_INFERNO)
+    colored = cv2.applyColorMap(levels.reshape(levels.shape[0], -1), getattr(cv2, f"COLORMAP_{scale.upper()}"))
     return np.ascontiguousarray(colored[..., ::-1]).reshape(*levels.shape, 3)
 
 
@@ -37,11 +38,11 @@ def palette_of(classes: Sequence[str], count: int) -> list[Color]:
     return voc_palette(count) if has_background else voc_palette(count + 1)[1:]
 
 
-def depth_legend(near: float, far: float, width: int) -> Picture:
+def depth_legend(near: float, far: float, width: int, scale: str = "inferno") -> Picture:
     """A strip with the scale's colours and the metres at its ends and middle: uint8 [height, width, 3]."""
     font, size = _font(width)
     strip = np.full((round(2.4 * size), width, 3), 255, np.uint8)
-    strip[size // 4 : size] = near_is_bright(np.linspace(0, 1, width)[None])
+    strip[size // 4 : size] = near_is_bright(np.linspace(0, 1, width)[None], scale)
     picture = Image.fromarray(strip)
     draw = ImageDraw.Draw(picture)
     for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):

@@ -46,7 +46,7 @@ USUAL_PATCHES = 32
 
 def run_depth(request: DepthMapsRequest) -> Written:
     """Draw what `dino2 depth` asks for; errors as of `run_segment`."""
-    return _run(request, lambda dense: DepthDrawing(dense.head, request.near, request.far))
+    return _run(request, lambda dense: DepthDrawing(dense.head, request.near, request.far, request.colormap))
 
 
 def run_segment(request: SegmentRequest) -> Written:
@@ -72,7 +72,9 @@ def _run(request: DepthMapsRequest | SegmentRequest, drawing_of: Callable[[Dense
     dense, precision, reading = _load(request)
     side = request.resolution and request.resolution * dense.backbone.patch_size
     side = side or dense.head.config.short_side or USUAL_PATCHES * dense.backbone.patch_size
-    extractor = DenseMaps(dense, side, request.batch_size, precision)
+    slides = isinstance(request, SegmentRequest) and request.inference == "slide"
+    window = (dense.head.config.window or dense.head.config.short_side or side) if slides else None
+    extractor = DenseMaps(dense, side, request.batch_size, precision, window)
     drawing = drawing_of(dense)
     return (_draw_video if as_video else _draw_photos)(request, extractor, drawing, reading)
 

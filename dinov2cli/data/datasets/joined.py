@@ -94,10 +94,13 @@ class JoinedDataset(OfOtherDatasets):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def is_weighted(self) -> bool:
+        return any(weight != 1 for weight in self.weights)
+
     def order(self, seed: int) -> Order:
-        if all(weight == 1 for weight in self.weights):
-            return SampleOrder(len(self), seed)
-        return WeightedOrder([len(part) for part in self.parts], self.weights, seed)
+        if self.is_weighted():
+            return WeightedOrder([len(part) for part in self.parts], self.weights, seed)
+        return SampleOrder(len(self), seed)
 
     def targets(self) -> np.ndarray:
         place = {name: i for i, name in enumerate(self.class_names)}

@@ -55,6 +55,9 @@ def _of_list(file: str, root: str | None = None) -> ImageDataset:
             base = make_dataset(first.removeprefix(ROWS_OF))
         except RecursionError:
             raise DataError(f"{path}: a list of rows of itself") from None
+        if isinstance(base, JoinedDataset) and base.is_weighted():
+            raise DataError(f"{path}: a list names each image once: leave out the weights of its first line",
+                            "A list as a whole may have one: 2*list:FILE + OTHER")  # fmt: skip
         return rows_of(base, lines.after_first(), path)
     return PathsDataset(path, lines, user_path(root) if root else path.parent)
 
