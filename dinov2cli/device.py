@@ -17,12 +17,13 @@ from dinov2cli.errors import EnvironmentProblem
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(asked: str | torch.device | None = None) -> torch.device:
+def choose_device(asked: str | torch.device | None = None, option: str = "--device") -> torch.device:
     """The device that an option names; this process's own CUDA device becomes PyTorch's current one.
 
     Args:
         asked: `auto` or None: a GPU if there is one, else the CPU; `cuda`: the GPU of this process, one of several on
             its machine or not; `cpu`, `cuda:N` or a device: just that.
+        option: that says so, for messages.
 
     Raises:
         EnvironmentProblem: no such device, or the machine runs more processes than it has GPUs.
@@ -33,11 +34,11 @@ def choose_device(asked: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise EnvironmentProblem(f"--device {asked}: unknown; give auto, cpu, cuda or cuda:N") from error
+        raise EnvironmentProblem(f"{option} {asked}: unknown; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise EnvironmentProblem(f"--device {asked}: dino2 runs on CPUs and CUDA GPUs; give auto, cpu, cuda or cuda:N")
+        raise EnvironmentProblem(f"{option} {asked}: dino2 runs on CPUs and CUDA GPUs; give auto, cpu, cuda or cuda:N")
     if there and device.index is None and (own := distributed.local_rank()) >= there:
         raise EnvironmentProblem(
             f"process {own} of this machine has no GPU: {there} can be seen.",
@@ -46,7 +47,7 @@ def choose_device(asked: str | torch.device | None = None) -> torch.device:
     device = torch.device("cuda", distributed.local_rank() if device.index is None else device.index)
     if device.index >= there:
         has = f"{there} CUDA devices" if there else "no GPU that PyTorch can use; dino2 doctor looks at the driver"
-        raise EnvironmentProblem(f"--device {asked}: this machine has {has}")
+        raise EnvironmentProblem(f"{option} {asked}: this machine has {has}")
     torch.cuda.set_device(device)
     return device
 

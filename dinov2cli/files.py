@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; checksums and locks."""
+"""Files that appear whole or not at all, and not in the place of others'; checksums and locks."""
 
 import hashlib
 import io
@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -121,6 +123,65 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+MARK = "dino2"
+_SAYS = b"tEXtSoftware\0" + MARK.encode()
+_CHUNK = struct.pack(">I", len(_SAYS) - 4) + _SAYS + struct.pack(">I", zlib.crc32(_SAYS))
+_AFTER_HEADER = 33
+"""Bytes to where a PNG file's signature and first chunk end."""
+GIF_COMMENT = b"\x21\xfe\x05" + MARK.encode() + b"\0;"
+"""How a GIF of ours ends."""
+OUR_ARRAYS = (".depth.npy", ".classes.npy")
+"""How names end of arrays that are written beside pictures."""
+
+
+def marked(png: bytes) -> bytes:
+    """The bytes of a PNG file that says that dino2 wrote it."""
+    return png[:_AFTER_HEADER] + _CHUNK + png[_AFTER_HEADER:]
+
+
+def is_drawn_here(path: Path) -> bool:
+    """Whether a file is a PNG picture that is `marked`, or by its name one of our arrays."""
+    if path.name.endswith(OUR_ARRAYS):
+        return True
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(_AFTER_HEADER + len(_CHUNK))[_AFTER_HEADER:] == _CHUNK
+
+
+def keep_others(path: Path) -> None:
+    """Raise, before anything is drawn, where that would replace a picture, a video or a page that dino2 has not
+    written: whoever names no output has named the last of the inputs.
+
+    Raises:
+        EnvironmentProblem: such a file is there.
+    """
+    if path.is_file() and path.stat().st_size and not _is_ours(path):
+        raise EnvironmentProblem(
+            f"{path}: is there, and dino2 has not drawn it, so that it is not replaced",
+            "Name another output; of several paths it is the last.",
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in (".png", ".html", ".gif"):
+        with path.open("rb") as file:
+            head = file.read(4096)
+            file.seek(-min(len(head), len(GIF_COMMENT)), os.SEEK_END)
+            tail = file.read()
+        if suffix == ".png":
+            return is_drawn_here(path) or b"Matplotlib" in head
+        return tail == GIF_COMMENT if suffix == ".gif" else MARK.encode() in head
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return MARK in container.metadata.values()
+    except (av.error.FFmpegError, OSError):
+        return False
+
+
 def check_folder(path: Path, option: str) -> None:
     """Say, without writing, why a folder that an option names cannot be made or written to.
 
@@ -152,9 +213,13 @@ def lock(path: Path) -> AbstractContextManager[object]:
 
 @contextmanager
 def locked_now(path: Path, taken: EnvironmentProblem) -> Iterator[None]:
-    """Hold the lock of `path`; raise `taken` where another process holds it."""
+    """Hold the lock of `path`; raise `taken` where another process holds it.
+
+    A folder that is made for the lock, and gets nothing else, is taken away again.
+    """
     from filelock import Timeout
 
+    is_new = not path.parent.exists()
     with writing(path.parent):
         held: Any = lock(path)
         try:
@@ -165,6 +230,10 @@ def locked_now(path: Path, taken: EnvironmentProblem) -> Iterator[None]:
         yield
     finally:
         held.release()
+        if is_new and os.listdir(path.parent) == [name := f"{path.name}.lock"]:
+            with suppress(OSError):
+                (path.parent / name).unlink()
+                path.parent.rmdir()
 
 
 def digest(text: str) -> str:

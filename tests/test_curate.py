@@ -348,6 +348,14 @@ def test_options_that_do_not_go_together(words: tuple[str, ...], message: str, p
     assert not (place / "out-wrong").exists()
 
 
+def test_nothing_is_put_among_other_things_and_a_failure_leaves_no_folder(place: Path) -> None:
+    said = dino2(place, "photos", "--data", "photos", "--model", "weights.pth", code=2)
+    assert "OUT photos: a folder of other things, such as " in said and not (place / "photos/list.txt").exists()
+    (place / "page.pth").write_text("<!DOCTYPE html>")
+    assert "an HTML page" in dino2(place, "out-new", "--data", "photos", "--model", "page.pth", code=2)
+    assert not (place / "out-new").exists()
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     with lock(tmp_path / "out/.work"), pytest.raises(EnvironmentProblem, match="another curation is writing there"):
         curate(tmp_path, directions(3))

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ready
 import torch
 from tiny_run import write_images, write_weights
 
@@ -175,3 +177,31 @@ def test_inside_a_training_the_training_decides() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             stop_if_asked()
         assert signals == [signal.SIGINT]
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path, weights: Path) -> None:
+    words = ["export", weights, "--format", "onnx", "--output", tmp_path / "out" / "m.onnx"]
+    process = ready.server().start(*words)
+    while process.poll() is None and not list(tmp_path.glob("out/.m.onnx.*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130 and os.listdir(tmp_path / "out") == []
+
+
+def test_a_ctrl_c_that_python_drops_comes_again() -> None:
+    """One that comes in a finaliser would be lost there, and a traceback shown."""
+    code = """
+import sys, time
+from dinov2cli.cli import main
+sys.unraisablehook = main._again
+class Finalised:
+    def __del__(self):
+        raise KeyboardInterrupt
+try:
+    Finalised()
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("again")
+"""
+    ended = ready.server().run(code=code)
+    assert ended.stdout == "again\n" and not ended.stderr

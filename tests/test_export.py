@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tiny_run import write_images
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from weight_samples import (
@@ -291,6 +292,15 @@ def test_an_existing_output_is_kept_unless_overwritten(tmp_path: Path) -> None:
     # What the file of the odd model needed beside it would mislead about this one.
     export_model(source_file(tmp_path, PLAIN), "official", output, overwrite=True)
     assert read_weights(output).architecture == PLAIN
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", classes=1, per_class=1)
+    with pytest.raises(WeightsError, match=r"photos holds what no export has written \(class0\)"):
+        export_model(source_file(tmp_path, PLAIN), "hf", photos, overwrite=True)
+    assert (photos / "class0" / "0.png").is_file()
+    for _ in range(2):  # what is an export is replaced
+        export_model(source_file(tmp_path, PLAIN), "hf", tmp_path / "hf", overwrite=True)
 
 
 def test_a_head_in_the_way_stops_the_export_before_anything_is_moved(tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data
 from sklearn.decomposition import PCA
 from tiny_run import write_images
 
-from dinov2cli.errors import DataError
+from dinov2cli.cli.main import main
+from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import ColorBasis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import PatchFeatures
 from dinov2cli.visualize.pca import StreamingCovariance, StreamingHistogram
-from dinov2cli.visualize.pictures import expand_inputs
+from dinov2cli.visualize.pictures import expand_inputs, save_picture
 
 
 def features_with_spectrum(n: int = 3000, dim: int = 48, offset: float = 50.0) -> np.ndarray:
@@ -229,6 +231,23 @@ def test_foreground_option() -> None:
     for wrong in ("some", "1.5", "-1", "nan"):
         with pytest.raises(DataError, match="auto, none or a number from 0 to 1"):
             parse_foreground(wrong)
+
+
+def test_a_picture_that_is_not_from_here_is_never_replaced(tmp_path) -> None:
+    photos = sorted((write_images(tmp_path / "photos", classes=1, per_class=2) / "class0").iterdir())
+    before = photos[1].read_bytes()
+    for words in (["pca-image", *photos], ["attention", *photos], ["pca-image", photos[0], tmp_path / "o.png"]):
+        if words[-1] == tmp_path / "o.png":
+            words += ["--save-basis", photos[1]]
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, words)))
+        assert stop.value.code == 2
+    with pytest.raises(EnvironmentProblem, match=r"1\.png: is there, and dino2 has not drawn it"):
+        save_picture(photos[1], np.zeros((4, 4, 3), np.uint8))
+    assert photos[1].read_bytes() == before
+    for level in (0, 9):  # its own are
+        save_picture(tmp_path / "drawn.png", np.full((4, 4, 3), level, np.uint8))
+    assert np.asarray(Image.open(tmp_path / "drawn.png")).max() == 9
 
 
 def test_the_output_in_an_input_folder_is_not_read_the_next_time(tmp_path) -> None:

@@ -507,6 +507,24 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in.mp4"]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".gif"])
+def test_a_video_that_is_not_from_here_is_never_replaced(tmp_path: Path, suffix: str) -> None:
+    """Whoever forgets the output has named an input last."""
+    path = tmp_path / f"holiday{suffix}"
+    write_video(tmp_path / "in.mp4").rename(path)
+    for content in (path.read_bytes(), b"no video at all"):
+        path.write_bytes(content)
+        with pytest.raises(EnvironmentProblem, match="is there, and dino2 has not drawn it"):
+            open_writer(path, time_base=Fraction(1, 25), rate=Fraction(25))
+        assert path.read_bytes() == content
+    path.unlink()
+    for level in (10, 200):  # its own are
+        with open_writer(path, time_base=Fraction(1, 25), rate=Fraction(25)) as writer:
+            writer.write(np.full((32, 48, 3), level, np.uint8), Fraction(0), Fraction(1, 25))
+    assert abs(int(next(open_source(path).frames()).image[0, 0, 0]) - 200) < 9
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_basis_of_another_model_is_refused(tmp_path: Path, weights: Path, capsys) -> None:
     fit_color_basis(lambda: [np.random.default_rng(0).normal(size=(4, 4, 7))]).save(tmp_path / "basis.npz")
     video = write_video(tmp_path / "in.mp4")

@@ -44,6 +44,12 @@ LINES: list[tuple[str, list[str]]] = [
     ("eval logreg", ["No checkpoint given", "dino2 eval logreg CKPT"]),
     ("eval linear dinov2_vits14 --head-layers 3", ["--head-layers 3 is unknown; known: 1, 4"]),
     ("eval knn dinov2_vits14 imgs", ["'imgs' is no change of the configuration", "a.b=value"]),
+    ("eval knn dinov2_vits14 --temperature inf", ["--temperature inf: must be a number, at least 0.0001"]),
+    ("eval linear dinov2_vits14 --learning-rates 0", ["--learning-rates 0: must be a number, above 0"]),
+    ("eval logreg dinov2_vits14 --finetune-dataset imgs --finetune-on-val", ["exclude each other"]),
+    ("embed dinov2_vits14 --data imgs --output ''", ["--output: its value is missing; it takes FEATURES"]),
+    ("embed dinov2_vits14 --data imgs --output x.npy --background blue", ["--background 'blue': must be mean, drop"]),
+    ("pca-image imgs/class0/0.png imgs/class1/0.png", ["imgs/class1/0.png: is there, and dino2 has not drawn it"]),
     # configuration
     ("train --preset demoo --output-dir run --data imgs", ["no preset named 'demoo'. Did you mean demo?"]),
     ("train --config-file no.yaml --output-dir run --data imgs", ["no.yaml: no such config file"]),

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
@@ -58,11 +59,12 @@ def checked(request: type[Request], values: Any) -> Request:
 
 
 def _explain(problem: ErrorDetails, by_path: Mapping[tuple[str, ...], Parameter]) -> str:
-    if problem["type"] == "value_error":  # a validator's own words
-        return str(problem["ctx"]["error"])
     path = tuple(part for part in problem["loc"] if isinstance(part, str))
     found = next((by_path[path[:end]] for end in range(len(path), 0, -1) if path[:end] in by_path), None)
     name = found.as_typed if found else ".".join(path)
+    if problem["type"] == "value_error":  # a validator's own words, which may begin with the value
+        words = str(problem["ctx"]["error"])
+        return f"{name} {words}" if words.startswith(f"{problem['input']!r}: ") else words
     if problem["type"] == "missing":
         return f"{name} is missing"
     if found is None:
@@ -74,14 +76,16 @@ def _explain(problem: ErrorDetails, by_path: Mapping[tuple[str, ...], Parameter]
 
 def perform(request: Request) -> None:
     """Do what a request asks, here or in other processes, and print its result."""
-    from dinov2cli.console import Manner, set_up_logging
+    from dinov2cli.console import Manner, set_up_logging, signals_as_exceptions
 
     Manner.quiet, Manner.verbose = request.quiet, request.verbose and not request.quiet
     set_up_logging(quiet=not (request.logs or Manner.verbose) or worker_rank() > 0)
-    if request.checked_by and not is_worker():
-        request = function_named(request.checked_by)(request) or request
-    elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
-    show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
+    # SIGTERM, too, leaves nothing half-written; of several processes their launcher sees to that.
+    with nullcontext() if is_worker() else signals_as_exceptions():
+        if request.checked_by and not is_worker():
+            request = function_named(request.checked_by)(request) or request
+        elsewhere = function_named(request.launched_by)(request) if request.launched_by and not is_worker() else None
+        show(run(request) if elsewhere is None else elsewhere.result, as_json=getattr(request, "as_json", False))
 
 
 def show(result: Any, *, as_json: bool = False) -> None:

@@ -1,12 +1,13 @@
 """The `dino2` executable: the table of commands; errors become one message and an exit code."""
 
+import _thread
 import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -122,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     As the process's own command (without `argv`) it ends the process, and does not return.
     """
     code: str | int | None = 0
+    if argv is None:
+        sys.unraisablehook = _again
     try:
         run_words(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
@@ -132,11 +135,22 @@ def main(argv: list[str] | None = None) -> None:
         leave(code)
 
 
+def _again(dropped: Any) -> None:
+    """A Ctrl-C that Python drops, with a traceback, as it came in a finaliser, comes again a moment later."""
+    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(dropped)
+    timer = threading.Timer(0.02, _thread.interrupt_main)
+    timer.daemon = True
+    timer.start()
+
+
 def leave(code: str | int | None) -> NoReturn:
     """End this process at once: to take down what PyTorch has set up takes Python one to three seconds.
 
     Threads that must not be cut off are waited for, and what is registered for the end is done.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it ends already
     # Not by joining them here: an executor's idle threads, which an error's traceback may keep, end only when told to.
     threading._shutdown()  # type: ignore[attr-defined]
     if hasattr(signal, "SIGCHLD"):

@@ -138,10 +138,10 @@ def _refuse_value(flag: str, value: str | None, parameter: Parameter) -> None:
     if not parameter.takes_value:
         if value is not None:
             raise ConfigError(f"{flag}={value}: {flag} takes no value")
-    elif value is None:
+    elif not value:  # an empty word, too: a variable of the shell that is not set
         raise ConfigError(f"{flag}: its value is missing; it takes {expected(parameter)}")
     elif not parameter.takes(value):
-        raise ConfigError(f"{flag} {value or repr('')}: must be {expected(parameter)}{_guess(value, parameter)}")
+        raise ConfigError(f"{flag} {value}: must be {expected(parameter)}{_guess(value, parameter)}")
 
 
 def _refuse_twice(value: str, parameter: Parameter, first: dict[tuple[str, ...], str]) -> None:

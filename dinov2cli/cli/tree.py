@@ -24,7 +24,7 @@ class Parameter(NamedTuple):
         path: where the value goes: the field's name, after that of its group if it is in one.
         plain: the type of one value, without None.
         many: whether there may be several.
-        bounds: smallest (`ge`) and largest (`le`) value, where there is one.
+        bounds: smallest (`ge`, or `gt` for what is above it) and largest (`le`) value, where there is one.
         panel: heading under which `--help` lists it.
     """
 
@@ -59,9 +59,9 @@ class Parameter(NamedTuple):
         """Whether a value, as it is typed, is of the type and within the bounds."""
         from pydantic import TypeAdapter, ValidationError
 
-        kind: Any = Annotated[self.plain, Field(ge=self.bounds.get("ge"), le=self.bounds.get("le"))]
+        limits = {**self.bounds, **({"allow_inf_nan": False} if self.plain is float else {})}
         try:
-            TypeAdapter(kind if self.bounds else self.plain).validate_python(value)
+            TypeAdapter(Annotated[self.plain, Field(**limits)] if limits else self.plain).validate_python(value)
         except ValidationError:
             return False
         return True
@@ -116,7 +116,7 @@ def _fields(request: type[Group], above: tuple[str, ...] = ()) -> Iterator[Param
         if many:
             plain, limits = _bare(get_args(plain)[0])
         limits += field_.metadata
-        bounds = {side: getattr(limit, side) for limit in limits for side in ("ge", "le") if hasattr(limit, side)}
+        bounds = {side: getattr(limit, side) for limit in limits for side in ("gt", "ge", "le") if hasattr(limit, side)}
         yield Parameter((*above, name), field_, plain, many, bounds, request.panel)
 
 

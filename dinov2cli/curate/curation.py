@@ -57,9 +57,17 @@ def look(request: CurateRequest) -> None:
         lambda: check_source(request.data, "--data", has_model=has_model, images=request.images),
         images_fit,
         *(partial(check_source, (word,), option, has_model=has_model) for option, word in sets),
-        lambda: check_folder(request.output, "OUT"),
+        lambda: _check_place(request.output),
         lambda: choose_device(request.device),
     )
+
+
+def _check_place(folder: Path) -> None:
+    check_folder(folder, "OUT")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names if not name.startswith("."))
+    if others and not names & {"list.txt", "report.json", "work"}:
+        raise EnvironmentProblem(f"OUT {folder}: a folder of other things, such as {others[0]}; name a new one.")
 
 
 def _curate(request: CurateRequest) -> Curated | None:

@@ -49,11 +49,11 @@ def look(request: EvalRequest) -> None:
     if request.slurm.is_asked:
         with wrong.noted():
             cluster.check(request.slurm, submits=not request.dry_run)
-    for device in () if request.slurm.is_asked else (request.device, getattr(request, "train_features_device", None)):
+    for name in () if request.slurm.is_asked else ("device", "train_features_device"):
         with wrong.noted():
             from dinov2cli.device import choose_device
 
-            choose_device(device)
+            choose_device(getattr(request, name, None), f"--{name.replace('_', '-')}")
     wrong.tell()
     logger.info("train %s, val %s", sets["train"], sets["val"])
 

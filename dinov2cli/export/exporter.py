@@ -76,6 +76,8 @@ LIBRARY_FORMATS = {
 }
 """Those of backbones of another library."""
 
+IN_A_FOLDER = ("config.json", "model", "preprocessor_config.json")
+"""How the names begin of what is in a folder that was exported."""
 GRAPHS = ("onnx", "torch-export")
 """Formats whose files compute by themselves, at one image size where that is asked for."""
 
@@ -243,6 +245,11 @@ def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:
     check_folder(output.absolute().parent, "--output")
     if output.exists() and not request.overwrite:
         raise WeightsError(f"{output} exists; --overwrite replaces it")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if other := next((name for name in names if not name.startswith(IN_A_FOLDER)), None):
+        raise WeightsError(
+            f"{output} holds what no export has written ({other}), and is not replaced; name a new folder"
+        )
     if "" not in suffixes and output.is_dir():
         raise WeightsError(f"{output} is a folder; format {name} writes a file")
     if suffixes == ("",):  # a folder may have dots in its name

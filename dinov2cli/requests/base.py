@@ -64,7 +64,8 @@ def argument(help: str, *, default: Any = ..., **typed: Unpack[Typed]) -> Any:
 class Group(BaseModel):
     """Options that several requests share through one field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)  # --help validates nothing
+    # --help validates nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
     panel: ClassVar[str | None] = None
     """The heading under which `--help` lists them, "Options" by default."""
 

@@ -180,6 +180,12 @@ class LogregRequest(EvalRequest, command="eval logreg"):
     max_train_iters: AtLeastOne = option(1000, "Steps of L-BFGS for each C.")
     batch_size: AtLeastOne = option(256, "Images at a time.", flags="--batch-size --batch_size")
 
+    @model_validator(mode="after")
+    def _one_choice_of_c(self) -> Self:
+        if self.finetune_on_val and self.finetune_dataset is not None:
+            raise ValueError("--finetune-on-val and --finetune-dataset exclude each other")
+        return self
+
 
 class LinearRequest(EvalRequest, command="eval linear"):
     """Train linear classifiers on the frozen features and report the best.
@@ -214,7 +220,7 @@ class LinearRequest(EvalRequest, command="eval linear"):
     epochs: AtLeastOne = option(10, "Epochs.")
     epoch_length: AtLeastOne = option(1250, "Iterations of an epoch.")
     batch_size: AtLeastOne = option(128, "Images in a step on each process.")
-    learning_rates: tuple[float, ...] = option(
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = option(
         (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
         "Rates for a batch of 256 [13 from 1e-5 to 0.1].",
         default_text=False,
@@ -222,6 +228,12 @@ class LinearRequest(EvalRequest, command="eval linear"):
     eval_period_iterations: int = option(1250, "Iterations between looks at val; 0: none.", ge=0)
     save_checkpoint_frequency: AtLeastOne = option(1, "Epochs between checkpoints.")
     no_resume: bool = option(False, "Start anew even if there is a checkpoint.")
+
+    @model_validator(mode="after")
+    def _classes_are_of_a_head(self) -> Self:
+        if self.val_class_mapping_fpath is not None and self.head is None:
+            raise ValueError("--val-class-mapping-fpath goes with --head")
+        return self
 
     @field_validator("head_layers")
     @classmethod

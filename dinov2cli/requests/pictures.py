@@ -45,6 +45,8 @@ class PicturesRequest(ImagesRequest, DeviceRequest):
     def _output_is_another(self) -> Self:
         if len(self.paths) < 2:
             raise ValueError(f"{self.output}: this is the input; name the output after it")
+        if (basis := getattr(self, "save_basis", None)) is not None and basis.suffix.lower() != ".npz":
+            raise ValueError(f"--save-basis {basis}: the colours are kept in a .npz file; give such a name")
         if self.output.resolve() in {path.resolve() for path in self.inputs}:
             raise ValueError(f"{self.output}: is an input too; the last path is the output and must be another one")
         return self

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dinov2cli.errors import DataError
 from dinov2cli.eval.embed import printable
-from dinov2cli.files import check_folder, replacing, writing
+from dinov2cli.files import check_folder, keep_others, marked, replacing, writing
 
 MOST = {".png": 50, ".html": 500}
 """Queries on a sheet."""
@@ -50,13 +50,15 @@ def check_sheet(file: Path | None) -> None:
     if file.suffix.lower() not in MOST:
         raise DataError(f"--sheet {file}: sheets are {' or '.join(MOST)} files; give such a name.")
     check_folder(file.parent, "--sheet")
+    keep_others(file)
 
 
 def write_sheet(file: Path, lines: Iterable[Line], title: str) -> None:
     """Write the lines, which are drawn one after the other; EnvironmentProblem where that fails."""
     with writing(file), replacing(file) as aside:
         if file.suffix.lower() == ".png":
-            picture([draw(line) for line in lines]).save(aside, "PNG")
+            picture([draw(line) for line in lines]).save(drawn := BytesIO(), "PNG")
+            aside.write_bytes(marked(drawn.getvalue()))
         else:
             with aside.open("w", encoding="utf-8") as page:
                 page.write(PAGE.format(title=html.escape(title)))
@@ -146,7 +148,7 @@ def _figure(shown: Shown, heading: str) -> str:
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
+<meta name="generator" content="dino2"><title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; font: 13px/1.35 system-ui, sans-serif }}
 body {{ margin: 1.5rem }}

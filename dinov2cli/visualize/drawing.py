@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinov2cli.errors import DataError
+from dinov2cli.files import marked
 from dinov2cli.models.dense_heads import DenseHead, SegmentationHead
 from dinov2cli.visualize.dense_maps import classes_of, depths_of
 from dinov2cli.visualize.features import FeatureMap, Picture
 from dinov2cli.visualize.legends import class_legend, depth_legend, near_is_bright, palette_of
 from dinov2cli.visualize.rendering import LAYOUTS, OVERLAY_STRENGTH
-from dinov2cli.visualize.video.writer import marked
 
 Values = NDArray[Any]
 """Depths in metres, float32 [H, W]; or classes, uint8 or uint16 [H, W]."""

@@ -13,7 +13,7 @@ from dinov2cli.data.decoding import Reading
 from dinov2cli.data.spelling import inside
 from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError
-from dinov2cli.files import writing
+from dinov2cli.files import keep_others, writing
 from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model, locate
 from dinov2cli.requests.pictures import (
@@ -82,10 +82,12 @@ def check_picture_output(output: Path) -> None:
         trial.unlink()
     if output.suffix and output.is_dir():
         raise EnvironmentProblem(f"{output}: is a folder; give a file name")
+    keep_others(output)
 
 
 def save_picture(path: Path, picture: Picture) -> None:
-    """Write a PNG file; EnvironmentProblem where that fails."""
+    """Write a PNG file; EnvironmentProblem where that fails, or another's file is there."""
+    keep_others(path)
     with writing(path):
         write_png(path, picture)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import parse_json, write_bytes, writing
+from dinov2cli.files import keep_others, marked, parse_json, write_bytes, writing
 from dinov2cli.requests.tools import PlotRequest
 from dinov2cli.train.judgement import Judgement, judge
 from dinov2cli.train.verdicts import HIGHEST, LOWEST, Collapse, collapse_of, json_lines
@@ -106,7 +106,10 @@ def plot_runs(runs: Sequence[Run], output: Path, *, smooth: int = 1) -> None:
     suffix = output.suffix.lower()
     if suffix not in (".png", ".html"):
         raise DataError(f"{output}: unknown output type {suffix!r}; give .png or .html")
-    content = _saved(figure_of(runs, smooth=smooth), "png") if suffix == ".png" else _html(runs, smooth).encode()
+    keep_others(output)
+    content = (
+        marked(_saved(figure_of(runs, smooth=smooth), "png")) if suffix == ".png" else _html(runs, smooth).encode()
+    )
     with writing(output):
         write_bytes(output, content)
 

@@ -17,8 +17,8 @@ from dinov2cli.data.channels import over_background
 from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.decoding import Reading, read_image
 from dinov2cli.errors import DataError
+from dinov2cli.files import is_drawn_here
 from dinov2cli.visualize.rendering import shown
-from dinov2cli.visualize.video.writer import is_drawn_here
 
 USUAL_MILLISECONDS = 100
 """Of a frame that says none, as browsers show it."""

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -19,16 +17,10 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.files import write_bytes, writing
+from dinov2cli.files import GIF_COMMENT, MARK, keep_others, marked, write_bytes, writing
 from dinov2cli.visualize.video.audio import AudioTracks
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-_AFTER_HEADER = 33  # bytes: where a PNG file's signature and first chunk end
-_SAYS = b"tEXtSoftware\0dino2"
-DRAWN_HERE = struct.pack(">I", len(_SAYS) - 4) + _SAYS + struct.pack(">I", zlib.crc32(_SAYS))
-"""A chunk of a PNG file that tells our pictures from photos."""
-OUR_ARRAYS = (".depth.npy", ".classes.npy")
-"""How names end of arrays that are written beside pictures."""
 
 
 def open_writer(path: Path, *, time_base: Fraction, rate: Fraction, pixel_aspect: Fraction = Fraction(1)) -> "Writer":
@@ -101,6 +93,7 @@ class Writer:
     def _check_place(self) -> None:
         if self.path.is_dir():
             raise EnvironmentProblem(f"{self.path}: is a folder; give a file name")
+        keep_others(self.path)
 
     def _create(self) -> None:
         self.aside.touch()
@@ -154,6 +147,7 @@ class VideoWriter(ContainerWriter):
         # The index first, so that the video plays while it downloads.
         options = {"movflags": "+faststart"} if suffix != ".mkv" else {}
         self._container = av.open(str(self.aside), "w", format=VIDEO_FORMATS[suffix], options=options)
+        self._container.metadata["comment"] = MARK
         # No frames out of order: with them, mp4's duration of a video of variable frame rate comes out wrong.
         self._stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18", "bf": "0"})
 
@@ -262,6 +256,9 @@ class GifWriter(ContainerWriter):
         self._graph.push(None)
         self._drain()
         super()._finish()
+        with self.aside.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)  # the last byte says that it ends
+            file.write(GIF_COMMENT)
 
 
 class FolderWriter(Writer):
@@ -310,18 +307,3 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     written, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert written
     write_bytes(path, marked(encoded.tobytes()))
-
-
-def marked(png: bytes) -> bytes:
-    """The bytes of a PNG file that says that dino2 wrote it."""
-    return png[:_AFTER_HEADER] + DRAWN_HERE + png[_AFTER_HEADER:]
-
-
-def is_drawn_here(path: Path) -> bool:
-    """Whether a file is a PNG picture that `write_png` wrote, or by its name one of our arrays."""
-    if path.name.endswith(OUR_ARRAYS):
-        return True
-    if path.suffix.lower() != ".png" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(_AFTER_HEADER + len(DRAWN_HERE))[_AFTER_HEADER:] == DRAWN_HERE
