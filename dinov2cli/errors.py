@@ -4,6 +4,8 @@ import difflib
 import errno
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -72,17 +74,25 @@ class EnvironmentProblem(Dino2Error):
 
 
 def need(package: str, comes_with: str = "'dinov2cli[export]'") -> ModuleType:
-    """Import an optional package.
+    """Import an optional package. Signals are heard afterwards: the binary parts of some (onnx) crash where one raises.
 
     Raises:
         EnvironmentProblem: it is not installed, and what to install.
     """
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError, OSError) as error:  # the last two: a binary part that does not load
         raise EnvironmentProblem(
             f"{package} does not import ({error}); it comes with: pip install {comes_with}"
         ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -130,13 +130,27 @@ def test_an_archive_is_a_dataset_and_not_an_image(model: VisionTransformer, phot
         (torch.zeros(2, 1, 3, 32, 32), "is no batch of images"),
         ([], "no images"),
         ([torch.zeros(3, 32, 32)], "image 0: a float tensor is taken for one that is normalised"),
-        ("nowhere.jpg", "nowhere.jpg"),
-        (["nowhere.jpg"], "nowhere.jpg"),
+        ("nowhere.jpg", "^nowhere.jpg: there is no such file$"),
+        (["nowhere.jpg"], "^1 of 1 image cannot be read: nowhere.jpg: cannot be read [(]No such file or directory[)]$"),
+        (None, "image 0: NoneType is no picture; give a path"),
+        (b"GIF89a", "image 0: bytes is no picture; give a path"),
+        (3, "image 0: int is no picture"),
     ],
 )
 def test_what_is_no_image_is_said(images: object, message: str, model: VisionTransformer) -> None:
     with pytest.raises(Dino2Error, match=f"(?s){message}"):
         dinov2cli.embed(images, model)
+
+
+def test_wrong_models_and_batches_are_said(model: VisionTransformer) -> None:
+    for wrong in (None, 3):
+        with pytest.raises(Dino2Error, match=f"{wrong} is no model: give what load_model returns"):
+            dinov2cli.embed(torch.zeros(3, 32, 32), wrong)  # type: ignore[arg-type]
+    for size in (0, -1):
+        with pytest.raises(Dino2Error, match=f"batch_size={size}: must be a whole number, at least 1"):
+            dinov2cli.embed(torch.zeros(3, 32, 32), model, batch_size=size)
+    half = torch.zeros(2, 3, 32, 32, dtype=torch.half)
+    assert torch.equal(dinov2cli.embed(half, model), dinov2cli.embed(half.float(), model))
 
 
 def test_an_unknown_device_is_named_before_weights_are_sought() -> None:

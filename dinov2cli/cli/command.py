@@ -142,6 +142,7 @@ def _typer_parameter(each: Parameter) -> inspect.Parameter:
         metavar=each.metavar or (each.as_typed if each.is_argument else None),
         min=each.bounds.get("ge"),
         max=each.bounds.get("le"),
+        readable=False,  # what cannot be read is said as everything else is
         rich_help_panel=each.panel,
         show_default=each.typed.get("default_text", True),
         autocompletion=COMPLETERS.get(each.typed.get("completes", "")),

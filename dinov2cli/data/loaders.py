@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2cli.console import counted
 from dinov2cli.data import workers
 from dinov2cli.data.augmentations import Crops, MultiCropAugmentation, render_crops, render_regions, shrink_for, shrunk
 from dinov2cli.data.collate import CropBuffers, MultiCropBatch, collate
@@ -197,6 +198,8 @@ def refuse_too_many_bad(bad: int, seen: int, allowed: float, named: Iterable[str
     """
     if bad > allowed * seen:
         last = list(dict.fromkeys(named))[:20]
+        if not allowed and not drawn:
+            raise DataError(f"{bad} of {counted(seen, 'image')} cannot be read: {'; '.join(last)}")
         raise DataError(
             f"{bad} of {seen} images{' drawn' if drawn else ''} are unreadable, more than "
             f"train.max_bad_fraction={allowed} allows{'; the last' if drawn else ''}: {'; '.join(last)}",

@@ -28,7 +28,7 @@ from dinov2cli.data.loaders import Loader, refuse_too_many_bad
 from dinov2cli.data.percentiles import Levels
 from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.files import digest, write_text, writing
+from dinov2cli.files import check_folder, digest, write_text, writing
 from dinov2cli.requests.datasets import DatasetStatsRequest
 from dinov2cli.site import cache_folder
 
@@ -112,6 +112,7 @@ def run(request: DatasetStatsRequest) -> ChannelStatistics:
         ConfigError: the configuration to be written cannot be read, or has these keys in a form that is not edited.
     """
     if request.write is not None:
+        check_folder(request.write.absolute().parent, "--write")
         base = _text_of(request)
     dataset = make_dataset(request.dataset)
     reading = Reading.of(Images(channels=request.channels, in_chans=len(request.channels) or 3), None, request)

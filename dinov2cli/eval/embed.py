@@ -22,7 +22,7 @@ from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.images import check_words, dataset_of_words
 from dinov2cli.eval.subject import load_subject
-from dinov2cli.files import replacing, writing
+from dinov2cli.files import check_folder, replacing, writing
 from dinov2cli.models.load.locate import check_there
 from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.requests.eval import EmbedRequest
@@ -92,12 +92,13 @@ def check_output(path: Path, *, overwrite: bool = True) -> None:
 
     Raises:
         DataError: another suffix, the folder does not exist, or there is such a file and it is not to be overwritten.
-        EnvironmentProblem: a Parquet file without the package that writes it.
+        EnvironmentProblem: a Parquet file without the package that writes it, a folder that is not to be written to.
     """
     if path.suffix not in WRITERS:
         raise DataError(f"{path}: features are written as a {' or '.join(WRITERS)} file; give such a name.")
     if path.exists() and not overwrite:
         raise DataError(f"{path} is there already.", hint="Give another name, or --overwrite to replace it.")
+    check_folder(path.resolve().parent, "--output")
     if not path.resolve().parent.is_dir():
         raise DataError(f"{path}: the folder {path.resolve().parent} does not exist.")
     if path.suffix == ".parquet":

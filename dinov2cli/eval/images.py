@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.datasets import ImageDataset, check_dataset, make_dataset
@@ -17,7 +17,7 @@ from dinov2cli.data.formats.pillow import of_picture
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, span_of_type
 from dinov2cli.data.transforms import EvalTransform, usual_size
 from dinov2cli.device import choose_device
-from dinov2cli.errors import DataError
+from dinov2cli.errors import ConfigError, DataError, WeightsError
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.models import load
 from dinov2cli.models.library_backbone import Backbone
@@ -86,8 +86,12 @@ def embed(
         WeightsError: as in `load_model`.
         EnvironmentProblem: likewise.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be a whole number, at least 1")
     if isinstance(model, str | Path):
         model = load_model(model, device=device or "auto")
+    if not isinstance(model, nn.Module):
+        raise WeightsError(f"{model!r} is no model: give what load_model returns, a released name, a run or a file")
     where = next(model.parameters()).device if device is None else choose_device(device)
     if isinstance(images, Tensor) and images.is_floating_point():
         return _of_normalised(images, Extractor(model, device=where), batch_size)
@@ -153,6 +157,10 @@ def stored_in(picture: Any, name: str, images: Images) -> Stored:
             )
         picture = picture.cpu().movedim(-3, -1).numpy() if picture.dim() > 2 else picture.cpu().numpy()
     array = np.array(picture, order="C")  # a copy: torch takes no array that is read-only
+    if array.dtype.kind in "OSUV" or array.ndim == 0:
+        raise DataError(
+            f"{name}: {type(picture).__name__} is no picture; give a path, a PIL image, an array or a tensor."
+        )
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or 0 in array.shape or (images.are_rgb and array.shape[2] not in (1, 3)):
@@ -207,7 +215,7 @@ def _dataset_of(images: Any) -> tuple[ImageDataset, bool]:
     if isinstance(images, np.ndarray | Tensor):
         one = images.ndim < 4
         return GivenImages([images] if one else list(images)), one
-    if isinstance(images, Iterable) and not hasattr(images, "convert"):
+    if isinstance(images, Iterable) and not isinstance(images, bytes) and not hasattr(images, "convert"):
         listed = list(images)
         if not listed:
             raise DataError("no images: the sequence is empty")
@@ -221,7 +229,7 @@ def _of_normalised(images: Tensor, extract: Extractor, batch_size: int) -> Tenso
             f"a float tensor of {list(images.shape)} is no batch of images; give [N, 3, H, W], or [3, H, W] of one."
         )
     _refuse_levels(extract.model, (images,))
-    batch = images if images.dim() == 4 else images[None]
+    batch = (images if images.dim() == 4 else images[None]).float()
     with torch.no_grad():
         features = torch.cat([extract.features_of(part)["cls"].cpu() for part in batch.split(batch_size)])
     return features if images.dim() == 4 else features[0]

@@ -261,7 +261,7 @@ def _read_contents(folder: Path) -> Contents:
             raise DataError(f"{folder} is an index of a newer dino2 ({values['version']}); this one is {__version__}.")
         values["recipe"], values["sources"] = Recipe(**values["recipe"]), tuple(values["sources"])
         return Contents(**values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{folder} is no index: it has no index.json",
             f"Build one: dino2 search build {folder} --model CKPT --data FOLDER",

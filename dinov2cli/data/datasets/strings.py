@@ -14,6 +14,7 @@ from dinov2cli.data.datasets.image_list import ROWS_OF, Lines, PathsDataset, row
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
+from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.datasets.parquet import ParquetDataset
 from dinov2cli.data.datasets.recognise import check_layout, recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
@@ -133,6 +134,8 @@ def _one_dataset(text: str) -> ImageDataset:
         return KINDS[kind].build(**options)
     if os.path.exists(path := os.path.expanduser(unquoted(text))):
         return recognise(Path(path))
+    if os.path.splitext(text)[1].lower() in image_extensions():
+        raise DataError(f"{unquoted(text)}: there is no such file")
     name = text.partition(":")[0]
     own = read_site().settings.datasets.keys() - KINDS.keys()
     meant = did_you_mean(name, [*KINDS, *own])
