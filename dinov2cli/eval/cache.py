@@ -52,6 +52,7 @@ class FeatureCache:
 
         Class tokens alone are also taken from an entry that holds more.
         """
+        told = ""
         for kept in dict.fromkeys((recipe, replace(recipe, detailed=True))):
             entry, identity = self._entry(kept, dataset), self._identity(kept, dataset)
             reason = _why_not(entry, identity) if distributed.is_main() else None
@@ -59,8 +60,9 @@ class FeatureCache:
             if reason is None:
                 logger.info("features of %s: from the cache (%s)", dataset.describe(), entry)
                 return _read(entry, len(dataset), _tensors(recipe))
-            if reason:
+            if reason and reason != told:
                 logger.warning("cached features of %s not used: %s", dataset.describe(), reason)
+            told = reason or told
         return None
 
     @stoppable("stopping once the features are in the cache")
