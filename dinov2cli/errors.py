@@ -91,8 +91,8 @@ def need(package: str, comes_with: str = "'dinov2cli[export]'") -> ModuleType:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in received[:1]:
-            signal.raise_signal(number)
+        for heard in received[:1]:
+            signal.raise_signal(heard)
 
 
 @contextmanager

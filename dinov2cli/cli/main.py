@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
 def _again(dropped: Any) -> None:
     """A Ctrl-C that Python drops, with a traceback, as it came in a finaliser, comes again a moment later."""
     if not isinstance(dropped.exc_value, KeyboardInterrupt):
-        return sys.__unraisablehook__(dropped)
+        sys.__unraisablehook__(dropped)
+        return
     timer = threading.Timer(0.02, _thread.interrupt_main)
     timer.daemon = True
     timer.start()

@@ -59,9 +59,10 @@ class Parameter(NamedTuple):
         """Whether a value, as it is typed, is of the type and within the bounds."""
         from pydantic import TypeAdapter, ValidationError
 
-        limits = {**self.bounds, **({"allow_inf_nan": False} if self.plain is float else {})}
+        limits: dict[str, Any] = {**self.bounds, **({"allow_inf_nan": False} if self.plain is float else {})}
+        kind: Any = Annotated[self.plain, Field(**limits)] if limits else self.plain
         try:
-            TypeAdapter(Annotated[self.plain, Field(**limits)] if limits else self.plain).validate_python(value)
+            TypeAdapter(kind).validate_python(value)
         except ValidationError:
             return False
         return True
