@@ -32,7 +32,8 @@ from typing import Any
 
 from chaos_faults import FAULTS, LEFT_OUT
 from chaos_history import BOUND, IMAGES, History, Violation
-from chaos_slurm import SLURM_FAULTS, SlurmHistory
+from chaos_jobs import SlurmHistory
+from chaos_slurm import SLURM_FAULTS
 from tiny_run import write_images
 
 

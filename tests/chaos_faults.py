@@ -13,16 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from chaos_history import PATIENCE_S, TOTAL, History, Violation, fake_clock, mounted
+from chaos_history import PATIENCE_S, TOTAL, History, Violation
+from chaos_machine import alive, fake_clock, kill, mounted, state
 from PIL import Image
 
 LEFT_OUT = "left out, this machine does not allow it"
-
-
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """Signal a process, if it is still there."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, number) if pid else None
 
 
 # ---- Processes that end or hang --------------------------------------------------------------------------------------
@@ -253,18 +248,6 @@ def killed_for_memory(history: History) -> str:
 
 
 MEMORY_GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
-
-
-def alive(pid: int) -> bool:
-    return state(pid) not in "ZX"
-
-
-def state(pid: int) -> str:
-    """The kernel's letter for a process: T stands still, Z and X have ended, as one has that is not there."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
 
 
 def second_training(history: History) -> str:

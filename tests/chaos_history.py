@@ -9,16 +9,15 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from chaos_machine import children, fake_clock, mounted
 from tiny_run import TINY, metrics_of
 
 TOTAL, PERIOD, IMAGES = 120, 5, 24
@@ -324,27 +323,3 @@ class History:
             mine, other = (torch.load(run / name, weights_only=True)["teacher"] for run in (self.run, self.whole))
             if mine.keys() != other.keys() or not all(torch.equal(mine[key], other[key]) for key in mine):
                 raise Violation("another teacher than the undisturbed run's")
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += [int(child) for child in path.read_text().split()]
-    return sorted(found)
-
-
-def mounted(*words: str | Path) -> bool:
-    return subprocess.run(["mount", *map(str, words)], capture_output=True).returncode == 0
-
-
-@cache
-def fake_clock() -> str:
-    """The library by which processes get another clock; nothing where there is no compiler for it."""
-    library = Path(tempfile.mkdtemp(prefix="dino2-chaos-clock-")) / "clock.so"
-    words = ["cc", "-shared", "-fPIC", "-o", str(library), str(Path(__file__).with_name("chaos_clock.c")), "-ldl"]
-    try:
-        subprocess.run(words, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return str(library)
