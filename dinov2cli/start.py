@@ -29,6 +29,7 @@ from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_backbone_into
 from dinov2cli.models.load.locate import locate_together
 from dinov2cli.requests.train import TrainRequest
+from dinov2cli.train.allocator import grow_segments
 from dinov2cli.train.display import ending
 from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.run_folder import RunFolder
@@ -55,6 +56,8 @@ def train(config: Config, request: TrainRequest, *others: Config) -> None:
     `others` are those of further students, which learn from the same passes of the same teacher.
     """
     mark("joining")
+    if not request.cpu:
+        grow_segments()
     alone = config.train.sharding in ("ddp", "fsdp")
     with distributed.process_group(alone=alone), reported(), ExitStack() as until_the_end:
         mark("joined")

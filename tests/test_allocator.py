@@ -1,11 +1,14 @@
 """Memory that is freed stays with the process once it is asked to."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 import ready
+
+from dinov2cli.train.allocator import grow_segments
 
 CODE = """
 import resource, torch
@@ -34,3 +37,17 @@ def test_an_evaluation_does_not_overrule_its_training(room: bool) -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert said == [str(room and platform.libc_ver()[0] == "glibc")] * 3
+
+
+@pytest.mark.parametrize("said", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_gpus_segments_grow_unless_the_user_says_something_else(
+    monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
+    if said:
+        monkeypatch.setenv(said, "backend:native")
+    grow_segments()
+    found = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    assert found == ({said: "backend:native"} if said else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

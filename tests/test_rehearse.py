@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -103,9 +104,12 @@ def _make_offsets_in_each_block() -> None:
 
 
 @pytest.mark.usefixtures("ready_processes")
-def test_several_gpus_share_the_parameters_and_wait_for_nothing() -> None:
+def test_several_gpus_share_the_parameters_and_wait_for_nothing(tmp_path: Path) -> None:
     config = tiny("train.sharding=fsdp", "student.drop_path_uniform=true", "train.batch_size_per_gpu=16")
-    one, four = counted(rehearse, config, "l4"), counted(rehearse, config, "l4", 4)
+    one = counted(rehearse, config, "l4")
+    four = counted(rehearse, config, "l4", 4, partial(_note_gathers, tmp_path / "order"))
+    # What is around the blocks, and both of these before the first one begins; then the head. Two networks, two steps.
+    assert config.arch().depth == 2 and (tmp_path / "order").read_text() == 4 * "gggbg"
     assert four.waits == {} and four.blocking_copies == {} and four.gpus == 4
     assert four.tflop == pytest.approx(one.tflop, rel=0.01)  # each has a batch of its own
     expected = estimate(config, world_size=4, sharding="fsdp", precision="bf16")
@@ -118,6 +122,28 @@ def test_several_gpus_share_the_parameters_and_wait_for_nothing() -> None:
     assert done.returncode == 2 and "train.sharding=fsdp" in done.stderr
     done = ready.dino2("bench", "train", *TINY, "--gpus", "2")
     assert done.returncode == 2 and "--gpus 2 goes with --rehearse" in done.stderr
+
+
+def _note_gathers(file: Path) -> None:
+    """Leave a g there for every gathering of parameters, and a b for every whole block that begins."""
+
+    def count(self: Ledger, func: Any, *rest: Any) -> None:
+        if "allgather" in func._schema.name:
+            _append(file, "g")
+        plain_count(self, func, *rest)
+
+    def branch(self: Block, *inputs: Any) -> Tensor:
+        _append(file, "b")
+        return plain_branch(self, *inputs)
+
+    plain_count, plain_branch = Ledger._count, Block.attention_branch
+    Ledger._count = count  # type: ignore[method-assign]
+    Block.attention_branch = branch  # type: ignore[method-assign]
+
+
+def _append(file: Path, letter: str) -> None:
+    with file.open("a") as notes:
+        notes.write(letter)
 
 
 @pytest.mark.usefixtures("ready_processes")

@@ -27,7 +27,7 @@ from dinov2cli.device import Precision, choose_device
 from dinov2cli.errors import ConfigError
 from dinov2cli.requests.bench import BenchTrainRequest
 from dinov2cli.site import read_site
-from dinov2cli.train.allocator import keep_freed_memory
+from dinov2cli.train.allocator import grow_segments, keep_freed_memory
 from dinov2cli.train.choices import choose_attention, choose_compile
 from dinov2cli.train.cost import estimate, masked_patches, room_for_gaps, step_flops
 from dinov2cli.train.networks import SSLNetwork
@@ -171,6 +171,7 @@ def benchmark_training(
     arithmetic = config.compute_precision
     precision = Precision.resolve(arithmetic.precision, device, grad_scaler=arithmetic.grad_scaler)
     expected = estimate(config, world_size=1, sharding="none", precision=precision.name)
+    grow_segments()
     if device.type == "cpu":
         keep_freed_memory(room=room_for_gaps(expected))
     attention, _ = choose_attention(config, device, precision)

@@ -1,6 +1,7 @@
-"""Main memory of steps that repeat: kept by the process instead of being given back and fetched anew."""
+"""Memory of steps that repeat: main memory that stays with the process, and a GPU's without gaps."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,16 @@ def keep_freed_memory(*, room: bool = True) -> bool:
     if _decided is None:
         _decided = room and _set_malloc(_KEEPING)
     return _decided
+
+
+def grow_segments() -> None:
+    """Have PyTorch take a GPU's memory in segments that grow, before it takes the first.
+
+    The number of masked patches differs from step to step, and pieces of ever other sizes leave gaps else. Whoever has
+    set `PYTORCH_ALLOC_CONF` or `PYTORCH_CUDA_ALLOC_CONF` is left with what they say.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @contextmanager

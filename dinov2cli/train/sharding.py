@@ -7,6 +7,7 @@ so that two processes with half the batch each do what one does with the whole.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,9 @@ def _shard_network(network: SSLNetwork, precision: Precision, *, reshard_after_f
     for head in network.heads():
         apply(head, "head")
     apply(network, "rest")
+    # A block asks for the next one's parameters before it begins, however late the host is. Backward, they are there.
+    for block, following in pairwise(network.backbone.blocks):
+        block.set_modules_to_forward_prefetch([following])
 
 
 def _whole(value: Tensor) -> Tensor:
