@@ -1,10 +1,13 @@
 """`dino2 bench gpu`: what is worth knowing of a GPU in a few minutes, each part a command of its own, in one file."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,41 +55,50 @@ def parts(request: BenchGpuRequest) -> Iterator[Part]:
     """What is measured, what matters most first."""
     dino2, on, preset = ["-m", "dinov2cli"], ["--device", request.device], request.preset
     yield Part("doctor", [*dino2, "doctor", "--json", *(["--cpu"] if request.device == "cpu" else [])], 60)
+
+    def train(name: str, *choices: str, further: Sequence[str] = ("--synthetic",)) -> Part:
+        words = ["bench", "train", "--preset", name, "--steps", str(request.steps), *choices, *further, *on]
+        return Part(f"train {name} {' '.join(choices[1::2])}".strip(), [*dino2, *words, "--json"], 150)
+
+    # As it is trained by default, with the kernels in which its time goes; then that uncompiled.
+    yield train(preset, "--attention", "sdpa", "--compile", "on", further=("--synthetic", "--kernels", "25"))
+    yield train(preset, "--attention", "sdpa", "--compile", "off")
     if TESTS.is_dir():
         # The golden trainings, the attention backends' equality, and what else needs a GPU.
         yield Part("tests", ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(TESTS)], 120)
-
-    def train(name: str, *choices: str) -> Part:
-        words = ["bench", "train", "--preset", name, "--synthetic", "--steps", str(request.steps), *choices, *on]
-        return Part(f"train {name} {' '.join(choices[1::2])}".strip(), [*dino2, *words, "--json"], 150)
-
-    backends = ("sdpa",) if request.device == "cpu" else ("sdpa", "varlen", "xformers")
-    for compiled in ("off", "on"):
-        for backend in backends:
+    for compiled in ("on", "off"):
+        for backend in () if request.device == "cpu" else ("varlen", "xformers"):
             yield train(preset, "--attention", backend, "--compile", compiled)
     extract = ["bench", "extract", "--preset", request.extract_preset, "--batch-size", "256", *on, "--json"]
     yield Part(f"extract {request.extract_preset}", [*dino2, *extract], 60)
     yield Part("knn", [*dino2, "bench", "knn", *on, "--json"], 60)
     for name in request.others:
         yield train(name)
-    profile = ["bench", "train", "--preset", preset, "--synthetic", "--steps", "3", "--kernels", "25", *on, "--json"]
-    yield Part("profile", [*dino2, *profile], 120)
+    photos = train(preset, further=("data.device_augment=true",))  # the sample photos, by training's own loader
+    yield photos._replace(name=f"{photos.name} device_augment")
 
 
 def measure(part: Part, left: float) -> dict[str, Any]:
     """Run a part in a process of its own, for no longer than it may and than there is time."""
     began, limit = time.monotonic(), min(part.limit, left)
-    try:
-        done = subprocess.run([sys.executable, *part.words], capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"seconds": time.monotonic() - began, "error": f"ended after {limit:.0f} s"}
+    words = [sys.executable, *part.words]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"seconds": time.monotonic() - began, "error": f"ended after {limit:.0f} s"}
+        finally:  # with the processes that it has begun, which would use the GPU while the next part is measured
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     result: dict[str, Any] = {"seconds": time.monotonic() - began}
-    if done.returncode:
-        return result | {"error": "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])}
+    if process.returncode:
+        return result | {"error": "\n".join((errors or said).strip().splitlines()[-8:])}
     try:
-        return result | {"result": json.loads(done.stdout)}
+        return result | {"result": json.loads(said)}
     except ValueError:  # pytest's
-        return result | {"result": done.stdout.strip().splitlines()[-1:]}
+        return result | {"result": said.strip().splitlines()[-1:]}
 
 
 def facts(device: str) -> dict[str, Any]:
