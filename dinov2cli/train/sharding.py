@@ -134,6 +134,7 @@ def _shard_network(network: SSLNetwork, precision: Precision, *, reshard_after_f
     apply(network, "rest")
     # A block asks for the next one's parameters before it begins, however late the host is. Backward, they are there.
     for block, following in pairwise(network.backbone.blocks):
+        assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch([following])
 
 
