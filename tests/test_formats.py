@@ -428,6 +428,8 @@ def test_bytes_of_any_kind_end_in_a_message_or_an_image() -> None:
         ("a.heic", b"\0\0\0\x18ftypheic" + bytes(40), "pip install pillow-heif"),
         ("a.fits", b"SIMPLE  =                    T" + bytes(60), "astropy"),
         ("a.nii", bytes(400), "nibabel"),
+        ("a.jpg", b"\n<!DOCTYPE html><html>", "a web page: the download led elsewhere"),
+        ("a.jpg", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         ("a.npz", b"PK\x03\x04" + bytes(20), "damaged array"),
         ("a.npy", npy(np.zeros(7)), r"\[7\] is no image; \[H, W\] or \[H, W, C\] is"),
         ("a.npy", npy(np.array([["a"]])), "not of numbers"),

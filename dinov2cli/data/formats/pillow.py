@@ -18,6 +18,11 @@ BYTES_OF_MODE = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2}
 _BYTES_OF_DECODER = {"WEBP": 15, "JPEG2000": 10, "AVIF": 8, "HEIF": 8}
 """A pixel in a decoder's own memory; of the others, what Pillow holds once more where it converts colours."""
 _ONE_PICTURE = ("MPO", "PSD")  # their further frames are previews, views of the other eye, layers
+_BEGINNINGS = {
+    b"<!doctype html": "a web page: the download led elsewhere",
+    b"<html": "a web page: the download led elsewhere",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+}
 _OTHERWISE = {
     ".heic": "pip install pillow-heif, or convert it to JPEG or AVIF",
     ".heif": "pip install pillow-heif, or convert it to JPEG or AVIF",
@@ -63,7 +68,9 @@ def _opened(data: bytes | memoryview, path: str) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data)) as image:
                 yield image
     except Image.UnidentifiedImageError:
-        remedy = _OTHERWISE.get(Path(path).suffix.lower(), "")
+        begin = bytes(data[:64]).lstrip().lower()
+        told = (what for text, what in _BEGINNINGS.items() if begin.startswith(text))
+        remedy = next(told, _OTHERWISE.get(Path(path).suffix.lower(), ""))
         reason = "not an image of any type that Pillow reads"
         raise UnreadableImage(path, f"{reason}; {remedy}" if remedy else reason) from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:
