@@ -20,6 +20,8 @@ from dinov2cli.errors import ConfigError, TrainingFailure
 from dinov2cli.launch.training import first_look, resolve_config, resolve_students
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.start import train
+from dinov2cli.train.cost import estimate_together, step_flops
+from dinov2cli.train.dry_run import rehearse
 from dinov2cli.train.students import train_students
 from dinov2cli.train.trainer import Trainer
 
@@ -121,6 +123,8 @@ def test_each_is_the_run_that_it_is_alone(
     assert len(seen) == total * accumulated, "the teacher looks once at each batch"
     for name in students:
         assert_same(tmp_path / "all" / name, tmp_path / name)
+        for line in (f"{each}: iteration 1/" for each in students):
+            assert line in (tmp_path / "all" / name / "logs/train.log").read_text()
 
     request = request.model_copy(update={"output_dir": tmp_path / "parts"})
     stop_after(3, monkeypatch)
@@ -212,6 +216,27 @@ def test_what_one_has_learnt_alone_from_other_batches_does_not_go_on_beside(plac
     train(alone(of_b, tmp_path / "all" / "b", DEEP), request)
     with pytest.raises(ConfigError, match=r"have not seen the same images: .*a 0 images in 0 iter.*b 16 images in 4"):
         train_all(request)
+
+
+def test_the_plan_counts_the_teacher_once(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory and operations; a rehearsal leaves nothing."""
+    configs = resolve_students(ask(place, tmp_path / "all", {"wide": WIDE, "deep": DEEP}))
+    first = Trainer(configs[0], CPU)
+    runs = [first, Trainer(configs[1], CPU, beside=first)]
+    for run in runs:
+        run.folder.path.mkdir(parents=True)
+    followers = {id(network): network for run in runs for network in run.objective.networks.followers.values()}
+    assert len(followers) == 3
+    expected = estimate_together(configs, world_size=1, sharding="none", precision="fp32")
+    held = sum(4 * value.numel() for network in followers.values() for value in network.parameters())
+    assert expected.teacher == pytest.approx(held / 1e9)
+    rehearse(runs)
+    said = " ".join(capsys.readouterr().err.split())
+    flops = [step_flops(config) for config in configs]
+    once, alone = flops[0].passes["frozen_teacher"], sum(each.step for each in flops)
+    assert f"its pass, once for all, is {once / (alone - once):.0%} of a step's operations; one by one the" in said
+    assert f"would take {alone / (alone - once):.2f} times as many" in said
+    assert all(not list(run.folder.path.iterdir()) for run in runs)
 
 
 def train_each_way(*ways: Sequence[Config]) -> None:

@@ -45,6 +45,23 @@ with Watch(RunFolder(Path(sys.argv[1])), total=100, iteration=8, hang_timeout=0.
         print("longer than one", flush=True)
         stuck_there()
 """
+HANGING_WITH_ANOTHER = """
+import sys, time
+from pathlib import Path
+from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train.watch import Watch
+
+def stuck_here():
+    time.sleep(60)
+
+first, second = (Watch(RunFolder(Path(sys.argv[1]) / name), total=9, iteration=0, hang_timeout=1) for name in "ab")
+with first, second:
+    for iteration in range(1, 9):
+        time.sleep(0.25)
+        second.beat(iteration, 0.25, 0.0)
+    print("longer than one", flush=True)
+    stuck_here()
+"""
 
 
 def test_heartbeats_tell_state_and_pace(tmp_path: Path) -> None:
@@ -69,6 +86,14 @@ def test_a_hang_leaves_stacks_and_ends_the_process(tmp_path: Path) -> None:
     assert "stuck_here" in stacks and "after 8 iterations" in stacks
     assert "train.hang_timeout=1" in result.stderr and "logs/stacks" in result.stderr.replace("\n", "")
     assert json.loads(RunFolder(tmp_path).heartbeat(0).read_text())["state"] == "hanging"
+
+
+def test_of_several_runs_in_a_process_each_is_alive_while_one_is(tmp_path: Path) -> None:
+    result = ready.server().run(tmp_path, code=HANGING_WITH_ANOTHER, timeout=120)
+    assert result.returncode == 1 and "longer than one" in result.stdout
+    stacks = [RunFolder(tmp_path / name).stacks(0).read_text() for name in "ab"]
+    assert all("stuck_here" in each for each in stacks)
+    assert "after 0 iterations" in stacks[0] and "after 8 iterations" in stacks[1]
 
 
 def test_an_evaluation_may_take_long_but_not_stand_still(tmp_path: Path) -> None:
