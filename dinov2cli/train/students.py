@@ -1,7 +1,7 @@
 """Several students of one frozen teacher, trained side by side: each is a run of its own, with the numbers that it has
 alone, and the teacher's pass over a batch is done once.
 
-So distillation costs the teacher once, and not once for each size that is wanted of it (DINOv3 paper, section 5.2).
+So distillation costs the teacher once, and not once for each size that is wanted of it, as DINOv3's family was made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2cli import distributed
 from dinov2cli.console import Interrupted, logger, speaking
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.errors import ConfigError, TrainingFailure
@@ -104,7 +105,8 @@ def train_students(runs: Sequence[Trainer]) -> None:
                 except Interrupted as stop:  # saved; the others see the same signal
                     interrupted = stop
                 except TrainingFailure as failure:
-                    logger.error("%s: %s The other students go on.", names[run], failure.message)
+                    if distributed.is_main():
+                        logger.error("%s: %s; it is left behind", names[run], failure.message)
                     failures.append(f"student {names[run]}: {failure}")
                 else:
                     if run.iteration < run.total:
