@@ -8,6 +8,7 @@ follows from what it is (the larger, the farther away it fills a photo) and how 
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -15,11 +16,11 @@ import numpy as np
 
 from dinov2cli.data.datasets.sample_photos import PHOTOS, SIZE, SamplePhotos
 
+Make = Callable[[SamplePhotos, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 PARTS = {"train": "TRAIN", "val": "VAL"}
-BY_SIZE = ("ihc", "retina", "coins", "page", "chelsea", "grass", "gravel", "astronaut", "brick", "rocket", "moon",
-           "hubble_deep_field")  # fmt: skip
-"""What the photos are of, the smallest first."""
-NEAREST, FARTHEST, SMALLEST = 1.0, 5.0, 2.0
+BY_SIZE = ("coins", "page", "grass", "brick", "moon", "hubble_deep_field")
+"""Photos of things, the smallest first."""
+NEAREST, FARTHEST, SMALLEST = 1.0, 5.0, 1.5
 """Metres at which the smallest and the largest of them fill an image, and how much smaller they are shown, at most."""
 
 
@@ -35,35 +36,27 @@ def shape(rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-def shapes(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image, uint8 [SIZE, SIZE, 3], and its classes, uint8 [SIZE, SIZE]."""
-    image, classes = whole(photos, rng)
-    for _ in range(rng.integers(1, 4)):
-        other, its = whole(photos, rng)
+def pieces(make: Make, least: int, photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image, uint8 [SIZE, SIZE, 3], and labels [SIZE, SIZE], with shapes of `least` to `least` + 2 others."""
+    image, labels = make(photos, rng)
+    for _ in range(rng.integers(least, least + 3)):
+        other, its = make(photos, rng)
         inside = shape(rng)
-        image[inside], classes[inside] = other[inside], its[inside]
-    return image, classes
+        image[inside], labels[inside] = other[inside], its[inside]
+    return image, labels
 
 
 def whole(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A photo's crop and its class at every pixel."""
+    """A photo's crop and its class at every pixel, uint8."""
     image, label = photos[int(rng.integers(len(photos)))]
     return image.copy(), np.full((SIZE, SIZE), label, np.uint8)
 
 
-def things(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image, uint8 [SIZE, SIZE, 3], and millimetres, uint16 [SIZE, SIZE]."""
-    image, depth = thing(photos, rng)
-    for _ in range(rng.integers(3)):
-        other, its = thing(photos, rng)
-        inside = shape(rng)
-        image[inside], depth[inside] = other[inside], its[inside]
-    return image, depth
-
-
 def thing(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A photo's crop so many times smaller that it is seen several times, mirrored, and how far that makes it."""
-    crop, classes = whole(photos, rng)
+    """A photo's crop, made smaller and seen several times, mirrored, and how far away that is: millimetres, uint16."""
+    kind = int(rng.integers(len(BY_SIZE)))
+    of_it = photos.per_class * photos.class_names.index(BY_SIZE[kind])
+    crop, _ = photos[of_it + int(rng.integers(photos.per_class))]
     smaller = SMALLEST ** rng.random()
     side = round(SIZE / smaller)
     tile = cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA)
@@ -71,20 +64,19 @@ def thing(photos: SamplePhotos, rng: np.random.Generator) -> tuple[np.ndarray, n
     tile = np.concatenate([tile, tile[:, ::-1]], axis=1)
     top, left = rng.integers(0, 2 * side, 2)
     away = (np.arange(SIZE)[:, None] + top) % (2 * side), (np.arange(SIZE) + left) % (2 * side)
-    share = BY_SIZE.index(PHOTOS[classes[0, 0]].partition(".")[0]) / (len(BY_SIZE) - 1)
-    metres = NEAREST * (FARTHEST / NEAREST) ** share * smaller
+    metres = NEAREST * (FARTHEST / NEAREST) ** (kind / (len(BY_SIZE) - 1)) * smaller
     return tile[away], np.full((SIZE, SIZE), round(1000 * metres), np.uint16)
 
 
 def main(folder: Path, train: int = 400, val: int = 100) -> None:
     for number, (part, split) in enumerate(PARTS.items()):
         photos, rng = SamplePhotos(split), np.random.default_rng(number)
-        for name, make, labels in (("shapes", shapes, "masks"), ("things", things, "depth")):
+        for name, make, labels in (("shapes", whole, "masks"), ("things", thing, "depth")):
             places = [folder / name / kind / part for kind in ("images", labels)]
             for place in places:
                 place.mkdir(parents=True, exist_ok=True)
             for i in range((train, val)[number]):
-                image, label = make(photos, rng)
+                image, label = pieces(make, int(labels == "masks"), photos, rng)
                 cv2.imwrite(str(places[0] / f"{i:04d}.png"), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
                 cv2.imwrite(str(places[1] / f"{i:04d}.png"), label)
     names = "".join(f"{name.partition('.')[0]}\n" for name in PHOTOS)

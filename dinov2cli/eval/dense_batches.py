@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2cli import distributed
-from dinov2cli.console import logger, progress, stoppable
+from dinov2cli.console import counting, logger
 from dinov2cli.data.datasets import UnreadableImage
 from dinov2cli.data.datasets.dense import DenseDataset
 from dinov2cli.data.decoding import Reading
@@ -125,26 +124,16 @@ def transform_in_words(transform: Transform) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(transform).items())
 
 
-class _Measured(NamedTuple):
-    """What a worker prepares of an image: itself at one or several scales, and its labels; or why it cannot."""
-
-    scales: list[Tensor]
-    labels: Tensor
-    bad: str
-
-
 class _Reader:
-    def __init__(
-        self, dataset: DenseDataset, prepare: Prepare,
-        reading: Reading, indices: Sequence[int],
-    ) -> None:  # fmt: skip
+    def __init__(self, dataset: DenseDataset, prepare: Prepare, reading: Reading, indices: Sequence[int]) -> None:
         self.dataset, self.prepare, self.reading, self.indices = dataset, prepare, reading, indices
 
-    def __call__(self, number: int) -> _Measured:
+    def __call__(self, number: int) -> tuple[list[Tensor], Tensor] | str:
+        """What is measured of an image; or why it cannot be."""
         try:
-            return _Measured(*self.prepare(*self.dataset.pair(self.indices[number], self.reading)), "")
+            return self.prepare(*self.dataset.pair(self.indices[number], self.reading))
         except UnreadableImage as error:
-            return _Measured([], torch.empty(0), str(error))
+            return str(error)
 
 
 def measured_images(
@@ -162,19 +151,16 @@ def measured_images(
     if len(dataset) < distributed.world_size():
         raise DataError(f"{dataset.describe()}: too few to evaluate.")
     indices, bad = part_of_this_process(len(dataset)).tolist(), []
-    loader = Loader(
-        dataset, _Reader(dataset, prepare, extract.reading, indices), range(len(indices)), extract.num_workers, False
-    )
-    with progress() as bar, stoppable() as stop_if_asked:
-        task = bar.add_task(description, total=len(indices))
-        for scales, labels, message in loader:
-            if message:
-                logger.warning("unreadable image left out: %s", message)
-                bad.append(message)
+    reader = _Reader(dataset, prepare, extract.reading, indices)
+    with counting(description, len(indices)) as advance:
+        for found in Loader(dataset, reader, range(len(indices)), extract.num_workers, False):
+            if isinstance(found, str):
+                logger.warning("unreadable image left out: %s", found)
+                bad.append(found)
             else:
+                scales, labels = found
                 yield [each[None].to(extract.device) for each in scales], labels.to(extract.device)
-            bar.advance(task)
-            stop_if_asked()
+            advance(1)
     bad = [message for messages in distributed.all_gather_objects(bad) for message in messages]
     refuse_too_many_bad(len(bad), len(dataset), extract.max_bad_fraction, bad)
     if bad:

@@ -7,7 +7,7 @@ root mean squared error on val.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -127,32 +127,35 @@ def _protocol(
     Args:
         range_of_head: of a head that is given, which then counts.
     """
-    protocol: DepthProtocol | None = getattr(dataset, "protocol", None)
-    if protocol is None:
-        protocol = NYU._replace(cut="", counted="")
-        if not request.crop_size:
-            first = dataset.image(0)
-            height, width = size_for(first, request.image_size or min(first.shape[:2]))
-            protocol = protocol._replace(crop=(min(height, NYU.crop[0]), min(width, NYU.crop[1])))
-        if request.max_depth is None and range_of_head is None:
-            largest = 0.0
-            with distributed.same_error_everywhere():
-                if distributed.is_main():
-                    largest = max(over_labels(dataset, lambda depth: float(depth.max()), "depths"))
-            largest = distributed.broadcast_object(largest)
-            if not largest > request.min_depth:
-                raise DataError(f"{dataset.describe()}: no depth above {request.min_depth:g} m", "See --depth-scale.")
-            above = math.floor(1000 * largest + 1) / 1000  # what is not below the range is not measured
-            logger.info("depths below %g m, by the largest of the train labels (--max-depth)", above)
-            protocol = protocol._replace(range=(request.min_depth, above))
-    changed: dict[str, Any] = {"crop": request.crop_size} if request.crop_size else {}
-    low, high = range_of_head or protocol.range
+    known: DepthProtocol | None = getattr(dataset, "protocol", None)
+    protocol = known or NYU._replace(cut="", counted="")
+    if request.crop_size:
+        height, width = request.crop_size
+        protocol = protocol._replace(crop=(height, width))
+    elif known is None:
+        first = dataset.image(0)
+        height, width = size_for(first, request.image_size or min(first.shape[:2]))
+        protocol = protocol._replace(crop=(min(height, NYU.crop[0]), min(width, NYU.crop[1])))
     if range_of_head is None:
-        low = low if request.min_depth == 0.001 else request.min_depth
-        high = request.max_depth or high
-    if low >= high:
-        raise ConfigError(f"--min-depth {low:g} is not below --max-depth {high:g}")
-    return protocol._replace(range=(low, high), **changed)
+        high = request.max_depth or (known.range[1] if known else _above_largest(dataset, request.min_depth))
+        range_of_head = request.min_depth, high
+    if range_of_head[0] >= range_of_head[1]:
+        raise ConfigError("--min-depth {:g} is not below --max-depth {:g}".format(*range_of_head))
+    return protocol._replace(range=range_of_head)
+
+
+def _above_largest(dataset: DepthDataset, least: float) -> float:
+    """Metres just above the largest depth in the labels. Collective."""
+    largest = 0.0
+    with distributed.same_error_everywhere():
+        if distributed.is_main():
+            largest = max(over_labels(dataset, lambda depth: float(depth.max()), "depths"))
+    largest = distributed.broadcast_object(largest)
+    if not largest > least:
+        raise DataError(f"{dataset.describe()}: no depth above {least:g} m", "See --depth-scale.")
+    above = math.floor(1000 * largest + 1) / 1000  # what is not below the range is not measured
+    logger.info("depths below %g m, by the largest of the train labels (--max-depth)", above)
+    return above
 
 
 def _told(scores: DepthScores) -> Scores:

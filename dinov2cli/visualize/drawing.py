@@ -37,8 +37,7 @@ class Drawing(ABC):
     def observe(self, low: FeatureMap) -> None:
         """Take note of a picture's map [h, w, K]."""
 
-    @abstractmethod
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 (classes have their colours)
         """Decide, from all that was observed, what colours show."""
 
     @abstractmethod
@@ -58,8 +57,16 @@ class Drawing(ABC):
         """What was found, in words."""
 
     @abstractmethod
+    def png(self, values: Values) -> bytes:
+        """A PNG file of the values."""
+
     def encoded(self, values: Values, kind: str) -> bytes:
         """A file of the values: `png` or `npy`."""
+        if kind == "png":
+            return marked(self.png(values))
+        file = io.BytesIO()
+        np.save(file, values)
+        return file.getvalue()
 
     @abstractmethod
     def about_values(self, kind: str) -> str:
@@ -139,12 +146,10 @@ class DepthDrawing(Drawing):
                 f"--save-values png: holds depths up to 256 m, and the head's go to {self.span[1]:g} m; npy does"
             )
 
-    def encoded(self, values: Values, kind: str) -> bytes:
-        if kind == "npy":
-            return _npy(values)
+    def png(self, values: Values) -> bytes:
         written, content = cv2.imencode(".png", (values * self._scale + 0.5).astype(np.uint16))
         assert written
-        return marked(content.tobytes())
+        return content.tobytes()
 
     def about_values(self, kind: str) -> str:
         return "metres, float32" if kind == "npy" else f"metres times {self._scale}, 16 bits"
@@ -175,9 +180,6 @@ class ClassDrawing(Drawing):
     def observe(self, low: FeatureMap) -> None:
         self._observed += np.bincount(low.argmax(axis=2).ravel(), minlength=self.count)
 
-    def settle(self) -> None:
-        pass
-
     def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
         return classes_of(low, size)
 
@@ -205,20 +207,12 @@ class ClassDrawing(Drawing):
                 f"--save-values png: has a palette of 256 colours, and the head {self.count} classes; npy does"
             )
 
-    def encoded(self, values: Values, kind: str) -> bytes:
-        if kind == "npy":
-            return _npy(values)
+    def png(self, values: Values) -> bytes:
         picture = Image.fromarray(values, mode="L")
         picture.putpalette(np.array(self.palette, np.uint8).tobytes())
         file = io.BytesIO()
         picture.save(file, "PNG")
-        return marked(file.getvalue())
+        return file.getvalue()
 
     def about_values(self, kind: str) -> str:
         return "indices of classes" if kind == "npy" else "indices of classes, with a palette"
-
-
-def _npy(values: Values) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
