@@ -591,6 +591,9 @@ class TestLookAlikes:
         (tmp_path / "a.txt").touch()
         with pytest.raises(DataError, match=r"a\.txt is a file that is no dataset(.|\n)*list:.*a\.txt$"):
             make_dataset(str(tmp_path / "a.txt"))
+        for look in (make_dataset, check_dataset):
+            with pytest.raises(DataError, match="/dev/null is a file that is no dataset"):
+                look("/dev/null")
         save_image(tmp_path / "a.png")
         with pytest.raises(DataError, match=r"a\.png is a file that is no dataset"):
             make_dataset(str(tmp_path / "a.png"))

@@ -88,6 +88,7 @@ LINES: list[tuple[str, list[str]]] = [
     ("train --cpu --preset demo --output-dir file/run", ["--output-dir file/run:", "file is a file, not a folder"]),
     ("embed dinov2_vits14 --data imgs --output no/x.safetensors", ["no/x.safetensors: the folder", "does not exist"]),
     ("export dinov2_vits14 --format onnx --output x.pth", ["x.pth: format onnx writes a file that ends in .onnx"]),
+    ("train --cpu --preset demo --data imgs --output-dir imgs", ["--output-dir imgs: is the folder of the images"]),
     # devices and memory
     ("train --preset demo --output-dir file/run --device cuda",
      ["2 things are wrong", "1. --output-dir file/run", "2. --device cuda: this machine has no GPU"]),

@@ -161,6 +161,8 @@ def first_look(request: TrainRequest) -> TrainRequest:
     several = [] if wrong.found else students_of(request)
     with wrong.noted():
         check_folder(folder.path, "--output-dir")
+        if folder.path.resolve() == user_path(config.train.dataset_path).resolve():
+            raise ConfigError(f"--output-dir {folder.path}: is the folder of the images; name one of its own")
         for each in {folder.path, *(each.output_dir for each in several if each.output_dir)}:
             RunFolder(each).refuse_foreign()
             if not request.dry_run and not request.take_over:

@@ -1,6 +1,7 @@
 """How image files become pixels, in words: options of the commands, and `data` keys of the same names."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ def _numbers(text: str, count: int) -> tuple[float, ...]:
     if (
         not isinstance(numbers, list)
         or len(numbers) != count
-        or not all(type(each) in (int, float) for each in numbers)
+        or not all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
     ):
         raise ValueError(text)
     return tuple(map(float, numbers))

@@ -69,7 +69,7 @@ def check_layout(path: Path) -> None:
 
     Only the path itself is looked at, and of a folder that holds a single one, that.
     """
-    if path.is_file():
+    if not path.is_dir():
         if not is_dataset_file(path):
             of_file(path)
         return
