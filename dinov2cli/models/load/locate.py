@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dinov2cli import distributed
-from dinov2cli.config.images import IMAGENET, ImageOptions
+from dinov2cli.config.images import ImageOptions
 from dinov2cli.config.library import library_of
 from dinov2cli.config.vit import ARCHITECTURES, Architecture, ViTOptions
 from dinov2cli.console import logger
@@ -17,6 +17,7 @@ from dinov2cli.errors import WeightsError
 from dinov2cli.files import parse_json, parse_yaml, user_path
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.layouts import huggingface
+from dinov2cli.models.load.layouts.layout import images_said
 from dinov2cli.models.load.released import BACKBONES, RELEASED, Released
 from dinov2cli.models.load.tensor_files import is_complete
 
@@ -220,15 +221,15 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = _mapping(path)
-    if isinstance(said := config.get(OWN_KEY), dict) and "library" in said:
-        return {"from": str(path), **said}
+    if not isinstance(ours := config.get(OWN_KEY, {}), dict):
+        raise WeightsError(f"{path}: {OWN_KEY}={ours}: what dino2 writes there is an object")
+    if "library" in ours:
+        return {"from": str(path), **ours}
     hints = huggingface.hints(config, str(path))
     processor = path.with_name("preprocessor_config.json")
     if processor.is_file() and "images" not in hints:
         said = _mapping(processor)
-        mean, std = said.get("image_mean"), said.get("image_std")
-        if isinstance(mean, list) and isinstance(std, list) and (tuple(mean), tuple(std)) != IMAGENET:
-            hints["images"] = {"mean": mean, "std": std}
+        hints |= images_said(said.get("image_mean"), said.get("image_std"))
     return hints
 
 

@@ -11,7 +11,7 @@ from dinov2cli.config.vit import ViTConfig
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.layers import key_bias_mask
-from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
+from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown, join_rows, renamed
 
 MODEL_TYPE = "dinov3_vit"
 # Options by transformers' names.
@@ -46,28 +46,20 @@ def matches(names: set[str]) -> bool:
 def from_(state: StateView) -> State:
     """transformers' DINOv3ViT -> canonical. The periods of its rotary positions are in no file: see `config_json`."""
     gated = any(".gate_proj." in name for name in state)
+    replacements = [(theirs, ours) for ours, theirs in (*_NAMES, *(_SWIGLU if gated else _MLP))]
     parts: State = {}
     for name, tensor in state.items():
         name = f"model.{name}" if name.startswith("layer.") else name  # as transformers 4 wrote it
-        for ours, theirs in (*_NAMES, *(_SWIGLU if gated else _MLP)):
-            name = name.replace(theirs, ours)
-        parts[name] = tensor
+        parts[renamed(name, replacements)] = tensor
     if "mask_token" in parts:
         parts["mask_token"] = parts["mask_token"].flatten(0, 1)
     if "storage_tokens" in parts and not parts["storage_tokens"].shape[1]:
         del parts["storage_tokens"]
     for name in [name for name in parts if name.endswith(".attn.q.weight")]:
-        _join(parts, name.removesuffix("q.weight"))
+        attention = name.removesuffix("q.weight")
+        parts |= biases(attention, *(parts.pop(f"{attention}{letter}.bias", None) for letter in "qkv"))
+    join_rows(parts, "qkv", "qkv")
     return parts
-
-
-def _join(parts: State, attention: str) -> None:
-    """Queries, keys and values of one block in one."""
-    names = [f"{attention}{letter}.weight" for letter in "qkv"]
-    if missing := [name for name in names if name not in parts]:
-        raise WeightsError(f"incomplete weights, '{missing[0]}' is missing beside '{names[0]}'")
-    parts[f"{attention}qkv.weight"] = torch.cat([parts.pop(name) for name in names])
-    parts |= biases(attention, *(parts.pop(f"{attention}{letter}.bias", None) for letter in "qkv"))
 
 
 def biases(attention: str, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> State:
@@ -105,12 +97,8 @@ def to_(state: StateView) -> State:
         )
     if "storage_tokens" not in parts:
         parts["storage_tokens"] = parts["cls_token"][:, :0].clone()
-    written: State = {}
-    for name, tensor in parts.items():
-        for ours, theirs in (*_NAMES, *(_SWIGLU if gated else _MLP)):
-            name = name.replace(ours, theirs)
-        written[name] = tensor
-    return written
+    replacements = (*_NAMES, *(_SWIGLU if gated else _MLP))
+    return {renamed(name, replacements): tensor for name, tensor in parts.items()}
 
 
 def why_not(config: ViTConfig) -> str | None:
@@ -162,8 +150,6 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     eps = config.get("layer_norm_eps", 1e-5)
     if eps not in _EPSILONS.values():
         raise WeightsError(f"{path}: layer_norm_eps={eps}, but DINOv3 has 1e-5 or 1e-6")
-    if not isinstance(ours := config.get("dino2", {}), dict):
-        raise WeightsError(f"{path}: dino2={ours}: what dino2 writes there is an object")
     said = {
         "from": path,
         "pos_embed_type": "rope",
@@ -174,4 +160,4 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     side, patch = config.get("image_size", 224), config.get("patch_size", 16)
     if isinstance(side, int) and isinstance(patch, int) and patch and side % patch == 0:
         said["img_size"] = side
-    return {**said, **ours}
+    return {**said, **config.get("dino2", {})}

@@ -1,15 +1,13 @@
 """Hugging Face transformers: Dinov2Model and Dinov2WithRegistersModel, their weights and their config.json."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from dinov2cli.config.images import Images
 from dinov2cli.config.vit import RESIZING, ViTConfig, swiglu_width
 from dinov2cli.errors import WeightsError
 from dinov2cli.models.load.layouts import dinov3, timm
-from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
+from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown, join_rows, renamed
 
 # Options by transformers' names.
 _SIZES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
@@ -50,9 +48,9 @@ def matches(names: set[str]) -> bool:
 def from_(state: StateView) -> State:
     """transformers' Dinov2 and Dinov2WithRegisters, as saved or as in memory -> canonical."""
     replacements = (*_MODULE_NAMES, *((theirs, ours) for ours, theirs in _NAMES))
-    parts = {_renamed(name, replacements): tensor for name, tensor in state.items()}
-    _join(parts, _QKV, "qkv")
-    _join(parts, ("gate_proj", "up_proj"), "w12")
+    parts = {renamed(name, replacements): tensor for name, tensor in state.items()}
+    join_rows(parts, _QKV, "qkv")
+    join_rows(parts, ("gate_proj", "up_proj"), "w12")
     return parts
 
 
@@ -64,23 +62,7 @@ def to_(state: StateView) -> State:
             parts |= {name.replace("qkv", part): rows.clone() for part, rows in zip(_QKV, tensor.chunk(3), strict=True)}
         else:
             parts[name] = tensor
-    return {_renamed(name, _NAMES): tensor for name, tensor in parts.items()}
-
-
-def _renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
-    for old, new in replacements:
-        name = name.replace(old, new)
-    return name
-
-
-def _join(state: State, parts: tuple[str, ...], joined: str) -> None:
-    """Put `joined` in the place of `parts`, which are its rows."""
-    for name in [name for name in state if f".{parts[0]}." in name]:
-        names = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-        missing = [part for part in names if part not in state]
-        if missing:
-            raise WeightsError(f"incomplete weights, '{missing[0]}' is missing beside '{names[0]}'")
-        state[name.replace(f".{parts[0]}.", f".{joined}.")] = torch.cat([state.pop(part) for part in names])
+    return {renamed(name, _NAMES): tensor for name, tensor in parts.items()}
 
 
 def why_not(config: ViTConfig) -> str | None:
@@ -167,6 +149,4 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     for key, needed in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         if config.get(key, needed) != needed:
             raise WeightsError(f"{path}: {key}={config[key]}, but DINOv2 has {needed}")
-    if not isinstance(ours := config.get("dino2", {}), dict):
-        raise WeightsError(f"{path}: dino2={ours}: what dino2 writes there is an object")
-    return {"from": path, "num_heads": config.get("num_attention_heads", 12), **ours}
+    return {"from": path, "num_heads": config.get("num_attention_heads", 12), **config.get("dino2", {})}

@@ -12,24 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2cli.config.images import IMAGENET
 from dinov2cli.config.vit import RESIZING, ViTConfig
 from dinov2cli.errors import WeightsError
 from dinov2cli.files import parse_json
 from dinov2cli.models.load.layouts.dinov3 import biases
-from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown
+from dinov2cli.models.load.layouts.layout import State, StateView, first_unknown, images_said, renamed
 from dinov2cli.models.load.released import RELEASED
 
 _SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_giant2": "giant"}
 # Options whose names timm shares.
 _OPTIONS = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "qkv_bias", "proj_bias")
-# Parts of names: ours, and those of timm's DINOv3, which is of its class for EVA.
-_DINOV3 = (
-    ("storage_tokens", "reg_token"),
-    (".ls1.gamma", ".gamma_1"),
-    (".ls2.gamma", ".gamma_2"),
-)
-_GATED = ((".mlp.w1.", ".mlp.fc1_g."), (".mlp.w2.", ".mlp.fc1_x."), (".mlp.w3.", ".mlp.fc2."))
+# Parts of names: those of timm's DINOv3, which is of its class for EVA, and ours.
+_DINOV3 = (("reg_token", "storage_tokens"), (".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma"))
+_GATED = ((".mlp.fc1_g.", ".mlp.w1."), (".mlp.fc1_x.", ".mlp.w2."), (".mlp.fc2.", ".mlp.w3."))
 _OF_DINOV3 = {"cls_token", "reg_token", "blocks.0.gamma_1", "blocks.0.attn.qkv.weight", "norm.bias"}
 
 
@@ -47,10 +42,8 @@ def from_dinov3(state: StateView) -> State:
     """timm's DINOv3 -> canonical. It keeps neither the periods of positions, all of base 100, nor the mask token."""
     gated = "blocks.0.mlp.fc1_g.weight" in state
     parts: State = {"mask_token": state["cls_token"].new_zeros(1, state["cls_token"].shape[-1])}
-    for name, tensor in state.items():
-        for ours, theirs in (*_DINOV3, *(_GATED if gated else ())):
-            name = name.replace(theirs, ours)
-        parts[name] = tensor
+    replacements = (*_DINOV3, *(_GATED if gated else ()))
+    parts |= {renamed(name, replacements): tensor for name, tensor in state.items()}
     for name in [name for name in parts if name.endswith(".attn.q_bias")]:
         attention = name.removesuffix("q_bias")
         parts |= biases(attention, parts.pop(name), None, parts.pop(f"{attention}v_bias", None))
@@ -178,10 +171,8 @@ def hints(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     size = images.get("input_size")
     if isinstance(size, list) and size:
         said["crop_size"] = size[-1]
-    mean, std = (images.get(key) for key in ("mean", "std"))
-    if isinstance(mean, list) and isinstance(std, list) and (tuple(mean), tuple(std)) != IMAGENET:
-        said["images"] = {"mean": mean, "std": std}
-    return {"from": path, **{key: value for key, value in said.items() if value is not None}}
+    known = {key: value for key, value in said.items() if value is not None}
+    return {"from": path, **known, **images_said(images.get("mean"), images.get("std"))}
 
 
 def pretrained_cfg(in_chans: int, how: Mapping[str, Any]) -> dict[str, Any]:
