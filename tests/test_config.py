@@ -209,7 +209,8 @@ def test_paths_of_the_reference_source_tree_mean_presets() -> None:
         # words with a meaning
         ("data.value_range=[9, 1]",
          "data.value_range=[9, 1]: must be auto, dtype, [LOW, HIGH] or percentile [P, Q]"),
-        ("data.value_range=[0, 1e999]", "must be auto, dtype, [LOW, HIGH] or percentile [P, Q]"),
+        ("data.value_range=[0, 1e999]",
+         "data.value_range=[0, 1e999]: must be auto, dtype, [LOW, HIGH] or percentile [P, Q]"),
         ("data.background=[0, 0, 300]",
          "data.background=[0, 0, 300]: must be mean, drop, or [RED, GREEN, BLUE] from 0 to 255"),
         # wrong types
