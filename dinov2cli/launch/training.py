@@ -309,7 +309,7 @@ def keys_that_follow_weights(config: Config, *, resume: bool) -> list[str]:
     else:
         settings = student_settings(read_weights(config.student.pretrained_weights).architecture)
     chosen = set(config.student.model_fields_set)
-    if "arch" in chosen and library_of(settings["arch"]) != library_of(config.student.arch):
+    if "arch" in chosen and library_of(settings.get("arch", "vit")) != library_of(config.student.arch):
         return []  # of another kind of network; the weights are refused when they are read
     size = {"arch", "embed_dim", "depth", "num_heads"}
     if chosen & size:  # these describe one thing together: whoever sets one has chosen
