@@ -191,8 +191,9 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path, weights: Path) -> N
 def test_a_ctrl_c_that_python_drops_comes_again() -> None:
     """One that comes in a finaliser would be lost there, and a traceback shown."""
     code = """
-import sys, time
+import signal, sys, time
 from dinov2cli.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs begin without
 sys.unraisablehook = main._again
 class Finalised:
     def __del__(self):

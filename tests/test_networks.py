@@ -50,7 +50,7 @@ def test_followers_follow_by_their_rules() -> None:
     every_third = Follower("anchor", "snapshot", period=3)
     fixed = Follower("expert", "frozen", make=pretrained)
     reads_of = {every_third: frozenset({"patches"}), fixed: frozenset({"cls_scores"})}
-    networks = Networks(config, "sdpa", frozenset({"cls_scores", "patches"}), reads_of)
+    networks = Networks(config, "sdpa", frozenset({"cls_scores", "patches"}), reads_of, {})
     assert [name for name, _ in networks.named()] == ["student", TEACHER.name, "anchor", "expert"]
     assert not networks.followers["anchor"].heads()  # nobody reads its scores
     assert networks.teacher.heads()  # saved and scored, read or not
@@ -74,7 +74,7 @@ def test_followers_follow_by_their_rules() -> None:
 
 def test_an_average_without_heads_follows_the_students_backbone() -> None:
     slow = Follower("slow", "ema")
-    networks = Networks(config_of(), "sdpa", frozenset({"cls_scores"}), {slow: frozenset({"cls"})})
+    networks = Networks(config_of(), "sdpa", frozenset({"cls_scores"}), {slow: frozenset({"cls"})}, {})
     before = state(networks.followers["slow"])
     for parameter in networks.student.parameters():
         parameter.data.add_(0.1)
@@ -93,7 +93,7 @@ def equal(some: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> bool
 
 
 def test_a_network_that_begins_anew_takes_the_students_weights() -> None:
-    networks = Networks(config_of(), "sdpa", frozenset({"cls"}), {})
+    networks = Networks(config_of(), "sdpa", frozenset({"cls"}), {}, {})
     networks.student.backbone.cls_token.data.fill_(3.0)
     networks.begin()
     assert (networks.teacher.backbone.cls_token == 3.0).all()
