@@ -247,6 +247,13 @@ def test_what_is_of_vision_transformers_alone_is_refused(place: Path, trained: P
         train(resolve_config(request), request)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "convnextv2", "swin", "focalnet"])
+def test_an_architecture_needs_no_arguments(kind: str) -> None:
+    """Some of transformers' own usual values are of a type that its networks do not take."""
+    settled = settle(f"hf:{kind}", {}, 3)
+    assert settled.arguments == settle(f"hf:{kind}", json.loads(json.dumps(settled.arguments)), 3).arguments
+
+
 def test_exports_open_in_the_library_alone_and_here(trained: Path, tmp_path: Path) -> None:
     ours, images = load_model(trained), torch.randn(2, 3, 40, 56)
     for name, output in (("hf", tmp_path / "hf"), ("safetensors", tmp_path / "ours.safetensors")):

@@ -146,6 +146,10 @@ def _configuration(config: LibraryConfig) -> Any:
     if odd := sorted(config.arguments.keys() - known):
         raise ConfigError(f"student.backbone_config.{odd[0]}: {config.arch} has no such argument")
     made = transformers.AutoConfig.for_model(config.name, **{**config.arguments, "num_channels": config.in_chans})
+    # Usual values of some are tuples where their own networks ask for lists, as a config.json has them.
+    for key, value in vars(made).items():
+        if isinstance(value, tuple):
+            setattr(made, key, list(value))
     made.out_features = made.stage_names[-1:]
     return made
 
