@@ -40,6 +40,18 @@ def _free_logger() -> None:
         handler.close()
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests of distillation: a folder with `data`, a run `teacher` with heads, and its `backbone` alone."""
+    from tiny_run import write_images, write_teacher
+
+    folder = tmp_path_factory.mktemp("place")
+    write_images(folder / "data")
+    for heads in (True, False):
+        write_teacher(folder, heads=heads)
+    return folder
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n`, a process that has no tests left takes half of another's: files stay together, and none ends alone."""

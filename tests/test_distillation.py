@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY, metrics_of, write_images, write_teacher
+from tiny_run import TINY, metrics_of, write_teacher
 
 from dinov2cli.bench.train import synthetic_batch
 from dinov2cli.config import Config, load_config
@@ -22,16 +22,6 @@ VALUES = {"iteration": 0, "teacher_temp": 0.05}
 SHORT = [*TINY, "optim.epochs=1", "optim.warmup_epochs=0", "student.drop_path_rate=0.0"]
 # What the teacher's heads decide is not typed.
 TYPED = [word for word in SHORT if "prototypes" not in word]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, a run `teacher` with heads, and its `backbone` alone."""
-    folder = tmp_path_factory.mktemp("place")
-    write_images(folder / "data")
-    for heads in (True, False):
-        write_teacher(folder, heads=heads)
-    return folder
 
 
 def resolve(place: Path, run: Path, teacher: str | Path, *overrides: str) -> Config:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from processes import run_in_processes
-from tiny_run import LIBRARY, TINY, metrics_of, write_images, write_teacher
+from tiny_run import LIBRARY, TINY, metrics_of
 
 from dinov2cli.config import Config
 from dinov2cli.console import Interrupted
@@ -28,16 +28,6 @@ CPU = torch.device("cpu")
 WIDE = {"student": {"embed_dim": 32}, "optim": {"epochs": 1, "base_lr": 0.001}}
 DEEP = {"student": {"depth": 3, "drop_path_rate": 0.2}, "dino": {"koleo_loss_weight": 0.0}}
 SCORED = ["evaluation.knn_period=8", "evaluation.knn_train_dataset={data}", "evaluation.knn_val_dataset={data}"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, a run `teacher` with heads, and its `backbone` alone."""
-    folder = tmp_path_factory.mktemp("place")
-    write_images(folder / "data")
-    for heads in (True, False):
-        write_teacher(folder, heads=heads)
-    return folder
 
 
 def ask(

@@ -54,7 +54,7 @@ def rehearse(runs: Sequence[Trainer]) -> None:
     for run in runs:
         with speaking(run.folder.path.name if len(runs) > 1 else ""):
             run.print_plan(run.make_loader())
-    parts = config.train.batch_size_per_gpu * run.accumulation / FEW
+    parts = config.train.batch_size_per_gpu * first.accumulation / FEW
     seconds = _seconds_of_few_images(runs) if first.device.type == "cpu" else [0.0] * len(runs)
     whole = parts * sum(seconds) < SECONDS
     if whole:
