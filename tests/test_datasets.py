@@ -157,7 +157,7 @@ class TestCachedListing:
     def test_a_remembered_listing_is_the_same(self, old_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = FolderDataset(old_folder)
         with monkeypatch.context() as patch:
-            patch.setattr(listing, "_read_folder", lambda *_: pytest.fail("the folder was read again"))
+            patch.setattr(listing, "_Found", lambda: pytest.fail("the folder was read again"))
             second = FolderDataset(old_folder)
         assert names(first) == names(second) == ["cat/1.png", "cat/2.png", "dog/x/3.png"]
         assert first.targets().tolist() == second.targets().tolist() == [0, 0, 1]

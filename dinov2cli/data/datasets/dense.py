@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dinov2cli.console import counted, progress
-from dinov2cli.data.datasets.base import ImageDataset, require_images
-from dinov2cli.data.datasets.listing import PathTable, list_images
+from dinov2cli.data.datasets.base import require_images
+from dinov2cli.data.datasets.listing import FilesDataset, PathTable, list_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, pixels_of, read_file, read_stored
 from dinov2cli.data.formats.arrays import is_array
 from dinov2cli.data.formats.pillow import read_indices
@@ -34,7 +34,7 @@ class Pair(NamedTuple):
     label: str
 
 
-class DenseDataset(ImageDataset):
+class DenseDataset(FilesDataset):
     """Images with a map of labels each, without a class of their own.
 
     Args:
@@ -51,16 +51,9 @@ class DenseDataset(ImageDataset):
     def __init__(self, pairs: Iterable[Pair], what: str) -> None:
         pairs = list(pairs)
         require_images(len(pairs), what)
-        self._images = PathTable.of(pair.image for pair in pairs)
+        self._paths = PathTable.of(pair.image for pair in pairs)
         self._labels = PathTable.of(pair.label for pair in pairs)
         self._what = what
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def path(self, index: int) -> str:
-        self._check_index(index)
-        return self._images[index]
 
     def label_path(self, index: int) -> str:
         """Where the labels of an image lie."""

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from dinov2cli.console import counted, logger
-from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, require_images
-from dinov2cli.data.datasets.listing import list_images
+from dinov2cli.data.datasets.base import UNLABELLED, require_images
+from dinov2cli.data.datasets.listing import FilesDataset, list_images
 from dinov2cli.errors import DataError
 from dinov2cli.files import user_path
 
@@ -19,7 +19,7 @@ _told: set[Path] = set()
 """Folders whose other files have been named."""
 
 
-class FolderDataset(ImageDataset):
+class FolderDataset(FilesDataset):
     """All images under `root`, sorted by path.
 
     The class of an image is the first folder below `root` on its path, however deep it lies; images directly in
@@ -35,7 +35,7 @@ class FolderDataset(ImageDataset):
         if not os.path.isdir(self.root):
             raise DataError(f"{self.root} is not a folder", "Give a folder of images, or a dataset such as "
                             "ImageNet:split=TRAIN:root=<path>:extra=<path>")  # fmt: skip
-        self._prefix = os.path.join(self.root, "")  # pathlib would take longer than reading a small image
+        self._prefix = os.path.join(self.root, "")
         self._paths, self._classes, self.class_names, others = list_images(self.root)
         of_others = ", ".join(f"{count} {suffix}" for suffix, count in list(others.items())[:8])
         where = f"{self.root}; it holds {of_others}" if others else str(self.root)
@@ -45,13 +45,6 @@ class FolderDataset(ImageDataset):
             _told.add(self.root)
             passed_over = counted(sum(others.values()), "file")
             logger.info("%s: passed over %s of other types: %s", self.root, passed_over, of_others)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        self._check_index(index)
-        return f"{self._prefix}{self._paths[index]}"
 
     def describe(self) -> str:
         classes = f", {len(self.class_names)} classes" if self.class_names else ", no labels"

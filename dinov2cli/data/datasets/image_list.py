@@ -1,8 +1,9 @@
 """Images by a list: a text file that names some of the images there are, such as `dino2 curate` writes."""
 
-import codecs
 import os
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from dinov2cli.console import counted
 from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
 from dinov2cli.data.datasets.joined import RowsDataset
+from dinov2cli.data.datasets.listing import FilesDataset, PathTable
 from dinov2cli.errors import DataError
 
 ROWS_OF = "# rows of "
@@ -18,106 +20,71 @@ COMPARED = 1000
 """Rows whose paths are compared with those of the dataset that they are of."""
 
 
-class PathsDataset(ImageDataset):
+class PathsDataset(FilesDataset):
     """The image files of a list, in its order: a path a line, and behind a tab its class, if it has one. Lines that
     begin with `# ` are remarks.
 
     Args:
-        file: the list, for messages.
-        lines: what stands in it.
+        file: the list.
         root: where relative paths begin.
 
     Raises:
         DataError: no path, or no image that exists.
     """
 
-    def __init__(self, file: Path, lines: "Lines", root: Path) -> None:
-        self.file, self._lines = file, (lines := lines.without_remarks())
-        require_images(len(self._lines), str(file))
-        self._prefix = os.path.join(root, "")
-        self.class_names, self._classes = classes_of([lines.second_column(i) or None for i in range(len(lines))])
+    def __init__(self, file: Path, root: Path) -> None:
+        labels: list[str | None] = []
+
+        def paths() -> Iterator[str]:
+            for line in lines_of(file):
+                if not line.startswith("# "):
+                    path, _, label = line.partition("\t")
+                    labels.append(label or None)
+                    yield path
+
+        self.file, self._prefix, self._paths = file, os.path.join(root, ""), PathTable.of(paths())
+        require_images(len(self), str(file))
+        self.class_names, self._classes = classes_of(labels)
         require_there(self, file, "List")
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def path(self, index: int) -> str:
-        self._check_index(index)
-        return os.path.join(self._prefix, self._lines.first_column(index))
 
     def describe(self) -> str:
         return f"list {self.file}: {counted(len(self), 'image')}, {self._classes_in_words}"
 
 
-@dataclass(frozen=True)
-class Lines:
-    """The lines of a text, without a Python object for each: bytes, uint8 [total], and where a line's first column
-    begins and ends and the line ends, int64 [N] each. Columns are parted by tabs; empty lines are none."""
-
-    content: np.ndarray
-    starts: np.ndarray
-    tabs: np.ndarray
-    stops: np.ndarray
-
-    @classmethod
-    def read(cls, file: Path) -> "Lines":
-        """Raises DataError for a file that cannot be read."""
-        try:
-            content = np.fromfile(file, np.uint8)
-            content = content[3:] if content[:3].tobytes() == codecs.BOM_UTF8 else content
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        stops = np.flatnonzero(content == ord("\n"))
-        if len(content) and content[-1] != ord("\n"):
-            stops = np.append(stops, len(content))
-        starts = np.concatenate(([0], stops[:-1] + 1)) if len(stops) else stops
-        stops = stops - (content[np.maximum(stops - 1, 0)] == ord("\r"))  # as Windows ends lines
-        there = stops > starts
-        starts, stops = starts[there], stops[there]
-        tabs = np.append(np.flatnonzero(content == ord("\t")), len(content))
-        return cls(content, starts, np.minimum(tabs[np.searchsorted(tabs, starts)], stops), stops)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def line(self, index: int) -> str:
-        return self._text(self.starts[index], self.stops[index])
-
-    def first_column(self, index: int) -> str:
-        return self._text(self.starts[index], self.tabs[index])
-
-    def second_column(self, index: int) -> str:
-        """ "" where the line has none."""
-        return self._text(min(self.tabs[index] + 1, self.stops[index]), self.stops[index])
-
-    def after_first(self) -> "Lines":
-        """All but the first line."""
-        return Lines(self.content, self.starts[1:], self.tabs[1:], self.stops[1:])
-
-    def without_remarks(self) -> "Lines":
-        """Those that do not begin with `# `."""
-        second = self.content[np.minimum(self.starts + 1, len(self.content) - 1)]
-        kept = (self.content[self.starts] != ord("#")) | (second != ord(" "))
-        return Lines(self.content, self.starts[kept], self.tabs[kept], self.stops[kept])
-
-    def _text(self, start: int, stop: int) -> str:
-        return bytes(self.content[start:stop]).decode(errors="surrogateescape")
+def lines_of(file: Path) -> Iterator[str]:
+    """The lines of a text that are not empty. Raises DataError for a file that cannot be read."""
+    try:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+            for line in lines:
+                if text := line.removesuffix("\n").removesuffix("\r"):  # as Windows ends lines
+                    yield text
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def rows_of(base: ImageDataset, lines: Lines, file: Path) -> RowsDataset:
-    """The images of `base` whose rows are the first columns of a list; the second are their paths.
+def rows_of(base: ImageDataset, file: Path) -> RowsDataset:
+    """The images of `base` whose rows are the first columns of a list, from its second line on; the second are their
+    paths.
 
     Raises:
         DataError: what is no row, or `base` has changed since the list was made.
     """
+    rows = array("q")
+
+    def paths() -> Iterator[str]:
+        for line in islice(lines_of(file), 1, None):
+            row, _, path = line.partition("\t")
+            rows.append(int(row))
+            yield path
+
     try:
-        rows = np.fromiter((int(lines.first_column(i)) for i in range(len(lines))), np.int64, len(lines))
+        before = PathTable.of(paths())
     except (ValueError, OverflowError) as error:
         raise DataError(f"{file}: not a list of rows ({error}); each line is a number, a tab and a path") from None
     require_images(len(rows), str(file))
-    dataset = RowsDataset(base, rows, f"list {file}")
+    dataset = RowsDataset(base, np.frombuffer(rows, np.int64), f"list {file}")
     for i in range(0, len(rows), max(1, len(rows) // COMPARED)):
-        was, now = lines.second_column(i), printable(dataset.path(i))
+        was, now = before[i], printable(dataset.path(i))
         if was not in ("", now):
             raise DataError(f"{file}: row {rows[i]} was {was}, and is {now} now: the dataset has changed",
                             "Make the list anew.")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2cli.console import logger
-from dinov2cli.data.datasets.base import UNLABELLED
+from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset
 from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES
 from dinov2cli.files import digest, write_text
 from dinov2cli.site import cache_folder
@@ -50,9 +50,11 @@ class PathTable:
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathTable":
-        encoded = [path.encode(errors="surrogateescape") for path in paths]
-        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+        blob, ends = bytearray(), array("q")
+        for path in paths:
+            blob += path.encode(errors="surrogateescape")
+            ends.append(len(blob))
+        return cls(np.frombuffer(blob, np.uint8), np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -63,6 +65,20 @@ class PathTable:
     def __getitem__(self, index: int) -> str:
         start = int(self.ends[index - 1]) if index > 0 else 0
         return bytes(self.blob[start : int(self.ends[index])]).decode(errors="surrogateescape")
+
+
+class FilesDataset(ImageDataset):
+    """Image files by their paths, which a subclass keeps as `_paths`; relative ones begin at its `_prefix`."""
+
+    _paths: PathTable
+    _prefix = ""
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        self._check_index(index)
+        return os.path.join(self._prefix, self._paths[index])  # pathlib would take longer than reading a small image
 
 
 class Listing(NamedTuple):
@@ -90,14 +106,13 @@ def list_images(root: Path) -> Listing:
         others = dict(zip(arrays["others"].tolist(), arrays["counts"].tolist(), strict=True))
         return Listing(PathTable(arrays["blob"], arrays["ends"]), arrays["classes"], names, others)
     started = time.time_ns()
-    top = _read_folder(str(root), "", frozenset())
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        branches = list(pool.map(lambda name: _Found().scan(str(root), f"{name}/", top.parents), top.folders))
     found = _Found()
-    found.add_folder("", top)
+    folders, itself = found.read(str(root), "", frozenset())
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        branches = list(pool.map(lambda name: _Found().scan(str(root), f"{name}/", itself), folders))
     class_names: list[str] = []
     counts = [len(found.ends)]
-    for name, branch in zip(top.folders, branches, strict=True):
+    for name, branch in zip(folders, branches, strict=True):
         found.append(branch)
         if len(branch.ends):
             class_names.append(name)
@@ -115,14 +130,8 @@ def list_images(root: Path) -> Listing:
     return listing
 
 
-class _Folder(NamedTuple):
-    """One folder's content, sorted by name."""
-
-    files: list[str]
-    folders: list[str]
-    others: Counter[str]
-    modified: int
-    parents: frozenset[tuple[int, int]]  # this folder and those above it, by device and inode
+Inodes = frozenset[tuple[int, int]]
+"""Folders, by device and inode."""
 
 
 class _Found:
@@ -134,12 +143,31 @@ class _Found:
         self.modified: dict[str, int] = {}
         self.others: Counter[str] = Counter()
 
-    def add_folder(self, prefix: str, folder: _Folder) -> None:
-        self.modified[prefix] = folder.modified
-        self.others += folder.others
-        for name in folder.files:
+    def read(self, root: str, prefix: str, above: Inodes) -> tuple[list[str], Inodes]:
+        """Add the images of one folder; the names of the folders in it, and `above` with itself."""
+        here = os.path.join(root, prefix)
+        status = os.stat(here)
+        identity = (status.st_dev, status.st_ino)
+        self.modified[prefix] = status.st_mtime_ns
+        files: list[str] = []
+        folders: list[str] = []
+        if identity not in above:  # else a symlink to a folder that it lies in
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if is_folder(entry):
+                        folders.append(entry.name)
+                    elif _blocks(entry):
+                        self.others["pipes or devices"] += 1
+                    elif (suffix := os.path.splitext(entry.name)[1].lower()) in image_extensions():
+                        files.append(entry.name)
+                    else:
+                        self.others[suffix or "without suffix"] += 1
+        for name in sorted(files):
             self.blob += f"{prefix}{name}".encode(errors="surrogateescape")
             self.ends.append(len(self.blob))
+        return sorted(folders), above | {identity}
 
     def append(self, other: "_Found") -> None:
         start = len(self.blob)
@@ -148,36 +176,12 @@ class _Found:
         self.modified |= other.modified
         self.others += other.others
 
-    def scan(self, root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> "_Found":
+    def scan(self, root: str, prefix: str, above: Inodes) -> "_Found":
         """Add a folder and then those below it."""
-        folder = _read_folder(root, prefix, parents)
-        self.add_folder(prefix, folder)
-        for name in folder.folders:
-            self.scan(root, f"{prefix}{name}/", folder.parents)
+        folders, above = self.read(root, prefix, above)
+        for name in folders:
+            self.scan(root, f"{prefix}{name}/", above)
         return self
-
-
-def _read_folder(root: str, prefix: str, parents: frozenset[tuple[int, int]]) -> _Folder:
-    here = os.path.join(root, prefix)
-    status = os.stat(here)
-    identity = (status.st_dev, status.st_ino)
-    files: list[str] = []
-    folders: list[str] = []
-    others: Counter[str] = Counter()
-    if identity not in parents:  # else a symlink to a folder that it lies in
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if is_folder(entry):
-                    folders.append(entry.name)
-                elif _blocks(entry):
-                    others["pipes or devices"] += 1
-                elif (suffix := os.path.splitext(entry.name)[1].lower()) in image_extensions():
-                    files.append(entry.name)
-                else:
-                    others[suffix or "without suffix"] += 1
-    return _Folder(sorted(files), sorted(folders), others, status.st_mtime_ns, parents | {identity})
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2cli.data.datasets.base import ImageDataset, require_images
+from dinov2cli.data.datasets.base import require_images
+from dinov2cli.data.datasets.listing import FilesDataset, PathTable
 from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.errors import DataError
 
@@ -29,19 +30,12 @@ class Truth(NamedTuple):
     junk: np.ndarray
 
 
-class Photographs(ImageDataset):
+class Photographs(FilesDataset):
     """Image files, or a box of each: left, top, right and bottom in pixels."""
 
     def __init__(self, files: Sequence[Path], what: str, boxes: np.ndarray | None = None) -> None:
         require_images(len(files), what)
-        self._files, self._what, self._boxes = list(map(str, files)), what, boxes
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def path(self, index: int) -> str:
-        self._check_index(index)
-        return self._files[index]
+        self._paths, self._what, self._boxes = PathTable.of(map(str, files)), what, boxes
 
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         pixels = super().image(index, reading)

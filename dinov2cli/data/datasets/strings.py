@@ -10,7 +10,7 @@ from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.depth import Depths, Kitti, NYUd
 from dinov2cli.data.datasets.folder import FolderDataset
-from dinov2cli.data.datasets.image_list import ROWS_OF, Lines, PathsDataset, rows_of
+from dinov2cli.data.datasets.image_list import ROWS_OF, PathsDataset, lines_of, rows_of
 from dinov2cli.data.datasets.imagenet import ImageNet
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
@@ -49,8 +49,7 @@ def _of_list(file: str, root: str | None = None) -> ImageDataset:
         DataError: no such file, or what is in it is not there.
     """
     path = user_path(file)
-    lines = Lines.read(path)
-    first = lines.line(0) if len(lines) else ""
+    first = next(lines_of(path), "")
     if first.startswith(ROWS_OF):
         try:
             base = make_dataset(first.removeprefix(ROWS_OF))
@@ -59,8 +58,8 @@ def _of_list(file: str, root: str | None = None) -> ImageDataset:
         if isinstance(base, JoinedDataset) and base.is_weighted():
             raise DataError(f"{path}: a list names each image once: leave out the weights of its first line",
                             "A list as a whole may have one: 2*list:FILE + OTHER")  # fmt: skip
-        return rows_of(base, lines.after_first(), path)
-    return PathsDataset(path, lines, user_path(root) if root else path.parent)
+        return rows_of(base, path)
+    return PathsDataset(path, user_path(root) if root else path.parent)
 
 
 KINDS = {

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from dinov2cli.console import counted
-from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images, require_there
-from dinov2cli.data.datasets.listing import PathTable, image_extensions
+from dinov2cli.data.datasets.base import classes_of, require_images, require_there
+from dinov2cli.data.datasets.listing import FilesDataset, PathTable, image_extensions
 from dinov2cli.data.datasets.parquet import open_parquet
 from dinov2cli.errors import DataError
 from dinov2cli.files import user_path
@@ -29,7 +29,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
 
 
-class TableDataset(ImageDataset):
+class TableDataset(FilesDataset):
     """The images that a table names, in its order.
 
     Args:
@@ -56,13 +56,6 @@ class TableDataset(ImageDataset):
             labels = [label or None for label in columns[self.label_column]]
             self.class_names, self._classes = classes_of(labels, key=_numbers_by_value)
         require_there(self, self.file, "Table")
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        self._check_index(index)
-        return os.path.join(self._prefix, self._paths[index])
 
     def describe(self) -> str:
         by = f"{len(self.class_names)} classes by column {self.label_column!r}" if self.class_names else "no labels"
