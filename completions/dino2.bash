@@ -683,7 +683,7 @@ _dino2() {
                 --steps) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --attention) :; return ;;
                 --precision) :; return ;;
-                --compile) :; return ;;
+                --compile) COMPREPLY=($(compgen -W "on off" -- "$cur")); return ;;
                 --kernels) compopt +o bashdefault +o default 2>/dev/null; return ;;
                 --device) :; return ;;
                 --card) COMPREPLY=($(compgen -W "h100 h200 a100 l4 rtx4090" -- "$cur")); return ;;

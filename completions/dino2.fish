@@ -694,7 +694,7 @@ complete -c dino2 -n '__dino2_at "dino2 bench train"' -l synthetic -d 'Random cr
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l steps -x -d 'Steps to time, after two that are not.'
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l attention -r -F -d 'Attention backend: sdpa, xformers or varlen; repeatable.'
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l precision -r -F -d 'fp32, bf16 or fp16; repeatable.'
-complete -c dino2 -n '__dino2_at "dino2 bench train"' -l compile -r -F -d 'on or off; repeatable: --compile off --compile on.'
+complete -c dino2 -n '__dino2_at "dino2 bench train"' -l compile -x -a 'on off' -d 'on or off; repeatable: --compile off --compile on.'
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l kernels -x -d 'On a GPU, also list this many kernels of a step, the longest.'
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l device -r -F -d 'cpu, cuda, or auto: a GPU if there is one.'
 complete -c dino2 -n '__dino2_at "dino2 bench train"' -l rehearse -d 'Run nothing: count what a step would take on --card, on fake tensors. No GPU is needed.'

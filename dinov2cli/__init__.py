@@ -5,6 +5,8 @@ Here are `train`, `Fit`, `load_model`, `embed`, `run`, and what can be asked of 
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,35 +31,25 @@ __version__ = "0.1.0"
 
 
 _PLACES = {"load_model": "eval.images", "embed": "eval.images", "run": "requests.base", "Fit": "fit"}
-_REQUESTS = (
-    "bench",
-    "curate",
-    "datasets",
-    "dense",
-    "eval",
-    "export",
-    "pictures",
-    "retrieval",
-    "search",
-    "tools",
-    "train",
-)
+
+
+def _requests() -> list[ModuleType]:
+    folder = import_module("dinov2cli.requests")
+    return [import_module(f"dinov2cli.requests.{each.name}") for each in iter_modules(folder.__path__)]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import dinov2cli` and the command line's --help stay free of torch.
     if name == "train":  # a folder, too, which is to be there under this name whoever is first
         return import_module("dinov2cli.train")
-    modules = [_PLACES[name]] if name in _PLACES else []
-    if name.endswith("Request"):
-        modules = [f"requests.{each}" for each in _REQUESTS]
-    for module in modules:
-        if hasattr(found := import_module(f"dinov2cli.{module}"), name):
-            return getattr(found, name)
+    if name in _PLACES:
+        return getattr(import_module(f"dinov2cli.{_PLACES[name]}"), name)
+    for module in _requests() if name.endswith("Request") else ():
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module 'dinov2cli' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    found = (vars(import_module(f"dinov2cli.requests.{each}")).items() for each in _REQUESTS)
-    requests = {name for names in found for name, value in names if hasattr(value, "command")}
+    requests = {name for module in _requests() for name, value in vars(module).items() if hasattr(value, "command")}
     return sorted({"__version__", "train", *_PLACES, *requests})

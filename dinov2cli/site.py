@@ -136,21 +136,27 @@ def read_site() -> Site:
     return Site(Settings.model_validate(content), sources)
 
 
-def remember_dataset(name: str, value: str | dict[str, str]) -> Path:
-    """Give a dataset a name in the user's file, whose other lines and comments stay; the file.
+def remember_dataset(name: str, value: str | dict[str, str] | None) -> Path:
+    """Give a dataset a name in the user's file, or take it away, whose other lines and comments stay; the file.
 
     Args:
-        value: a folder or dataset string, or the `root` and `extra` of an ImageNet.
+        value: a folder or dataset string, or the `root` and `extra` of an ImageNet; None: the name is to go.
 
     Raises:
         ConfigError: the file is wrong, or too unusual to be edited; EnvironmentProblem: it cannot be written.
     """
-    return _edit(name, value)
-
-
-def forget_dataset(name: str) -> Path:
-    """Take a name out of the user's file. Errors as of `remember_dataset`."""
-    return _edit(name, None)
+    path = user_file().absolute()
+    with writing(path), lock(path):
+        text = path.read_text(encoding="utf-8") if path.exists() else HEADER
+        if path.exists():
+            _read(path)  # a file that is wrong is not made worse
+        try:
+            edited = with_entry(text, "datasets", name, value)
+        except ValueError:
+            problem, hint = f"{path}: this file is too unusual to be edited", f"Write below datasets: {name}: {value}"
+            raise ConfigError(problem, hint) from None
+        write_text(path, edited)
+    return path
 
 
 def cache_folder(kind: str) -> Path:
@@ -199,18 +205,3 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {text}" for key, text in value.items() if text is not None)
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _edit(name: str, value: str | dict[str, str] | None) -> Path:
-    path = user_file().absolute()
-    with writing(path), lock(path):
-        text = path.read_text(encoding="utf-8") if path.exists() else HEADER
-        if path.exists():
-            _read(path)  # a file that is wrong is not made worse
-        try:
-            edited = with_entry(text, "datasets", name, value)
-        except ValueError:
-            problem, hint = f"{path}: this file is too unusual to be edited", f"Write below datasets: {name}: {value}"
-            raise ConfigError(problem, hint) from None
-        write_text(path, edited)
-    return path

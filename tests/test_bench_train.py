@@ -74,7 +74,7 @@ def test_a_variant_whose_process_is_killed_is_named_and_the_next_is_measured() -
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["train", "--compile", "yes"], "on or off"),
+        (["train", "--compile", "yes"], "one of on, off"),
         (["train", "--precision", "bf16"], "fp32 only"),
         (["extract", "--image-size", "60"], "not a multiple"),
     ],

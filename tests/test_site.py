@@ -15,15 +15,15 @@ from dinov2cli.data.spelling import EXAMPLES, complete
 from dinov2cli.errors import ConfigError, DataError, Several
 from dinov2cli.eval.first_look import datasets_for
 from dinov2cli.launch.local import Elsewhere
-from dinov2cli.launch.origins import print_origins
 from dinov2cli.launch.slurm import wanted_for
 from dinov2cli.launch.training import launch, resolve_config
+from dinov2cli.launch.typed import print_origins
 from dinov2cli.requests.base import run
 from dinov2cli.requests.datasets import AddDatasetRequest, ForgetDatasetRequest, ShowDatasetRequest
 from dinov2cli.requests.launch import Slurm
 from dinov2cli.requests.tools import PrepareImagenetRequest
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.site import cache_folder, forget_dataset, read_site, remember_dataset, user_file
+from dinov2cli.site import cache_folder, read_site, remember_dataset, user_file
 
 
 @pytest.fixture(autouse=True)
@@ -117,12 +117,12 @@ def test_editing_leaves_every_other_line() -> None:
     assert user_file().read_text() == WRITTEN.replace("extra: /e}\n", "extra: /e}\n" + added)
     remember_dataset("photos", "/other")
     assert "    # the big disk\n    photos: /other\n\n    old:" in user_file().read_text()
-    forget_dataset("old")
+    remember_dataset("old", None)
     assert user_file().read_text() == WRITTEN.replace("    old: {root: /old,\n          extra: /e}\n", added).replace(
         "/photos  # since May", "/other"
     )
     for name in ("photos", "ImageNet"):
-        forget_dataset(name)
+        remember_dataset(name, None)
     assert read_site().settings.datasets == {} and read_site().settings.runs == "/runs"
 
 
@@ -138,7 +138,7 @@ def test_a_name_is_added_to_whatever_is_there(text: str) -> None:
     assert yaml.safe_load(user_file().read_text()) == expected and ("# mine" in text) == (
         "# mine" in user_file().read_text()
     )
-    forget_dataset("b")
+    remember_dataset("b", None)
     assert (yaml.safe_load(user_file().read_text()).get("datasets") or {}) == (before.get("datasets") or {})
 
 

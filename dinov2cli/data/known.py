@@ -18,7 +18,7 @@ from dinov2cli.requests.datasets import (
     ListDatasetsRequest,
     ShowDatasetRequest,
 )
-from dinov2cli.site import Place, forget_dataset, read_site, remember_dataset, shown, user_file
+from dinov2cli.site import Place, read_site, remember_dataset, shown, user_file
 
 
 class Known(NamedTuple):
@@ -150,7 +150,7 @@ def remove(request: ForgetDatasetRequest) -> str:
         raise ConfigError(
             f"{known.name} is named in {known.file}", "Take it out there: dino2 edits your own file only."
         )
-    file = forget_dataset(known.name)
+    file = remember_dataset(known.name, None)
     return f"{known.name} ({known}) is no longer named in {shown(file)}; its files stay"
 
 

@@ -34,6 +34,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict, Unpack, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 AtLeastOne = Annotated[int, Field(ge=1)]
+AboveZero = Annotated[float, Field(gt=0)]
 Paths = Annotated[tuple[Path, ...], Field(min_length=1)]
 
 

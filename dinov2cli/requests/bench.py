@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from dinov2cli.requests.base import AtLeastOne, Request, argument, option
+from dinov2cli.requests.base import AboveZero, AtLeastOne, Request, argument, option
 from dinov2cli.requests.train import ConfiguredRequest
 
 
@@ -42,7 +42,9 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
     steps: AtLeastOne = option(5, "Steps to time, after two that are not.")
     attention: tuple[str, ...] = option((), "Attention backend: sdpa, xformers or varlen; repeatable.")
     precision: tuple[str, ...] = option((), "fp32, bf16 or fp16; repeatable.")
-    compiled: tuple[str, ...] = option((), "on or off; repeatable: --compile off --compile on.", flags="--compile")
+    compiled: tuple[Literal["on", "off"], ...] = option(
+        (), "on or off; repeatable: --compile off --compile on.", flags="--compile"
+    )
     kernels: int = option(0, "On a GPU, also list this many kernels of a step, the longest.", ge=0)
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     rehearse: bool = option(
@@ -56,14 +58,6 @@ class BenchTrainRequest(BenchConfiguredRequest, command="bench train", run_by="d
         if self.gpus > 1 and not self.rehearse:
             raise ValueError(f"--gpus {self.gpus} goes with --rehearse; what is measured is a step on one device")
         return self
-
-    @field_validator("compiled")
-    @classmethod
-    def _on_or_off(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
-            if word not in ("on", "off"):
-                raise ValueError(f"--compile {word}: on or off")
-        return words
 
 
 class BenchExtractRequest(BenchConfiguredRequest, command="bench extract", run_by="dinov2cli.bench.extract:run"):
@@ -171,6 +165,6 @@ class BenchGpuRequest(Request, command="bench gpu", run_by="dinov2cli.bench.gpu:
     others: tuple[str, ...] = option(("vits14", "vitl14"), "What is trained as configured.", completes="presets")
     extract_preset: str = option("vitl14", "Whose features are extracted.", completes="presets")
     steps: AtLeastOne = option(20, "Steps to time of each.")
-    minutes: Annotated[float, Field(gt=0)] = option(8, "After which no part begins, and the one that runs is ended.")
+    minutes: AboveZero = option(8, "After which no part begins, and the one that runs is ended.")
     device: str = option("cuda", "cuda, cuda:N, or cpu to try the command itself.")
     as_json: bool = option(False, "Print one JSON object.", flags="--json")

@@ -1,11 +1,13 @@
 """What the evaluations with labels for every pixel may be asked for."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from dinov2cli.requests.base import AtLeastOne, option
+from dinov2cli.requests.base import AboveZero, AtLeastOne, option
 from dinov2cli.requests.eval import EvalRequest
+
+Rates = Annotated[tuple[AboveZero, ...], Field(min_length=1)]
 
 
 class DenseRequest(EvalRequest):
@@ -21,7 +23,7 @@ class DenseRequest(EvalRequest):
     val_dataset: str | None = option(None, "The same, to measure on.", metavar="DATASET")
     layers: int = option(1, "Blocks that the head reads: 1, the last, or 4.")
     head: str | None = option(None, "Measure a trained head instead of training: a file or a released name.")
-    learning_rates: tuple[float, ...] = option((1e-3,), "Rates, each with a head of its own; the best is reported.")
+    learning_rates: Rates = option((1e-3,), "Rates, each with a head of its own; the best is reported.")
     batch_size: AtLeastOne = option(16, "Images in a step, of all processes together.")
     checkpoint_period: AtLeastOne = option(1000, "Iterations between checkpoints.")
     frozen_crops: bool = option(
@@ -36,13 +38,6 @@ class DenseRequest(EvalRequest):
         if layers not in (1, 4):
             raise ValueError(f"--layers {layers} is unknown; known: 1, 4.")
         return layers
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _are_above_zero(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if not rates or not all(0 < rate < float("inf") for rate in rates):
-            raise ValueError(f"--learning-rates {' '.join(map(str, rates))}: give numbers above 0.")
-        return rates
 
 
 class SegmentationRequest(DenseRequest, command="eval segmentation"):
@@ -93,14 +88,14 @@ class DepthRequest(DenseRequest, command="eval depth"):
         (),
         "Height and width of the crops [NYU 416 544, KITTI 352 704, else the first image's, up to NYU's].",
     )
-    depth_scale: float | None = option(
+    depth_scale: AboveZero | None = option(
         None, "What whole numbers are divided by to be metres [NYU 1000, KITTI 256, else 1000]."
     )
     min_depth: float = option(0.001, "Least depth in metres.", ge=1e-6)
-    max_depth: float | None = option(
+    max_depth: AboveZero | None = option(
         None, "Largest depth in metres [NYU 10, KITTI 80, else the largest in the train labels]."
     )
-    learning_rates: tuple[float, ...] = option((1e-4,), "Rates, each with a head of its own; the best is reported.")
+    learning_rates: Rates = option((1e-4,), "Rates, each with a head of its own; the best is reported.")
     iterations: AtLeastOne = option(38_400, "Steps of training.")
 
     @field_validator("crop_size")
@@ -109,10 +104,3 @@ class DepthRequest(DenseRequest, command="eval depth"):
         if len(sides) not in (0, 2):
             raise ValueError(f"--crop-size {' '.join(map(str, sides))}: give height and width.")
         return sides
-
-    @field_validator("depth_scale", "max_depth")
-    @classmethod
-    def _is_above_zero(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{str(info.field_name).replace('_', '-')} {value:g}: give a number above 0.")
-        return value

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dinov2cli.errors import WeightsError
-from dinov2cli.requests.base import AtLeastOne, CheckpointRequest, DeviceRequest, argument, option
+from dinov2cli.requests.base import AboveZero, AtLeastOne, CheckpointRequest, DeviceRequest, argument, option
 from dinov2cli.requests.images import ImagesRequest
 from dinov2cli.requests.launch import Slurm
 
@@ -41,7 +41,7 @@ class FeaturesRequest(ImagesRequest, DeviceRequest, logs=True):
 class EvalRequest(
     FeaturesRequest,
     run_by="dinov2cli.eval.protocol:perform",
-    launched_by="dinov2cli.launch.evaluation:launch",
+    launched_by="dinov2cli.launch.slurm:launch_evaluation",
     checked_by="dinov2cli.eval.first_look:look",
 ):
     """What all evaluations share. The words of `command` end with the name of a module of `dinov2cli.eval`."""
@@ -220,7 +220,7 @@ class LinearRequest(EvalRequest, command="eval linear"):
     epochs: AtLeastOne = option(10, "Epochs.")
     epoch_length: AtLeastOne = option(1250, "Iterations of an epoch.")
     batch_size: AtLeastOne = option(128, "Images in a step on each process.")
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = option(
+    learning_rates: tuple[AboveZero, ...] = option(
         (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
         "Rates for a batch of 256 [13 from 1e-5 to 0.1].",
         default_text=False,
