@@ -5,13 +5,11 @@ processes and forgotten; what has been added up is kept now and then, so that th
 """
 
 import json
-import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,8 +23,8 @@ from dinov2cli.console import logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.loaders import Loader, refuse_too_many_bad
-from dinov2cli.data.percentiles import Levels
 from dinov2cli.data.sampler import SampleOrder
+from dinov2cli.data.tallies import Levels, Sums
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.files import check_folder, digest, write_text, writing
 from dinov2cli.requests.datasets import DatasetStatsRequest
@@ -66,41 +64,6 @@ class ChannelStatistics(NamedTuple):
         return "\n".join([f"{self.dataset}: {self.images} images looked at{bad}", *lines, how])
 
 
-@dataclass
-class Sums:
-    """Over images: of each one's mean, and mean of squares; the lowest and highest values. All float64, a channel."""
-
-    channels: int
-    images: int = 0
-    batches: int = 0
-    mean: list[float] = field(default_factory=list)
-    square: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.mean:
-            self.mean, self.square = [0.0] * self.channels, [0.0] * self.channels
-            self.low, self.high = [math.inf] * self.channels, [-math.inf] * self.channels
-
-    def add(self, image: np.ndarray) -> None:
-        """One image, uint8 or float32 in 0..1, [H, W, C]."""
-        flat = image.reshape(-1, image.shape[2]).astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
-        self._add(1, flat.mean(0), np.square(flat).mean(0), flat.min(0), flat.max(0))
-
-    def join(self, other: "Sums") -> None:
-        """Those of the next batch."""
-        self._add(other.images, *map(np.array, (other.mean, other.square, other.low, other.high)))
-        self.bad += other.bad
-        self.batches += 1
-
-    def _add(self, images: int, mean: Any, square: Any, low: Any, high: Any) -> None:
-        self.images += images
-        self.mean, self.square = (self.mean + mean).tolist(), (self.square + square).tolist()
-        self.low, self.high = np.minimum(self.low, low).tolist(), np.maximum(self.high, high).tolist()
-
-
 Total = TypeVar("Total", Sums, Levels)
 
 
@@ -121,7 +84,7 @@ def run(request: DatasetStatsRequest) -> ChannelStatistics:
         reading = replace(reading, images=usual)
     how = request.max_images, request.num_workers, request.max_bad_fraction
     if request.percentiles:
-        levels = measure(dataset, reading, Levels(), _add_levels, *how)
+        levels = measure(dataset, reading, Levels, *how)
         black, white = (levels.percentile(p) for p in request.percentiles)
         if black == white:
             raise DataError(f"{dataset.describe()}: its percentiles {request.percentiles} are both {black:g}",
@@ -129,7 +92,7 @@ def run(request: DatasetStatsRequest) -> ChannelStatistics:
         said = reading.images.model_copy(update={"value_range": f"[{black:.6g}, {white:.6g}]"})
         reading = replace(reading, images=said)
     images = reading.images
-    sums = measure(dataset, reading, Sums(images.in_chans), _add_pixels, *how)
+    sums = measure(dataset, reading, Sums, *how)
     mean = np.array(sums.mean) / sums.images
     std = np.sqrt(np.maximum(np.array(sums.square) / sums.images - mean**2, 0))
     flat = [name for name, spread in zip(_names(images), std, strict=True) if spread < 5e-5]
@@ -170,47 +133,33 @@ def usual_channels(dataset: ImageDataset, reading: Reading) -> int:
     return max(found)
 
 
-def _add_pixels(sums: Sums, dataset: ImageDataset, index: int, reading: Reading) -> None:
-    sums.add(dataset.image(index, reading))
-
-
-def _add_levels(levels: Levels, dataset: ImageDataset, index: int, reading: Reading) -> None:
-    levels.add(dataset.open(index, reading).stored(), reading, dataset.path(index))
-
-
 def measure(
     dataset: ImageDataset,
     reading: Reading,
-    total: Total,
-    add: Callable[[Total, ImageDataset, int, Reading], None],
+    kind: type[Total],
     most: int,
     num_workers: int | None = None,
     allowed: float = 0.01,
 ) -> Total:
     """Add up `most` images (0: all), going on where an interrupted one of the same set and settings was.
 
-    Args:
-        total: of no images yet.
-
     Raises:
-        DataError: more than the share `allowed` cannot be read.
+        DataError: more than the share `allowed` cannot be read, or none can.
     """
     order, count = SampleOrder(len(dataset), SEED), min(most or len(dataset), len(dataset))
 
-    empty = json.dumps(asdict(total))
-
     def batch(number: int) -> Total:
-        sums = type(total)(**json.loads(empty))
+        part = kind(batches=1)
         for k in range(number * BATCH, min((number + 1) * BATCH, count)):
             try:
-                add(sums, dataset, order.index(k), reading)
+                part.join(kind.of(dataset, order.index(k), reading))
             except UnreadableImage as error:
-                sums.bad.append(str(error))
-        return sums
+                part.bad.append(str(error))
+        return part
 
-    identity = digest(json.dumps([_fingerprint(dataset), reading.images.model_dump(mode="json"), count, empty]))
-    state = cache_folder("statistics") / f"{identity[:24]}.json"
-    total = _kept(state, type(total)) or total
+    said = [_fingerprint(dataset), reading.images.model_dump(mode="json"), count, kind.__name__]
+    state = cache_folder("statistics") / f"{digest(json.dumps(said))[:24]}.json"
+    total = _kept(state, kind) or kind()
     if total.batches:
         logger.info("going on after %d images", total.batches * BATCH)
     batches = -(-count // BATCH)
@@ -218,9 +167,9 @@ def measure(
     with progress() as bar, stoppable("stopping; the same command goes on from here") as stop_if_asked:
         task = bar.add_task("statistics", total=count, completed=min(total.batches * BATCH, count))
         try:
-            for sums in loader:
-                total.join(sums)
-                bar.advance(task, sums.images + len(sums.bad))
+            for part in loader:
+                total.join(part)
+                bar.advance(task, part.images + len(part.bad))
                 if total.batches % KEPT_EVERY == 0:
                     write_text(state, json.dumps(asdict(total)))
                 stop_if_asked()
@@ -230,7 +179,7 @@ def measure(
     state.unlink(missing_ok=True)
     for message in total.bad[:10]:
         logger.warning("%s", message)
-    refuse_too_many_bad(len(total.bad), count, allowed, total.bad)
+    refuse_too_many_bad(len(total.bad), count, allowed if total.images else 0, total.bad)
     return total
 
 
