@@ -24,10 +24,9 @@ import numpy as np
 from dinov2cli.config.images import RGB, Images
 from dinov2cli.data.channels import to_channels, to_rgb
 from dinov2cli.data.formats import fast
-from dinov2cli.data.formats.arrays import is_array, read_array
-from dinov2cli.data.formats.dicom import is_dicom, read_dicom
-from dinov2cli.data.formats.jpeg2000 import read_deep_jpeg2000
-from dinov2cli.data.formats.netpbm import is_netpbm, read_netpbm
+from dinov2cli.data.formats.arrays import read_array
+from dinov2cli.data.formats.dicom import read_dicom
+from dinov2cli.data.formats.netpbm import read_netpbm
 from dinov2cli.data.formats.pillow import read_with_pillow
 from dinov2cli.data.formats.stacks import Stack
 from dinov2cli.data.formats.stored import Stored, bands, check_memory, span_of_type, turned
@@ -148,29 +147,16 @@ def read_stored(
 
     `jpeg` is the file's header, if it has been read.
     """
-    jpeg = jpeg or fast.jpeg_header(data)
-    if jpeg is not None and jpeg.components in (1, 3):
-        check_memory(path, jpeg.height // shrink, jpeg.width // shrink, jpeg.components, limit_gb)
-        if (image := fast.decode_jpeg(data, shrink, jpeg.components)) is not None:
-            return Stored(image, "JPEG", (0, 255), rgb=jpeg.components == 3, orientation=jpeg.orientation)
-    elif shrink == 1 and (png := fast.png_header(data)) is not None:
-        channels = fast.PNG_CHANNELS.get(png.color, 4)
-        check_memory(path, png.height, png.width, channels, limit_gb, itemsize=-(-png.bits // 8))
-        if (found := fast.decode_png(data, png)) is not None:
-            white = 65535 if png.bits == 16 else 255
-            colors = png.color in (2, 6)
-            return Stored(found.array, "PNG", (0, white), rgb=colors, alpha=found.alpha, orientation=found.orientation)
-    elif (deep := read_deep_jpeg2000(data, path, limit_gb)) is not None:
-        return deep
-    elif bytes(data[:4]) in TIFF_SIGNATURES:
+    if (stored := fast.read_jpeg(data, path, limit_gb, shrink, jpeg)) is not None:
+        return stored
+    if bytes(data[:4]) in TIFF_SIGNATURES:
         return read_tiff(data, path, limit_gb, pages_are_channels)
-    elif is_dicom(data):
-        return read_dicom(data, path, limit_gb)
-    elif is_array(data, path):
-        return read_array(data, path, limit_gb)
-    elif is_netpbm(data):
-        return read_netpbm(data, path, limit_gb)
-    return read_with_pillow(data, path, limit_gb, shrink)
+    found = (read(data, path, limit_gb) for read in READERS)
+    return next(filter(None, found), None) or read_with_pillow(data, path, limit_gb, shrink)
+
+
+READERS = (fast.read_png, fast.read_deep_jpeg2000, read_dicom, read_array, read_netpbm)
+"""Each gives None for a file of another type."""
 
 
 def values(stored: Stored, reading: Reading, path: str) -> np.ndarray:
@@ -272,7 +258,7 @@ class LazyImage:
         """How many the file has, opacity apart."""
         if self._header is not None and self._header.components in (1, 3):
             return self._header.components
-        return self._stored(pages_are_channels=True).channels
+        return self.stored(pages_are_channels=True).channels
 
     def described(self) -> Stored:
         """What the file says of the image. Of a JPEG only its header is read: the samples are zeros."""
@@ -280,13 +266,11 @@ class LazyImage:
             height, width, channels, orientation = self._header
             zeros = np.broadcast_to(np.uint8(0), (height, width, channels))
             return Stored(zeros, "JPEG", (0, 255), orientation=orientation)
-        return self._stored(pages_are_channels=not self._reading.images.are_rgb)
+        return self.stored()
 
-    def stored(self) -> Stored:
-        """The samples as they are stored."""
-        return self._stored(pages_are_channels=not self._reading.images.are_rgb)
-
-    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
+    def stored(self, shrink: int = 1, *, pages_are_channels: bool = False) -> Stored:
+        """The samples as they are stored. Pages are channels also where the network takes other ones than RGB."""
+        pages_are_channels |= not self._reading.images.are_rgb
         limit = self._reading.max_image_gb
         return read_stored(self._data, self._path, limit, shrink, pages_are_channels, self._header)
 
@@ -301,8 +285,7 @@ class LazyImage:
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """[ceil(H/shrink), ceil(W/shrink), C], as of `decode_image`. `shrink` above 1 only where `can_shrink`."""
         if self._pixels is None:
-            stored = self._stored(pages_are_channels=not self._reading.images.are_rgb, shrink=shrink)
-            self._pixels = pixels_of(stored, self._path, self._reading)
+            self._pixels = pixels_of(self.stored(shrink), self._path, self._reading)
         return self._pixels
 
 
@@ -313,5 +296,5 @@ class StoredImage(LazyImage):
         super().__init__(b"", path, reading)
         self._kept = stored
 
-    def _stored(self, *, pages_are_channels: bool, shrink: int = 1) -> Stored:
+    def stored(self, shrink: int = 1, *, pages_are_channels: bool = False) -> Stored:
         return self._kept

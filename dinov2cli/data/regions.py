@@ -98,7 +98,7 @@ class LargeImage(LazyImage):
         first = self._read(Box(0, 0, 1, 1))
         return replace(first, array=np.broadcast_to(first.array, (*self.size, first.array.shape[2])))
 
-    def stored(self) -> Stored:
+    def stored(self, shrink: int = 1, *, pages_are_channels: bool = False) -> Stored:
         height, width = self.size
         return self._read(Box(0, 0, height, width), power_of_two(min(height, width) / SHOWN_SIDE))
 

@@ -13,7 +13,7 @@ from dinov2cli.console import counted, progress
 from dinov2cli.data.datasets.base import require_images
 from dinov2cli.data.datasets.listing import FilesDataset, PathTable, list_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, pixels_of, read_file, read_stored
-from dinov2cli.data.formats.arrays import is_array
+from dinov2cli.data.formats.arrays import read_array
 from dinov2cli.data.formats.pillow import read_indices
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, turned
 from dinov2cli.data.workers import warn_once
@@ -134,9 +134,8 @@ class SegmentationDataset(DenseDataset):
 
     def read_label(self, path: str, reading: Reading) -> Stored:
         """Classes uint8 [H, W, 1], 255 where there is none."""
-        data = read_file(path)
-        read = read_stored if is_array(data, path) else read_indices
-        stored = read(data, path, reading.max_image_gb)
+        file = read_file(path), path, reading.max_image_gb
+        stored = read_array(*file) or read_indices(*file)
         numbers = stored.array
         if numbers.shape[2] != 1 or numbers.dtype.kind not in "ui":
             raise UnreadableImage(path, f"{numbers.dtype} {list(numbers.shape)} is no mask; whole numbers [H, W] are")

@@ -11,17 +11,15 @@ MOST_CHANNELS = 16
 """A first axis of at most so many, shorter than the others, is that of the channels where the last cannot be."""
 
 
-def is_array(data: bytes | memoryview, path: str) -> bool:
-    return bytes(data[:6]) == b"\x93NUMPY" or (bytes(data[:4]) == b"PK\x03\x04" and path.lower().endswith(".npz"))
-
-
-def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
+def read_array(data: bytes | memoryview, path: str, limit_gb: float) -> Stored | None:
     """[H, W], [H, W, C] or [C, H, W] of numbers; of three axes the last is that of the channels, unless the first is
-    at most 16 and the last is more.
+    at most 16 and the last is more. None where the file is no array.
 
     Raises:
         UnreadableImage: damaged, several arrays, other axes, or no numbers.
     """
+    if bytes(data[:6]) != b"\x93NUMPY" and not (bytes(data[:4]) == b"PK\x03\x04" and path.lower().endswith(".npz")):
+        return None
     try:
         if bytes(data[:2]) == b"PK":
             data = _only_member(data, path, limit_gb)

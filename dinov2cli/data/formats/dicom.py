@@ -8,16 +8,15 @@ import numpy as np
 from dinov2cli.data.formats.stored import Stored, UnreadableImage, check_memory, further
 
 
-def is_dicom(data: bytes | memoryview) -> bool:
-    return bytes(data[128:132]) == b"DICM" or bytes(data[:6]) == b"\x02\0\0\0UL"  # the latter without its preamble
-
-
-def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
-    """Values after the modality's rescaling; black and white are the window's, or else those of BitsStored.
+def read_dicom(data: bytes | memoryview, path: str, limit_gb: float) -> Stored | None:
+    """Values after the modality's rescaling; black and white are the window's, or else those of BitsStored. None where
+    the file is no DICOM.
 
     Raises:
         UnreadableImage: damaged, without pixels, or pydicom or a decoder of its compression is missing.
     """
+    if bytes(data[128:132]) != b"DICM" and bytes(data[:6]) != b"\x02\0\0\0UL":  # the latter without its preamble
+        return None
     try:
         import pydicom
         from pydicom.pixels.utils import pixel_array

@@ -12,14 +12,14 @@ _BYTES_OF_WORD = 60
 _CHANNELS = {b"P2": 1, b"P3": 3, b"P5": 1, b"P6": 3, b"Pf": 1, b"PF": 3}
 
 
-def is_netpbm(data: bytes | memoryview) -> bool:
-    """Whether `data` begins as a netpbm of gray or colour values; bitmaps (P1, P4) are Pillow's."""
-    return bytes(data[:2]) in {*_CHANNELS, b"P7"} and bytes(data[2:3]).isspace()
+def read_netpbm(data: bytes | memoryview, path: str, limit_gb: float) -> Stored | None:
+    """Samples as stored, white as the header says. Source: netpbm.sourceforge.net/doc. Raises `UnreadableImage`.
 
-
-def read_netpbm(data: bytes | memoryview, path: str, limit_gb: float) -> Stored:
-    """Samples as stored, white as the header says. Source: netpbm.sourceforge.net/doc. Raises `UnreadableImage`."""
+    None where the file does not begin as a netpbm of gray or colour values; bitmaps (P1, P4) are Pillow's.
+    """
     magic = bytes(data[:2])
+    if magic not in (*_CHANNELS, b"P7") or not bytes(data[2:3]).isspace():
+        return None
     try:
         if magic == b"P7":
             width, height, channels, white, start = _pam_header(data)

@@ -174,17 +174,11 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     span = (0, 2**page.bitspersample - 1) if array.dtype.kind == "u" else None
     kind = page.photometric
+    rgb = kind not in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
+    stored = Stored(array, "TIFF", span, rgb=rgb, orientation=orientation(page), left_out=left_out)
     if kind == PHOTOMETRIC.PALETTE:
         table = _levels_of(page.colormap.T)
-        return Stored(
-            table[np.minimum(array[..., 0], len(table) - 1)],
-            "TIFF",
-            span_of_type(table.dtype),
-            rgb=True,
-            orientation=orientation(page),
-            left_out=left_out,
-        )
-    rgb = kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR, PHOTOMETRIC.SEPARATED)
+        return replace(stored, array=table[np.minimum(array[..., 0], len(table) - 1)], span=span_of_type(table.dtype))
     opacity = [
         place
         for place, means in enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
@@ -201,16 +195,7 @@ def stored_samples(array: np.ndarray, page: Any, path: str, left_out: str) -> St
             array = np.concatenate([np.delete(array, opacity[0], axis=2), alpha], axis=2)
         if EXTRASAMPLE.ASSOCALPHA in page.extrasamples:
             array = _not_multiplied(array, span[1] if span else 1)
-    return Stored(
-        array,
-        "TIFF",
-        span,
-        inverted=kind == PHOTOMETRIC.MINISWHITE,
-        rgb=rgb,
-        alpha=bool(opacity),
-        orientation=orientation(page),
-        left_out=left_out,
-    )
+    return replace(stored, array=array, inverted=kind == PHOTOMETRIC.MINISWHITE, alpha=bool(opacity))
 
 
 def _levels_of(table: np.ndarray) -> np.ndarray:
@@ -264,17 +249,8 @@ def _without_codec(data: bytes | memoryview, path: str, limit_gb: float, error: 
         page.bitspersample <= 8 and page.dtype.kind != "i" and known and page.photometric in _READ
     ):
         read = read_with_pillow(data, path, limit_gb)
-        # Pillow has turned it already.
-        array = turned(read.array, {6: 8, 8: 6}.get(turn, turn))
-        return Stored(
-            array,
-            "TIFF",
-            read.span,
-            inverted=gray16 and white_is_zero,  # of 8 bits and fewer Pillow inverts itself
-            rgb=read.rgb,
-            alpha=read.alpha,
-            orientation=turn,
-            left_out=further(pages, "page"),
-        )
+        # Pillow has turned it already, and of 8 bits and fewer inverted it.
+        array, inverted = turned(read.array, {6: 8, 8: 6}.get(turn, turn)), gray16 and white_is_zero
+        return replace(read, array=array, inverted=inverted, orientation=turn, left_out=further(pages, "page"))
     what = f"{page.samplesperpixel} channels of {page.bitspersample} bits, compression {compression}"
     raise UnreadableImage(path, f"a TIFF of {what}, needs imagecodecs: {REMEDY}") from error
