@@ -2,7 +2,7 @@
 
 import difflib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -65,27 +65,65 @@ def refuse(words: Sequence[str], parameters: Sequence[Parameter], command: str, 
             what must be given and is not.
     """
     of_flag = {flag: each for each in parameters for flag in each.flags}
-    typed = list(_pairs(words, {flag for flag, each in of_flag.items() if each.takes_value}, of_flag.keys() | helps))
+    valued = {flag for flag, each in of_flag.items() if each.takes_value}
+    typed = list(_pairs(words, valued, of_flag.keys() | helps))
     wrong = Problems()
-    for number, (flag, value) in enumerate(typed):
+    for error in (*_wrong_words(typed, of_flag, parameters, command, helps), *_wrong_values(typed, of_flag)):
         with wrong.noted():
-            if flag and flag not in of_flag and flag not in helps:
-                following = value or next((word for name, word in typed[number + 1 : number + 2] if not name), None)
-                _refuse_unknown(flag, following, parameters, of_flag.keys() | helps, command)
-    if not wrong.found:  # else a word may be the value of an option that is misspelt
-        given = {of_flag[flag].path for flag, _ in typed if flag in of_flag}
-        if not helps & {flag for flag, _ in typed}:
-            with wrong.noted():
-                _refuse_missing(given, [word for flag, word in typed if not flag], parameters, command)
-        with wrong.noted():
-            _refuse_words_too_many([word or "" for flag, word in typed if not flag], parameters, command)
+            raise error
+    wrong.tell()
+
+
+def _wrong_words(
+    typed: Sequence[tuple[str, str | None]],
+    of_flag: Mapping[str, Parameter],
+    parameters: Sequence[Parameter],
+    command: str,
+    helps: set[str],
+) -> Iterator[ConfigError]:
+    """Options that there are not; where all are, what is missing and what is too much."""
+    known = of_flag.keys() | helps
+    unknown = [place for place, (flag, _) in enumerate(typed) if flag and flag not in known]
+    takes_overrides = any(each.typed.get("completes") == "overrides" for each in parameters)
+    for place in unknown:
+        flag, value = typed[place]
+        following = value or next((word for name, word in typed[place + 1 : place + 2] if not name), None)
+        key = key_named(flag, following or "VALUE") if takes_overrides else None
+        meant = nearest(flag, known, ALIKE) or key or nearest(flag, known)
+        guess = f"; did you mean {meant}?" if meant else ""
+        yield ConfigError(f"{flag}: no such option{guess}", f"{command} --help shows those there are.")
+    if unknown:  # and a word may be the value of an option that is misspelt
+        return
+    hint = f"{command} --help shows what it takes."
+    flags, words = {flag for flag, _ in typed}, [word or "" for flag, word in typed if not flag]
+    arguments = [each for each in parameters if each.is_argument]
+    options = [each for each in parameters if not each.is_argument and not flags & set(each.flags)]
+    missing = [each.as_typed for each in (*arguments[len(words) :], *options) if each.field.is_required()]
+    if missing and not helps & flags:
+        yield ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", hint)
+    if len(words) > len(arguments) and not any(each.many for each in arguments):
+        named = " and ".join(each.as_typed for each in arguments) or "options"
+        yield ConfigError(f"{' '.join(words[len(arguments) :])}: {command} takes {named} alone", hint)
+
+
+def _wrong_values(typed: Sequence[tuple[str, str | None]], of_flag: Mapping[str, Parameter]) -> Iterator[ConfigError]:
+    """Values that are not taken, or missing, or said twice: the last one would win in silence."""
     first: dict[tuple[str, ...], str] = {}
     for flag, value in typed:
-        with wrong.noted():
-            if flag in of_flag:
-                _refuse_value(flag, value, of_flag[flag])
-                _refuse_twice(value or "", of_flag[flag], first)
-    wrong.tell()
+        if (parameter := of_flag.get(flag)) is None:
+            continue
+        if not parameter.takes_value:
+            if value is not None:
+                yield ConfigError(f"{flag}={value}: {flag} takes no value")
+        elif not value:  # an empty word, too: a variable of the shell that is not set
+            yield ConfigError(f"{flag}: its value is missing; it takes {expected(parameter)}")
+        elif not parameter.takes(value):
+            yield ConfigError(f"{flag} {value}: must be {expected(parameter)}{_guess(value, parameter)}")
+        elif not parameter.many and parameter.path in first:
+            twice = f"{parameter.as_typed} is given twice: {first[parameter.path]} and {value}"
+            yield ConfigError(twice, "Leave one of them out.")
+        else:
+            first[parameter.path] = value
 
 
 def _pairs(words: Sequence[str], valued: set[str], known: set[str]) -> Iterator[tuple[str, str | None]]:
@@ -103,55 +141,6 @@ def _pairs(words: Sequence[str], valued: set[str], known: set[str]) -> Iterator[
             yield flag, value
         else:
             yield flag, rest.popleft() if flag in valued and rest and rest[0] not in known else None
-
-
-def _refuse_unknown(
-    flag: str, value: str | None, parameters: Sequence[Parameter], known: set[str], command: str
-) -> None:
-    meant = nearest(flag, known, ALIKE)
-    if not meant and any(each.typed.get("completes") == "overrides" for each in parameters):
-        meant = key_named(flag, value or "VALUE")
-    meant = meant or nearest(flag, known)
-    guess = f"; did you mean {meant}?" if meant else ""
-    raise ConfigError(f"{flag}: no such option{guess}", f"{command} --help shows those there are.")
-
-
-def _refuse_missing(
-    given: set[tuple[str, ...]], words: Sequence[str | None], parameters: Sequence[Parameter], command: str
-) -> None:
-    options = [each for each in parameters if not each.is_argument and each.path not in given]
-    arguments = [each for each in parameters if each.is_argument][len(words) :]
-    if missing := [each.as_typed for each in (*arguments, *options) if each.field.is_required()]:
-        are = "is" if len(missing) == 1 else "are"
-        raise ConfigError(f"{' and '.join(missing)} {are} missing", f"{command} --help shows what it takes.")
-
-
-def _refuse_words_too_many(words: Sequence[str], parameters: Sequence[Parameter], command: str) -> None:
-    arguments = [each for each in parameters if each.is_argument]
-    if len(words) > len(arguments) and not any(each.many for each in arguments):
-        named = " and ".join(each.as_typed for each in arguments) or "options"
-        extra = " ".join(words[len(arguments) :])
-        raise ConfigError(f"{extra}: {command} takes {named} alone", f"{command} --help shows what it takes.")
-
-
-def _refuse_value(flag: str, value: str | None, parameter: Parameter) -> None:
-    if not parameter.takes_value:
-        if value is not None:
-            raise ConfigError(f"{flag}={value}: {flag} takes no value")
-    elif not value:  # an empty word, too: a variable of the shell that is not set
-        raise ConfigError(f"{flag}: its value is missing; it takes {expected(parameter)}")
-    elif not parameter.takes(value):
-        raise ConfigError(f"{flag} {value}: must be {expected(parameter)}{_guess(value, parameter)}")
-
-
-def _refuse_twice(value: str, parameter: Parameter, first: dict[tuple[str, ...], str]) -> None:
-    """Else the last one would win in silence."""
-    if parameter.many or not parameter.takes_value:
-        return
-    if parameter.path in first:
-        name = parameter.as_typed
-        raise ConfigError(f"{name} is given twice: {first[parameter.path]} and {value}", "Leave one of them out.")
-    first[parameter.path] = value
 
 
 def expected(parameter: Parameter) -> str:

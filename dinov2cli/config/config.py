@@ -279,43 +279,32 @@ def _deviations(config: Config) -> Iterator[str]:
         yield f"compute_precision.precision={precision.precision}: {used}; the reference runs fp16 with a scaler"
     elif not precision.grad_scaler:
         yield "compute_precision.grad_scaler=false: fp16 without a gradient scaler, which the reference uses"
-    if config.crops.blur_prob != Crops.model_fields["blur_prob"].default:
-        yield f"crops.blur_prob={list(config.crops.blur_prob)}: the published code runs [0.0, 0.9, 0.5]"
-    for key in ("color_jitter_prob", "grayscale_prob", "solarize_prob"):
-        value, default = getattr(config.crops, key), Crops.model_fields[key].default
-        if value != default:
-            yield f"crops.{key}={value}: the reference uses {default}"
-    if config.data.exif_orientation:
-        yield "data.exif_orientation=true: images are turned upright as EXIF says; the reference shows them as stored"
-    if config.data.background != "drop":
-        yield (
-            f"data.background={config.data.background}: what is transparent shows this background; the reference shows "
-            "the colours hidden there (drop)"
-        )
-    if train.gradient_accumulation > 1:
-        yield (
-            f"train.gradient_accumulation={train.gradient_accumulation}: centering, Sinkhorn-Knopp and KoLeo see "
-            f"{train.batch_size_per_gpu} images per process at a time; the reference has no accumulation"
-        )
-    if config.distillation.teacher:
-        yield from _departures_of_distillation(config)
-    if config.optim.scaling_rule != "sqrt_wrt_1024":
-        yield f"optim.scaling_rule={config.optim.scaling_rule}: the reference knows only sqrt_wrt_1024"
-    if train.max_nonfinite > 1:
-        yield f"train.max_nonfinite={train.max_nonfinite}: the reference stops at the first non-finite loss"
-    if train.max_bad_fraction > 0:
-        yield (
-            f"train.max_bad_fraction={train.max_bad_fraction}: an unreadable image is logged and replaced; "
-            "the reference stops at the first"
-        )
-
-
-def _departures_of_distillation(config: Config) -> Iterator[str]:
-    if config.student.drop_path_rate:
-        yield f"student.drop_path_rate={config.student.drop_path_rate}: the paper distils without stochastic depth"
-    if config.train.centering != "sinkhorn_knopp":
-        yield f"train.centering={config.train.centering}: the reference distils with sinkhorn_knopp"
-    if not config.ibot.separate_head:
-        yield "ibot.separate_head=false: the reference distils with a head of the patches' own"
-    if config.distillation.patches != "masked":
-        yield f"distillation.patches={config.distillation.patches}: the reference compares those that masks choose"
+    of_colours = ("color_jitter_prob", "grayscale_prob", "solarize_prob")
+    of_distillation = (
+        ("student.drop_path_rate", 0, "the paper distils without stochastic depth"),
+        ("train.centering", "sinkhorn_knopp", "the reference distils with sinkhorn_knopp"),
+        ("ibot.separate_head", True, "the reference distils with a head of the patches' own"),
+        ("distillation.patches", "masked", "the reference compares those that masks choose"),
+    )
+    for key, reference, what in (
+        ("crops.blur_prob", Crops.model_fields["blur_prob"].default, "the published code runs [0.0, 0.9, 0.5]"),
+        *((f"crops.{name}", (usual := Crops.model_fields[name].default), f"the reference uses {usual}")
+          for name in of_colours),
+        ("data.exif_orientation", False, "images are turned upright as EXIF says; the reference shows them as stored"),
+        ("data.background", "drop",
+         "what is transparent shows this background; the reference shows the colours hidden there (drop)"),
+        ("train.gradient_accumulation", 1,
+         f"centering, Sinkhorn-Knopp and KoLeo see {train.batch_size_per_gpu} images per process at a time; the "
+         "reference has no accumulation"),
+        *(of_distillation if config.distillation.teacher else ()),
+        ("optim.scaling_rule", "sqrt_wrt_1024", "the reference knows only sqrt_wrt_1024"),
+        ("train.max_nonfinite", 1, "the reference stops at the first non-finite loss"),
+        ("train.max_bad_fraction", 0, "an unreadable image is logged and replaced; the reference stops at the first"),
+    ):  # fmt: skip
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value != reference:
+            shown = (
+                list(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+            )
+            yield f"{key}={shown}: {what}"

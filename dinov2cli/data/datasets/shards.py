@@ -17,7 +17,7 @@ import numpy as np
 
 from dinov2cli.console import counted, logger, progress
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, classes_of, require_images
-from dinov2cli.data.datasets.listing import Arrays, PathTable, image_extensions, recall, remember
+from dinov2cli.data.datasets.listing import PathTable, image_extensions, recall, remember
 from dinov2cli.data.decoding import UnreadableImage
 from dinov2cli.errors import DataError
 from dinov2cli.files import user_path
@@ -53,8 +53,8 @@ class ShardsDataset(ImageDataset):
 
     def _open(self, folder: Path, shards: list[str]) -> None:
         self.root, self.shards = folder, shards
-        index = _load_or_make_index(folder, shards)
-        self._shard, self._offset, self._size, self._inflated, self._classes, self._names = index
+        places, self._names = _load_or_make_index(folder, shards)
+        self._shard, self._offset, self._size, self._inflated, self._classes = places.T
         require_images(len(self._size), ", ".join(shards[:3]) + f" in {folder}")
         self._files = OpenFiles()
         self.class_names = tuple(map(str, range(int(self._classes.max()) + 1)))
@@ -118,40 +118,22 @@ class ArchiveDataset(ShardsDataset):
         return f"archive {self.root / self.shards[0]}: {counted(len(self), 'image')}, {self._classes_in_words}"
 
 
-class _Index(NamedTuple):
-    """Where the images lie. N images; offset and size of the content in bytes, int64 [N]; inflated: the size once
-    decompressed, 0 for what is stored as it is."""
-
-    shard: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    inflated: np.ndarray
-    label: np.ndarray
-    names: PathTable
-
-
-def _load_or_make_index(root: Path, shards: list[str]) -> _Index:
-    kind = ["archives, nothing hidden", *shards]
+def _load_or_make_index(root: Path, shards: list[str]) -> tuple[np.ndarray, PathTable]:
+    """Where the images lie, int64 [N, 5]: number of the shard, offset and size of the content in bytes, its size once
+    decompressed (0 for what is stored as it is), and label (-1: none); and their names."""
+    kind = ["archives, nothing hidden, one table", *shards]
     if (recalled := recall(root, kind)) is not None:
         arrays, _ = recalled
-        names = PathTable(arrays.pop("blob"), arrays.pop("ends"))
-        return _Index(**arrays, names=names)
+        return arrays["places"], PathTable(arrays["blob"], arrays["ends"])
     started = time.time_ns()
     modified = {name: os.stat(root / name).st_mtime_ns for name in shards}
     logger.info("reading the headers of %s in %s, once", f"{len(shards)} files" if shards[1:] else shards[0], root)
     with progress() as bar, ThreadPoolExecutor(INDEX_THREADS) as pool:
         members = list(bar.track(pool.map(_images_in, [root / name for name in shards]), total=len(shards)))
-    places = np.array([place for in_shard in members for _, *place in in_shard], np.int64).reshape(-1, 4)
-    columns: Arrays = {
-        "shard": np.repeat(np.arange(len(shards), dtype=np.int32), [len(in_shard) for in_shard in members]),
-        "offset": places[:, 0].copy(),
-        "size": places[:, 1].copy(),
-        "inflated": places[:, 2].copy(),
-        "label": places[:, 3].astype(np.int32),
-    }
-    names = PathTable.of(name for in_shard in members for name, *_ in in_shard)
-    remember(root, kind, {**columns, "blob": names.blob, "ends": names.ends}, (), modified, started)
-    return _Index(**columns, names=names)
+    rows = [(number, *place) for number, in_shard in enumerate(members) for _, *place in in_shard]
+    places, names = np.array(rows, np.int64).reshape(-1, 5), PathTable.of(name for each in members for name, *_ in each)
+    remember(root, kind, {"places": places, "blob": names.blob, "ends": names.ends}, (), modified, started)
+    return places, names
 
 
 class _Member(NamedTuple):
