@@ -500,8 +500,7 @@ def table(seeds: Seeds, rng: random.Random, folder: Path) -> Callable[[], Any]:
 
     def read() -> None:
         from dinov2cli.data.datasets import make_dataset
-        from dinov2cli.data.prepare.labels import read_labels
-        from dinov2cli.data.prepare.val_folders import read_val_labels
+        from dinov2cli.data.prepare.labels import read_labels, read_val_labels
         from dinov2cli.eval.reports import read_results
         from dinov2cli.visualize.basis import ColorBasis
         from dinov2cli.visualize.run_plot import read_run

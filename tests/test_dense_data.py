@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinov2cli.data.datasets import UnreadableImage, make_dataset
 from dinov2cli.data.datasets.dense import DenseDataset
-from dinov2cli.data.datasets.depth import KITTI, NYU
+from dinov2cli.data.datasets.dense_layouts import KITTI, NYU
 from dinov2cli.data.datasets.recognise_dense import dense_dataset, dense_string
 from dinov2cli.data.decoding import USUAL, Reading
 from dinov2cli.data.dense_transforms import CentreCrop, DepthCrop, SegmentationCrop, counted_part, rotated, used_part

@@ -17,8 +17,8 @@ from dinov2cli.config.tree import FIELDS
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.spelling import absolute
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch.origins import print_origins
 from dinov2cli.launch.training import resolve_config
+from dinov2cli.launch.typed import print_origins
 from dinov2cli.requests.train import TrainRequest
 from dinov2cli.train import resuming
 

@@ -12,8 +12,8 @@ from torch import nn
 from dinov2cli.config import load_config
 from dinov2cli.config.vit import TrainedPart
 from dinov2cli.errors import ConfigError
-from dinov2cli.launch.origins import print_origins
 from dinov2cli.launch.training import resolve_config
+from dinov2cli.launch.typed import print_origins
 from dinov2cli.models.load import load_backbone_into, load_model
 from dinov2cli.models.trained_part import LowRankLinear, plain_parameters, train_only
 from dinov2cli.models.vision_transformer import VisionTransformer

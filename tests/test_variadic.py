@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dinov2cli.cli import command
+from dinov2cli.cli.command import repeat_names
 from dinov2cli.cli.main import app
-from dinov2cli.cli.variadic import repeat_names
 from dinov2cli.errors import ConfigError
 from dinov2cli.requests.base import Request
 from dinov2cli.requests.eval import LinearRequest

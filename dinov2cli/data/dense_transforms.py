@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2cli.config.images import IMAGENET, Statistics
 from dinov2cli.data import pixels
 from dinov2cli.data.datasets.dense import IGNORED
-from dinov2cli.data.datasets.depth import DepthProtocol
+from dinov2cli.data.datasets.dense_layouts import DepthProtocol
 
 LONGEST = 4
 """An image is not enlarged until its longer side is more than so many times the short side that is wanted."""

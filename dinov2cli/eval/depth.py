@@ -18,7 +18,7 @@ from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.data import pixels
 from dinov2cli.data.datasets.dense import DepthDataset, over_labels
-from dinov2cli.data.datasets.depth import NYU, DepthProtocol
+from dinov2cli.data.datasets.dense_layouts import NYU, DepthProtocol
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, size_for, used_part
 from dinov2cli.errors import ConfigError, DataError

@@ -18,7 +18,9 @@ from dinov2cli.errors import ConfigError, EnvironmentProblem
 from dinov2cli.files import write_text
 from dinov2cli.launch.environment import NOTES_FOLDER, RUN_TOKEN, SLURM_OPTIONS, SUPERVISOR_PID
 from dinov2cli.launch.job import NodeTask
+from dinov2cli.launch.local import Elsewhere, launch_here
 from dinov2cli.requests.base import Request, words_of
+from dinov2cli.requests.eval import EvalRequest
 from dinov2cli.requests.launch import Slurm
 from dinov2cli.site import read_site, shown
 
@@ -112,6 +114,26 @@ def submit(request: Request, wanted: Wanted, *, folder: Path, name: str, run: Pa
         raise EnvironmentProblem(f"Slurm did not take the job: {last_line(str(error))}", hint) from error
     write_record(own, job.job_id, request, wanted)
     return Submitted(job.job_id, own, run)
+
+
+def launch_evaluation(request: EvalRequest) -> Elsewhere | None:
+    """Start an evaluation where the request says: as a job, in several processes here, or (None) in this process.
+
+    A job's folder is `slurm/` in the output folder, else in the run that the checkpoint belongs to, else here.
+
+    Raises:
+        Dino2Error: as the launchers.
+    """
+    if request.slurm.is_asked:
+        checkpoint = Path(request.checkpoint).absolute()
+        runs = (place for place in (checkpoint, *checkpoint.parents) if (place / "config.yaml").exists())
+        folder = request.output_dir or next(runs, Path())
+        wanted = wanted_for(request.slurm, request.gpus, cpu=request.device == "cpu", usual=1)
+        request, name = request.model_copy(update={"device": "cpu"} if wanted.cpu else {}), request.protocol()
+        if request.dry_run:
+            return Elsewhere(script(wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
+        return Elsewhere(submit(request, wanted, folder=folder.absolute() / "slurm", name=f"dino2-{name}"))
+    return launch_here(request)
 
 
 def write_record(folder: Path, job_id: str, request: Request, wanted: Wanted) -> None:

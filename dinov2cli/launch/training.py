@@ -16,14 +16,15 @@ from dinov2cli.errors import ConfigError, Problems
 from dinov2cli.files import check_folder, user_path
 from dinov2cli.launch import owner, slurm
 from dinov2cli.launch.local import Elsewhere, launch_local, processes_here
-from dinov2cli.launch.origins import keys_of_site, print_origins
 from dinov2cli.launch.restarts import newest_checkpoint
 from dinov2cli.launch.typed import (
     default_run_folder,
+    keys_of_site,
     of_student,
     open_data,
     overrides_of,
     own_file,
+    print_origins,
     said_here,
     students_of,
     tell_of_fewer_nodes,

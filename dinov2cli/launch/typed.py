@@ -1,15 +1,19 @@
-"""What a request to train says: its configuration as it is typed, and the preset where it leaves that open."""
+"""What a request to train says: its configuration as it is typed, the preset where it leaves that open, and where its
+other values come from."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dinov2cli import cluster
 from dinov2cli.config import Config, find_preset, load_config
 from dinov2cli.config.choosing import CONTINUING, RECIPES, Machine, choose
-from dinov2cli.config.loading import Layer
-from dinov2cli.console import logger
+from dinov2cli.config.loading import Layer, read_layers
+from dinov2cli.config.messages import said_by
+from dinov2cli.console import err, logger, plain_table
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.data.look import look_at
@@ -22,7 +26,7 @@ from dinov2cli.launch.local import processes_here
 from dinov2cli.launch.slurm import Wanted
 from dinov2cli.requests.launch import GPUS_PER_NODE
 from dinov2cli.requests.train import TrainRequest
-from dinov2cli.site import read_site
+from dinov2cli.site import cache_folder, read_site, shown, user_file
 from dinov2cli.train.run_folder import RunFolder, written_by_dino2
 
 SIZE = {f"student.{key}" for key in ("arch", "embed_dim", "depth", "num_heads", "patch_size")}
@@ -205,3 +209,42 @@ def machine_of(request: TrainRequest) -> Machine:
         return Machine(cores)
     memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(processes))
     return Machine(cores, processes, memory / 1e9)
+
+
+def keys_of_site(request: TrainRequest) -> list[tuple[str, str, str]]:
+    """(key, value as in an override, file) of those of the site's keys that hold for a run."""
+    site = said_here()
+    layers, files = read_layers(request.preset, own_file(request), overrides_of(request), site), {f for _, f in site}
+    pairs = [(group, key) for layer, _ in site for group, keys in layer.items() for key in keys]
+    found = [(f"{group}.{key}", *said_by(layers, [group, key])) for group, key in pairs]
+    return [(key, value if isinstance(value, str) else json.dumps(value), file) for key, value, file in found
+            if file in files]  # fmt: skip
+
+
+def print_origins(request: TrainRequest, config: Config) -> None:
+    """Say on standard error where the values come from that were not typed."""
+    site = read_site()
+    runs = f"by default, below the runs of {shown(site.sources['runs'])}" if site.settings.runs else "by default"
+    is_named = request.output_dir not in (None, default_run_folder(TrainRequest(), config.train.dataset_path))
+    typed = "typed" if is_named or "train.output_dir" in "".join(request.overrides) else runs
+    plain = typed_config(request.model_copy(update={"data": None})).train.dataset_path
+    name = (request.data or plain).partition(":")[0]
+    source = "typed" if request.data else f"preset {request.preset}" if request.preset else "configuration"
+    known = site.sources.get(f"datasets.{name}")
+    cache_from = "DINO2_CACHE" if os.environ.get("DINO2_CACHE") else shown(site.sources.get("cache", "by default"))
+    rows = [
+        ("run folder", config.train.output_dir, typed),
+        ("data", config.train.dataset_path, f"{source}; its place from {shown(known)}" if known else source),
+        ("cache", str(cache_folder("weights").parent), cache_from),
+        *keys_of_site(request),
+        *(cluster.origins(request.slurm) if request.slurm.is_asked else []),
+    ]
+    table = plain_table("setting", "value", "from")
+    for each in table.columns:
+        each.overflow = "fold"
+    names, file = max(len(row[0]) for row in rows), len(shown(user_file()))
+    table.columns[1].max_width = max(err.width - names - file - 8, 16)  # values are folded first
+    table.columns[2].max_width = max(file, 16)
+    for row in rows:
+        table.add_row(*row)
+    err.print(table, markup=False, highlight=False)

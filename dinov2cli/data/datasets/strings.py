@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dinov2cli.data.datasets.arrays import ArraysDataset
 from dinov2cli.data.datasets.base import ImageDataset
-from dinov2cli.data.datasets.depth import Depths, Kitti, NYUd
+from dinov2cli.data.datasets.dense_layouts import ADE20k, Cityscapes, Depths, Kitti, Masks, NYUd, PascalVOC
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.image_list import ROWS_OF, PathsDataset, lines_of, rows_of
 from dinov2cli.data.datasets.imagenet import ImageNet
@@ -18,7 +18,6 @@ from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.datasets.parquet import ParquetDataset
 from dinov2cli.data.datasets.recognise import check_layout, recognise
 from dinov2cli.data.datasets.sample_photos import SamplePhotos
-from dinov2cli.data.datasets.segmentation import ADE20k, Cityscapes, Masks, PascalVOC
 from dinov2cli.data.datasets.shards import ArchiveDataset, ShardsDataset
 from dinov2cli.data.datasets.table import TableDataset
 from dinov2cli.data.spelling import EXAMPLES, KNOWN, SHORT, complete, inside, joined, options_of, unquoted

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2cli.console import err, out
+from dinov2cli.console import err, few, out
+from dinov2cli.data.datasets import UnreadableImage
 from dinov2cli.data.datasets.imagenet import ImageNet, Split, data_root
 from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.decoding import decode_image, read_file
 from dinov2cli.data.known import register
-from dinov2cli.data.prepare.check import check_split
 from dinov2cli.data.prepare.imagenet import (
     SplitListing,
     changed_since,
@@ -18,12 +19,22 @@ from dinov2cli.data.prepare.imagenet import (
     write_metadata,
 )
 from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
-from dinov2cli.data.prepare.labels import SOLUTION, Labels, kaggle_file, read_labels, write_labels
-from dinov2cli.data.prepare.val_folders import read_val_labels, sort_val
+from dinov2cli.data.prepare.labels import (
+    SOLUTION,
+    Labels,
+    kaggle_file,
+    read_labels,
+    read_val_labels,
+    sort_val,
+    write_labels,
+)
 from dinov2cli.errors import ConfigError, DataError, EnvironmentProblem
 from dinov2cli.files import user_path
 from dinov2cli.requests.tools import PrepareImagenetRequest
 from dinov2cli.site import read_site
+
+SAMPLE = 200
+"""Images of a split that `--check` opens."""
 
 
 def run(request: PrepareImagenetRequest) -> None:
@@ -118,15 +129,38 @@ def _labels(root: Path, data: Path, listings: list[SplitListing], request: Prepa
 
 
 def _check(root: Path, listings: list[SplitListing], labels: Labels) -> None:
+    """Compare splits with labels.txt and the full data set, open a sample of their images, and say what is found:
+    what a subset lacks as notes, what a training would trip over as problems."""
     problems = list(labels.problems)
     for listing in listings:
-        report = check_split(root, listing, labels)
-        least, median, most = report.counts
-        per_class = f", {least} / {median} / {most} a class (least, median, most)" if report.split != "TEST" else ""
-        _say(f"{report.split}: {report.images} images in {report.classes} classes{per_class}; opened {report.opened}")
-        for note in report.notes:
-            _say(f"  {note}")
-        problems += report.problems
+        split, classes = listing.split, listing.classes
+        files = [split.image_path(c, n, listing.layout) for c, numbers in classes.items() for n in numbers]
+        empty = [file for file in files if not ((path := root / file).is_file() and path.stat().st_size)]
+        sample = sorted(np.random.default_rng(0).permutation(len(files))[:SAMPLE].tolist())
+        counts = [len(numbers) for numbers in classes.values()] or [0]
+        spread = f"{min(counts)} / {int(np.median(counts))} / {max(counts)} a class (least, median, most)"
+        per_class = f", {spread}" if split is not Split.TEST else ""
+        _say(f"{split.name}: {listing.images} images in {len(classes)} classes{per_class}; opened {len(sample)}")
+        if listing.images != split.full_size:
+            _say(f"  {listing.images} of the {split.full_size} images of the full {split.name}")
+        names = dict.fromkeys(classes, "") if split is Split.TEST else labels.names
+        if missing := [class_id for class_id in names if class_id not in classes]:
+            _say(f"  {len(missing)} classes of labels.txt without images: {few(missing)}")
+        if listing.images == 0:
+            problems.append(f"{split.folder}/ holds no image")
+        for what, found in (
+            ("class folders that labels.txt does not name", sorted(classes.keys() - names.keys())),
+            ("class folders without images", listing.without_images),
+            ("names that are not of the layout", listing.unexpected),
+            ("empty files", empty),
+        ):
+            if found:
+                problems.append(f"{len(found)} {what}: {few(found)}")
+        for i in sample:
+            try:
+                decode_image(read_file(str(root / files[i])), files[i])
+            except UnreadableImage as error:
+                problems.append(error.message)
     for problem in problems:
         _warn(problem)
     if problems:
