@@ -17,7 +17,7 @@ from dinov2cli.data.decoding import Reading, read_image
 from dinov2cli.data.loaders import make_train_loader
 from dinov2cli.errors import DataError, WeightsError
 from dinov2cli.eval.embed import run as embed
-from dinov2cli.eval.subject import load_subject
+from dinov2cli.eval.protocol import load_subject
 from dinov2cli.models.load import load_model
 from dinov2cli.requests.eval import EmbedRequest, KnnRequest, LinearRequest, LogregRequest
 from dinov2cli.requests.export import ExportRequest

@@ -5,8 +5,8 @@ import pytest
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from dinov2cli.curate import components
-from dinov2cli.curate.components import AtThreshold, Components, sweep
+from dinov2cli.curate import graph
+from dinov2cli.curate.graph import AtThreshold, Components, sweep
 
 
 def lowest_of_component(n: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def lowest_of_component(n: int, one: np.ndarray, other: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize("n_edges", [0, 1, 30, 60, 300])
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 22])
 def test_components_are_those_of_scipy(n_edges: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "EDGES_AT_ONCE", at_once)
+    monkeypatch.setattr(graph, "EDGES_AT_ONCE", at_once)
     for seed in range(5):
         one, other = np.random.default_rng([seed, n_edges]).integers(0, 100, (2, n_edges))
         found = Components(100)

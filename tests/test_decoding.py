@@ -22,7 +22,7 @@ from dinov2cli.data.datasets import make_dataset
 from dinov2cli.data.decoding import Reading, UnreadableImage, decode_image, read_image
 from dinov2cli.data.formats.fast import read_png
 from dinov2cli.data.loaders import make_train_loader
-from dinov2cli.eval.subject import load_subject
+from dinov2cli.eval.protocol import load_subject
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.eval import EmbedRequest, KnnRequest
 from dinov2cli.requests.pictures import PcaImageRequest

@@ -20,7 +20,7 @@ from dinov2cli.eval.dense_heads import (
     segmentation_loss,
     sig_loss,
 )
-from dinov2cli.eval.dense_metrics import Confusion, DepthErrors, DepthScores
+from dinov2cli.eval.metrics import Confusion, DepthErrors, DepthScores
 from dinov2cli.models.dense_heads import DepthHead, SegmentationHead
 from dinov2cli.models.sliding import mirrored_mean, multi_scale, sliding, window_starts
 

@@ -23,10 +23,16 @@ from dinov2cli.models.dense_heads import DenseModel, DepthHead, HeadConfig, Segm
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.dense import load_dense, save_head
 from dinov2cli.requests.pictures import DepthMapsRequest, SegmentRequest
-from dinov2cli.visualize.dense_maps import classes_of, depths_of
-from dinov2cli.visualize.drawing import ClassDrawing, DepthDrawing
-from dinov2cli.visualize.features import resize
-from dinov2cli.visualize.legends import class_legend, depth_legend, near_is_bright, palette_of, voc_palette
+from dinov2cli.visualize.drawing import (
+    ClassDrawing,
+    DepthDrawing,
+    class_legend,
+    depth_legend,
+    near_is_bright,
+    palette_of,
+    voc_palette,
+)
+from dinov2cli.visualize.features import classes_of, depths_of, resize
 from dinov2cli.visualize.video.stills import list_images
 from dinov2cli.visualize.video.writer import open_writer
 

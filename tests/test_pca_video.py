@@ -26,12 +26,10 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
-from dinov2cli.visualize.pca_image import fit_image_basis, render_images
-from dinov2cli.visualize.pca_video import fit_video_basis, render_video
+from dinov2cli.visualize.pca_pictures import fit_image_basis, fit_video_basis, render_images, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
-from dinov2cli.visualize.video.reader import VideoFile, check_source, open_source, sampling_step
+from dinov2cli.visualize.video.reader import HLG, PQ, VideoFile, check_source, open_source, sampling_step, tone_map
 from dinov2cli.visualize.video.stills import ImageFolder, list_images
-from dinov2cli.visualize.video.tone_mapping import HLG, PQ, tone_map
 from dinov2cli.visualize.video.writer import VideoWriter, open_writer
 
 

@@ -16,7 +16,7 @@ import dinov2cli.eval
 from dinov2cli.cli.command import add_command
 from dinov2cli.config import load_config
 from dinov2cli.errors import ConfigError, WeightsError
-from dinov2cli.eval import knn, subject
+from dinov2cli.eval import knn, protocol
 from dinov2cli.eval.protocol import evaluate_teacher, labelled
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.requests.base import option
@@ -163,14 +163,14 @@ def test_what_is_named_is_what_was_loaded_though_a_training_goes_on(
     run: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load = subject.load_model
+    load = protocol.load_model
 
     def load_while_a_newer_teacher_is_written(source: object, **options: object) -> VisionTransformer:
         shutil.copytree(run / "eval" / "training_9", run / "eval" / "training_29")
         return load(source, **options)
 
-    monkeypatch.setattr(subject, "load_model", load_while_a_newer_teacher_is_written)
-    found = subject.load_subject(str(run))
+    monkeypatch.setattr(protocol, "load_model", load_while_a_newer_teacher_is_written)
+    found = protocol.load_subject(str(run))
     assert found.iteration == 19
     saved = torch.load(found.weights)["teacher"]
     assert torch.equal(found.model.pos_embed, saved["backbone.pos_embed"])

@@ -18,11 +18,9 @@ from dinov2cli.cli.main import main
 from dinov2cli.requests.base import run
 from dinov2cli.requests.eval import EmbedRequest
 from dinov2cli.requests.search import SearchAddRequest, SearchBuildRequest, SearchQueryRequest, SearchRemoveRequest
-from dinov2cli.search import approximate
 from dinov2cli.search.adding import Changed
-from dinov2cli.search.approximate import Approximation
 from dinov2cli.search.index import Index, locked
-from dinov2cli.search.neighbours import neighbours
+from dinov2cli.search.neighbours import KINDS, Approximation, neighbours
 
 HERE: dict[str, Any] = {"num_workers": 0, "device": "cpu"}
 
@@ -324,7 +322,7 @@ def test_results_and_facts_as_json(here: Path, capsys: pytest.CaptureFixture[str
     assert "has no image elsewhere" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", approximate.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_faiss_finds_nearly_all_scores_as_the_exact_search_does_and_keeps_up(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from dinov2cli.errors import DataError, WeightsError
 from dinov2cli.eval.cache import dataset_fingerprint
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.images import GivenImages, check_words, dataset_of_words
-from dinov2cli.eval.subject import load_subject
+from dinov2cli.eval.protocol import load_subject
 from dinov2cli.files import fingerprint, writing
 from dinov2cli.requests.curate import CurateRequest
 from dinov2cli.search.index import Index, is_index

@@ -2,11 +2,12 @@
 
 Exact, or among the images of the nearest cells alone: an inverted file as in Sivic and Zisserman, "Video Google"
 (2003).
+Then what their edges join: connected components, of a graph that need not fit into memory.
 
-Shapes: N images, D features, b images of a block, k neighbours.
+Shapes: N images or nodes, D features, b images of a block, k neighbours, E edges.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 
 from dinov2cli.console import Advance, counting
-from dinov2cli.curate.components import Edges
 from dinov2cli.curate.kmeans import Points, assigned, comparisons, kmeans
 from dinov2cli.curate.stage import Stage, share
 from dinov2cli.files import replacing, writing
@@ -28,6 +28,10 @@ ITERATIONS, TRAINED_ON = 10, 64
 """Of the k-means that makes cells, and images for each cell that it looks at."""
 CHECKED = 1000
 """Images whose neighbours are looked for among all, to say what probing misses."""
+EDGES_AT_ONCE = 1 << 22
+
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""One node and the other, int [E], and how similar they are, float [E]."""
 
 
 class Block(NamedTuple):
@@ -226,3 +230,66 @@ def _write(file: Path, block: Block, k: int) -> None:
 def _read(file: Path) -> Block:
     with np.load(file) as kept:
         return Block(kept["queries"], kept["rows"].astype(np.int64), 1 - kept["distances"].astype(np.float32))
+
+
+class Components:
+    """Which nodes edges have joined so far: a forest, in which the lowest node of a component is its root.
+
+    Edges may come in any order and any number of pieces; the components are the same. Memory: 8 bytes a node.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._parent = np.arange(n)
+
+    def join(self, one: np.ndarray, other: np.ndarray) -> None:
+        """Join the components of `one[i]` and `other[i]`, int [E], for every i."""
+        for start in range(0, len(one), EDGES_AT_ONCE):
+            a, b = (self._find(nodes[start : start + EDGES_AT_ONCE]) for nodes in (one, other))
+            while len(a):
+                apart = a != b
+                low, high = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
+                # Of several roots that one is to be joined to, the lowest takes it; the others come again.
+                np.minimum.at(self._parent, high, low)
+                a, b = self._find(low), self._find(high)
+
+    def roots(self) -> np.ndarray:
+        """For each node the lowest of its component, int64 [N]."""
+        return self._find(np.arange(len(self._parent)))
+
+    def _find(self, nodes: np.ndarray) -> np.ndarray:
+        """The roots of nodes, to which these are tied directly from now on."""
+        root: np.ndarray = self._parent[nodes]
+        while True:
+            above = self._parent[root]
+            self._parent[nodes] = above  # each pass halves the way of those that follow one another
+            if np.array_equal(above, root):
+                return root
+            root = above
+
+
+class AtThreshold(NamedTuple):
+    """What a threshold would do: the share of nodes that are dropped if one of each component is kept, and the size of
+    the largest component."""
+
+    threshold: float
+    dropped: float
+    largest: int
+
+
+def sweep(
+    n: int, edges: Callable[[float], Iterable[Edges]], thresholds: Iterable[float]
+) -> Iterator[tuple[AtThreshold, np.ndarray]]:
+    """What each threshold would do, from the highest to the lowest, and for each node the lowest of its component,
+    int64 [N].
+
+    Args:
+        edges: pieces of the edges of a graph of n nodes that are above a similarity; called once a threshold.
+    """
+    components, before = Components(n), np.inf
+    for threshold in sorted(thresholds, reverse=True):
+        for one, other, similarity in edges(threshold):
+            new = (similarity > threshold) & (similarity <= before)
+            components.join(one[new], other[new])
+        roots, before = components.roots(), threshold
+        sizes = np.bincount(roots)
+        yield AtThreshold(threshold, 1 - np.count_nonzero(sizes) / max(n, 1), int(sizes.max(initial=0))), roots

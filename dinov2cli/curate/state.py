@@ -13,7 +13,7 @@ import torch
 from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.curate.collection import Collection
-from dinov2cli.curate.components import AtThreshold
+from dinov2cli.curate.graph import AtThreshold
 from dinov2cli.requests.curate import CurateRequest
 
 KEPT, UNREADABLE, DUPLICATE, AGAINST, NOT_ALIKE, NOT_DRAWN = range(6)

@@ -17,8 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dinov2cli.console import counting
 from dinov2cli.curate.collection import Collection
-from dinov2cli.curate.components import AtThreshold, Components, sweep
-from dinov2cli.curate.graph import Graph, near
+from dinov2cli.curate.graph import AtThreshold, Components, Graph, near, sweep
 from dinov2cli.curate.hierarchy import all_comparisons, balanced_sample, hierarchy, usual_clusters
 from dinov2cli.curate.kmeans import Points, comparisons, kmeans, nearest_centres
 from dinov2cli.curate.stage import Stage

@@ -11,13 +11,19 @@ from dinov2cli import distributed
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.dense import DenseDataset
 from dinov2cli.errors import ConfigError
-from dinov2cli.eval.dense_batches import Transform, frozen_batches, random_batches, transform_in_words
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings, extractors_beside
-from dinov2cli.eval.dense_heads import DenseTrainer, Recipe, features_of_blocks, same_start
+from dinov2cli.eval.dense_batches import Transform, batches_of, transform_in_words
+from dinov2cli.eval.dense_heads import (
+    DenseExtractor,
+    DenseSettings,
+    DenseTrainer,
+    HeadRecipe,
+    extractors_beside,
+    features_of_blocks,
+    same_start,
+)
 from dinov2cli.eval.probe import ProbeCheckpoint, train_heads
-from dinov2cli.eval.protocol import Trial
+from dinov2cli.eval.protocol import Subject, Trial
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.subject import Subject
 from dinov2cli.models.dense_heads import DenseHead, HeadConfig
 from dinov2cli.models.load.dense import read_head, save_head
 from dinov2cli.requests.dense import DenseRequest
@@ -40,7 +46,7 @@ class Course(NamedTuple):
     transform: Transform
     make_head: Callable[[int, int], DenseHead]
     settings: DenseSettings
-    recipe: Recipe
+    recipe: HeadRecipe
     identity: Mapping[str, Any]
 
 
@@ -115,8 +121,8 @@ class DenseTrial:
             words |= {"weights": extract.weights_hash, "dataset": course.train.describe(), **course.identity}
             kept = ProbeCheckpoint(self.trial.folder / CHECKPOINT.format(self.task), {**asdict(settings), **words})
         start = kept.resume(trainer) if kept and not self.request.no_resume else 0
-        make_batches = frozen_batches if settings.frozen_crops else random_batches
-        batches = make_batches(extract, course.train, course.transform, settings, start)
+        iterations = range(start, settings.iterations)
+        batches = batches_of(extract, course.train, course.transform, settings, iterations)
         step = max(1, settings.iterations // 10)
 
         def look(done: int, losses: Tensor) -> None:
@@ -125,7 +131,7 @@ class DenseTrial:
                 logger.info("iteration %d of %d: loss %s", done, settings.iterations, said)
 
         period = self.request.checkpoint_period
-        train_heads(trainer, batches, range(start, settings.iterations), kept, period, look)
+        train_heads(trainer, batches, iterations, kept, period, look)
         return [head.eval().requires_grad_(False) for head in heads]
 
     def report(

@@ -1,21 +1,27 @@
-"""Training heads for every patch: losses, schedules, and one step of several heads side by side.
+"""Heads for every patch: what they read, losses, schedules, and one step of several heads side by side.
 
 The recipes are those with which the DINOv2 paper's heads were trained (section 7.4; mmsegmentation's linear decay, and
 the depth toolbox's cosine). Shapes: B images, K classes, H x W pixels of the labels, h x w of a map.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli import distributed
+from dinov2cli.config.images import RGB
 from dinov2cli.data.datasets.dense import IGNORED
-from dinov2cli.models.dense_heads import DenseHead, DepthHead, Features, SegmentationHead
+from dinov2cli.eval.baselines import random_network
+from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import Recipe
+from dinov2cli.models.dense_heads import DenseHead, DepthHead, Features, SegmentationHead, pad_to_patches
+from dinov2cli.models.library_backbone import Backbone
 
 BatchFeatures = Mapping[str, Tensor]
 """What the heads read of a batch, by name: `patches<i>` [B, D, h, w] and `cls<i>` [B, D] of the i-th block."""
@@ -27,7 +33,7 @@ GRADIENT_STRIDES = (1, 2, 4, 6)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HeadRecipe:
     """How heads are trained.
 
     Args:
@@ -49,7 +55,7 @@ class DenseTrainer:
     The features are frozen, so that the losses do not touch each other.
     """
 
-    def __init__(self, heads: Sequence[DenseHead], rates: Sequence[float], iterations: int, recipe: Recipe) -> None:
+    def __init__(self, heads: Sequence[DenseHead], rates: Sequence[float], iterations: int, recipe: HeadRecipe) -> None:
         self.heads, self.rates, self.iterations, self.recipe = nn.ModuleList(heads), rates, iterations, recipe
         for head in heads:
             if isinstance(head, SegmentationHead):
@@ -156,8 +162,8 @@ def cosine(iteration: int, iterations: int) -> float:
     return (1 + math.cos(math.pi * iteration / iterations)) / 2 * min(1.0, 1e-3 + (1 - 1e-3) * iteration / warmup)
 
 
-SEGMENTATION = Recipe(segmentation_loss, linear_decay, weight_decay=1e-4)
-DEPTH = Recipe(depth_loss, cosine, weight_decay=0.01, clip=35.0)
+SEGMENTATION = HeadRecipe(segmentation_loss, linear_decay, weight_decay=1e-4)
+DEPTH = HeadRecipe(depth_loss, cosine, weight_decay=0.01, clip=35.0)
 
 
 def same_start(heads: Sequence[DenseHead], seed: int) -> None:
@@ -165,3 +171,105 @@ def same_start(heads: Sequence[DenseHead], seed: int) -> None:
     for head in heads:
         last = head.conv_depth if isinstance(head, DepthHead) else cast(SegmentationHead, head).conv_seg
         last.weight.data.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
+
+
+RAW_COLOURS, RANDOM_NETWORK = "raw colours", "random network"
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """What may be chosen in training.
+
+    Args:
+        layers: blocks that the heads read.
+        batch_size: images in a step, of all processes.
+        frozen_crops: train on the features of a fixed crop of each image: an approximation.
+        seed: of the heads' start and of the order and crops of the images.
+    """
+
+    layers: int
+    iterations: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    frozen_crops: bool = False
+    seed: int = 0
+
+
+class DenseExtractor(Extractor):
+    """Runs a frozen backbone for what heads read of every patch.
+
+    Args:
+        blocks: indices of the blocks.
+        norm: whether the final norm is applied.
+        options: those of `Extractor`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, blocks: Sequence[int], norm: bool, image_size: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.blocks, self.norm = tuple(blocks), norm
+        self.keeps_halves, self.words = False, ""
+
+    def used(self) -> dict[str, Any]:
+        return {"precision": str(self.precision.dtype)}
+
+    def kept(self, transform: Callable[[np.ndarray], Tensor], sizes: tuple[int, int], words: str) -> "DenseExtractor":
+        """One that extracts datasets in half precision.
+
+        Args:
+            transform: of an image, without chance.
+            sizes: height and width of what it gives.
+            words: all that it does.
+        """
+        other = self.with_model(self.model)
+        other.notes = self.notes
+        other.keeps_halves, other.transform, other.words = True, transform, words
+        other.image_size = max(sizes)
+        return other
+
+    @property
+    def recipe(self) -> Recipe:
+        names = tuple(f"{part}{i}" for i in range(len(self.blocks)) for part in ("patches", "cls"))
+        words = f"{self.words}, {self.reading}, blocks {self.blocks}, norm {self.norm}, half precision"
+        return Recipe(self.weights_hash, str(self.precision.dtype), words, True, names)
+
+    def _forward(self, images: Tensor) -> dict[str, Tensor]:
+        model: Any = self.model
+        images = pad_to_patches(images, model.patch_size)
+        layers = model.get_intermediate_layers(
+            images, n=self.blocks, reshape=True, return_class_token=True, norm=self.norm
+        )
+        dtype = torch.float16 if self.keeps_halves else torch.float32
+        found: dict[str, Tensor] = {}
+        for i, (patches, cls) in enumerate(layers):
+            found |= {f"patches{i}": patches.to(dtype), f"cls{i}": cls.to(dtype)}
+        return found
+
+
+class RawColours(nn.Module):
+    """In place of a backbone: of every patch the colours of its pixels, and as class token their mean over patches."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.config, self.patch_size, self.images = model.config, model.patch_size, getattr(model, "images", RGB)
+        self.embed_dim, self.depth = model.config.in_chans * model.patch_size**2, 1
+
+    def extra_repr(self) -> str:
+        return f"patches of {self.patch_size}, {self.config.in_chans} channels"  # by which features are kept
+
+    def get_intermediate_layers(self, x: Tensor, **_: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        """[B, C, H, W] -> patches [B, C * P * P, h, w] and mean [B, C * P * P]."""
+        patches = nn.functional.pixel_unshuffle(x.float(), self.patch_size)
+        return ((patches, patches.mean((2, 3))),)
+
+
+def extractors_beside(extract: DenseExtractor) -> Iterator[tuple[str, DenseExtractor]]:
+    """What the same heads are trained on to compare: the colours alone, and a network that has learned nothing."""
+    model: Any = extract.model
+    colours = extract.with_model(RawColours(model))
+    colours.blocks = (0,)
+    yield RAW_COLOURS, colours
+    network: Any = random_network(model.config)
+    network.images = extract.images
+    yield RANDOM_NETWORK, extract.with_model(network)

@@ -24,11 +24,10 @@ from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, siz
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
 from dinov2cli.eval.dense_batches import measured_images
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
-from dinov2cli.eval.dense_heads import DEPTH
-from dinov2cli.eval.dense_metrics import DepthErrors, DepthScores
+from dinov2cli.eval.dense_heads import DEPTH, DenseExtractor, DenseSettings
+from dinov2cli.eval.metrics import DepthErrors, DepthScores
+from dinov2cli.eval.protocol import Subject
 from dinov2cli.eval.reports import Evaluation
-from dinov2cli.eval.subject import Subject
 from dinov2cli.models.dense_heads import DenseHead, DepthHead, last_blocks, spread_blocks
 from dinov2cli.models.sliding import mirrored_mean
 from dinov2cli.requests.dense import DepthRequest

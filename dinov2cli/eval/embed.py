@@ -21,7 +21,7 @@ from dinov2cli.errors import DataError, EnvironmentProblem, check_all
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.images import check_words, dataset_of_words
-from dinov2cli.eval.subject import load_subject
+from dinov2cli.eval.protocol import load_subject
 from dinov2cli.files import check_folder, replacing, writing
 from dinov2cli.models.load.locate import check_there
 from dinov2cli.models.load.tensor_files import write_tensors

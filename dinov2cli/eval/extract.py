@@ -23,9 +23,8 @@ from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_
 from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, WholeTransform, usual_size
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
-from dinov2cli.eval.cache import FeatureCache
+from dinov2cli.eval.cache import FeatureCache, Gathered
 from dinov2cli.eval.features import Features, Recipe, part_of_this_process
-from dinov2cli.eval.gathered import Gathered
 from dinov2cli.train.allocator import keep_freed_memory
 
 LAST_BLOCKS = 4  # the class tokens kept for linear probes

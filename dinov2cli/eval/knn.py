@@ -17,15 +17,13 @@ from dinov2cli.console import few, logger, progress, stoppable
 from dinov2cli.data.datasets import ImageDataset
 from dinov2cli.errors import DataError
 from dinov2cli.eval.baselines import Compared, compared, drawn_in_words
-from dinov2cli.eval.classes import align_classes, check_labels
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.leaks import same_images
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter
 from dinov2cli.eval.nearest import KeyBank, Neighbours
-from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.protocol import Subject, Trial, align_classes, check_labels, labelled
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.subject import Subject
 from dinov2cli.requests.eval import KnnRequest
 
 LEAVE_ONE_OUT = "train and val are the same images; each is classified by the others (leave-one-out)"

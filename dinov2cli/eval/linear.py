@@ -4,7 +4,7 @@ Heads for 13 learning rates on four kinds of features are trained side by side; 
 what further test sets are measured with.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,25 @@ from torch import Tensor, nn
 
 from dinov2cli import distributed
 from dinov2cli.console import logger
-from dinov2cli.data.datasets import ImageDataset, UnreadableImage, make_dataset
-from dinov2cli.data.loaders import Loader, first_readable, refuse_too_many_bad
+from dinov2cli.data.datasets import ImageDataset, make_dataset
+from dinov2cli.data.decoding import Reading
 from dinov2cli.data.randomness import Stream, keyed_rng
-from dinov2cli.data.sampler import SampleOrder
 from dinov2cli.data.transforms import RandomResizedCrop
-from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, best_head, measure_heads
 from dinov2cli.eval.metrics import Accuracy, MetricType
-from dinov2cli.eval.probe import ProbeCheckpoint, train_heads, write_from_one_process
-from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.probe import (
+    Batch,
+    Parts,
+    ProbeCheckpoint,
+    frozen_batches,
+    random_batches,
+    train_heads,
+    write_from_one_process,
+)
+from dinov2cli.eval.protocol import Subject, Trial, align_classes, labelled
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.subject import Subject
 from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
 from dinov2cli.models.classifier import read_linear_head
 from dinov2cli.requests.eval import LinearRequest
@@ -37,8 +42,6 @@ CHECKPOINT = "running_checkpoint_linear_eval.pth"
 BEST_HEAD = "best_head.pth"
 """The best head in the layout of the released heads; `--head` takes it."""
 FROZEN_CROPS = "approximation: trained on centre crops only (--frozen-crops), not on random crops as in the protocol"
-Batch = tuple[Mapping[str, Tensor], Tensor]
-"""Features of a batch, on the device where the heads are, and targets [B]."""
 
 
 @dataclass(frozen=True)
@@ -170,79 +173,39 @@ def evaluate_linear(
     trainer = HeadTrainer(heads, settings.iterations)
     checkpoint = ProbeCheckpoint(folder / CHECKPOINT, _identity(heads, settings)) if folder else None
     start = checkpoint.resume(trainer) if resume and checkpoint else 0
-    make_batches = frozen_batches if settings.frozen_crops else cropped_batches
 
     def look(done: int, loss: Tensor) -> None:
         if settings.eval_period and done % settings.eval_period == 0 and done < settings.iterations:
             name, accuracy = best_head(heads, measure_heads(heads, val, settings.metric))
             logger.info("iteration %d: loss %.4f, best %s: %.2f %%", done, float(loss), name, accuracy.top1)
 
-    batches = make_batches(extract, train_images, settings, start)
-    train_heads(trainer, batches, range(start, settings.iterations), checkpoint, settings.checkpoint_period, look)
+    iterations = range(start, settings.iterations)
+    batches = batches_of(extract, train_images, settings, iterations)
+    train_heads(trainer, batches, iterations, checkpoint, settings.checkpoint_period, look)
     accuracies = measure_heads(heads, val, settings.metric)
     best, accuracy = best_head(heads, accuracies)
     return LinearResult(best, accuracy, dict(zip(heads.names, accuracies, strict=True)), heads.head(best))
 
 
-def cropped_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
-    """Features of random crops (8 to 100 % of the area, flipped half the time) of this process's part of each batch."""
-    parts = _Parts(images, extract, settings)
-    bad = 0
-    loader = Loader(images, parts.crops, range(start, settings.iterations), extract.num_workers, False)
-    for seen, (pixels, targets, messages) in enumerate(loader, 1):
-        bad += len(messages)
-        if messages:
-            refuse_too_many_bad(bad, max(seen * settings.batch_size, 256), extract.max_bad_fraction, messages)
-        yield extract.features_of(pixels), targets.to(extract.device)
+def batches_of(
+    extract: Extractor, images: ImageDataset, settings: LinearSettings, iterations: range
+) -> Iterator[Batch]:
+    """Features of random crops (8 to 100 % of the area, flipped half the time), or of centre crops, extracted once."""
+    crop = RandomResizedCrop(extract.image_size, extract.images.statistics)
+    sample = partial(_cropped, images, crop, extract.reading, settings.seed)
+    parts = Parts(images, sample, settings.seed, settings.batch_size)
+    if not settings.frozen_crops:
+        return random_batches(extract, parts, iterations)
+    features, targets = extract(images, "train features"), torch.as_tensor(images.targets())
+    return frozen_batches(parts, features, lambda index: targets[index], iterations, extract.device)
 
 
-def frozen_batches(extract: Extractor, images: ImageDataset, settings: LinearSettings, start: int) -> Iterator[Batch]:
-    """Features of centre crops, extracted once, in the same order of images as with random crops."""
-    part = extract(images, "train features")
-    tensors = {name: distributed.all_gather_rows(tensor) for name, tensor in part.tensors.items()}
-    targets = distributed.all_gather_rows(part.targets)
-    parts = _Parts(images, extract, settings)
-    row_of = torch.full((len(images),), -1)
-    row_of[part.positions()] = torch.arange(part.size)
-
-    def row(index: int) -> int:
-        if row_of[index] < 0:
-            raise UnreadableImage(images.path(index), "cannot be read")
-        return int(row_of[index])
-
-    def batch(iteration: int) -> Batch:
-        rows = torch.tensor([first_readable(parts.order, k, row, []) for k in parts.samples_of(iteration)])
-        features = {name: tensor[rows].to(extract.device) for name, tensor in tensors.items()}
-        return features, targets[rows].to(extract.device)
-
-    return map(batch, range(start, settings.iterations))
-
-
-class _Parts:
-    """The part of each iteration's batch that falls to this process."""
-
-    def __init__(self, images: ImageDataset, extract: Extractor, settings: LinearSettings) -> None:
-        self.images, self.reading = images, extract.reading
-        self.crop = RandomResizedCrop(extract.image_size, extract.images.statistics)
-        self.order = SampleOrder(len(images), settings.seed)
-        self.seed, self.batch_size = settings.seed, settings.batch_size
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-
-    def samples_of(self, iteration: int) -> range:
-        """Places in the order of the run."""
-        first = (iteration * self.world_size + self.rank) * self.batch_size
-        return range(first, first + self.batch_size)
-
-    def crops(self, iteration: int) -> tuple[Tensor, Tensor, list[str]]:
-        """float32 [B, C, S, S], targets int64 [B], and what could not be read and was replaced by the next image."""
-        bad: list[str] = []
-        samples = [first_readable(self.order, k, partial(self.crop_of, k), bad) for k in self.samples_of(iteration)]
-        return torch.stack([crop for crop, _ in samples]), torch.tensor([target for _, target in samples]), bad
-
-    def crop_of(self, k: int, index: int) -> tuple[Tensor, int]:
-        """A crop of the image `index` for the sample `k`, and its class."""
-        crop = self.crop(self.images.image(index, self.reading), keyed_rng(self.seed, Stream.LINEAR_PROBE, k))
-        return crop, self.images.target(index)
+def _cropped(
+    images: ImageDataset, crop: RandomResizedCrop, reading: Reading, seed: int, k: int, index: int
+) -> tuple[Tensor, Tensor]:
+    """A crop of the image `index` for the sample `k`, and its class."""
+    pixels = crop(images.image(index, reading), keyed_rng(seed, Stream.LINEAR_PROBE, k))
+    return pixels, torch.tensor(images.target(index))
 
 
 def _identity(heads: LinearHeads, settings: LinearSettings) -> dict[str, Any]:

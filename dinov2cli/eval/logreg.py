@@ -17,13 +17,11 @@ from torch import Tensor
 from dinov2cli import distributed
 from dinov2cli.console import counting, logger
 from dinov2cli.errors import DataError
-from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.metrics import Accuracy, AccuracyMeter, MetricType
-from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.protocol import Subject, Trial, align_classes, labelled
 from dinov2cli.eval.reports import Evaluation, Row
 from dinov2cli.eval.softmax_regression import Classifiers, fit
-from dinov2cli.eval.subject import Subject
 from dinov2cli.requests.eval import LogregRequest
 
 C_VALUES = tuple((10 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist())

@@ -16,13 +16,11 @@ from dinov2cli import distributed
 from dinov2cli.console import counting
 from dinov2cli.data.datasets.revisited import Truth, read_revisited
 from dinov2cli.errors import DataError
-from dinov2cli.eval.classes import align_classes
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.leaks import same_images
-from dinov2cli.eval.protocol import Trial, labelled
+from dinov2cli.eval.protocol import Subject, Trial, align_classes, labelled
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.subject import Subject
 from dinov2cli.files import user_path
 from dinov2cli.requests.retrieval import RetrievalRequest
 

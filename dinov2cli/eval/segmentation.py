@@ -22,11 +22,10 @@ from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize
 from dinov2cli.errors import ConfigError, DataError
 from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
 from dinov2cli.eval.dense_batches import Transform, measured_images
-from dinov2cli.eval.dense_extract import DenseExtractor, DenseSettings
-from dinov2cli.eval.dense_heads import SEGMENTATION
-from dinov2cli.eval.dense_metrics import Confusion, SegmentationScores
+from dinov2cli.eval.dense_heads import SEGMENTATION, DenseExtractor, DenseSettings
+from dinov2cli.eval.metrics import Confusion, SegmentationScores
+from dinov2cli.eval.protocol import Subject
 from dinov2cli.eval.reports import Evaluation
-from dinov2cli.eval.subject import Subject
 from dinov2cli.models.dense_heads import DenseHead, SegmentationHead, last_blocks
 from dinov2cli.models.sliding import multi_scale, sliding
 from dinov2cli.requests.dense import SegmentationRequest

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dinov2cli.config import ViTConfig
 from dinov2cli.config.library import LibraryConfig
 from dinov2cli.data.transforms import EvalTransform, usual_size
-from dinov2cli.models.library_backbone import Backbone
+from dinov2cli.models.libraries import run
+from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.load.layouts.layout import State
 
 Outputs = dict[str, Tensor]
@@ -48,6 +49,11 @@ class Bundle:
         return self.architecture
 
     @property
+    def library(self) -> LibraryBackbone | None:
+        """The model, where it is a backbone of another library."""
+        return self.model if isinstance(self.model, LibraryBackbone) else None
+
+    @property
     def preprocessing(self) -> dict[str, Any]:
         """How pictures become what the model takes, so that the features are those of `dino2 embed`."""
         height, width = self.image_size or (usual_size(self.architecture),) * 2
@@ -66,3 +72,18 @@ def random_images(architecture: ViTConfig | LibraryConfig, batch: int, height: i
     """Normalised noise [B, C, H, W], the same every time."""
     generator = torch.Generator().manual_seed(batch * 1_000_003 + height * 1009 + width)
     return torch.randn(batch, architecture.in_chans, height, width, generator=generator)
+
+
+def runner_of_library(backbone: LibraryBackbone, network: Any) -> Runner:
+    """What the network gives that its library has opened, the feature map resized as dino2 does."""
+
+    def outputs(images: Tensor) -> Outputs:
+        pooled, found = run(backbone.config, network, images)
+        return {"cls": pooled, "patches": backbone.tokens_of(found, images)}
+
+    return outputs
+
+
+def known_of_library(backbone: LibraryBackbone, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What dino2 knows of a backbone of another library, for the `config.json` of that."""
+    return {**backbone.config.model_dump(), "images": preprocessing.get("images", {})}

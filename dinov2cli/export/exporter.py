@@ -15,18 +15,10 @@ from dinov2cli.config.library import LibraryConfig
 from dinov2cli.console import progress
 from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
-from dinov2cli.export import huggingface, library
+from dinov2cli.export import huggingface, timm
 from dinov2cli.export.bundle import Bundle, Runner, random_images
-from dinov2cli.export.graph import ExportGraph
-from dinov2cli.export.graph_files import open_onnx, open_torch_export, write_onnx, write_torch_export
-from dinov2cli.export.weight_files import (
-    how_to_open_timm,
-    open_ours,
-    open_timm,
-    write_official,
-    write_safetensors,
-    write_timm,
-)
+from dinov2cli.export.graph import ExportGraph, open_onnx, open_torch_export, write_onnx, write_torch_export
+from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
 from dinov2cli.files import check_folder, sha256
 from dinov2cli.models.classifier import check_head, head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights
@@ -44,7 +36,9 @@ class Format(NamedTuple):
         tolerance: largest difference allowed, relative to the largest feature if that is above 1.
         suffixes: what the output's name may end in, "" for a folder.
         opened_with: for people.
-        resizes_otherwise: why features at other sizes may differ, if the ecosystem resizes in its own way.
+        resizes_otherwise: why features of a vision transformer may differ at other sizes, if the ecosystem resizes in
+            its own way.
+        how_to_open: a line of Python, where it is not plain.
     """
 
     write: Callable[[Bundle, Path], None]
@@ -53,28 +47,28 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     opened_with: str
     resizes_otherwise: Callable[[Any], str | None] = lambda config: None
+    how_to_open: Callable[[Bundle, Path], str | None] = lambda bundle, path: None
 
 
 FORMATS: dict[str, Format] = {
     "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
     "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
     "hf": Format(
-        huggingface.write, huggingface.open_, 1e-4, ("",), "transformers", layouts.huggingface.resizes_otherwise
+        huggingface.write,
+        huggingface.open_,
+        1e-4,
+        ("",),
+        "transformers",
+        layouts.huggingface.resizes_otherwise,
+        huggingface.how_to_open,
     ),
-    "timm": Format(write_timm, open_timm, 1e-4, (".safetensors", ""), "timm", layouts.timm.resizes_otherwise),
+    "timm": Format(
+        timm.write, timm.open_, 1e-4, (".safetensors", ""), "timm", layouts.timm.resizes_otherwise, timm.how_to_open
+    ),
     "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
     "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
 }
 
-
-LIBRARY_FORMATS = {
-    "safetensors": FORMATS["safetensors"],
-    "hf": FORMATS["hf"]._replace(write=library.write_hf, open=library.open_hf, resizes_otherwise=lambda config: None),
-    "timm": FORMATS["timm"]._replace(
-        write=library.write_timm, open=library.open_timm, resizes_otherwise=lambda config: None
-    ),
-}
-"""Those of backbones of another library."""
 
 IN_A_FOLDER = ("config.json", "model", "preprocessor_config.json")
 """How the names begin of what is in a folder that was exported."""
@@ -143,8 +137,7 @@ def run(request: ExportRequest) -> ExportResult:
     if head is None and released and released.classifier:
         head = read_linear_head(released.name, request.layers)
     if isinstance(weights.architecture, LibraryConfig):
-        library.check_format(request.format, weights.architecture, head=head is not None, image_size=request.image_size)
-        chosen = LIBRARY_FORMATS[request.format]
+        _check_library_format(request, weights.architecture, has_head=head is not None)
     bundle = _bundle(weights, head, request)
     result = ExportResult(request.format, str(output), weights.architecture.describe(), notes=weights.report.lines())
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -157,10 +150,8 @@ def run(request: ExportRequest) -> ExportResult:
         result.comparisons = _compare(bundle, chosen, staged, result)
         bar.advance(step)
         result.files = _move_into_place(Path(aside), output, request.overwrite)
-    if isinstance(weights.architecture, LibraryConfig) and request.format != "safetensors":
-        result.notes.append(f"open with {library.how_to_open(bundle, output)}")
-    elif request.format == "timm":
-        result.notes.append(f"open with {how_to_open_timm(bundle, output)}")
+    if how := chosen.how_to_open(bundle, output):
+        result.notes.append(f"open with {how}")
     return result
 
 
@@ -183,7 +174,7 @@ def _compare(bundle: Bundle, chosen: Format, staged: Path, result: ExportResult)
         result.notes.append(f"NOT compared: {problem.message}")
         return []
     comparisons = []
-    differs = chosen.resizes_otherwise(bundle.architecture)
+    differs = None if bundle.library else chosen.resizes_otherwise(bundle.architecture)
     for i, shape in enumerate(_shapes(bundle)):
         binding = i == 0 or differs is None
         comparison = compare(bundle, run, shape, binding=binding)
@@ -238,6 +229,17 @@ def _bundle(weights: RecognisedWeights, head: nn.Linear | None, request: ExportR
     if head is not None:
         head_input(head.in_features, model.embed_dim, model.depth)
     return Bundle(weights.state, architecture, model, head, provenance, image_size, request.opset)
+
+
+def _check_library_format(request: ExportRequest, architecture: LibraryConfig, *, has_head: bool) -> None:
+    """Raise WeightsError where the format does not hold a backbone of another library, or not with what goes along."""
+    name, arch, possible = request.format, architecture.arch, ("safetensors", architecture.library)
+    if name not in possible:
+        raise WeightsError(f"format {name} does not hold {arch}; {' and '.join(possible)} do")
+    if has_head and name != "safetensors":
+        raise WeightsError(f"--linear-head does not go along with {arch} in format {name}")
+    if request.image_size is not None:
+        raise WeightsError(f"--image-size {request.image_size}: {arch} takes images of any size as it is")
 
 
 def _check_output(request: ExportRequest, suffixes: tuple[str, ...]) -> None:

@@ -67,7 +67,7 @@ class PcaRequest(PicturesRequest):
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", last=True)
 
 
-class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visualize.pca_image:run"):
+class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visualize.pca_pictures:run_image"):
     """Show photos as the model sees them: principal components of their patch features as colours.
 
     All photos share one set of colours: what the model takes for the same thing has the same colour in each. OUTPUT
@@ -87,7 +87,7 @@ class PcaImageRequest(PcaRequest, command="pca-image", run_by="dinov2cli.visuali
     basis: Path | None = option(None, "Use colours kept by --save-basis.", metavar="FILE.npz")
 
 
-class PcaVideoRequest(PcaRequest, command="pca-video", run_by="dinov2cli.visualize.pca_video:run"):
+class PcaVideoRequest(PcaRequest, command="pca-video", run_by="dinov2cli.visualize.pca_pictures:run_video"):
     """Show a video as the model sees it: principal components of its patch features as colours.
 
     INPUT is anything FFmpeg reads, or a folder of images. OUTPUT is a video (`.mp4`, `.mov`, `.mkv`; H.264), a

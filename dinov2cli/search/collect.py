@@ -13,7 +13,7 @@ from dinov2cli.device import choose_device
 from dinov2cli.errors import DataError, EnvironmentProblem, WeightsError, check_all
 from dinov2cli.eval.embed import printable
 from dinov2cli.eval.extract import Extractor
-from dinov2cli.eval.subject import load_subject
+from dinov2cli.eval.protocol import load_subject
 from dinov2cli.files import check_folder
 from dinov2cli.models.load.locate import check_there
 from dinov2cli.requests.search import (

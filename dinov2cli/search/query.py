@@ -16,10 +16,9 @@ from dinov2cli.eval.embed import printable
 from dinov2cli.files import user_path
 from dinov2cli.requests.search import SearchQueryRequest
 from dinov2cli.search.adding import FILES, check_words, datasets_of, entries_of
-from dinov2cli.search.approximate import Approximation, check_faiss
 from dinov2cli.search.collect import extractor_for
 from dinov2cli.search.index import Index, is_index
-from dinov2cli.search.neighbours import Found, neighbours
+from dinov2cli.search.neighbours import Approximation, Found, check_faiss, neighbours
 from dinov2cli.search.sheet import MOST, Line, Shown, check_sheet, write_sheet
 
 Look = Callable[[], np.ndarray | None]

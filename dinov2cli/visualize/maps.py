@@ -21,9 +21,8 @@ from dinov2cli.files import write_bytes, writing
 from dinov2cli.models.dense_heads import DenseModel
 from dinov2cli.models.load.dense import check_head, read_head, warn_of_another
 from dinov2cli.requests.pictures import DEFAULT_DEPTH_HEAD, DepthMapsRequest, MapsRequest, SegmentRequest
-from dinov2cli.visualize.dense_maps import DenseMaps
 from dinov2cli.visualize.drawing import ClassDrawing, DepthDrawing, Drawing
-from dinov2cli.visualize.features import FeatureMap, FeatureSpool, Picture
+from dinov2cli.visualize.features import DenseMaps, FeatureMap, FeatureSpool, Picture
 from dinov2cli.visualize.pictures import (
     Written,
     check_picture_output,

@@ -23,7 +23,6 @@ from dinov2cli.requests.pictures import (
     PcaImageRequest,
     PcaVideoRequest,
 )
-from dinov2cli.visualize.basis import ColorBasis, check_basis
 from dinov2cli.visualize.features import FeatureMap, PatchFeatures, Picture, resize
 from dinov2cli.visualize.video.reader import FrameSource
 from dinov2cli.visualize.video.stills import list_images
@@ -141,20 +140,6 @@ def draw_video(
             advance(1)
     logger.info("%s: %d frames", output, writer.frames_written)
     return writer.frames_written
-
-
-def extractor_and_basis(
-    request: PcaImageRequest | PcaVideoRequest,
-) -> tuple[PatchFeatures, ColorBasis | None, Reading]:
-    """What computes the features, the colours of --basis, and how images are read.
-
-    Errors are those of `load_picture_model` and `ColorBasis.load`.
-    """
-    basis = ColorBasis.load(request.basis) if request.basis else None
-    model, precision, reading = load_picture_model(request)
-    if basis:
-        check_basis(basis, model.embed_dim)
-    return PatchFeatures(model, request.resolution, request.batch_size, precision), basis, reading
 
 
 def load_picture_model(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import dinov2cli
-from dinov2cli.curate.components import sweep
+from dinov2cli.curate.graph import sweep
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.search.neighbours import neighbours

@@ -19,9 +19,8 @@ import torch
 
 from dinov2cli.requests.base import run
 from dinov2cli.requests.search import SearchRemoveRequest
-from dinov2cli.search.approximate import Approximation
 from dinov2cli.search.index import IMAGE, Index, Recipe, create, locked
-from dinov2cli.search.neighbours import neighbours
+from dinov2cli.search.neighbours import Approximation, neighbours
 
 CLUSTERS, SPREAD, NOISE, BLOCK = 5000, 32, 0.3, 1 << 16
 TOP = 10

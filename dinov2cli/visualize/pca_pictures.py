@@ -1,40 +1,77 @@
-"""`dino2 pca-video`: patch features of a whole video in the colours of one fixed basis, in constant memory.
+"""`dino2 pca-image` and `dino2 pca-video`: patch features in the colours of one fixed basis, in constant memory.
 
-First pass: features of frames sampled evenly over all inputs fit the basis. Second pass: every frame is rendered.
+First pass: features of all photos, or of frames sampled evenly over all videos, fit the basis. Second pass: every
+picture is rendered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from dinov2cli.console import Advance, counted, progress
+from dinov2cli.data.decoding import Reading, read_image
 from dinov2cli.errors import DataError
-from dinov2cli.requests.pictures import PcaVideoRequest
+from dinov2cli.requests.pictures import PcaImageRequest, PcaVideoRequest
 from dinov2cli.visualize.basis import ColorBasis, check_basis, fit_color_basis, parse_foreground
 from dinov2cli.visualize.features import FeatureMap, FeatureSpool, PatchFeatures, Picture
-from dinov2cli.visualize.pictures import Written, check_takes_video, draw_video, extractor_and_basis
-from dinov2cli.visualize.rendering import render
+from dinov2cli.visualize.pictures import (
+    Written,
+    check_picture_output,
+    check_takes_video,
+    draw_video,
+    expand_inputs,
+    load_picture_model,
+    save_picture,
+)
+from dinov2cli.visualize.rendering import places_shown, render, sheet, shown
 from dinov2cli.visualize.temporal_filter import TemporalFilter
 from dinov2cli.visualize.video.reader import FrameSource, check_source, open_source, sampling_step
 from dinov2cli.visualize.video.writer import check_output
 
 
-def run(request: PcaVideoRequest) -> Written:
-    """Render what `dino2 pca-video` asks for.
+def run_image(request: PcaImageRequest) -> Written:
+    """Draw what `dino2 pca-image` asks for.
 
     Raises:
-        DataError: videos, colours or outputs that cannot be used.
+        DataError: inputs, colours or an output that cannot be used.
         EnvironmentProblem: a device that is not there, an output that cannot be written.
         WeightsError: weights that cannot be had.
     """
+    foreground, output = parse_foreground(request.foreground), request.output
+    photos = expand_inputs(request.inputs, output)
+    check_picture_output(output)
+    extractor, basis, reading = _extractor_and_basis(request)
+    places_shown(extractor.model.images, request.show_channels)
+    if basis is None:
+        basis = fit_image_basis(extractor, (read_image(path, reading) for _, path in photos), foreground)
+    if request.save_basis:
+        basis.save(request.save_basis)
+    one_sheet = bool(output.suffix) and len(photos) > 1
+    layout = request.layout or ("side-by-side" if one_sheet else "pca")
+    images = (read_image(path, reading) for _, path in photos)
+    drawn = render_images(
+        extractor, basis, images, layout=layout, upsampling=request.upsampling, channels=request.show_channels
+    )
+    if one_sheet:
+        save_picture(output, sheet([[picture] for picture in drawn]))
+    elif output.suffix:
+        save_picture(output, next(drawn))
+    else:
+        for (name, _), picture in zip(photos, drawn, strict=True):
+            save_picture(output / f"{name}.png", picture)
+    return Written(((output, counted(len(photos), "photo")),))
+
+
+def run_video(request: PcaVideoRequest) -> Written:
+    """Render what `dino2 pca-video` asks for; errors as of `run_image`."""
     foreground, outputs = parse_foreground(request.foreground), _outputs(request)
     one = len(request.inputs) == 1
     for path in request.inputs:
         check_source(path, request.fps if one else None)
     for path in outputs:
         check_output(path)
-    extractor, basis, reading = extractor_and_basis(request)
+    extractor, basis, reading = _extractor_and_basis(request)
     check_takes_video(extractor.model.images)
     sources = [open_source(path, request.fps, reading) for path in request.inputs]
     counts = [source.count() for source in sources]
@@ -55,6 +92,17 @@ def run(request: PcaVideoRequest) -> Written:
     return Written(tuple(written))
 
 
+def _extractor_and_basis(
+    request: PcaImageRequest | PcaVideoRequest,
+) -> tuple[PatchFeatures, ColorBasis | None, Reading]:
+    """What computes the features, the colours of --basis, and how images are read."""
+    basis = ColorBasis.load(request.basis) if request.basis else None
+    model, precision, reading = load_picture_model(request)
+    if basis:
+        check_basis(basis, model.embed_dim)
+    return PatchFeatures(model, request.resolution, request.batch_size, precision), basis, reading
+
+
 def _outputs(request: PcaVideoRequest) -> list[Path]:
     inputs, output = request.inputs, request.output
     if len(inputs) == 1:
@@ -67,6 +115,31 @@ def _outputs(request: PcaVideoRequest) -> list[Path]:
         if outputs.count(path) > 1:
             raise DataError(f"{path}: two inputs would write it; rename one of them")
     return outputs
+
+
+def fit_image_basis(
+    extractor: PatchFeatures, photos: Iterable[Picture], foreground: str | float = "auto"
+) -> ColorBasis:
+    """A basis for all photos, read one after the other."""
+    with closing(FeatureSpool()) as spool:
+        for _, features in extractor.maps((None, photo) for photo in photos):
+            spool.append(features)
+        return fit_color_basis(spool, foreground)
+
+
+def render_images(
+    extractor: PatchFeatures,
+    basis: ColorBasis,
+    photos: Iterable[Picture],
+    *,
+    layout: str,
+    upsampling: str,
+    channels: str | None = None,
+) -> Iterator[Picture]:
+    """PCA pictures in the order of the photos, one after the other; `channels` as in `places_shown`."""
+    images = extractor.model.images
+    for picture, features in extractor.maps((shown(photo, images, channels), photo) for photo in photos):
+        yield render(picture, features, basis, layout=layout, upsampling=upsampling)
 
 
 def fit_video_basis(
