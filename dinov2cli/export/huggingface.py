@@ -49,7 +49,8 @@ def write(bundle: Bundle, folder: Path) -> None:
     """
     if bundle.library is not None:
         with quiet_transformers():
-            bundle.library.model.save_pretrained(folder)
+            network: Any = bundle.library.model
+            network.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config[OWN_KEY] = known_of_library(bundle.library, bundle.preprocessing)
     else:
