@@ -26,7 +26,7 @@ from dinov2cli.data.datasets.shards import ShardsDataset
 from dinov2cli.data.loaders import make_eval_loader
 from dinov2cli.data.transforms import EvalTransform
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.eval.cache import dataset_fingerprint
+from dinov2cli.eval.features import dataset_fingerprint
 
 
 def save_image(path: Path, level: int = 100, mode: str = "RGB") -> None:

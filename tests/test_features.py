@@ -12,9 +12,8 @@ from processes import run_in_processes
 
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import ConfigError, DataError, WeightsError
-from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor, fitting_image_size
-from dinov2cli.eval.features import Features
+from dinov2cli.eval.features import FeatureCache, Features
 from dinov2cli.eval.protocol import align_classes
 from dinov2cli.models.vision_transformer import VisionTransformer
 

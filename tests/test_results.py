@@ -22,9 +22,9 @@ from tiny_run import write_images
 from dinov2cli.console import MetricLogger
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, EnvironmentProblem
-from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.embed import check_output, embed
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import FeatureCache
 from dinov2cli.eval.metrics import Accuracy, wilson_interval
 from dinov2cli.eval.reports import Evaluation, Row, add_result, read_results, results_blocks
 from dinov2cli.eval.results import run as run_results

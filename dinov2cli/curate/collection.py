@@ -21,8 +21,8 @@ from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.datasets.image_list import printable
 from dinov2cli.data.loaders import refuse_too_many_bad
 from dinov2cli.errors import DataError, WeightsError
-from dinov2cli.eval.cache import dataset_fingerprint
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import dataset_fingerprint
 from dinov2cli.eval.images import GivenImages, check_words, dataset_of_words
 from dinov2cli.eval.protocol import load_subject
 from dinov2cli.files import fingerprint, writing

@@ -232,7 +232,7 @@ class DenseExtractor(Extractor):
     def recipe(self) -> Recipe:
         names = tuple(f"{part}{i}" for i in range(len(self.blocks)) for part in ("patches", "cls"))
         words = f"{self.words}, {self.reading}, blocks {self.blocks}, norm {self.norm}, half precision"
-        return Recipe(self.weights_hash, str(self.precision.dtype), words, True, names)
+        return Recipe(self.weights_hash, str(self.precision.dtype), words, names)
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         model: Any = self.model

@@ -22,8 +22,8 @@ from dinov2cli.console import few, logger
 from dinov2cli.data.datasets import ImageDataset, make_dataset
 from dinov2cli.data.decoding import Reading
 from dinov2cli.errors import ConfigError, DataError, Dino2Error
-from dinov2cli.eval.cache import FeatureCache
 from dinov2cli.eval.extract import Extractor
+from dinov2cli.eval.features import FeatureCache
 from dinov2cli.eval.first_look import Plan, datasets_for, plan
 from dinov2cli.eval.leaks import Overlap, overlap
 from dinov2cli.eval.reports import Evaluation, Row, add_result, write_reference_lines
