@@ -31,7 +31,7 @@ from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, need
 from dinov2cli.export import exporter
 from dinov2cli.export.bundle import Bundle, Runner
 from dinov2cli.export.exporter import FORMATS, ExportError
-from dinov2cli.export.graph import ExportableVisionTransformer
+from dinov2cli.export.own_formats import ExportableVisionTransformer
 from dinov2cli.models.classifier import load_classifier
 from dinov2cli.models.load import load_backbone_into, load_model, read_weights
 from dinov2cli.models.load.layouts import huggingface, timm
@@ -230,7 +230,7 @@ def test_onnx_of_a_large_model_keeps_its_weights_in_a_file_beside(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("dinov2cli.export.graph._EXTERNAL_DATA_ABOVE", 0)  # instead of 1.8 GB
+    monkeypatch.setattr("dinov2cli.export.own_formats._EXTERNAL_DATA_ABOVE", 0)  # instead of 1.8 GB
     result = export_model(source_file(tmp_path, PLAIN.changed(depth=1)), "onnx", tmp_path / "out" / "m.onnx")
     graph, data = tmp_path / "out" / "m.onnx", tmp_path / "out" / "m.onnx.data"
     assert set(result.files) == {str(graph), str(data)}

@@ -17,9 +17,16 @@ from dinov2cli.errors import CheckpointError, DataError, WeightsError
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
 from dinov2cli.eval.linear import CHECKPOINT, LinearResult, LinearSettings, evaluate_linear
-from dinov2cli.eval.linear_heads import HeadTrainer, LinearHeads, input_of_head, measure_heads, rate_names
+from dinov2cli.eval.linear_heads import (
+    HeadTrainer,
+    LinearHeads,
+    input_of_head,
+    measure_heads,
+    rate_names,
+    read_class_mapping,
+    read_labels,
+)
 from dinov2cli.eval.metrics import AccuracyMeter, MetricType
-from dinov2cli.eval.test_sets import read_class_mapping, read_labels
 from dinov2cli.models.vision_transformer import VisionTransformer
 
 D, C = 6, 3

@@ -86,7 +86,7 @@ class Stored:
         open_ = self._open_index if is_index(place) else readers[place.suffix]
         try:
             open_()
-        except (OSError, ValueError, EOFError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, EOFError, SafetensorError) as error:
             raise DataError(f"{place}: not a file of features ({error})") from None
         self.images = self._images(images)
 
@@ -114,25 +114,17 @@ class Stored:
         self.weights, self.paths = index.recipe.weights, [index.path(row) for row in range(len(index.alive))]
 
     def _open_safetensors(self) -> None:
-        with safe_open(self.place, "np") as file:
+        with safe_open(self.place, "pt") as file:  # whose tensors are mapped, not read
             names, metadata = set(file.keys()), file.metadata() or {}
             if "cls" not in names:
                 raise DataError(f"{self.place} holds no features: it has no tensor 'cls', as dino2 embed writes it.")
-            self.shape = tuple(file.get_slice("cls").get_shape())
-            readable = file.get_tensor("readable") if "readable" in names else np.ones(self.shape[0], bool)
+            features = file.get_tensor("cls").numpy()
+            readable = file.get_tensor("readable").numpy() if "readable" in names else np.ones(len(features), bool)
             if {"paths", "path_ends"} <= names:
-                joined, ends = file.get_tensor("paths").tobytes(), file.get_tensor("path_ends").tolist()
+                joined, ends = file.get_tensor("paths").numpy().tobytes(), file.get_tensor("path_ends").tolist()
                 self.paths = [os.fsdecode(joined[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
         self.weights = metadata.get("dino2.weights")
-
-        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            with safe_open(self.place, "np") as file:
-                rows = file.get_slice("cls")
-                for start in range(0, self.shape[0], BLOCK):
-                    stop = min(start + BLOCK, self.shape[0])
-                    yield rows[start:stop], readable[start:stop]
-
-        self._blocks = blocks
+        self._as_array(features, readable)
 
     def _open_parquet(self) -> None:
         import pyarrow.parquet as pq

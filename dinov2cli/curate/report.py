@@ -1,16 +1,25 @@
 """The report of a curation, one HTML page with all its pictures: what was dropped, beside what was kept, and why."""
 
+import csv
 import html
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinov2cli import __version__
+from dinov2cli.console import counted
 from dinov2cli.curate.collection import Collection
-from dinov2cli.curate.state import AGAINST, DUPLICATE, KEPT, NOT_ALIKE, NOT_DRAWN, UNREADABLE, Curation
+from dinov2cli.curate.steps import AGAINST, DUPLICATE, KEPT, NOT_ALIKE, NOT_DRAWN, REASONS, UNREADABLE, Curation
+from dinov2cli.data.datasets import make_dataset
+from dinov2cli.data.datasets.image_list import ROWS_OF, printable
+from dinov2cli.data.datasets.joined import JoinedDataset
+from dinov2cli.data.spelling import absolute, complete, joined
 from dinov2cli.errors import Dino2Error
-from dinov2cli.files import replacing, writing
+from dinov2cli.files import replacing, write_array, write_text, writing
 from dinov2cli.search.sheet import inlined, short
 
 PAIRS, GROUPS, MEMBERS, SINGLE, NAMED = 24, 6, 11, 32, 50
@@ -42,7 +51,10 @@ def _page(state: Curation, numbers: Mapping[str, Any]) -> Iterator[str]:
     yield from _near(state)
     yield from _alike(state)
     yield from _drawn(state)
-    yield from _unreadable(state)
+    unreadable = np.flatnonzero(state.fate == UNREADABLE)
+    if len(unreadable):
+        named = "".join(f"<li>{html.escape(state.pool.path(row))}</li>" for row in unreadable[:NAMED].tolist())
+        yield f"<h2>Unreadable: {len(unreadable):,}</h2>\n<ul>{named}</ul>\n"
     yield "</main></body></html>\n"
 
 
@@ -64,11 +76,9 @@ def _duplicates(state: Curation) -> Iterator[str]:
     by_score = rows[np.argsort(state.score[rows], kind="stable")]
     apart, rng = by_score[:PAIRS], np.random.default_rng(0)
     rest = rng.permutation(by_score[PAIRS:])[:PAIRS]
-    for title, chosen in (("the least alike", apart), ("any", rest[np.argsort(state.score[rest], kind="stable")])):
-        if len(chosen):
-            yield f"<h2>Near-duplicates: {title}</h2>\n<p>Kept on the left, dropped on the right, with their cosine. "
-            yield "Below the threshold they are linked by others.</p>\n"
-            yield _pairs(state, chosen, DUPLICATE)
+    rest = rest[np.argsort(state.score[rest], kind="stable")]
+    said = "Kept on the left, dropped on the right, with their cosine. Below the threshold they are linked by others."
+    yield from _pairs(state, DUPLICATE, "Near-duplicates", said, {"the least alike": apart, "any": rest})
     of, counts = np.unique(state.beside[rows], return_counts=True)
     largest = of[np.argsort(-counts, kind="stable")][:GROUPS]
     yield "<h2>The largest groups of near-duplicates</h2>\n"
@@ -81,14 +91,13 @@ def _duplicates(state: Curation) -> Iterator[str]:
 
 def _near(state: Curation) -> Iterator[str]:
     rows = np.flatnonzero(state.fate == AGAINST)
-    if not len(rows):
-        return
     by_score = rows[np.argsort(-state.score[rows], kind="stable")]
-    for title, chosen in (("the nearest", by_score[:PAIRS]), ("the least near", by_score[PAIRS:][-PAIRS:])):
-        if len(chosen):
-            yield f"<h2>Near an evaluation set: {title}</h2>\n<p>The image of that set on the left, dropped on the "
-            yield "right, with their cosine. Below the threshold they are linked by other images.</p>\n"
-            yield _pairs(state, chosen, AGAINST)
+    said = (
+        "The image of that set on the left, dropped on the right, with their cosine. Below the threshold they are "
+        "linked by other images."
+    )
+    groups = {"the nearest": by_score[:PAIRS], "the least near": by_score[PAIRS:][-PAIRS:]}
+    yield from _pairs(state, AGAINST, "Near an evaluation set", said, groups)
 
 
 def _alike(state: Curation) -> Iterator[str]:
@@ -96,9 +105,9 @@ def _alike(state: Curation) -> Iterator[str]:
     if NOT_ALIKE not in state.sets:
         return
     kept = np.flatnonzero((state.fate == KEPT) & (state.beside >= 0))
-    if len(kept):
-        yield "<h2>Like the given sets: kept</h2>\n<p>The image of the set on the left, kept for it on the right.</p>\n"
-        yield _pairs(state, np.random.default_rng(0).permutation(kept)[:PAIRS], NOT_ALIKE)
+    said = "The image of the set on the left, kept for it on the right."
+    groups = {"kept": np.random.default_rng(0).permutation(kept)[:PAIRS]}
+    yield from _pairs(state, NOT_ALIKE, "Like the given sets", said, groups)
     yield from _some("Like the given sets: kept", state, np.flatnonzero(state.fate == KEPT))
     yield from _some("Not like the given sets: dropped", state, dropped)
 
@@ -109,13 +118,6 @@ def _drawn(state: Curation) -> Iterator[str]:
         yield from _some("Not drawn", state, np.flatnonzero(state.fate == NOT_DRAWN))
 
 
-def _unreadable(state: Curation) -> Iterator[str]:
-    rows = np.flatnonzero(state.fate == UNREADABLE)
-    if len(rows):
-        named = "".join(f"<li>{html.escape(state.pool.path(row))}</li>" for row in rows[:NAMED].tolist())
-        yield f"<h2>Unreadable: {len(rows):,}</h2>\n<ul>{named}</ul>\n"
-
-
 def _some(title: str, state: Curation, rows: np.ndarray) -> Iterator[str]:
     chosen = np.sort(np.random.default_rng(0).permutation(rows)[:SINGLE])
     if len(chosen):
@@ -123,13 +125,16 @@ def _some(title: str, state: Curation, rows: np.ndarray) -> Iterator[str]:
         yield f'<h2>{title}, {len(chosen)} of {len(rows):,} at random</h2>\n<div class="row">{figures}</div>\n'
 
 
-def _pairs(state: Curation, rows: np.ndarray, fate: int) -> str:
-    pairs = (
-        f'<div class="pair">{_figure(*state.set_of(fate, int(state.beside[row])), "")}'
-        f"{_figure(state.pool, row, f'{state.score[row]:.3f}')}</div>"
-        for row in rows.tolist()
-    )
-    return f'<div class="row">{"".join(pairs)}</div>\n'
+def _pairs(state: Curation, fate: int, name: str, said: str, groups: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """By heading, pairs of what an image is beside and the image."""
+    for title, rows in groups.items():
+        pairs = (
+            f'<div class="pair">{_figure(*state.set_of(fate, int(state.beside[row])), "")}'
+            f"{_figure(state.pool, row, f'{state.score[row]:.3f}')}</div>"
+            for row in rows.tolist()
+        )
+        if len(rows):
+            yield f'<h2>{name}: {title}</h2>\n<p>{said}</p>\n<div class="row">{"".join(pairs)}</div>\n'
 
 
 def _figure(collection: Collection, row: int, heading: str) -> str:
@@ -211,3 +216,113 @@ svg {{ max-width: 740px; width: 100%; }} rect {{ fill: #47a; }} line {{ stroke: 
 text {{ font-size: 11px; fill: currentColor; }} .line {{ fill: #c60; }}
 </style></head><body><main>
 """
+
+
+LOOKED_AT = 100
+"""Images of which it is tried whether they are files."""
+
+
+class Curated(NamedTuple):
+    """What a curation has made: `steps` with the images before and after each, and its seconds; `list` is None where
+    there were features of no images, whose rows are in `rows`."""
+
+    output: str
+    images: int
+    kept: int
+    list: str | None
+    rows: str
+    report: str
+    steps: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{each['name']:<22}{each['before']:>12,} -> {each['after']:>12,} {each['seconds']:>9.1f} s"
+            for each in self.steps
+            if each["before"] != each["after"] or each["name"] not in ("features", "neighbours")
+        ]
+        train = f"Train on them: --data list:{self.list}" if self.list else f"Their rows: {self.rows}"
+        return "\n".join(
+            [f"{self.kept} of {counted(self.images, 'image')} kept", *lines, f"Look at {self.report}", train]
+        )
+
+
+def write_results(state: Curation) -> Curated:
+    """Write all of it.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
+    """
+    folder, pool = state.request.output, state.pool
+    kept = np.flatnonzero(state.alive)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_array(folder / "kept.npy", kept)
+    listed = folder / "list.txt"
+    if pool.images is not None:
+        with writing(listed), replacing(listed) as aside, aside.open("wb") as file:
+            write_list(file, state, kept)
+    dropped = folder / "dropped.csv"
+    with writing(dropped), replacing(dropped) as aside, aside.open("w", newline="", encoding="utf-8") as text:
+        _write_dropped(csv.writer(text), state)
+    result = Curated(
+        str(folder), len(pool), len(kept), str(listed) if pool.images is not None else None, str(folder / "kept.npy"),
+        str(folder / "report.html"),
+        tuple({**vars(each), "seconds": round(each.seconds, 2)} for each in state.steps), tuple(state.warnings),
+    )  # fmt: skip
+    numbers = {
+        **result._asdict(),
+        "fates": {REASONS[fate]: int((state.fate == fate).sum()) for fate in range(len(REASONS))},
+        "thresholds": [each._asdict() for each in state.swept],
+        "histogram": histogram(state),
+        "request": state.request.model_dump(mode="json", exclude_unset=True),
+        "version": __version__,
+    }
+    with writing(folder / "report.json"):
+        write_text(folder / "report.json", json.dumps(numbers, indent=1))
+    write_report(folder / "report.html", state, numbers)
+    return result
+
+
+def write_list(file: Any, state: Curation, kept: np.ndarray) -> None:
+    """The kept images as `--data list:FILE` reads them: their files, or rows of the dataset that holds them."""
+    images = state.pool.images
+    assert images is not None
+    words = absolute(complete(state.request.images or state.request.data[0]))
+    if isinstance(images, JoinedDataset) and images.is_weighted():
+        words = " + ".join(part for _, part in joined(words))
+        state.warn(f"--data {state.pool.name}: its weights are not in the list, which names each image once.")
+    sample = kept[:: max(1, len(kept) // LOOKED_AT)].tolist()
+    are_files = all(images.container(row) == images.path(row) and os.path.isfile(images.path(row)) for row in sample)
+    paths = (images.path(row) for row in kept.tolist())
+    if are_files and not any("\n" in path or "\t" in path or path.startswith(ROWS_OF) for path in paths):
+        targets, names = images.targets(), [printable(name) for name in images.class_names]
+        for row in kept.tolist():
+            label = f"\t{names[targets[row]]}" if targets[row] >= 0 else ""
+            file.write(os.fsencode(os.path.abspath(images.path(row))) + f"{label}\n".encode())
+        return
+    file.write(os.fsencode(f"{ROWS_OF}{words}\n"))
+    base = make_dataset(words)  # by other paths where those given were relative
+    for row in kept.tolist():
+        file.write(f"{row}\t{printable(base.path(row))}\n".encode())
+
+
+def _write_dropped(table: Any, state: Curation) -> None:
+    """A line for each image that was dropped: its path, why, what it is beside, and their cosine."""
+    table.writerow(["path", "reason", "beside", "cosine"])
+    for row in np.flatnonzero(state.fate != KEPT).tolist():
+        fate, beside, score = state.fate[row], int(state.beside[row]), state.score[row]
+        of, at = state.set_of(fate, beside) if fate in (DUPLICATE, AGAINST) else (None, 0)
+        near = of.path(at) if of else ""
+        table.writerow([state.pool.path(row), REASONS[fate], near, "" if np.isnan(score) else f"{score:.4f}"])
+
+
+def histogram(state: Curation) -> dict[str, list[float]] | None:
+    """How many images have their nearest that similar: 50 counts, and the 51 edges between them."""
+    if state.nearest is None:
+        return None
+    found = state.nearest[(state.fate != UNREADABLE) & (state.nearest >= -1)]
+    thresholds = (state.request.duplicates, state.request.against_threshold)
+    low = np.floor(10 * min(float(found.min(initial=1)), *thresholds)) / 10 - 0.1
+    counts, edges = np.histogram(found.clip(max=1), 50, (low, 1.0))
+    return {"counts": counts.tolist(), "edges": edges.round(4).tolist()}

@@ -22,8 +22,7 @@ from dinov2cli.data.datasets.dense_layouts import NYU, DepthProtocol
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, size_for, used_part
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
-from dinov2cli.eval.dense_batches import measured_images
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores, measured_images
 from dinov2cli.eval.dense_heads import DEPTH, DenseExtractor, DenseSettings
 from dinov2cli.eval.metrics import DepthErrors, DepthScores
 from dinov2cli.eval.protocol import Subject

@@ -5,7 +5,7 @@ the `cls` features. Shapes: Q queries, N train images, D features, C classes, k 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
     lines = [{f"{key} Top {n}": getattr(results[key], f"top{n}")} for key in results for n in (1, 5)]
     notes += short_classes(distributed.all_gather_rows(train.targets), train_images.class_names, settings.n_per_class)
     return trial.report(
-        extract, settings, rows, lines, notes=tuple(notes), extra=extra, leak=leak, leave_one_out=leave_one_out
+        extract, asdict(settings), rows, lines, notes=tuple(notes), extra=extra, leak=leak, leave_one_out=leave_one_out
     )
 
 

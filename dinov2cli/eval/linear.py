@@ -21,7 +21,18 @@ from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.data.transforms import RandomResizedCrop
 from dinov2cli.eval.extract import Extractor
 from dinov2cli.eval.features import Features
-from dinov2cli.eval.linear_heads import LEARNING_RATES, N_BLOCKS, HeadTrainer, LinearHeads, best_head, measure_heads
+from dinov2cli.eval.linear_heads import (
+    LEARNING_RATES,
+    N_BLOCKS,
+    HeadTrainer,
+    LinearHeads,
+    TestSet,
+    accuracy_on,
+    best_head,
+    measure_heads,
+    read_labels,
+    test_sets_of,
+)
 from dinov2cli.eval.metrics import Accuracy, MetricType
 from dinov2cli.eval.probe import (
     Batch,
@@ -34,7 +45,6 @@ from dinov2cli.eval.probe import (
 )
 from dinov2cli.eval.protocol import Subject, Trial, align_classes, labelled
 from dinov2cli.eval.reports import Evaluation, Row
-from dinov2cli.eval.test_sets import TestSet, accuracy_on, read_labels, test_sets_of
 from dinov2cli.models.classifier import read_linear_head
 from dinov2cli.requests.eval import LinearRequest
 
@@ -136,7 +146,8 @@ def run(request: LinearRequest, subject: Subject | None = None) -> Evaluation:
         on_test = accuracy_on(test, extract, head, names)
         rows.append(Row.of(f"{test.dataset} ({test.metric})", on_test, names))
         lines.append({f"{test.dataset}_accuracy": on_test.top1})
-    return trial.report(extract, settings, rows, lines, notes=notes, extra=extra, leak=leak, given_head=not extra)
+    chosen = asdict(settings)
+    return trial.report(extract, chosen, rows, lines, notes=notes, extra=extra, leak=leak, given_head=not extra)
 
 
 def evaluate_linear(

@@ -7,7 +7,7 @@ few images of the best, so that the choice is that of float64.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def run(request: LogregRequest, subject: Subject | None = None) -> Evaluation:
     result = evaluate_logreg(train, val, finetune, settings, device=request.train_features_device or extract.device)
     return trial.report(
         extract,
-        settings,
+        asdict(settings),
         [Row.of(f"C={result.best_C:.3g}", result.accuracy, train_images.class_names)],
         [{"top-1": result.accuracy.top1}, {"top-5": result.accuracy.top5}, {"best_C": result.best_C}],
         extra={"best_C": result.best_C, "sweep": {f"{C:.6g}": top1 for C, top1 in result.sweep.items()}},

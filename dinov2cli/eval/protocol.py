@@ -6,8 +6,8 @@ line in `requests.protocols`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class Trial:
     def report(
         self,
         extract: Extractor,
-        settings: Any,
+        settings: Mapping[str, Any],
         rows: Sequence[Row],
         lines: Sequence[dict[str, Any]],
         *,
@@ -166,7 +166,7 @@ class Trial:
         """The result; one process writes its files.
 
         Args:
-            settings: a dataclass of what was chosen in the protocol; `further_settings` are added.
+            settings: what was chosen in the protocol; `further_settings` are added.
             lines: what the reference implementation writes of it.
             leak: how much of val is in train, where anything was trained.
         """
@@ -179,7 +179,7 @@ class Trial:
             weights_hash=extract.weights_hash,
             train_dataset=self.train_dataset,
             val_dataset=self.val_dataset,
-            settings={**asdict(settings), **extract.used(), **further_settings},
+            settings={**settings, **extract.used(), **further_settings},
             rows=tuple(rows),
             notes=(*notes, *([str(leak)] if leak and leak.found else []), *extract.notes),
             extra={**(extra or {}), **({"val_in_train": leak.as_dict()} if leak else {})},

@@ -5,7 +5,6 @@ Shapes: Q queries, N images of the database, D features.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,15 +34,6 @@ SETUPS = {
 """Of Revisited: what is to be found, and what is taken out of the ranking."""
 
 
-@dataclass(frozen=True)
-class RetrievalSettings:
-    """What may be chosen in the protocol."""
-
-    recall_at: tuple[int, ...] = (1, 5, 10)
-    whole: bool = False
-    query_boxes: bool = False
-
-
 class Ranked(NamedTuple):
     """Of each query, NaN where there is nothing to find: average precision, by k whether one of the first k is to be
     found (recall@k), and the share of these that are (precision@k; of Revisited k is at most the last one's rank)."""
@@ -59,36 +49,36 @@ def run(request: RetrievalRequest, subject: Subject | None = None) -> Evaluation
     Raises:
         Dino2Error: weights or datasets that are missing, or of which nothing can be found.
     """
-    settings = RetrievalSettings(request.recall_at, request.whole, request.query_boxes)
+    settings = request.model_dump(include={"recall_at", "whole", "query_boxes"})
     trial = Trial.of(request, subject)
     sizes = {"whole": True, "resize_ratio": 1.0} if request.whole else {}
     extract = trial.extractor(request.batch_size, **sizes)
-    rows, notes = (_of_revisited if request.is_revisited else _of_classes)(trial, extract, settings)
+    rows, notes = (_of_revisited if request.is_revisited else _of_classes)(trial, extract, request)
     lines = [{f"{row.name} {name}": value for row in rows for name, value in row.measured.items()}]
     return trial.report(extract, settings, rows, lines, notes=notes)
 
 
-def _of_classes(trial: Trial, extract: Extractor, settings: RetrievalSettings) -> tuple[list[Row], tuple[str, ...]]:
+def _of_classes(trial: Trial, extract: Extractor, request: RetrievalRequest) -> tuple[list[Row], tuple[str, ...]]:
     train_images = labelled(trial.train_dataset, "train", "retrieval")
     val_images = labelled(trial.val_dataset, "val", "retrieval")
     mapping = align_classes(train_images, val_images)
     among_themselves = same_images(train_images, val_images)
     train = extract(train_images, "database")
     queries = train if among_themselves else extract(val_images, "queries").with_classes(mapping)
-    ranked = rank_classes(train, queries, settings.recall_at, leave_one_out=among_themselves, device=extract.device)
+    ranked = rank_classes(train, queries, request.recall_at, leave_one_out=among_themselves, device=extract.device)
     found = ranked.average_precision.isfinite()
     if not found.any():
         raise DataError(f"{trial.val_dataset}: no image of the class of any query can be found.")
     scores = {"mAP %": _percent(ranked.average_precision)}
-    scores |= {f"R@{k} %": _percent(column) for k, column in zip(settings.recall_at, ranked.recall.T, strict=True)}
+    scores |= {f"R@{k} %": _percent(column) for k, column in zip(request.recall_at, ranked.recall.T, strict=True)}
     notes = (LEAVE_ONE_OUT,) if among_themselves else ()
     if alone := int((~found).sum()):
         notes = (*notes, f"{alone} of {len(found)} queries are the only ones of their class, and are left out")
     return [Row("same class", scores=scores, images=int(found.sum()))], notes
 
 
-def _of_revisited(trial: Trial, extract: Extractor, settings: RetrievalSettings) -> tuple[list[Row], tuple[str, ...]]:
-    benchmark = read_revisited(user_path(trial.val_dataset), boxes=settings.query_boxes)
+def _of_revisited(trial: Trial, extract: Extractor, request: RetrievalRequest) -> tuple[list[Row], tuple[str, ...]]:
+    benchmark = read_revisited(user_path(trial.val_dataset), boxes=request.query_boxes)
     database, queries = extract(benchmark.database, "database"), extract(benchmark.queries, "queries")
     for each, images in ((database, benchmark.database), (queries, benchmark.queries)):
         if each.size < len(images):  # a row that is missing would shift all that follow
@@ -97,8 +87,8 @@ def _of_revisited(trial: Trial, extract: Extractor, settings: RetrievalSettings)
     similarity = wanted.to(extract.device) @ keys.to(extract.device).T
     rows = []
     for setup in SETUPS:
-        ranked = rank_revisited(similarity, benchmark.truths, setup, settings.recall_at)
-        precision = zip(settings.recall_at, ranked.precision.T, strict=True)
+        ranked = rank_revisited(similarity, benchmark.truths, setup, request.recall_at)
+        precision = zip(request.recall_at, ranked.precision.T, strict=True)
         scores = {"mAP %": _percent(ranked.average_precision)} | {
             f"mP@{k} %": _percent(column) for k, column in precision
         }

@@ -20,8 +20,7 @@ from dinov2cli.data.datasets.dense import SegmentationDataset
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize, size_for
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores
-from dinov2cli.eval.dense_batches import Transform, measured_images
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores, Transform, measured_images
 from dinov2cli.eval.dense_heads import SEGMENTATION, DenseExtractor, DenseSettings
 from dinov2cli.eval.metrics import Confusion, SegmentationScores
 from dinov2cli.eval.protocol import Subject

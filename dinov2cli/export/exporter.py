@@ -17,8 +17,16 @@ from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
 from dinov2cli.export import huggingface, timm
 from dinov2cli.export.bundle import Bundle, Runner, random_images
-from dinov2cli.export.graph import ExportGraph, open_onnx, open_torch_export, write_onnx, write_torch_export
-from dinov2cli.export.weight_files import open_ours, write_official, write_safetensors
+from dinov2cli.export.own_formats import (
+    ExportGraph,
+    open_onnx,
+    open_ours,
+    open_torch_export,
+    write_official,
+    write_onnx,
+    write_safetensors,
+    write_torch_export,
+)
 from dinov2cli.files import check_folder, sha256
 from dinov2cli.models.classifier import check_head, head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights

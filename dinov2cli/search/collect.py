@@ -4,7 +4,7 @@ import fnmatch
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,26 +30,12 @@ OPTIONS = ("image_size", "resize_ratio", "value_range", "background", "no_exif_o
 """Of a request to build: what decides how images become features."""
 
 
-class Info(NamedTuple):
+class Info(dict[str, Any]):
     """What an index holds; `bytes` on the disk, `removed` rows are still there, `sources` with their images."""
 
-    folder: str
-    images: int
-    removed: int
-    unreadable: int
-    dim: int
-    dtype: str
-    bytes: int
-    model: str
-    weights: str
-    transform: str
-    precision: str
-    sources: dict[str, int]
-    version: str
-
     def __str__(self) -> str:
-        values = {**self._asdict(), "bytes": f"{self.bytes / 2**20:.1f} MiB"}
-        values["sources"] = "\n             ".join(f"{name}: {n}" for name, n in self.sources.items()) or "none"
+        sources = "\n             ".join(f"{name}: {n}" for name, n in self["sources"].items()) or "none"
+        values = {**self, "bytes": f"{self['bytes'] / 2**20:.1f} MiB", "sources": sources}
         return "\n".join(f"{name:<12} {value}" for name, value in values.items())
 
 
