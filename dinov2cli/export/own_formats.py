@@ -1,5 +1,5 @@
-"""Formats of which all is told here: our own layout as safetensors, the released one (`official`, a flat `.pth`); and as
-a graph, with images of any size in and class and patch tokens out, ONNX and torch.export, which run it without us.
+"""Formats of which all is told here: our own layout as safetensors, the released one (`official`, a flat `.pth`); and
+as a graph, with images of any size in and class and patch tokens out, ONNX and torch.export, which run it without us.
 
 Shape legend: B images, h x w patches, N = h*w, M x M patches at the native size, R registers, D width, K classes.
 """
