@@ -23,6 +23,7 @@ from dinov2cli.models.dense_heads import DenseModel, DepthHead, HeadConfig, Segm
 from dinov2cli.models.load import load_model
 from dinov2cli.models.load.dense import load_dense, save_head
 from dinov2cli.requests.pictures import DepthMapsRequest, SegmentRequest
+from dinov2cli.visualize import maps as picture_maps
 from dinov2cli.visualize.drawing import (
     ClassDrawing,
     DepthDrawing,
@@ -208,13 +209,13 @@ def test_what_stands_still_is_steady(folder: Path, tmp_path: Path) -> None:
 def test_an_interrupted_video_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def draw(self: DepthDrawing, picture: np.ndarray, *_: object) -> np.ndarray:
+    def draw(drawing: DepthDrawing, picture: np.ndarray, *_: object) -> np.ndarray:
         drawn.append(1)
         if len(drawn) == 4:
             raise KeyboardInterrupt
         return picture
 
-    monkeypatch.setattr(DepthDrawing, "draw", draw)
+    monkeypatch.setattr(picture_maps, "draw", draw)
     words = ("depth", folder / "in.mp4", tmp_path / "out.mp4", "--head", folder / "depth.pth", "--save-values", "png")
     assert run_command(*words) == 130
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.models.vision_transformer import VisionTransformer
 from dinov2cli.visualize.basis import fit_color_basis
 from dinov2cli.visualize.features import FeatureSpool, PatchFeatures
-from dinov2cli.visualize.pca_pictures import fit_image_basis, fit_video_basis, render_images, render_video
+from dinov2cli.visualize.pca_pictures import fit_basis, render_images, render_video
 from dinov2cli.visualize.rendering import paint, render, sheet
 from dinov2cli.visualize.video.reader import HLG, PQ, VideoFile, check_source, open_source, sampling_step, tone_map
 from dinov2cli.visualize.video.stills import ImageFolder, list_images
@@ -415,7 +415,7 @@ def test_colours_follow_the_scene_when_the_camera_pans(tmp_path: Path, model: Vi
         for index in range(16):
             writer.write(photo[:, step * index : step * index + width], Fraction(index, 10), Fraction(1, 10))
     source, extractor = open_source(tmp_path / "pan.mp4"), PatchFeatures(model, 12)
-    basis = fit_video_basis(extractor, [source], foreground="none")
+    basis = fit_basis(extractor, [((frame.image for frame in source.frames()), Fraction(1))], foreground="none")
     render_video(extractor, basis, source, tmp_path / "pan")
     drawn = [frame.image.astype(np.float64) for frame in open_source(tmp_path / "pan").frames()]
     assert len(drawn) == 16
@@ -554,7 +554,7 @@ def test_image_command_and_functions(tmp_path: Path, model: VisionTransformer, w
     common = ("--model", weights, "--resolution", 4)
     assert run_command("pca-image", *inputs, tmp_path / "each", *common) == 0
     extractor = PatchFeatures(model, 4)
-    basis = fit_image_basis(extractor, photos)
+    basis = fit_basis(extractor, [(photos, Fraction(1))])
     expected = list(render_images(extractor, basis, photos, layout="pca", upsampling="bicubic"))
     for index in range(2):
         written = cv2.imread(str(tmp_path / "each" / f"{index}.png"))[..., ::-1]
@@ -618,7 +618,8 @@ def test_render_counts_frames_and_reports_progress(tmp_path: Path, model: Vision
     source = open_source(write_video(tmp_path / "in.mp4", frames=7))
     extractor = PatchFeatures(model, 4)
     fitted: list[int] = []
-    basis = fit_video_basis(extractor, [source], fit_frames=3, advance=fitted.append)
+    sampled = (frame.image for frame in source.frames(sampling_step(source.count(), 3)))
+    basis = fit_basis(extractor, [(sampled, source.pixel_aspect)], advance=fitted.append)
     rendered: list[int] = []
     count = render_video(extractor, basis, source, tmp_path / "o.gif", advance=rendered.append)
     assert (sum(fitted), sum(rendered), count) == (3, 7, 7)

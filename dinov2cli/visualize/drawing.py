@@ -4,7 +4,6 @@ Shape legend: H x W pixels, h x w of a head's map, K classes.
 """
 
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,76 +20,13 @@ from dinov2cli.visualize.rendering import LAYOUTS, OVERLAY_STRENGTH
 
 Values = NDArray[Any]
 """Depths in metres, float32 [H, W]; or classes, uint8 or uint16 [H, W]."""
+Color = tuple[int, int, int]
 
 
-class Drawing(ABC):
-    """One kind of map; it sees all pictures, or a sample of them, before it draws the first."""
-
-    name: str
-    """Of the values, in names of files."""
-    usual_layout: str
-    opacity = OVERLAY_STRENGTH
-    """Of the colours in an overlay."""
-
-    @abstractmethod
-    def observe(self, low: FeatureMap) -> None:
-        """Take note of a picture's map [h, w, K]."""
-
-    def settle(self) -> None:  # noqa: B027 (classes have their colours)
-        """Decide, from all that was observed, what colours show."""
-
-    @abstractmethod
-    def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
-        """What a map says of each pixel of a picture of `size` (H, W)."""
-
-    @abstractmethod
-    def colors(self, values: Values) -> Picture:
-        """uint8 [H, W, 3]; where it is black, an overlay shows the picture."""
-
-    @abstractmethod
-    def legend(self, width: int, values: Values | None) -> Picture:
-        """A strip that says what colours mean: of these values, or of all that was observed."""
-
-    @abstractmethod
-    def note(self) -> str:
-        """What was found, in words."""
-
-    @abstractmethod
-    def png(self, values: Values) -> bytes:
-        """A PNG file of the values."""
-
-    def encoded(self, values: Values, kind: str) -> bytes:
-        """A file of the values: `png` or `npy`."""
-        if kind == "png":
-            return marked(self.png(values))
-        file = io.BytesIO()
-        np.save(file, values)
-        return file.getvalue()
-
-    @abstractmethod
-    def about_values(self, kind: str) -> str:
-        """What the numbers in such a file mean."""
-
-    @abstractmethod
-    def check_values(self, kind: str) -> None:
-        """Raise DataError where such a file cannot hold the values."""
-
-    def draw(self, picture: Picture, values: Values, layout: str) -> Picture:
-        """The picture [H, W, 3] with its values in colour, in a layout of `rendering.LAYOUTS`."""
-        colors = self.colors(values)
-        opacity = np.ones((*values.shape, 1), np.float32)
-        if layout == "overlay":
-            opacity[:] = self.opacity / OVERLAY_STRENGTH
-            opacity[~colors.any(axis=2)] = 0
-        return LAYOUTS[layout](picture, colors.astype(np.float32) / np.float32(255), opacity)
-
-    def with_legend(self, picture: Picture, values: Values | None = None) -> Picture:
-        """The picture, and below it a strip."""
-        return np.concatenate([picture, self.legend(picture.shape[1], values)])
-
-
-class DepthDrawing(Drawing):
+class DepthDrawing:
     """Depths, bright near by and dark far away.
+
+    As any drawing it sees all pictures, or a sample of them, before it draws the first.
 
     Args:
         head: gives the range.
@@ -98,7 +34,8 @@ class DepthDrawing(Drawing):
         near, far: metres at the ends of the colours; None: of the nearest and farthest percent of what was observed.
     """
 
-    name, usual_layout = "depth", "colors"
+    name, usual_layout, opacity = "depth", "colors", OVERLAY_STRENGTH
+    """In names of files of values; of pictures; of the colours in an overlay."""
     PERCENT = 1
     BINS = 10_000
 
@@ -112,9 +49,11 @@ class DepthDrawing(Drawing):
         self._scale = next((scale for scale in (1000, 256) if scale * self.span[1] <= 65535), 0)
 
     def observe(self, low: FeatureMap) -> None:
+        """Take note of a picture's map [h, w, 1]."""
         self._counts += np.histogram(np.clip(low, *self.span), self.BINS, self.span)[0]
 
     def settle(self) -> None:
+        """Decide, from all that was observed, what colours show."""
         share = np.cumsum(self._counts) / self._counts.sum()
         ends = np.searchsorted(share, [self.PERCENT / 100, 1 - self.PERCENT / 100]) + np.array([0, 1])
         found = self.span[0] + ends * (self.span[1] - self.span[0]) / self.BINS
@@ -128,33 +67,40 @@ class DepthDrawing(Drawing):
         self.near, self.far = near, far
 
     def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
+        """What a map says of each pixel of a picture of `size` (H, W)."""
         return depths_of(low, self.span, size)
 
     def colors(self, values: Values) -> Picture:
+        """uint8 [H, W, 3]; where it is black, an overlay shows the picture."""
         return near_is_bright((values - self.near) / (self.far - self.near), self.colormap)
 
     def legend(self, width: int, values: Values | None) -> Picture:
+        """A strip that says what colours mean: of these values, or of all that was observed."""
         return depth_legend(self.near, self.far, width, self.colormap)
 
     def note(self) -> str:
+        """What was found, in words."""
         return f"from {self.near:.3g} m (bright) to {self.far:.3g} m (dark)"
 
     def check_values(self, kind: str) -> None:
+        """Raise DataError where a file, `png` or `npy`, cannot hold the values."""
         if kind == "png" and not self._scale:
             raise DataError(
                 f"--save-values png: holds depths up to 256 m, and the head's go to {self.span[1]:g} m; npy does"
             )
 
     def png(self, values: Values) -> bytes:
+        """A PNG file of the values."""
         written, content = cv2.imencode(".png", (values * self._scale + 0.5).astype(np.uint16))
         assert written
         return content.tobytes()
 
     def about_values(self, kind: str) -> str:
+        """What the numbers in such a file mean."""
         return "metres, float32" if kind == "npy" else f"metres times {self._scale}, 16 bits"
 
 
-class ClassDrawing(Drawing):
+class ClassDrawing:
     """Classes, each in its colour.
 
     Args:
@@ -178,6 +124,9 @@ class ClassDrawing(Drawing):
 
     def observe(self, low: FeatureMap) -> None:
         self._observed += np.bincount(low.argmax(axis=2).ravel(), minlength=self.count)
+
+    def settle(self) -> None:
+        """Classes have their colours."""
 
     def values(self, low: FeatureMap, size: tuple[int, int]) -> Values:
         return classes_of(low, size)
@@ -217,7 +166,31 @@ class ClassDrawing(Drawing):
         return "indices of classes" if kind == "npy" else "indices of classes, with a palette"
 
 
-Color = tuple[int, int, int]
+Drawing = DepthDrawing | ClassDrawing
+
+
+def draw(drawing: Drawing, picture: Picture, values: Values, layout: str) -> Picture:
+    """The picture [H, W, 3] with its values in colour, in a layout of `rendering.LAYOUTS`."""
+    colors = drawing.colors(values)
+    opacity = np.ones((*values.shape, 1), np.float32)
+    if layout == "overlay":
+        opacity[:] = drawing.opacity / OVERLAY_STRENGTH
+        opacity[~colors.any(axis=2)] = 0
+    return LAYOUTS[layout](picture, colors.astype(np.float32) / np.float32(255), opacity)
+
+
+def with_legend(drawing: Drawing, picture: Picture, values: Values | None = None) -> Picture:
+    """The picture, and below it a strip."""
+    return np.concatenate([picture, drawing.legend(picture.shape[1], values)])
+
+
+def encoded(drawing: Drawing, values: Values, kind: str) -> bytes:
+    """A file of the values: `png` or `npy`."""
+    if kind == "png":
+        return marked(drawing.png(values))
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
 
 
 def near_is_bright(share: NDArray[np.floating], scale: str = "inferno") -> Picture:

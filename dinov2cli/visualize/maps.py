@@ -21,7 +21,7 @@ from dinov2cli.files import write_bytes, writing
 from dinov2cli.models.dense_heads import DenseModel
 from dinov2cli.models.load.dense import check_head, read_head, warn_of_another
 from dinov2cli.requests.pictures import DEFAULT_DEPTH_HEAD, DepthMapsRequest, MapsRequest, SegmentRequest
-from dinov2cli.visualize.drawing import ClassDrawing, DepthDrawing, Drawing
+from dinov2cli.visualize.drawing import ClassDrawing, DepthDrawing, Drawing, draw, encoded, with_legend
 from dinov2cli.visualize.features import DenseMaps, FeatureMap, FeatureSpool, Picture
 from dinov2cli.visualize.pictures import (
     Written,
@@ -146,18 +146,18 @@ def _draw_photos(request: MapsRequest, extractor: DenseMaps, drawing: Drawing, r
         for (name, path), low in zip(photos, spool(), strict=True):
             photo = shown(read_image(path, reading), images, request.show_channels)
             values = drawing.values(low, (photo.shape[0], photo.shape[1]))
-            picture = drawing.draw(photo, values, layout)
+            picture = draw(drawing, photo, values, layout)
             if one_sheet:
                 rows.append(picture)
             else:
-                picture = drawing.with_legend(picture, values) if request.legend else picture
+                picture = with_legend(drawing, picture, values) if request.legend else picture
                 save_picture(output if output.suffix else output / f"{name}.png", picture)
             if request.save_values:
                 with writing(values_at[name]):
-                    write_bytes(values_at[name], drawing.encoded(values, request.save_values))
+                    write_bytes(values_at[name], encoded(drawing, values, request.save_values))
     if rows:
         whole = sheet([[row] for row in rows])
-        save_picture(output, drawing.with_legend(whole) if request.legend else whole)
+        save_picture(output, with_legend(drawing, whole) if request.legend else whole)
     return _written(request, drawing, counted(len(photos), "photo"), list(values_at.values()))
 
 
@@ -179,17 +179,17 @@ def _draw_video(request: MapsRequest, extractor: DenseMaps, drawing: Drawing, re
         still = TemporalFilter(extractor.grid(source.size, source.pixel_aspect)) if request.steady else None
         beside = stack.enter_context(FolderWriter(folder, f".{kind}", write_bytes)) if kind else None
 
-        def draw(frame: Picture, drawn_on: Picture, low: FeatureMap) -> Picture:
+        def drawn(frame: Picture, drawn_on: Picture, low: FeatureMap) -> Picture:
             low = still(frame, low).astype(np.float32) if still else low
             values = drawing.values(low, (drawn_on.shape[0], drawn_on.shape[1]))
             if beside and kind:
-                beside.write(drawing.encoded(values, kind), Fraction(0), Fraction(0))
-            picture = drawing.draw(drawn_on, values, layout)
-            return drawing.with_legend(picture) if request.legend else picture
+                beside.write(encoded(drawing, values, kind), Fraction(0), Fraction(0))
+            picture = draw(drawing, drawn_on, values, layout)
+            return with_legend(drawing, picture) if request.legend else picture
 
         task = display.add_task(f"rendering {output.name}", total=count)
         advance = partial(display.advance, task)
-        frames = draw_video(extractor, source, output, draw, audio=request.audio, advance=advance)
+        frames = draw_video(extractor, source, output, drawn, audio=request.audio, advance=advance)
     return _written(request, drawing, counted(frames, "frame"), [folder])
 
 

@@ -4,8 +4,9 @@ First pass: features of all photos, or of frames sampled evenly over all videos,
 picture is rendered.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def run_image(request: PcaImageRequest) -> Written:
     extractor, basis, reading = _extractor_and_basis(request)
     places_shown(extractor.model.images, request.show_channels)
     if basis is None:
-        basis = fit_image_basis(extractor, (read_image(path, reading) for _, path in photos), foreground)
+        images = (read_image(path, reading) for _, path in photos)
+        basis = fit_basis(extractor, [(images, Fraction(1))], foreground)
     if request.save_basis:
         basis.save(request.save_basis)
     one_sheet = bool(output.suffix) and len(photos) > 1
@@ -79,8 +81,8 @@ def run_video(request: PcaVideoRequest) -> Written:
         if basis is None:
             step = sampling_step(sum(counts), request.fit_frames)
             task = display.add_task("fitting colours", total=sum(-(-n // step) for n in counts))
-            advance = partial(display.advance, task)
-            basis = fit_video_basis(extractor, sources, foreground, request.fit_frames, advance=advance)
+            sampled = (((frame.image for frame in each.frames(step)), each.pixel_aspect) for each in sources)
+            basis = fit_basis(extractor, sampled, foreground, advance=partial(display.advance, task))
         if request.save_basis:
             basis.save(request.save_basis)
         style = request.model_dump(include={"layout", "upsampling", "audio", "steady"})
@@ -117,13 +119,28 @@ def _outputs(request: PcaVideoRequest) -> list[Path]:
     return outputs
 
 
-def fit_image_basis(
-    extractor: PatchFeatures, photos: Iterable[Picture], foreground: str | float = "auto"
+def fit_basis(
+    extractor: PatchFeatures,
+    series: Iterable[tuple[Iterable[Picture], Fraction]],
+    foreground: str | float = "auto",
+    *,
+    advance: Advance = lambda _: None,
 ) -> ColorBasis:
-    """A basis for all photos, read one after the other."""
+    """One basis for all pictures, which are read one after the other.
+
+    Args:
+        series: of pictures, each with the width over the height of its pixels.
+        foreground: as in `fit_color_basis`.
+        advance: called as pictures are done.
+
+    Raises:
+        DataError: no picture; a foreground without a patch.
+    """
     with closing(FeatureSpool()) as spool:
-        for _, features in extractor.maps((None, photo) for photo in photos):
-            spool.append(features)
+        for pictures, pixel_aspect in series:
+            for _, features in extractor.maps(((None, picture) for picture in pictures), pixel_aspect):
+                spool.append(features)
+                advance(1)
         return fit_color_basis(spool, foreground)
 
 
@@ -140,29 +157,6 @@ def render_images(
     images = extractor.model.images
     for picture, features in extractor.maps((shown(photo, images, channels), photo) for photo in photos):
         yield render(picture, features, basis, layout=layout, upsampling=upsampling)
-
-
-def fit_video_basis(
-    extractor: PatchFeatures,
-    sources: Sequence[FrameSource],
-    foreground: str | float = "auto",
-    fit_frames: int = 64,
-    *,
-    advance: Advance = lambda _: None,
-) -> ColorBasis:
-    """One basis for all sources, from at most `fit_frames` frames sampled evenly over them.
-
-    Raises:
-        DataError: a source without a frame; a foreground without a patch.
-    """
-    step = sampling_step(sum(source.count() for source in sources), fit_frames)
-    with closing(FeatureSpool()) as spool:
-        for source in sources:
-            sampled = ((frame, frame.image) for frame in source.frames(step))
-            for _, features in extractor.maps(sampled, source.pixel_aspect):
-                spool.append(features)
-                advance(1)
-        return fit_color_basis(spool, foreground)
 
 
 def render_video(
