@@ -20,7 +20,7 @@ from dinov2cli.eval.dense_heads import (
     segmentation_loss,
     sig_loss,
 )
-from dinov2cli.eval.metrics import Confusion, DepthErrors, DepthScores
+from dinov2cli.eval.metrics import DEPTH_ERRORS, Confusion, DepthErrors
 from dinov2cli.models.dense_heads import DepthHead, SegmentationHead
 from dinov2cli.models.sliding import mirrored_mean, multi_scale, sliding, window_starts
 
@@ -158,11 +158,10 @@ def test_mean_iou_is_that_of_sets_of_pixels() -> None:
             ious.append(100 * (mine & its).sum() / (mine | its).sum())
             if its.any():
                 accuracies.append(100 * (mine & its).sum() / its.sum())
-        assert scores.mean_iou == pytest.approx(np.mean(ious)) and scores.mean_accuracy == pytest.approx(
-            np.mean(accuracies)
-        )
-        assert scores.accuracy == pytest.approx(100 * (predicted[head] == labels)[known].mean())
-        assert np.isnan(scores.iou[5]) and scores.iou[:5] == pytest.approx(ious, abs=1e-4)
+        assert scores.quality == scores.columns["mIoU %"] == pytest.approx(np.mean(ious))
+        assert scores.columns["mAcc %"] == pytest.approx(np.mean(accuracies))
+        assert scores.columns["aAcc %"] == pytest.approx(100 * (predicted[head] == labels)[known].mean())
+        assert scores.per_class == pytest.approx({str(c): iou for c, iou in enumerate(ious)}, abs=1e-4)
 
 
 def test_depth_errors_are_means_over_images() -> None:
@@ -178,4 +177,5 @@ def test_depth_errors_are_means_over_images() -> None:
             *(100 * np.mean(ratio < 1.25**i) for i in (1, 2, 3)),
         ])  # fmt: skip
     errors.update(torch.empty(1, 0), torch.empty(0))  # an image of which nothing is known counts for nothing
-    assert errors.scores()[0] == pytest.approx(DepthScores(*np.mean(rows, 0), 2))
+    (scores,) = errors.scores()
+    assert scores.line == pytest.approx({**dict(zip(DEPTH_ERRORS, np.mean(rows, 0), strict=True)), "images": 2})

@@ -82,7 +82,7 @@ def kmeans(
     iterations: int = 20,
     device: torch.device | str = "cpu",
     kept_in: Path | None = None,
-    told: Advance | None = None,
+    told: Advance = lambda more: None,
 ) -> Clusters:
     """Cluster points by Lloyd's iterations from k-means++ seeds. Collective: every process gets the whole result.
 
@@ -97,8 +97,7 @@ def kmeans(
     """
     state = _recalled(kept_in) or State(0, _seeds(points, min(k, len(points)), seed), -1.0)
     each = len(_mine(points))
-    if told is not None:
-        told(state.done * each)
+    told(state.done * each)
     while state.done < iterations:
         centres = state.centres
         sums, counts, reached, worst = _step(points, centres.to(device), told)
@@ -106,7 +105,7 @@ def kmeans(
         empty = (counts == 0).nonzero()[:, 0][: len(worst)]
         moved[empty] = worst[: len(empty)]
         settled = reached - state.reached < GAIN and not len(empty)
-        if settled and told is not None:
+        if settled:
             told((iterations - state.done - 1) * each)
         state = State(iterations if settled else state.done + 1, moved, reached)
         if kept_in is not None and distributed.is_main():
@@ -116,7 +115,7 @@ def kmeans(
 
 
 def assigned(
-    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance | None = None
+    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance = lambda more: None
 ) -> Clusters:
     """The nearest of the centres, float32 [K, D], for each point; those that have none are left out. Collective."""
     labels, similarity = nearest_centres(points, centres, device=device, told=told)
@@ -125,7 +124,7 @@ def assigned(
 
 
 def nearest_centres(
-    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance | None = None
+    points: Points, centres: Tensor, *, device: torch.device | str = "cpu", told: Advance = lambda more: None
 ) -> tuple[Tensor, Tensor]:
     """The nearest of the centres, float32 [K, D], for each point, int64 [N], and their cosines [N]. Collective."""
     mine = [nearest for _, *nearest in _nearest(points, centres.to(device), told)]
@@ -147,7 +146,7 @@ def _mine(points: Points) -> range:
     return range(*(len(points) * (distributed.rank() + i) // distributed.world_size() for i in (0, 1)))
 
 
-def _nearest(points: Points, centres: Tensor, told: Advance | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _nearest(points: Points, centres: Tensor, told: Advance) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of this process's points, block by block: the points [n, D], their nearest centres int64 [n], cosines [n]."""
     size = max(1, BLOCK_BYTES // (4 * max(points.dim, len(centres))))
     mine = _mine(points)
@@ -155,11 +154,10 @@ def _nearest(points: Points, centres: Tensor, told: Advance | None) -> Iterator[
         block = points[slice(start, min(start + size, mine.stop))].to(centres.device)
         similarity, labels = (block @ centres.T).max(dim=1)
         yield block, labels, similarity
-        if told is not None:
-            told(len(block))
+        told(len(block))
 
 
-def _step(points: Points, centres: Tensor, told: Advance | None) -> tuple[Tensor, Tensor, float, Tensor]:
+def _step(points: Points, centres: Tensor, told: Advance) -> tuple[Tensor, Tensor, float, Tensor]:
     """Of all processes' points: their sums [K, D] and numbers [K] by nearest centre, the mean similarity, and the
     distinct points farthest from their centres, at most as many as there are centres without one."""
     sums, counts = torch.zeros_like(centres), torch.zeros(len(centres), device=centres.device)

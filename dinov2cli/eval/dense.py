@@ -31,6 +31,7 @@ from dinov2cli.eval.dense_heads import (
     same_start,
 )
 from dinov2cli.eval.features import part_of_this_process
+from dinov2cli.eval.metrics import MapScores
 from dinov2cli.eval.probe import Batch, Parts, ProbeCheckpoint, frozen_batches, random_batches, train_heads
 from dinov2cli.eval.protocol import Subject, Trial
 from dinov2cli.eval.reports import Evaluation, Row
@@ -62,24 +63,6 @@ class Course(NamedTuple):
     settings: DenseSettings
     recipe: HeadRecipe
     identity: Mapping[str, Any]
-
-
-class Scores(NamedTuple):
-    """What is told of a head.
-
-    Args:
-        quality: by which heads are compared; the larger, the better.
-        columns: of the table.
-        line: of the file that the reference writes.
-        further: what is in the report alone.
-    """
-
-    quality: float
-    columns: dict[str, float]
-    line: dict[str, Any]
-    images: int
-    per_class: dict[str, float] | None = None
-    further: dict[str, float] | None = None
 
 
 class DenseTrial:
@@ -152,7 +135,7 @@ class DenseTrial:
         self,
         course: Course | None,
         settings: DenseSettings,
-        measure: Callable[[DenseExtractor, Sequence[DenseHead], str], Mapping[str, Sequence[Scores]]],
+        measure: Callable[[DenseExtractor, Sequence[DenseHead], str], Mapping[str, Sequence[MapScores]]],
     ) -> Evaluation:
         """Train and measure, keep the head that does best, and tell.
 

@@ -22,9 +22,9 @@ from dinov2cli.data.datasets.dense_layouts import NYU, DepthProtocol
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import DepthCrop, counted_part, resize, size_for, used_part
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores, measured_images
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, measured_images
 from dinov2cli.eval.dense_heads import DEPTH, DenseExtractor, DenseSettings
-from dinov2cli.eval.metrics import DepthErrors, DepthScores
+from dinov2cli.eval.metrics import DepthErrors, MapScores
 from dinov2cli.eval.protocol import Subject
 from dinov2cli.eval.reports import Evaluation
 from dinov2cli.models.dense_heads import DenseHead, DepthHead, last_blocks, spread_blocks
@@ -84,7 +84,7 @@ def measure(
     val: DepthDataset,
     settings: DepthSettings,
     protocol: DepthProtocol,
-) -> dict[str, list[Scores]]:
+) -> dict[str, list[MapScores]]:
     """Scores of every head, of the mean over an image and its mirror image, where depth is known and in the range.
 
     Raises:
@@ -108,7 +108,7 @@ def measure(
         errors.update(found[0].clamp(low, high)[:, *box][:, known], there[known])
     if not int(distributed.all_reduce_sum(torch.tensor(errors.images))):
         raise DataError(f"{val.describe()}: no depth between {low:g} and {high:g} m", "See --depth-scale, --max-depth.")
-    return {"": [_told(scores) for scores in errors.scores()]}
+    return {"": errors.scores()}
 
 
 def _depths(dataset: str, request: DepthRequest) -> DepthDataset:
@@ -154,10 +154,3 @@ def _above_largest(dataset: DepthDataset, least: float) -> float:
     above = math.floor(1000 * largest + 1) / 1000  # what is not below the range is not measured
     logger.info("depths below %g m, by the largest of the train labels (--max-depth)", above)
     return above
-
-
-def _told(scores: DepthScores) -> Scores:
-    columns = {"RMSE m": scores.rmse, "AbsRel": scores.abs_rel}
-    columns |= {f"d{i} %": value for i, value in enumerate((scores.delta1, scores.delta2, scores.delta3), 1)}
-    further = {key: getattr(scores, key) for key in ("sq_rel", "log10", "rmse_log", "silog")}
-    return Scores(-scores.rmse, columns, scores._asdict(), scores.images, further=further)

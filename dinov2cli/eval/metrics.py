@@ -5,8 +5,9 @@ Shapes: H classifiers, B images, C classes, L labels of one image; of maps R hea
 """
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,14 +117,22 @@ def wilson_interval(percent: float, count: int) -> tuple[float, float]:
     return (max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half)))
 
 
-class SegmentationScores(NamedTuple):
-    """In percent, of so many images. iou: of each class, NaN where it is neither there nor predicted."""
+class MapScores(NamedTuple):
+    """What is told of a head for every pixel.
 
-    mean_iou: float
-    mean_accuracy: float
-    accuracy: float
-    iou: list[float]
+    Args:
+        quality: by which heads are compared; the larger, the better.
+        columns: of the table.
+        line: of the file that the reference writes.
+        further: what is in the report alone.
+    """
+
+    quality: float
+    columns: dict[str, float]
+    line: dict[str, Any]
     images: int
+    per_class: dict[str, float] | None = None
+    further: dict[str, float] | None = None
 
 
 class Confusion:
@@ -142,47 +151,37 @@ class Confusion:
             found = torch.bincount(rows + each[known], minlength=self.classes**2)
             counts += found.view(self.classes, self.classes).cpu()
 
-    def scores(self) -> list[SegmentationScores]:
-        """Of each head. Collective."""
-        images = int(distributed.all_reduce_sum(torch.tensor(self.images)))
-        return [scores_of(counts.double(), images) for counts in distributed.all_reduce_sum(self.counts.clone())]
+    def scores(self, names: Sequence[str] = ()) -> list[MapScores]:
+        """Of each head, in percent; classes have these names, or else their numbers. Collective.
+
+        As usual, means are over the classes that occur: of IoU, where they are there or predicted; of accuracy, where
+        they are there.
+        """
+        images, told = int(distributed.all_reduce_sum(torch.tensor(self.images))), []
+        for counts in distributed.all_reduce_sum(self.counts.clone()).double():
+            hits, there, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+            iou = 100 * hits / (there + predicted - hits)
+            mean_iou, accuracy = float(iou.nanmean()), float(100 * hits.sum() / there.sum())
+            columns = {"mIoU %": mean_iou, "mAcc %": float((100 * hits / there).nanmean()), "aAcc %": accuracy}
+            by_class = {
+                names[i] if i < len(names) else str(i): round(v, 4) for i, v in enumerate(iou.tolist()) if v == v
+            }
+            told.append(
+                MapScores(mean_iou, columns, {"mIoU": mean_iou / 100, "aAcc": accuracy / 100}, images, by_class)
+            )
+        return told
 
 
-def scores_of(counts: Tensor, images: int) -> SegmentationScores:
-    """Of a confusion matrix float64 [K, K], rows the true classes.
-
-    As usual, means are over the classes that occur: of IoU, where they are there or predicted; of accuracy, where they
-    are there.
-    """
-    hits, there, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    iou = 100 * hits / (there + predicted - hits)
-    of_class = 100 * hits / there
-    accuracy = 100 * hits.sum() / there.sum()
-    of_each = [round(float(each), 4) for each in iou]
-    return SegmentationScores(float(iou.nanmean()), float(of_class.nanmean()), float(accuracy), of_each, images)
-
-
-class DepthScores(NamedTuple):
-    """Means over so many images, as the benchmarks have them. rmse in metres; abs_rel, sq_rel (metres), log10,
-    rmse_log, silog (100 times the standard deviation of the difference of logarithms); deltas in percent."""
-
-    rmse: float
-    abs_rel: float
-    sq_rel: float
-    log10: float
-    rmse_log: float
-    silog: float
-    delta1: float
-    delta2: float
-    delta3: float
-    images: int
+DEPTH_ERRORS = ("rmse", "abs_rel", "sq_rel", "log10", "rmse_log", "silog", "delta1", "delta2", "delta3")
+"""As the benchmarks have them: rmse in metres; abs_rel, sq_rel (metres), log10, rmse_log, silog (100 times the standard
+deviation of the difference of logarithms); deltas in percent."""
 
 
 class DepthErrors:
     """Sums of each image's errors, by head."""
 
     def __init__(self, heads: int) -> None:
-        self.sums = torch.zeros(heads, len(DepthScores._fields) - 1, dtype=torch.float64)
+        self.sums = torch.zeros(heads, len(DEPTH_ERRORS), dtype=torch.float64)
         self.images = 0
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
@@ -191,16 +190,20 @@ class DepthErrors:
             self.sums += torch.stack([errors_of(each.double(), labels.double()) for each in predicted]).cpu()
             self.images += 1
 
-    def scores(self) -> list[DepthScores]:
-        """Of each head. Collective."""
-        images = int(distributed.all_reduce_sum(torch.tensor(self.images)))
-        means = distributed.all_reduce_sum(self.sums.clone()) / images
-        errors = DepthScores._fields[:-1]
-        return [DepthScores(**dict(zip(errors, each.tolist(), strict=True)), images=images) for each in means]
+    def scores(self) -> list[MapScores]:
+        """Means over the images, of each head. Collective."""
+        images, told = int(distributed.all_reduce_sum(torch.tensor(self.images))), []
+        for means in (distributed.all_reduce_sum(self.sums.clone()) / images).tolist():
+            error = dict(zip(DEPTH_ERRORS, means, strict=True))
+            columns = {"RMSE m": error["rmse"], "AbsRel": error["abs_rel"]}
+            columns |= {f"d{i} %": error[f"delta{i}"] for i in (1, 2, 3)}
+            further = {key: error[key] for key in ("sq_rel", "log10", "rmse_log", "silog")}
+            told.append(MapScores(-error["rmse"], columns, {**error, "images": images}, images, further=further))
+        return told
 
 
 def errors_of(predicted: Tensor, there: Tensor) -> Tensor:
-    """Of an image, in the order of `DepthScores`: float64 [9] of two float64 [n] above 0."""
+    """Of an image, in the order of `DEPTH_ERRORS`: float64 [9] of two float64 [n] above 0."""
     ratio = torch.maximum(predicted / there, there / predicted)
     logs = predicted.log() - there.log()
     difference = predicted - there

@@ -20,9 +20,9 @@ from dinov2cli.data.datasets.dense import SegmentationDataset
 from dinov2cli.data.datasets.recognise_dense import dense_dataset
 from dinov2cli.data.dense_transforms import CentreCrop, SegmentationCrop, resize, size_for
 from dinov2cli.errors import ConfigError, DataError
-from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Scores, Transform, measured_images
+from dinov2cli.eval.dense import Course, DenseTrial, MapsOf, Transform, measured_images
 from dinov2cli.eval.dense_heads import SEGMENTATION, DenseExtractor, DenseSettings
-from dinov2cli.eval.metrics import Confusion, SegmentationScores
+from dinov2cli.eval.metrics import Confusion, MapScores
 from dinov2cli.eval.protocol import Subject
 from dinov2cli.eval.reports import Evaluation
 from dinov2cli.models.dense_heads import DenseHead, SegmentationHead, last_blocks
@@ -99,7 +99,7 @@ def measure(
     val: SegmentationDataset,
     settings: SegmentationSettings,
     n_classes: int,
-) -> dict[str, list[Scores]]:
+) -> dict[str, list[MapScores]]:
     """For each way of inference, in words, the scores of every head."""
     maps = MapsOf(extract, heads)
     confusions = {how: Confusion(len(heads), n_classes) for how in settings.inference}
@@ -122,10 +122,7 @@ def measure(
                 found = windows(scaled[0]) if how == "slide" else maps(scaled[0])
                 found = F.interpolate(found.float(), size=size, mode="bilinear", align_corners=False)
             confusion.update(found[0].unflatten(0, (-1, n_classes)).argmax(1), labels)
-    return {
-        IN_WORDS[how]: [_told(scores, val.class_names) for scores in confusion.scores()]
-        for how, confusion in confusions.items()
-    }
+    return {IN_WORDS[how]: confusion.scores(val.class_names) for how, confusion in confusions.items()}
 
 
 def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
@@ -138,10 +135,3 @@ def _same_classes(train: SegmentationDataset, val: SegmentationDataset) -> int:
     train.with_classes(found)
     val.with_classes(found, train.class_names)
     return found
-
-
-def _told(scores: SegmentationScores, names: Sequence[str]) -> Scores:
-    by_class = {names[i] if i < len(names) else str(i): iou for i, iou in enumerate(scores.iou) if iou == iou}
-    columns = {"mIoU %": scores.mean_iou, "mAcc %": scores.mean_accuracy, "aAcc %": scores.accuracy}
-    line = {"mIoU": scores.mean_iou / 100, "aAcc": scores.accuracy / 100}
-    return Scores(scores.mean_iou, columns, line, scores.images, by_class)

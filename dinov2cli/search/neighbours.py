@@ -41,7 +41,7 @@ def neighbours(
     alive: np.ndarray | None = None,
     exclude: np.ndarray | None = None,
     device: torch.device | str = "cpu",
-    progress: Advance | None = None,
+    progress: Advance = lambda more: None,
 ) -> Found:
     """The k rows of `database` most similar to each query, by comparing all with all.
 
@@ -87,8 +87,7 @@ def neighbours(
                 if exclude is not None:
                     _leave_out(similarity, exclude[at : at + len(part)] - start)
                 best[number] = best[number].with_columns(similarity, k, start)
-                if progress is not None:
-                    progress(similarity.numel())
+                progress(similarity.numel())
         for number, found in enumerate(best):
             at = first + number * _at_once(n_block)
             scores[at : at + len(found.scores)] = found.scores.cpu()
@@ -192,7 +191,7 @@ class Approximation:
     """
 
     def __init__(
-        self, features: np.ndarray, kind: str, file: Path | None = None, progress: Advance | None = None
+        self, features: np.ndarray, kind: str, file: Path | None = None, progress: Advance = lambda more: None
     ) -> None:
         self.features, self.kind = features, kind
         rows, dim = features.shape
@@ -200,11 +199,10 @@ class Approximation:
         kept = _kept(file, rows, dim, lists) if file is not None else None
         self.faiss_index: Any = kept or _made(features, kind, lists)
         before = self.faiss_index.ntotal
-        tell = progress or (lambda more: None)
-        tell(before)
+        progress(before)
         for start in range(before, rows, BLOCK_ROWS):
             self.faiss_index.add(_unit(features[start : start + BLOCK_ROWS], start))
-            tell(min(BLOCK_ROWS, rows - start))
+            progress(min(BLOCK_ROWS, rows - start))
         if file is not None and self.faiss_index.ntotal > before:
             _keep(self.faiss_index, file)
 
@@ -217,7 +215,7 @@ class Approximation:
         ef_search: int = 256,
         alive: np.ndarray | None = None,
         exclude: np.ndarray | None = None,
-        progress: Advance | None = None,
+        progress: Advance = lambda more: None,
     ) -> Found:
         """As `neighbours` with `cosine`, of the rows that are looked at; where these are fewer than k, the rest of a
         query's rows are -1, and their scores -inf.
@@ -239,8 +237,7 @@ class Approximation:
             if exclude is not None:
                 found = np.where(found == exclude[block, None], -1, found)
             scores[block], rows[block] = self._compared(unit, found, k)
-            if progress is not None:
-                progress(len(unit))
+            progress(len(unit))
         return Found(scores, rows)
 
     def _compared(self, unit: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
