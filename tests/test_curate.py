@@ -21,7 +21,7 @@ from tiny_run import write_images, write_weights
 from dinov2cli.curate import collection, graph
 from dinov2cli.curate.curation import look, need
 from dinov2cli.curate.graph import usual_probes
-from dinov2cli.curate.report import Curated
+from dinov2cli.curate.results import Curated
 from dinov2cli.data.datasets import make_dataset
 from dinov2cli.errors import DataError, Dino2Error, EnvironmentProblem
 from dinov2cli.files import lock

@@ -16,7 +16,7 @@ from dinov2cli.console import clock, counted, logger
 from dinov2cli.curate.collection import Collection, Stored, check_source, collect, extractor_of, holds_features
 from dinov2cli.curate.graph import ITERATIONS, TRAINED_ON, Graph, graph, recall, usual_probes
 from dinov2cli.curate.hierarchy import usual_clusters
-from dinov2cli.curate.report import Curated, write_results
+from dinov2cli.curate.results import Curated, write_results
 from dinov2cli.curate.stage import Stage
 from dinov2cli.curate.steps import UNREADABLE, Curation, Step, draw, drop_duplicates, drop_near, keep_alike
 from dinov2cli.device import choose_device
