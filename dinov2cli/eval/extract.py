@@ -23,15 +23,7 @@ from dinov2cli.data.loaders import EvalBatch, make_eval_loader, refuse_too_many_
 from dinov2cli.data.transforms import RESIZE_RATIO, EvalTransform, WholeTransform, usual_size
 from dinov2cli.device import Arriving, Precision, choose_device
 from dinov2cli.errors import ConfigError, DataError, WeightsError
-from dinov2cli.eval.features import (
-    CLASS_TOKENS,
-    DETAILED,
-    FeatureCache,
-    Features,
-    Gathered,
-    Recipe,
-    part_of_this_process,
-)
+from dinov2cli.eval.features import TENSORS, FeatureCache, Features, Gathered, Recipe, part_of_this_process
 from dinov2cli.train.allocator import keep_freed_memory
 
 LAST_BLOCKS = 4  # the class tokens kept for linear probes
@@ -204,9 +196,7 @@ class Extractor:
     def recipe(self) -> Recipe:
         """What the features depend on, beside the images."""
         transform = f"resize {self.side}{self.resize}, crop {self.image_size}, {self.reading}"
-        return Recipe(
-            self.weights_hash, str(self.precision.dtype), transform, DETAILED if self.detailed else CLASS_TOKENS
-        )
+        return Recipe(self.weights_hash, str(self.precision.dtype), transform, TENSORS[self.detailed])
 
     @torch.no_grad()  # not inference mode: heads are trained on these
     def features_of(self, images: Tensor) -> dict[str, Tensor]:

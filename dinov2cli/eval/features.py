@@ -28,8 +28,8 @@ from dinov2cli.files import digest, replacing, sha256, write_text
 from dinov2cli.models.load.tensor_files import write_tensors
 from dinov2cli.site import cache_folder
 
-CLASS_TOKENS, DETAILED = ("cls",), ("cls", "mean_patch", "last_cls")
-"""Names of the tensors that an `Extractor` gives, without and with what linear probes need."""
+TENSORS = {False: ("cls",), True: ("cls", "mean_patch", "last_cls")}
+"""Names of those that an `Extractor` gives, by whether they are detailed."""
 SAVE_SECONDS = 60.0
 """What a kill without a word costs at most."""
 _CHANGED = {
@@ -108,7 +108,7 @@ class FeatureCache:
 
         Class tokens alone are also taken from an entry that holds more.
         """
-        whole = [replace(recipe, names=DETAILED)] if recipe.names == CLASS_TOKENS else []
+        whole = [replace(recipe, names=TENSORS[True])] if recipe.names == TENSORS[False] else []
         told = ""
         for kept in (recipe, *whole):
             entry, identity = self._entry(kept, dataset), self._identity(kept, dataset)

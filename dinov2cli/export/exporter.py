@@ -15,18 +15,8 @@ from dinov2cli.config.library import LibraryConfig
 from dinov2cli.console import progress
 from dinov2cli.data.transforms import usual_size
 from dinov2cli.errors import Dino2Error, EnvironmentProblem, WeightsError, check_all
-from dinov2cli.export import huggingface, timm
+from dinov2cli.export import huggingface, own_formats, timm
 from dinov2cli.export.bundle import Bundle, Runner, random_images
-from dinov2cli.export.own_formats import (
-    ExportGraph,
-    open_onnx,
-    open_ours,
-    open_torch_export,
-    write_official,
-    write_onnx,
-    write_safetensors,
-    write_torch_export,
-)
 from dinov2cli.files import check_folder, sha256
 from dinov2cli.models.classifier import check_head, head_input, read_linear_head
 from dinov2cli.models.load import RecognisedWeights, at_size, build_from, layouts, read_weights
@@ -59,8 +49,8 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format(write_safetensors, open_ours, 0.0, (".safetensors",), "dino2"),
-    "official": Format(write_official, open_ours, 0.0, (".pth", ".pt"), "dino2"),
+    "safetensors": Format(own_formats.write_safetensors, own_formats.open_ours, 0.0, (".safetensors",), "dino2"),
+    "official": Format(own_formats.write_official, own_formats.open_ours, 0.0, (".pth", ".pt"), "dino2"),
     "hf": Format(
         huggingface.write,
         huggingface.open_,
@@ -69,15 +59,15 @@ FORMATS: dict[str, Format] = {
         "transformers",
         layouts.huggingface.resizes_otherwise,
         huggingface.how_to_open,
-    ),
+    ),  # fmt: skip
     "timm": Format(
         timm.write, timm.open_, 1e-4, (".safetensors", ""), "timm", layouts.timm.resizes_otherwise, timm.how_to_open
     ),
-    "onnx": Format(write_onnx, open_onnx, 1e-4, (".onnx",), "onnxruntime"),
-    "torch-export": Format(write_torch_export, open_torch_export, 1e-4, (".pt2",), "torch.export"),
+    "onnx": Format(own_formats.write_onnx, own_formats.open_onnx, 1e-4, (".onnx",), "onnxruntime"),
+    "torch-export": Format(
+        own_formats.write_torch_export, own_formats.open_torch_export, 1e-4, (".pt2",), "torch.export"
+    ),
 }
-
-
 IN_A_FOLDER = ("config.json", "model", "preprocessor_config.json")
 """How the names begin of what is in a folder that was exported."""
 GRAPHS = ("onnx", "torch-export")
@@ -167,7 +157,7 @@ def compare(bundle: Bundle, run: Runner, shape: tuple[int, int, int], *, binding
     """The largest difference between `run` and our model on random images of `shape` (batch, height, width)."""
     images = random_images(bundle.architecture, *shape)
     with torch.no_grad():
-        ours, theirs = ExportGraph(bundle.model, bundle.head).eval().named(images), run(images)
+        ours, theirs = own_formats.ExportGraph(bundle.model, bundle.head).eval().named(images), run(images)
     shapes = [{name: tensor.shape for name, tensor in outputs.items()} for outputs in (ours, theirs)]
     assert shapes[0] == shapes[1], shapes
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
