@@ -59,7 +59,7 @@ FORMATS: dict[str, Format] = {
         "transformers",
         layouts.huggingface.resizes_otherwise,
         huggingface.how_to_open,
-    ),  # fmt: skip
+    ),
     "timm": Format(
         timm.write, timm.open_, 1e-4, (".safetensors", ""), "timm", layouts.timm.resizes_otherwise, timm.how_to_open
     ),
