@@ -69,19 +69,19 @@ def run(request: KnnRequest, subject: Subject | None = None) -> Evaluation:
         val = extract(val_images, "val features").with_classes(mapping)
     device = "cpu" if request.gather_on_cpu else extract.device
     results = evaluate_knn(train, val, settings, leave_one_out=leave_one_out, device=device)
-    rows = [Row.of(f"{name}, k={k}", accuracy) for (name, k), accuracy in results.items()]
+    n_classes = len(set(train_images.targets().tolist()))
+    rows, filled = [], []
+    for (name, k), accuracy in results.items():
+        row = Row.of(f"{name}, k={k}", accuracy)
+        if min(k, n_classes) < 5:  # fewer than five classes can have a vote
+            row = replace(row, top5=None)
+        elif accuracy.filled:
+            filled.append(f"{accuracy.filled:.3g} % ({row.name})")
+        rows.append(row)
     extra: dict[str, Any] = {}
     if request.baselines:
         beside = compared(extract, train_images, None if leave_one_out else val_images, mapping, (train, val))
         extra["baselines"] = knn_beside(beside, settings, results, leave_one_out=leave_one_out, device=device)
-    n_classes = len(set(train_images.targets().tolist()))
-    five = [min(k, n_classes) >= 5 for _, k in results]  # else fewer than five classes can have a vote
-    rows = [row if enough else replace(row, top5=None) for row, enough in zip(rows, five, strict=True)]
-    filled = [
-        f"{accuracy.filled:.3g} % ({row.name})"
-        for row, accuracy in zip(rows, results.values(), strict=True)
-        if row.top5 is not None and accuracy.filled
-    ]
     notes = [LEAVE_ONE_OUT] if leave_one_out else []
     if "baselines" in extra and (drawn := drawn_in_words(extra["baselines"], train.size, val.size)):
         notes.append(drawn)

@@ -73,25 +73,24 @@ def neighbours(
     k = min(k, findable)
     scores, rows = np.empty((Q, k), np.float32), np.empty((Q, k), np.int64)
     n_block, q_block = (max(1, size // (4 * D)) for size in (BLOCK_BYTES, QUERY_BYTES))
+    at_once = max(1, BLOCK_BYTES // (4 * n_block))  # queries, whose scores to a block are computed together
     for first in range(0, Q, q_block):
-        wanted = _block(queries[first : first + q_block], "queries", first, cosine=cosine, device=device)
-        best = [Best.none(wanted.device)] * len(range(0, len(wanted), _at_once(n_block)))
+        here = slice(first, first + q_block)
+        wanted = _block(queries[here], "queries", first, cosine=cosine, device=device).split(at_once)
+        best = [Best.none(part) for part in wanted]
         for start in range(0, N, n_block):
             block = _block(database[start : start + n_block], "database", start, cosine=cosine, device=device)
-            dead = None if alive is None else torch.from_numpy(~alive[start : start + n_block]).to(wanted.device)
-            for number, part in enumerate(wanted.split(_at_once(n_block))):
-                at = first + number * _at_once(n_block)
+            dead = None if alive is None else torch.from_numpy(~alive[start : start + n_block]).to(block.device)
+            for number, part in enumerate(wanted):
                 similarity = part @ block.T
                 if dead is not None:
                     similarity.masked_fill_(dead, -torch.inf)
                 if exclude is not None:
+                    at = first + number * at_once
                     _leave_out(similarity, exclude[at : at + len(part)] - start)
                 best[number] = best[number].with_columns(similarity, k, start)
                 progress(similarity.numel())
-        for number, found in enumerate(best):
-            at = first + number * _at_once(n_block)
-            scores[at : at + len(found.scores)] = found.scores.cpu()
-            rows[at : at + len(found.rows)] = found.rows.cpu()
+        scores[here], rows[here] = (torch.cat(found).cpu().numpy() for found in zip(*best, strict=True))
     return Found(scores, rows)
 
 
@@ -102,8 +101,9 @@ class Best(NamedTuple):
     rows: Tensor
 
     @staticmethod
-    def none(device: torch.device) -> "Best":
-        return Best(torch.empty(0, 0, device=device), torch.empty(0, 0, dtype=torch.int64, device=device))
+    def none(queries: Tensor) -> "Best":
+        """Of queries [q, D], before any row."""
+        return Best(queries.new_empty(len(queries), 0), queries.new_empty((len(queries), 0), dtype=torch.int64))
 
     def with_columns(self, similarity: Tensor, k: int, start: int) -> "Best":
         """The k best of these and of `similarity` [q, n] to the rows from `start` on, which come after all so far."""
@@ -119,17 +119,9 @@ class Best(NamedTuple):
             columns = columns[:, :k]
         columns = columns.sort(dim=1).values
         values = similarity.gather(1, columns)
-        if len(self.scores):
-            values, rows = torch.cat((self.scores, values), 1), torch.cat((self.rows, columns + start), 1)
-        else:
-            rows = columns + start
+        values, rows = torch.cat((self.scores, values), 1), torch.cat((self.rows, columns + start), 1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return Best(values.gather(1, order), rows.gather(1, order))
-
-
-def _at_once(n_block: int) -> int:
-    """Queries whose scores to a block are computed at once."""
-    return max(1, BLOCK_BYTES // (4 * n_block))
 
 
 def _block(rows: np.ndarray, name: str, start: int, *, cosine: bool, device: torch.device | str) -> Tensor:
