@@ -322,8 +322,8 @@ def losses_in_bfloat16(images: str, run: str, words: list[str]) -> dict[str, lis
     )
     for mode in ("ddp", "fsdp"):
         config = configure(Path(images), Path(run) / mode, "train.batch_size_per_gpu=4", f"train.sharding={mode}",
-                           "train.activation_checkpointing=true", "ibot.separate_head=true",
-                           "ibot.head_n_prototypes=24", "optim.warmup_epochs=0", *words)  # fmt: skip
+                           "ibot.separate_head=true", "ibot.head_n_prototypes=24",
+                           "optim.warmup_epochs=0", *words)  # fmt: skip
         trainer = Trainer(config, CPU)
         batches = iter(trainer.make_loader())
         found[mode] = [trainer.train_step([next(batches)]).losses.total.item() for _ in range(3)]
@@ -334,7 +334,14 @@ def losses_in_bfloat16(images: str, run: str, words: list[str]) -> dict[str, lis
 
 
 @pytest.mark.parametrize(
-    "words", [[*DINOV3, *AUGMENTED_ROPE], pytest.param(VARIANTS["adapters"], marks=pytest.mark.long)]
+    "words",
+    [
+        [*DINOV3, *AUGMENTED_ROPE, "train.activation_checkpointing=selective"],
+        *(
+            pytest.param([*VARIANTS["adapters"], f"train.activation_checkpointing={how}"], marks=pytest.mark.long)
+            for how in ("selective", "true")
+        ),
+    ],
 )
 def test_half_precision_and_checkpointed_activations_combine_with_both(
     images: Path, tmp_path: Path, words: list[str]
@@ -390,8 +397,8 @@ def losses_when_compiled(images: str, run: str) -> dict[str, list[float]]:
     for name, mode, compiled in (("plain", "ddp", False), ("ddp", "ddp", True), ("fsdp", "fsdp", True)):
         config = configure(
             Path(images), Path(run) / name, "train.batch_size_per_gpu=4", f"train.sharding={mode}",
-            f"train.compile={str(compiled).lower()}", "train.activation_checkpointing=true", "optim.warmup_epochs=0",
-            "student.depth=3",
+            f"train.compile={str(compiled).lower()}", "train.activation_checkpointing=selective",
+            "optim.warmup_epochs=0", "student.depth=3",
         )  # fmt: skip
         trainer = Trainer(config, CPU)
         batches = iter(trainer.make_loader())

@@ -148,7 +148,7 @@ HEADS = ["dino.head_n_prototypes=512", "student.layerscale=1e-5"]
     ("gigabytes", "status", "remedy"),
     [
         (100, Status.OK, ""),
-        (1.23, Status.WARNING, "This would fit: train.batch_size_per_gpu=16 train.gradient_accumulation=2"),
+        (1.23, Status.WARNING, "This would fit: train.activation_checkpointing=selective"),
         (1.1, Status.FAILURE, "This would fit: train.batch_size_per_gpu=8 train.gradient_accumulation=4"),
         (0.5, Status.FAILURE, "Choose a smaller student.arch"),
     ],

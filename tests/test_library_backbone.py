@@ -304,7 +304,7 @@ REFUSED = [
     (["student.depth=3"], r"student.depth=3: is of vision transformers"),
     (["student.train=last:2"], r"student.train=last:2: is of vision transformers"),
     (["gram.use_loss=true", "gram.it_load_ema_teacher=1"], r"gram.use_loss=true: Gram anchoring is of vision"),
-    (["train.activation_checkpointing=true"], r"train.activation_checkpointing=true: is of vision transformers"),
+    (["train.activation_checkpointing=selective"], r"train.activation_checkpointing=selective: is of vision"),
     (["student.arch=hf:resnett"], r"student.arch=hf:resnett: no architecture of transformers is called so"),
     (["student.arch=hf:bert"], r"student.arch=hf:bert.*AutoBackbone"),
     (["student.backbone_config.depht=3"], r"student.backbone_config.depht: hf:resnet has no such argument"),

@@ -44,10 +44,11 @@ VARIANTS = {
     "stochastic depth": [],
     "whole": ["student.drop_path_rate=0"],
     "two heads, Sinkhorn, SwiGLU": [
-        "ibot.separate_head=true", "train.centering=sinkhorn_knopp", "student.ffn_layer=swiglufused"
+        "ibot.separate_head=true", "train.centering=sinkhorn_knopp", "student.ffn_layer=swiglufused",
+        "train.activation_checkpointing=true",
     ],
     "colours on the device": ["data.device_augment=true"],
-    "accumulated, recomputed": ["train.gradient_accumulation=2", "train.activation_checkpointing=true"],
+    "accumulated, recomputed": ["train.gradient_accumulation=2", "train.activation_checkpointing=selective"],
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The vision transformer: the reference's outputs, and properties of packing, stochastic depth and masks."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dinov2cli.models.attention import ATTENTION_BACKENDS, AttentionUse, TokenLa
 from dinov2cli.models.layers import LayerScale, linear_and_scale
 from dinov2cli.models.stochastic_depth import draw_by_block
 from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count, shapes_of
+from dinov2cli.train.counting import Arrays
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -131,20 +133,63 @@ def test_intermediate_layers_reshape_and_choice() -> None:
         model.get_intermediate_layers(wide, n=[4])
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=28, patch_size=14, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5, layerscale=0.5
-    ).train()
-    x, no_patches = torch.randn(4, 3, 28, 28), torch.empty(0, dtype=torch.int64)
-    gradients = []
-    for checkpointing in (False, True):
-        model.activation_checkpointing = checkpointing
-        model.zero_grad()
-        cls, _ = model.forward_tokens([x], [None], no_patches, torch.Generator().manual_seed(0))
-        cls.square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"drop_path_rate": 0.5}, {"ffn_layer": "swiglu", "num_register_tokens": 1, "drop_path_rate": 0.3}]
+)
+def test_activation_checkpointing_changes_no_bit(options: dict[str, Any], dtype: torch.dtype, compiled: bool) -> None:
+    """Neither of the features nor of a gradient, with half precision as on a GPU."""
+    globals_, locals_ = torch.randn(3, 3, 28, 28), torch.randn(4, 3, 14, 14)
+    found = []
+    for mode in (False, True, "selective"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        size = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 2, "num_heads": 2, "layerscale": 0.5}
+        model = VisionTransformer(**size, **options).train()
+        for block in model.blocks:
+            block.activation_checkpointing = mode
+            if compiled:
+                block.compile(backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            generator = torch.Generator().manual_seed(0)
+            images = [globals_, locals_], [None, None], torch.tensor([1, 6, 9])
+            cls, patches = model.forward_tokens(*images, generator)
+        (cls.float().square().sum() + patches.float().sum()).backward()
+        found.append([cls, patches, *(each.grad for each in model.parameters() if each.grad is not None)])
+    assert len(found[0]) > 20
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def matrix_products(model: VisionTransformer, mode: object) -> tuple[Counter[str], int]:
+    """Matrix products and attention of a step, forward and backward; and bytes kept between."""
+    for block in model.blocks:
+        block.activation_checkpointing = mode  # type: ignore[assignment]
+    counted: Counter[str] = Counter()
+
+    class Count(Arrays):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counted[func._opname] += 1
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Count() as arrays:
+        cls = model.forward_tokens([torch.ones(8, 3, 28, 28)], [None], torch.empty(0, dtype=torch.int64))[0]
+        kept = arrays.held
+        cls.sum().backward()
+    names = "mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu"
+    return Counter({name: counted[name] for name in names}), kept
+
+
+@pytest.mark.parametrize("options", [{}, {"ffn_layer": "swiglu"}, {"drop_path_rate": 0.5, "pos_embed_type": "rope"}])
+def test_selective_recomputation_repeats_no_matrix_product(options: dict[str, Any]) -> None:
+    size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "layerscale": 0.5}
+    model = VisionTransformer(**size, **options).train()
+    (plain, most), (selective, less), (whole, least) = (
+        matrix_products(model, how) for how in (False, "selective", True)
+    )
+    assert selective == plain and whole.total() > 1.2 * plain.total()
+    assert least < less < 0.75 * most
 
 
 def test_a_scale_within_the_weights_is_the_scale_of_the_output() -> None:

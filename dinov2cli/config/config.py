@@ -240,8 +240,8 @@ def _unfit_library(config: Config) -> Iterator[str]:
         yield f"gram.use_loss=true: Gram anchoring is of vision transformers, not of student.arch={student.arch}"
     if config.train.activation_checkpointing:
         yield (
-            f"train.activation_checkpointing=true: is of vision transformers, not of student.arch={student.arch}; take "
-            "smaller batches and train.gradient_accumulation"
+            f"train.activation_checkpointing={str(config.train.activation_checkpointing).lower()}: is of vision "
+            f"transformers, not of student.arch={student.arch}; take smaller batches and train.gradient_accumulation"
         )
 
 

@@ -104,8 +104,10 @@ class Train(Group):
         ge=0,
     )
     max_bad_fraction: Fraction = key(0.01, "(dino2) Share of unreadable images above which the run stops.")
-    activation_checkpointing: bool = key(
-        False, "(dino2) Recompute activations in the backward pass: less memory, about a third slower."
+    activation_checkpointing: Literal["selective", True, False] = key(
+        False,
+        "(dino2) Recompute activations in the backward pass, for less memory: true, all of a block, about a quarter "
+        "slower; selective, only what takes no matrix product or attention.",
     )
     compile: Literal["auto", True, False] = key(
         "auto",

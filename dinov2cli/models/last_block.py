@@ -8,12 +8,15 @@ Shape legend: T tokens of the stream, U used tokens, T' and U' kept by stochasti
 head; b sequences of L tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 from dinov2cli.models.layers import Attention, Block, is_plain, linear_and_scale
+from dinov2cli.models.recomputation import checkpointed
 from dinov2cli.models.stochastic_depth import KeptSequences, shapes_may_depend_on_data
 
 
@@ -30,10 +33,24 @@ class LastBlock(Block):
         """[T, D] -> [T, D], or [T, D] -> [U, D] for the tokens of a stream at the places `used` (int64 [U])."""
         if used is None or layout is None:
             return super().forward(x, layout, kept)
+        parts = checkpointed(self.activation_checkpointing, self.up_to_last_sum, x, layout, kept, used)
+        y, residual, rows, scale = parts
+        return add_rows(y, rows, residual if scale is None else (residual * scale).to(y.dtype))
+
+    def up_to_last_sum(
+        self,
+        x: Tensor,
+        layout: TokenLayout | None,
+        kept: tuple[KeptSequences, KeptSequences] | None,
+        used: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """Likewise; of the tokens `used` with the rows that have a second residual (None: all), and its scale."""
+        if used is None or layout is None:
+            return super().up_to_last_sum(x, layout, kept)
         if kept is None:
             y: Tensor = x.index_select(0, used)
             y = y + attention_at(self.attn, self.norm1(x), layout, used, self.ls1)
-            return y + self.mlp_branch(y)
+            return y, self.mlp_branch(y), None, None
         attending, transformed = kept
         rows, places, scale = find(attending, used)
         x, chosen = attending.select(x)
@@ -41,8 +58,7 @@ class LastBlock(Block):
         residual = attention_at(self.attn, normed, attending.layout, places, self.ls1) * scale
         y = add_rows(y, rows, residual.to(y.dtype))
         rows, _, scale = find(transformed, used)
-        residual = self.mlp_branch(y if rows is None else y.index_select(0, rows)) * scale
-        return add_rows(y, rows, residual.to(y.dtype))
+        return y, self.mlp_branch(y if rows is None else y.index_select(0, rows)), rows, scale
 
 
 def attention_at(attn: Attention, x: Tensor, layout: TokenLayout, places: Tensor, scale: nn.Module) -> Tensor:

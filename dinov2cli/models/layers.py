@@ -4,6 +4,7 @@ Shape legend: T tokens, D dim, H heads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from dinov2cli.config.vit import ViTConfig
 from dinov2cli.device import autocast_dtype
 from dinov2cli.models.attention import ATTENTION_BACKENDS, TokenLayout
 from dinov2cli.models.positions import rotate
+from dinov2cli.models.recomputation import Recomputation, checkpointed
 from dinov2cli.models.stochastic_depth import KeptSequences
 
 
@@ -254,6 +256,7 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, attention_backend: str) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layerscale
+        self.activation_checkpointing: Recomputation = False
         self.norm1 = NORM_LAYERS[config.norm_layer](dim)
         self.attn = Attention(config, attention_backend)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
@@ -271,13 +274,24 @@ class Block(nn.Module):
             layout: the stream's sequences; None for images alone.
             kept: each branch runs on its own random sequences alone, which saves their cost.
         """
+        stream, residual = checkpointed(self.activation_checkpointing, self.up_to_last_sum, x, layout, kept)
+        return stream + residual if kept is None else kept[1].add(stream, residual).view(x.shape)
+
+    def up_to_last_sum(
+        self, x: Tensor, layout: TokenLayout | None, kept: tuple[KeptSequences, KeptSequences] | None
+    ) -> tuple[Any, ...]:
+        """The stream after the first residual, and the second one: what may be computed again for the backward pass.
+
+        It ends there as a sum needs nothing of either, so that the last product is not computed again.
+        """
         if kept is None:
             x = x + self.attention_branch(x, layout)
-            return x + self.mlp_branch(x, layout)
-        for branch, drawn in zip((self.attention_branch, self.mlp_branch), kept, strict=True):
-            stream, chosen = drawn.select(x.flatten(0, -2))
-            x = drawn.add(stream, branch(chosen, drawn.layout)).view(x.shape)
-        return x
+            return x, self.mlp_branch(x, layout)
+        attending, transformed = kept
+        stream, chosen = attending.select(x.flatten(0, -2))
+        x = attending.add(stream, self.attention_branch(chosen, attending.layout))
+        stream, chosen = transformed.select(x)
+        return stream, self.mlp_branch(chosen, transformed.layout)
 
     def attention_branch(self, x: Tensor, layout: TokenLayout | None) -> Tensor:
         """The first residual, in the shape of `x`."""

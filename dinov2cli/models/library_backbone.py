@@ -44,7 +44,6 @@ class LibraryBackbone(nn.Module):
         self.depth = self.n_blocks = 1
         self.blocks: tuple[nn.Module, ...] = ()
         """Parts that are compiled and sharded each for itself: none."""
-        self.activation_checkpointing = False
 
     def extra_repr(self) -> str:
         """All that it is: `repr` tells apart any two that compute differently with the same weights."""

@@ -65,7 +65,6 @@ class VisionTransformer(FinalNorms):
         self.num_tokens, self.chunked_blocks = 1, False  # the reference's words: class tokens, and how blocks are kept
         self.prefix_tokens = config.prefix_tokens
         """Tokens of a sequence before its patches, `config.prefix_names`."""
-        self.activation_checkpointing = False
         self.drop_path_rates = [
             drop_path_rate if drop_path_uniform else drop_path_rate * i / max(self.depth - 1, 1)
             for i in range(self.depth)
@@ -190,7 +189,8 @@ class VisionTransformer(FinalNorms):
             known: tuple[Any, ...] = (layout, kept) if i < self.depth - 1 or used is None else (layout, kept, used)
             if layout is None and kept is None:
                 known = ()  # hooks see what they see of the reference's blocks
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if block.activation_checkpointing is True and torch.is_grad_enabled():
+                # Around what is compiled: in it, attention done twice would keep the states of random generators.
                 stream = checkpoint(block, stream, *known, use_reentrant=False)
             else:
                 stream = block(stream, *known)

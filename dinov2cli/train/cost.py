@@ -7,6 +7,7 @@ matrix products have the precision of the run.
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +74,6 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     """
     config = config.at(config.crops.largest())
     first, second, kinds = _blocks(config, precision)
-    if config.train.activation_checkpointing:  # all that is kept of a block, until it is computed again
-        kinds[0] = (kinds[0][0], kinds[0][1]._replace(peak=first.stream))
     block, whole = kinds[0][1] if kinds else second, _sum(first, kinds)
     student, followers, activations = whole.student, whole.followers, max(whole.peak, first.peak_before)
     shards, kept, gathered = 1, 0.0, 0.0
@@ -118,7 +117,8 @@ def step_flops(config: Config) -> StepFlops:
 
 def _step_flops(config: Config) -> StepFlops:
     """At one resolution."""
-    first, second, kinds = _blocks(config, "fp32")
+    once = config.train.model_copy(update={"activation_checkpointing": False})
+    first, second, kinds = _blocks(config.model_copy(update={"train": once}), "fp32")
     all_blocks = _sum(first, kinds)
     return StepFlops(all_blocks.flops, all_blocks.flops + second.left_out, all_blocks.passes)
 
@@ -138,8 +138,6 @@ class _Measured(NamedTuple):
     """The most bytes that a step holds beside parameters, gradients and crops, from the student's pass on."""
     peak_before: float
     """Likewise, until then: in the followers' passes."""
-    stream: float
-    """Bytes of the tokens of all crops, float32."""
     head: float
     flops: float
     left_out: float
@@ -153,17 +151,19 @@ class _Measured(NamedTuple):
 def _blocks(config: Config, precision: str) -> tuple[_Measured, _Measured, list[tuple[int, _Measured]]]:
     """Networks of one block and of two, all trained; and of further blocks how many there are, and what each adds.
 
-    There are two kinds of these where only the last ones are trained. Another library's backbone is measured whole.
+    Where activations are computed again, one block at a time, it is of two and of three. There are two kinds of further
+    ones where only the last are trained. Another library's backbone is measured whole.
     """
     if config.student.library():
         whole = _measure(config, None, precision)
         return whole, whole, []
-    first, second = (_measure(config, depth, precision) for depth in (1, 2))
+    few = 2 if config.train.activation_checkpointing else 1
+    first, second = (_measure(config, depth, precision) for depth in (few, few + 1))
     part, depth = config.student.trained(), config.arch().depth
     kept = depth - part.number if part.kind == "last" else 0
-    kinds = [(depth - 1 - kept, _sum(second, [(-1, first)]))]
+    kinds = [(depth - few - kept, _sum(second, [(-1, first)]))]
     if kept:
-        kinds.append((kept, _sum(_measure(config, 2, precision, trained=1), [(-1, first)])))
+        kinds.append((kept, _sum(_measure(config, few + 1, precision, trained=few), [(-1, first)])))
     return first, second, kinds
 
 
@@ -188,8 +188,8 @@ def _measure(config: Config, depth: int | None, precision: str, trained: int = 0
         size["train"] = f"last:{trained or depth}"
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
     elsewhere = {"dataset_path": "", "output_dir": "", "sharding": "auto"}  # has no part in it
-    once = config.train.model_copy(update={"activation_checkpointing": False, **elsewhere})
-    config = config.model_copy(update={"student": options, "train": once, "evaluation": Config().evaluation})
+    train = config.train.model_copy(update=elsewhere)
+    config = config.model_copy(update={"student": options, "train": train, "evaluation": Config().evaluation})
     return _run_step(config, precision, tuple(TERMS.items()))
 
 
@@ -197,19 +197,20 @@ def _measure(config: Config, depth: int | None, precision: str, trained: int = 0
 @torch.enable_grad()  # a step has gradients, even if the caller has switched them off
 def _run_step(config: Config, precision: str, terms: object) -> _Measured:
     """Of networks and terms as they are here; `terms` are what `TERMS` holds now."""
-    counter = FlopCounterMode(display=False)
-    with META, counter, Arrays() as arrays, MatrixPrecision(DTYPES[precision]) as casts:
+    counter, recomputed = FlopCounterMode(display=False), config.train.activation_checkpointing
+    # Its hooks would keep what is computed again, of which FLOPs are not asked for.
+    counting: AbstractContextManager[Any] = nullcontext() if recomputed else counter
+    with META, counting, Arrays() as arrays, MatrixPrecision(DTYPES[precision]) as casts:
         objective, batch = SSLMetaArch(config).train(), shapes_of_batch(config)
         student = objective.student
         for parameter in filter(lambda each: each.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
-        stream: list[int] = []
-        for block in student.backbone.blocks[:1]:
-            block.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0].numel()))
         peaks: list[int] = []
         student.register_forward_pre_hook(lambda *_: peaks.append(arrays.begin_again()))
         others = {name: net for name, net in objective.networks.followers.items() if name != TEACHER.name}
         attention = {name: casts.count_attention_of(network) for name, network in others.items()}
+        for block in student.backbone.blocks if recomputed else ():
+            setattr(block, "up_to_last_sum", casts.around(block.up_to_last_sum))  # noqa: B010
         before = arrays.peak = arrays.held
         values = {"iteration": 0, "teacher_temp": 1.0}
         objective(batch, values, torch.Generator().manual_seed(0)).total.backward()
@@ -224,7 +225,6 @@ def _run_step(config: Config, precision: str, terms: object) -> _Measured:
         sum(_size(network) for network in objective.networks.followers.values()),
         arrays.peak - before,
         peaks[0] - before,
-        FLOAT32 * sum(stream),
         max(_size(head) for head in student.heads()),
         counter.get_total_flops() + casts.attention_flops,
         left_out,

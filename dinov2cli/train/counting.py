@@ -1,7 +1,7 @@
 """What is counted while code runs on the meta device: arrays that are held, and attention's operations."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -64,25 +64,22 @@ class MatrixPrecision(TorchFunctionMode):
         network.register_forward_hook(lambda *_: parts.append(self.attention_flops))
         return parts
 
+    def around(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """What may be computed again in the backward pass, which PyTorch runs outside of modes like this one."""
+
+        def within(*inputs: Any) -> Any:
+            with self:
+                return part(*inputs)
+
+        return within
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (dtype := self.dtypes.get(func)) is not None:
             args, kwargs = tree_map_only(Tensor, lambda each: each.to(dtype), (args, kwargs))
         if func is F.scaled_dot_product_attention:
             q, k, _ = args
             self.attention_flops += (3 if q.requires_grad else 1) * 4 * q.numel() * k.shape[-2]
-            return _FusedAttention.apply(*args)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Shapes of [b, H, L, C], as a kernel lays them out: by token."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answered = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, answered)
-        return answered
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        result = func(*args, **(kwargs or {}))
+        # The stream is float32 under autocast (`exact_under_autocast`), which is not seen here.
+        return result.float() if func in (F.conv2d, torch.conv2d) else result

@@ -2,6 +2,7 @@
 
 import bisect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,18 +54,31 @@ class Need:
         return self.expected.total > TOLERANCE * self.room
 
     def remedy(self) -> str:
-        """The largest batches that fit, with as many images in a step; in words where none does."""
+        """What fits, with as many images in a step; in words where nothing does.
+
+        First what changes no number, then the largest batches (KoLeo looks at one batch), and what costs most last.
+        """
         train = self.config.train
-        sizes = [size for size in range(1, train.batch_size_per_gpu) if train.batch_size_per_gpu % size == 0]
-        ways: list[tuple[dict[str, Any], str]] = [({}, "")]
+        whole = train.batch_size_per_gpu
+        sizes = [size for size in range(1, whole) if whole % size == 0]
+        ways: list[tuple[Any, list[int]]] = [(train.activation_checkpointing, sizes)]
         if not self.config.student.library():
-            ways.append(({"activation_checkpointing": True}, " train.activation_checkpointing=true"))
-        for changes, further in ways:
-            fitting = bisect.bisect_right(sizes, self.room, key=lambda size: self._total(size, changes))
+            ways = [("selective", [whole]), *ways, ("selective", sizes), (True, [*sizes, whole])]
+        for recomputed, of_these in ways:
+            changes = {"activation_checkpointing": recomputed}
+            fitting = bisect.bisect_right(of_these, self.room, key=partial(self._total, changes=changes))
             if fitting:
-                size = sizes[fitting - 1]
-                steps = train.gradient_accumulation * train.batch_size_per_gpu // size
-                return f"This would fit: train.batch_size_per_gpu={size} train.gradient_accumulation={steps}{further}"
+                size = of_these[fitting - 1]
+                batches = {
+                    "batch_size_per_gpu": size,
+                    "gradient_accumulation": train.gradient_accumulation * whole // size,
+                }
+                words = (batches if size < whole else {}) | (
+                    changes if recomputed != train.activation_checkpointing else {}
+                )
+                return "This would fit: " + " ".join(
+                    f"train.{key}={str(value).lower()}" for key, value in words.items()
+                )
         return "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp."
 
     def _total(self, batch: int, changes: dict[str, Any]) -> float:

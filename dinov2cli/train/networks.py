@@ -319,7 +319,8 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
         ),
     )
     backbone.images = config.images()
-    backbone.activation_checkpointing = config.train.activation_checkpointing
+    for block in backbone.blocks:
+        block.activation_checkpointing = config.train.activation_checkpointing
     return backbone
 
 
