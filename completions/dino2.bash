@@ -6,7 +6,7 @@ _dino2_value() { # of the key of the configuration before it
         dino.reweight_dino_local_loss) COMPREPLY=($(compgen -W "true false" -- "$cur")) ;;
         ibot.separate_head) COMPREPLY=($(compgen -W "true false" -- "$cur")) ;;
         train.centering) COMPREPLY=($(compgen -W "centering sinkhorn_knopp" -- "$cur")) ;;
-        train.activation_checkpointing) COMPREPLY=($(compgen -W "true false" -- "$cur")) ;;
+        train.activation_checkpointing) COMPREPLY=($(compgen -W "selective true false" -- "$cur")) ;;
         train.compile) COMPREPLY=($(compgen -W "auto true false" -- "$cur")) ;;
         train.sharding) COMPREPLY=($(compgen -W "auto none ddp fsdp" -- "$cur")) ;;
         train.tensorboard) COMPREPLY=($(compgen -W "true false" -- "$cur")) ;;

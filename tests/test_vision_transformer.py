@@ -146,11 +146,9 @@ def test_activation_checkpointing_changes_no_bit(options: dict[str, Any], dtype:
         torch._dynamo.reset()
         torch.manual_seed(0)
         size = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 2, "num_heads": 2, "layerscale": 0.5}
-        model = VisionTransformer(**size, **options).train()
-        for block in model.blocks:
-            block.activation_checkpointing = mode
-            if compiled:
-                block.compile(backend="aot_eager", fullgraph=True)
+        model = VisionTransformer(**size, **options, activation_checkpointing=mode).train()
+        for block in model.blocks if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
             images = [globals_, locals_], [None, None], torch.tensor([1, 6, 9])
@@ -162,10 +160,10 @@ def test_activation_checkpointing_changes_no_bit(options: dict[str, Any], dtype:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def matrix_products(model: VisionTransformer, mode: object) -> tuple[Counter[str], int]:
+def matrix_products(**options: Any) -> tuple[Counter[str], int]:
     """Matrix products and attention of a step, forward and backward; and bytes kept between."""
-    for block in model.blocks:
-        block.activation_checkpointing = mode  # type: ignore[assignment]
+    size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "layerscale": 0.5}
+    model = VisionTransformer(**size, **options).train()
     counted: Counter[str] = Counter()
 
     class Count(Arrays):
@@ -183,11 +181,8 @@ def matrix_products(model: VisionTransformer, mode: object) -> tuple[Counter[str
 
 @pytest.mark.parametrize("options", [{}, {"ffn_layer": "swiglu"}, {"drop_path_rate": 0.5, "pos_embed_type": "rope"}])
 def test_selective_recomputation_repeats_no_matrix_product(options: dict[str, Any]) -> None:
-    size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "layerscale": 0.5}
-    model = VisionTransformer(**size, **options).train()
-    (plain, most), (selective, less), (whole, least) = (
-        matrix_products(model, how) for how in (False, "selective", True)
-    )
+    found = (matrix_products(**options, activation_checkpointing=how) for how in (False, "selective", True))
+    (plain, most), (selective, less), (whole, least) = found
     assert selective == plain and whole.total() > 1.2 * plain.total()
     assert least < less < 0.75 * most
 

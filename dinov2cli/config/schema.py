@@ -106,8 +106,8 @@ class Train(Group):
     max_bad_fraction: Fraction = key(0.01, "(dino2) Share of unreadable images above which the run stops.")
     activation_checkpointing: Literal["selective", True, False] = key(
         False,
-        "(dino2) Recompute activations in the backward pass, for less memory: true, all of a block, about a quarter "
-        "slower; selective, only what takes no matrix product or attention.",
+        "(dino2) Recompute activations in the backward pass, for less memory: selective, what takes no matrix "
+        "product or attention; true, all of a block, which is up to a third slower.",
     )
     compile: Literal["auto", True, False] = key(
         "auto",

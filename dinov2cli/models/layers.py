@@ -253,10 +253,12 @@ def is_plain(module: nn.Module) -> bool:
 class Block(nn.Module):
     """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
-    def __init__(self, config: ViTConfig, attention_backend: str) -> None:
+    def __init__(
+        self, config: ViTConfig, attention_backend: str, activation_checkpointing: Recomputation = False
+    ) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layerscale
-        self.activation_checkpointing: Recomputation = False
+        self.activation_checkpointing = activation_checkpointing
         self.norm1 = NORM_LAYERS[config.norm_layer](dim)
         self.attn = Attention(config, attention_backend)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)

@@ -43,10 +43,10 @@ def checkpointed(mode: Recomputation, part: Callable[..., Any], stream: Tensor, 
 
 
 def policy(width: int, _: object, op: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """Keep attention's answers, and products of tokens of the stream's width.
+    """Keep attention's answers, and products of tokens of the stream's width (queries, keys and values, the
+    projection, the first of the feed-forward layer), so that no product is done twice: docs/speed.md has others.
 
-    These are queries, keys and values, the projection, and the first of the feed-forward layer: each costs a product of
-    as many FLOPs a byte to compute again. The last one's output is never asked for again, so that to keep it is waste.
+    The last product's output is never asked for again, nor is an adapter's second worth its bytes.
     """
     name = str(op)
     place = PRODUCTS.get(name)

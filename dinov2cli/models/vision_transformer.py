@@ -18,6 +18,7 @@ from dinov2cli.models.attention import TokenLayout
 from dinov2cli.models.last_block import LastBlock
 from dinov2cli.models.layers import Block, FinalNorms, PatchEmbed, exact_under_autocast
 from dinov2cli.models.positions import RopeAugmentation, RopePositionEmbedding, resize_positions
+from dinov2cli.models.recomputation import Recomputation
 from dinov2cli.models.stochastic_depth import KeptByBlock, draw_by_block
 
 
@@ -32,6 +33,7 @@ class VisionTransformer(FinalNorms):
         drop_path_uniform: the same rate for every block; else it grows linearly from 0 to the rate.
         attention_backend: a key of `attention.ATTENTION_BACKENDS`; `auto` means `sdpa`, which runs everywhere.
         rope_augmentation: of rotary positions, in training.
+        activation_checkpointing: what the backward pass computes again: nothing, all of each block, or what is cheap.
         options: fields of `ViTConfig`; also the reference's `init_values` for `layerscale` and `block_chunks`, which is
             passed over: blocks are flat.
 
@@ -47,6 +49,7 @@ class VisionTransformer(FinalNorms):
         drop_path_uniform: bool = True,
         attention_backend: str = "auto",
         rope_augmentation: RopeAugmentation = RopeAugmentation(),
+        activation_checkpointing: Recomputation = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -59,8 +62,7 @@ class VisionTransformer(FinalNorms):
         """Which channels it was trained on, and how they are normalised; loading weights tells."""
         self.embed_dim = self.num_features = config.embed_dim
         self.depth = self.n_blocks = config.depth
-        self.num_heads = config.num_heads
-        self.patch_size = config.patch_size
+        self.num_heads, self.patch_size = config.num_heads, config.patch_size
         self.num_register_tokens = config.num_register_tokens
         self.num_tokens, self.chunked_blocks = 1, False  # the reference's words: class tokens, and how blocks are kept
         self.prefix_tokens = config.prefix_tokens
@@ -81,7 +83,8 @@ class VisionTransformer(FinalNorms):
         self.storage_tokens = nn.Parameter(storage) if config.n_storage_tokens else None
         self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
         self.attention_backend = backend = "sdpa" if attention_backend == "auto" else attention_backend
-        self.blocks = nn.ModuleList(kind(config, backend) for kind in [Block] * (self.depth - 1) + [LastBlock])
+        self.activation_checkpointing = again = activation_checkpointing
+        self.blocks = nn.ModuleList(kind(config, backend, again) for kind in [Block] * (self.depth - 1) + [LastBlock])
         self.make_final_norms(config)
         self.head = nn.Identity()
         if not self.cls_token.is_meta:  # there is nothing to draw there, and the first attempt imports for seconds
@@ -183,17 +186,14 @@ class VisionTransformer(FinalNorms):
         rates = self.drop_path_rates if self.training else [0.0] * self.depth
         kept_by_block = draw_by_block(rates, whole, drop_generator, stream.device, self.attention_backend)
         layouts, kept_by_block = self.layouts(layout, kept_by_block, drop_generator)
-        stream = exact_under_autocast(stream)
+        stream, again = exact_under_autocast(stream), self.activation_checkpointing is True and torch.is_grad_enabled()
         for i, (block, layout, kept) in enumerate(zip(self.blocks, layouts, kept_by_block, strict=True)):
             # Of the last block, only what is used afterwards is computed.
             known: tuple[Any, ...] = (layout, kept) if i < self.depth - 1 or used is None else (layout, kept, used)
             if layout is None and kept is None:
                 known = ()  # hooks see what they see of the reference's blocks
-            if block.activation_checkpointing is True and torch.is_grad_enabled():
-                # Around what is compiled: in it, attention done twice would keep the states of random generators.
-                stream = checkpoint(block, stream, *known, use_reentrant=False)
-            else:
-                stream = block(stream, *known)
+            # Around what is compiled: in it, attention done twice would keep the states of random generators.
+            stream = checkpoint(block, stream, *known, use_reentrant=False) if again else block(stream, *known)
         return stream
 
     def forward_tokens(

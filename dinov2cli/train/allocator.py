@@ -1,6 +1,7 @@
-"""Memory of steps that repeat: main memory that stays with the process, and a GPU's without gaps."""
+"""Memory of steps that repeat: main memory that stays with the process, a GPU's without gaps, Python's objects."""
 
 import ctypes
+import gc
 import os
 import platform
 from collections.abc import Iterator
@@ -37,6 +38,18 @@ def grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Around a step: Python's garbage collection waits for its end, so that no process makes the others wait."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

@@ -314,13 +314,12 @@ def build_backbone(config: Config, attention_backend: str = "sdpa", drop_path_ra
         drop_path_rate=drop_path_rate,
         drop_path_uniform=config.student.drop_path_uniform,
         attention_backend=attention_backend,
+        activation_checkpointing=config.train.activation_checkpointing,
         rope_augmentation=RopeAugmentation(
             *(getattr(config.student, f"pos_embed_rope_{name}_coords") for name in RopeAugmentation._fields)
         ),
     )
     backbone.images = config.images()
-    for block in backbone.blocks:
-        block.activation_checkpointing = config.train.activation_checkpointing
     return backbone
 
 

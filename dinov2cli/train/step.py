@@ -10,6 +10,7 @@ from dinov2cli.config import Config
 from dinov2cli.data.collate import MultiCropBatch
 from dinov2cli.data.randomness import Stream, keyed_rng
 from dinov2cli.device import Precision
+from dinov2cli.train.allocator import without_collections
 from dinov2cli.train.batch_norm import agree_on_averages, running_averages
 from dinov2cli.train.objective import Losses, SSLMetaArch
 from dinov2cli.train.optimizer import build_optimizer, clip_gradients
@@ -29,6 +30,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(self.networks.student, config)
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scale_gradients)
 
+    @without_collections()
     def __call__(
         self, iteration: int, batches: list[MultiCropBatch], mark: Callable[[str], object] = lambda part: None
     ) -> StepResult:

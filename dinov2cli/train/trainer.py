@@ -1,5 +1,6 @@
 """The training loop: around the step of `train.step` resuming, checkpoints and interruption."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,13 +31,7 @@ from dinov2cli.train.networks import FROZEN_TEACHER, SSLNetwork
 from dinov2cli.train.objective import SSLMetaArch
 from dinov2cli.train.optimizer import optimizer_state
 from dinov2cli.train.record import Reading, Record, StepResult
-from dinov2cli.train.resuming import (
-    batch_facts,
-    check_resumable,
-    data_facts,
-    keep_effective_batch,
-    tell_of_other_data,
-)
+from dinov2cli.train.resuming import batch_facts, check_resumable, data_facts, keep_effective_batch, tell_of_other_data
 from dinov2cli.train.run_folder import RunFolder
 from dinov2cli.train.sharding import Sharding, choose_sharding
 from dinov2cli.train.step import TrainingStep
@@ -174,6 +169,7 @@ class Trainer:
             if distributed.is_main():
                 self.config.save(self.folder.config)
             self.record.open(self.iteration, stack)
+        stack.callback(gc.unfreeze)
         stack.callback(self.checkpointer.finish)
         if self.iteration == 0:
             self.score_teacher()
@@ -189,6 +185,7 @@ class Trainer:
         lag = 1 if self.device.type == "cuda" else 0
         unread: deque[Reading] = deque()
         clock = time.perf_counter()
+        first = self.iteration
         while self.iteration < self.total:
             asked = time.perf_counter()
             micro_batches, standing = next_batches(
@@ -206,6 +203,8 @@ class Trainer:
             result = self.train_step([self.on_device(batch) for batch in micro_batches])
             unread.append(self.record.take(result))
 
+            if self.iteration == first:
+                gc.freeze()  # what is there now stays: collections need not look at it again
             self.iteration += 1
             due = self.what_is_due()
             iter_time, clock = time.perf_counter() - clock, time.perf_counter()
