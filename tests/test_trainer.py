@@ -1,5 +1,6 @@
 """Training in one process: files, exact resume, interruption, bad data and non-finite losses."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -78,6 +79,18 @@ def test_a_run_writes_the_reference_files(make_trainer: Callable[..., Trainer]) 
     assert_same_weights(teacher, trainer.objective.teacher.state_dict())
     assert load_config(config_file=run / "config.yaml") == trainer.config
     assert [i for i, _ in trainer.checkpointer.list()] == [12, 8, 4]
+
+
+def test_garbage_is_collected_between_steps(make_trainer: Callable[..., Trainer]) -> None:
+    """Within none of them; and what is there after the first is looked at no more, until the training ends."""
+    trainer = make_trainer()
+    seen: list[tuple[bool, int]] = []
+    trainer.objective.register_forward_pre_hook(lambda *_: seen.append((gc.isenabled(), gc.get_freeze_count())))
+    trainer.train()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert not any(collecting for collecting, _ in seen)
+    frozen = [count > 10_000 for _, count in seen]
+    assert frozen == [False, *[True] * (trainer.total - 1)]
 
 
 def test_the_student_follows_its_gradient_and_the_teacher_the_student(make_trainer: Callable[..., Trainer]) -> None:

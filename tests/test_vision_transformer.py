@@ -1,7 +1,6 @@
 """The vision transformer: the reference's outputs, and properties of packing, stochastic depth and masks."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from dinov2cli.models.attention import ATTENTION_BACKENDS, AttentionUse, TokenLa
 from dinov2cli.models.layers import LayerScale, linear_and_scale
 from dinov2cli.models.stochastic_depth import draw_by_block
 from dinov2cli.models.vision_transformer import VisionTransformer, parameter_count, shapes_of
-from dinov2cli.train.counting import Arrays
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -131,60 +129,6 @@ def test_intermediate_layers_reshape_and_choice() -> None:
     torch.testing.assert_close(grid[:, :, 2, 3], flat[:, 2 * 8 + 3])
     with pytest.raises(ValueError, match="blocks 0 to 3"):
         model.get_intermediate_layers(wide, n=[4])
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "options", [{}, {"drop_path_rate": 0.5}, {"ffn_layer": "swiglu", "num_register_tokens": 1, "drop_path_rate": 0.3}]
-)
-def test_activation_checkpointing_changes_no_bit(options: dict[str, Any], dtype: torch.dtype, compiled: bool) -> None:
-    """Neither of the features nor of a gradient, with half precision as on a GPU."""
-    globals_, locals_ = torch.randn(3, 3, 28, 28), torch.randn(4, 3, 14, 14)
-    found = []
-    for mode in (False, True, "selective"):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        size = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 2, "num_heads": 2, "layerscale": 0.5}
-        model = VisionTransformer(**size, **options, activation_checkpointing=mode).train()
-        for block in model.blocks if compiled else ():
-            block.compile(backend="aot_eager", fullgraph=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            generator = torch.Generator().manual_seed(0)
-            images = [globals_, locals_], [None, None], torch.tensor([1, 6, 9])
-            cls, patches = model.forward_tokens(*images, generator)
-        (cls.float().square().sum() + patches.float().sum()).backward()
-        found.append([cls, patches, *(each.grad for each in model.parameters() if each.grad is not None)])
-    assert len(found[0]) > 20
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def matrix_products(**options: Any) -> tuple[Counter[str], int]:
-    """Matrix products and attention of a step, forward and backward; and bytes kept between."""
-    size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "layerscale": 0.5}
-    model = VisionTransformer(**size, **options).train()
-    counted: Counter[str] = Counter()
-
-    class Count(Arrays):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            counted[func._opname] += 1
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-    with Count() as arrays:
-        cls = model.forward_tokens([torch.ones(8, 3, 28, 28)], [None], torch.empty(0, dtype=torch.int64))[0]
-        kept = arrays.held
-        cls.sum().backward()
-    names = "mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu"
-    return Counter({name: counted[name] for name in names}), kept
-
-
-@pytest.mark.parametrize("options", [{}, {"ffn_layer": "swiglu"}, {"drop_path_rate": 0.5, "pos_embed_type": "rope"}])
-def test_selective_recomputation_repeats_no_matrix_product(options: dict[str, Any]) -> None:
-    found = (matrix_products(**options, activation_checkpointing=how) for how in (False, "selective", True))
-    (plain, most), (selective, less), (whole, least) = found
-    assert selective == plain and whole.total() > 1.2 * plain.total()
-    assert least < less < 0.75 * most
 
 
 def test_a_scale_within_the_weights_is_the_scale_of_the_output() -> None:

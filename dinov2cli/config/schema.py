@@ -107,7 +107,7 @@ class Train(Group):
     activation_checkpointing: Literal["selective", True, False] = key(
         False,
         "(dino2) Recompute activations in the backward pass, for less memory: selective, what takes no matrix "
-        "product or attention; true, all of a block, which is up to a third slower.",
+        "product or attention; true, all of a block, for about a quarter more time.",
     )
     compile: Literal["auto", True, False] = key(
         "auto",

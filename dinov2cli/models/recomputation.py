@@ -46,9 +46,13 @@ def policy(width: int, _: object, op: Any, *inputs: Any, **options: Any) -> Chec
     """Keep attention's answers, and products of tokens of the stream's width (queries, keys and values, the
     projection, the first of the feed-forward layer), so that no product is done twice: docs/speed.md has others.
 
-    The last product's output is never asked for again, nor is an adapter's second worth its bytes.
+    The last product's output is asked for again in float16 alone, where LayerScale comes after it (`linear_and_scale`);
+    an adapter's second is not worth its bytes.
     """
     name = str(op)
     place = PRODUCTS.get(name)
-    kept = name in ATTENTION if place is None else inputs[place].shape[-1] == width
+    if place is None:
+        kept = name in ATTENTION
+    else:
+        kept = inputs[place].shape[-1] == width or inputs[place].dtype == torch.float16
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
