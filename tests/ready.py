@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import selectors
 import shutil
@@ -224,6 +225,8 @@ def do(connection: socket.socket, more: dict[str, list[str]]) -> NoReturn:
             del words[place : place + 2]
     words += behind
     if what.get("workers") and sys.platform == "linux":
+        forking = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda *_: forking  # type: ignore[assignment]
         subprocess.Popen = functools.partial(begin, Nursery(), subprocess.Popen)  # type: ignore[assignment, misc]
     if what.get("session"):
         os.setsid()

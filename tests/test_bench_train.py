@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import threading
 import time
+from multiprocessing.context import BaseContext
 from types import SimpleNamespace
 
 import pytest
@@ -20,12 +21,17 @@ from dinov2cli.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("ready_processes")
 
 
-@pytest.fixture
-def ready_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes of a benchmark are forked from one whose imports are done."""
+def ready_context() -> BaseContext:
+    """Its processes are forked from one whose imports are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dinov2cli.bench.train", "dinov2cli.bench.rehearse"])
-    monkeypatch.setattr(clock, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    return context
+
+
+@pytest.fixture
+def ready_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a benchmark are such."""
+    monkeypatch.setattr(clock, "multiprocessing", SimpleNamespace(get_context=lambda method: ready_context()))
 
 
 def run(*arguments: str) -> dict:

@@ -218,7 +218,7 @@ def one_of_two(rank: int, case: str, folder: Path) -> None:
             outcome = machine.clocks(Situation(Config(), CPU)).text
         else:
             if rank == 1:
-                time.sleep(4)
+                time.sleep(2)
             wait_for_all(seconds=1)
     except Dino2Error as error:
         outcome = f"{type(error).__name__}: {error.message}"

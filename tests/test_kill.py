@@ -14,7 +14,7 @@ import torch
 from tiny_run import TINY, metrics_of, write_images
 
 KILLS = 10
-LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=50", "train.checkpoint_period=5", "evaluation.eval_period_iterations=50"]
+LENGTH = ["train.OFFICIAL_EPOCH_LENGTH=30", "train.checkpoint_period=5", "evaluation.eval_period_iterations=30"]
 
 
 def start(images: Path, run: Path, workers: int) -> ready.Process:
@@ -40,7 +40,7 @@ def test_ten_kills_change_nothing(workers: int, tmp_path: Path) -> None:
     for kill in range(KILLS):
         process = start(images, killed, workers)
         # Past what the last attempt reached, then a random moment: in a step, a checkpoint, a line of metrics.
-        target = min(140, progress(killed) + rng.randint(1, 12))
+        target = min(80, progress(killed) + rng.randint(1, 7))
         while progress(killed) < target and process.poll() is None:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.05)
@@ -49,7 +49,7 @@ def test_ten_kills_change_nothing(workers: int, tmp_path: Path) -> None:
         process.wait()
     assert start(images, killed, workers).wait(timeout=300) == 0, (tmp_path / "killed.log").read_text()
     assert metrics_of(killed) == metrics_of(whole)
-    final = "eval/training_149/teacher_checkpoint.pth"
+    final = "eval/training_89/teacher_checkpoint.pth"
     one, other = (torch.load(run / final, weights_only=True)["teacher"] for run in (whole, killed))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -81,7 +81,7 @@ def test_twenty_kills_of_a_supervised_run_change_nothing(tmp_path: Path) -> None
     rng = random.Random(0)
     process = start_pair(images, killed)
     for kill in range(20):
-        target = min(PAIR_LENGTH - 10, progress(killed) + rng.randint(1, 12))
+        target = min(PAIR_LENGTH - 10, progress(killed) + rng.randint(1, 7))
         wait_for(lambda goal=target: progress(killed) >= goal or process.poll() is not None, 120)
         time.sleep(rng.random() * 0.05)
         assert process.poll() is None, f"ended by itself before kill {kill}\n{(tmp_path / 'killed.log').read_text()}"
@@ -100,8 +100,8 @@ def test_twenty_kills_of_a_supervised_run_change_nothing(tmp_path: Path) -> None
     assert resumed_at[-1] > 0 and resumed_at == sorted(resumed_at)
 
 
-PAIR_LENGTH = 300
-PAIR = [f"train.OFFICIAL_EPOCH_LENGTH={PAIR_LENGTH}", "train.checkpoint_period=3", "train.batch_size_per_gpu=4",
+PAIR_LENGTH = 180
+PAIR = [f"train.OFFICIAL_EPOCH_LENGTH={PAIR_LENGTH}", "train.checkpoint_period=3",
         f"evaluation.eval_period_iterations={PAIR_LENGTH}", "optim.epochs=1", "train.num_workers=1",
         "optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0"]  # fmt: skip
 

@@ -2,6 +2,7 @@
 file and no signature is long, and what is typed says so."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -29,9 +30,13 @@ FLOORS = {
 LONGEST_FILE, MOST_PARAMETERS = 330, 12
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: name_of(path))
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def name_of(path: Path) -> str:
@@ -40,7 +45,7 @@ def name_of(path: Path) -> str:
 
 def imports_of(path: Path) -> Iterator[Path]:
     """Files of the package that a file imports, at any depth of its code, for annotations as well."""
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (MODULES[alias.name] for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):
@@ -91,7 +96,7 @@ def test_no_file_is_longer_than_can_be_read_in_one_go() -> None:
 
 def test_no_function_has_more_parameters_than_can_be_told_apart() -> None:
     long = set()
-    for path, tree in TREES.items():
+    for path, tree in ((each, tree_of(each)) for each in FILES):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 takes = node.args

@@ -134,11 +134,10 @@ def plain_block(
 
 def plain_attention(block: Block, x: Tensor, layout: TokenLayout) -> Tensor:
     outputs = []
-    for sequences in layout.split(block.norm1(x)):
-        for sequence in sequences:
-            q, k, v = block.attn.qkv(sequence).view(len(sequence), 3, block.attn.num_heads, -1).permute(1, 2, 0, 3)
-            weights = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1)
-            outputs.append((weights @ v).transpose(0, 1).flatten(1))
+    for sequences in layout.split(block.norm1(x)):  # [count, length, D] of each length
+        q, k, v = block.attn.qkv(sequences).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)
+        outputs.append((weights @ v).transpose(1, 2).reshape(-1, x.shape[1]))
     return block.ls1.gamma * block.attn.proj(torch.cat(outputs))
 
 

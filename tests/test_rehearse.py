@@ -1,7 +1,6 @@
 """`dino2 bench train --rehearse`: a step on fake CUDA tensors never waits, and what makes it wait is found."""
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import ready
 import torch
-from test_bench_train import ready_processes  # noqa: F401  (a fixture)
+from test_bench_train import ready_context, ready_processes  # noqa: F401  (a fixture)
 from tiny_run import LIBRARY, TINY
 from torch import Tensor
 
@@ -60,7 +59,7 @@ def tiny(*overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
     """Another process: what a rehearsal changes stays changed."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, ready_context()) as pool:
         yield pool
 
 
@@ -296,7 +295,7 @@ def _graph_breaks_of_a_block_that_prints() -> tuple[dict[str, int], int]:
 
 def test_the_command_reports_and_needs_a_compiler_or_says_so(tmp_path: Path) -> None:
     words = ["bench", "train", *TINY, "train.compile=false", "--rehearse", "--card", "a100", "--json"]
-    done = ready.dino2(*words)
+    done = ready.dino2(*words, workers=True)
     assert done.returncode == 0, done.stderr
     (variant,) = json.loads(done.stdout)["variants"]
     assert variant["card"] == "a100" and variant["waits"] == {} and variant["graph_breaks"] is None
@@ -304,17 +303,22 @@ def test_the_command_reports_and_needs_a_compiler_or_says_so(tmp_path: Path) -> 
     if torch.cuda.is_available():
         return
     nowhere = os.environ | {"PATH": str(tmp_path), "DINO2_CACHE": str(tmp_path)}
-    done = ready.dino2(*words, env=nowhere)
+    done = ready.dino2(*words, env=nowhere, workers=True)
     assert done.returncode == 2
     assert "C++ compiler" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("ready_processes")
 def test_a_plan_has_it_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert short_form(tiny()).startswith("0 waits, 0 blocking copies, ")
     if not torch.cuda.is_available():
-        monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.setenv("DINO2_CACHE", str(tmp_path))
+        monkeypatch.setattr(rehearsal, "rehearse", partial(_rehearse_without_programs, str(tmp_path)))
         assert short_form(tiny()).startswith("not rehearsed: ")
+
+
+def _rehearse_without_programs(empty: str, *arguments: Any) -> Rehearsal:
+    os.environ |= {"PATH": empty, "DINO2_CACHE": empty}
+    return rehearse(*arguments)
 
 
 def test_cards_are_those_of_the_option() -> None:

@@ -17,7 +17,10 @@ HANGING = """
 import sys, time
 from pathlib import Path
 from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train import watch
 from dinov2cli.train.watch import Watch
+
+watch.GRACE_S = 0.5
 
 def stuck_here():
     time.sleep(60)
@@ -33,7 +36,10 @@ import sys, time
 from pathlib import Path
 from dinov2cli.console import progress
 from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train import watch
 from dinov2cli.train.watch import Watch
+
+watch.GRACE_S = 0.5
 
 def stuck_there():
     time.sleep(60)
@@ -49,7 +55,10 @@ HANGING_WITH_ANOTHER = """
 import sys, time
 from pathlib import Path
 from dinov2cli.train.run_folder import RunFolder
+from dinov2cli.train import watch
 from dinov2cli.train.watch import Watch
+
+watch.GRACE_S = 0.5
 
 def stuck_here():
     time.sleep(60)
@@ -111,8 +120,9 @@ def test_a_hang_before_the_first_iteration_ends_the_process(known: bool, tmp_pat
     (run / "logs").mkdir(parents=True) if known else None
     os.mkfifo(tmp_path / "listing")
     code = f"""if True:
-        import dinov2cli.start, sys
+        import dinov2cli.start, dinov2cli.train.watch, sys
         from dinov2cli.cli.main import main
+        dinov2cli.train.watch.GRACE_S = 0.5
         def stuck_here(*arguments):
             return open({str(tmp_path / "listing")!r})
         dinov2cli.start.make_dataset = stuck_here

@@ -25,6 +25,9 @@ from dinov2cli.train.objective import TERMS, SSLMetaArch
 GB = 1e9
 FLOAT32 = 4
 META = torch.device("meta")
+NOT_OF_A_STEP = ("dataset_path", "output_dir", "seed", "num_workers", "OFFICIAL_EPOCH_LENGTH", "checkpoint_period",
+                 "keep", "log_period", "hang_timeout", "gradient_accumulation", "sharding")  # fmt: skip
+"""Keys of `train` that have no part in what one costs, as have `optim`, `teacher` and `evaluation`."""
 
 
 class MemoryEstimate(NamedTuple):
@@ -187,9 +190,10 @@ def _measure(config: Config, depth: int | None, precision: str, trained: int = 0
     if config.student.trained().kind == "last":
         size["train"] = f"last:{trained or depth}"
     options = config.student.model_copy(update={**size, "drop_path_rate": rate, "drop_path_uniform": True})
-    elsewhere = {"dataset_path": "", "output_dir": "", "sharding": "auto"}  # has no part in it
-    train = config.train.model_copy(update=elsewhere)
-    config = config.model_copy(update={"student": options, "train": train, "evaluation": Config().evaluation})
+    plain = Config()
+    train = config.train.model_copy(update={key: getattr(plain.train, key) for key in NOT_OF_A_STEP})
+    others = {"optim": plain.optim, "teacher": plain.teacher, "evaluation": plain.evaluation}
+    config = config.model_copy(update={"student": options, "train": train, **others})
     return _run_step(config, precision, tuple(TERMS.items()))
 
 
