@@ -14,6 +14,8 @@ import pytest
 # Tests use tiny networks, for which threads cost more than they give; also in the processes that tests start. Set
 # before torch is imported, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor do they have kernels enough for PyTorch's compiler to begin processes that compile them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # What the person who runs the tests has told dino2 of the site is nothing to them, and they write nothing there.
 SITE_FILE = Path(tempfile.mkdtemp(prefix="dino2-tests-")) / "dino2.yaml"
 os.environ["DINO2_CONFIG"] = str(SITE_FILE)

@@ -30,7 +30,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-HEAVY = ("cv2", "numpy", "pydantic", "rich.console", "torch", "torch._dynamo", "typer.rich_utils", "yaml")
+HEAVY = ("cv2", "numpy", "pydantic.main", "rich.progress", "torch", "torch._dynamo", "torch.distributed.checkpoint",
+         "typer.rich_utils", "yaml")  # fmt: skip
 """What takes seconds to import and is not dino2."""
 EVERYTHING = (*HEAVY, "dinov2cli.bench.train", "dinov2cli.cli.main", "dinov2cli.eval.linear", "dinov2cli.start")
 
@@ -38,7 +39,8 @@ PROGRAM = """#!{python} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    what = dict(words=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ), workers="--gpus" in sys.argv)
+    what = dict(words=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ))
+    what["workers"] = sys.argv[1] == "bench" or "--gpus" in sys.argv
     what = json.dumps(what).encode()
     socket.send_fds(server, [len(what).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(what)
@@ -349,7 +351,21 @@ def begin(nursery: Nursery, plain: type[subprocess.Popen[Any]], words: list[str]
     return Child(nursery, {**what, "session": how.get("start_new_session", False)})
 
 
+def foresee() -> None:
+    """Measure what a tiny training takes, as each does when it begins: the forks know it then."""
+    from tiny_run import TINY
+
+    from dinov2cli.config import load_config
+    from dinov2cli.train.cost import estimate
+
+    # Where there is a GPU, no process forks after it has computed gradients.
+    if not os.path.exists("/dev/nvidiactl"):
+        estimate(load_config(overrides=TINY), world_size=1, sharding="none", precision="fp32")
+
+
 if __name__ == "__main__":
+    if tuple(json.loads(sys.argv[2])) == EVERYTHING:
+        foresee()
     if not sys.flags.safe_path:
         sys.path[0] = ""  # as behind -m and -c
     for name in json.loads(sys.argv[2]):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import ready
 import tifffile
+import yaml
 import zarr
 from dense_sets import write_depths, write_masks
 from test_pca_video import write_video
@@ -303,6 +304,9 @@ def test_blocks_of_a_page_run(page: str, data: Path, dino2: Path, tmp_path: Path
         shutil.copytree(data / "runs/photos", here / "runs/other")
     if page != "docs/site-file.md":  # there it is the name of a dataset
         (here / "photos").symlink_to(home / ("labelled" if page == "docs/commands.md" else "photos"))
+    if page == "docs/python.md":  # its training is not typed
+        keys = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in TINY)}
+        (tmp_path / "dino2.yaml").write_text(yaml.safe_dump({"overrides": keys}))
     if page == "docs/commands.md":  # the examples of --help
         (tmp_path / "dino2.yaml").write_text(f"datasets: {{photos: {home}/photos}}")
         for name in ("RUN", "runs/demo", "runs/baseline", "runs/larger-lr"):
