@@ -53,6 +53,7 @@ def pretend_compiler(ledger: Ledger) -> None:
     dynamo, inductor = torch._dynamo.config, torch._inductor.config
     dynamo.automatic_dynamic_shapes, dynamo.recompile_limit, dynamo.accumulated_recompile_limit = False, 1000, 1000
     inductor.fx_graph_cache = inductor.joint_graph_constant_folding = False
+    inductor.compile_threads = 1  # else it begins processes for code that is never compiled
 
 
 def _module(graph: GraphLowering, ledger: Ledger) -> SimpleNamespace:
