@@ -75,12 +75,17 @@ def test_nothing_in_a_step_waits_for_the_gpu(process: ProcessPoolExecutor, varia
     assert found.images_per_s == pytest.approx(images / (found.matrix_ms + found.other_ms) * 1e3)
 
 
-def test_memory_and_flops_agree_with_those_of_the_meta_device(process: ProcessPoolExecutor) -> None:
-    config = tiny("train.batch_size_per_gpu=32", "student.drop_path_uniform=true")
+@pytest.mark.parametrize(("recomputed", "again"), [("false", 0), ("selective", 0), ("true", 0.17)])
+def test_memory_and_flops_agree_with_those_of_the_meta_device(
+    process: ProcessPoolExecutor, recomputed: str, again: float
+) -> None:
+    config = tiny("train.batch_size_per_gpu=32", "student.drop_path_uniform=true",
+                  f"train.activation_checkpointing={recomputed}")  # fmt: skip
     found: Rehearsal = process.submit(rehearse, config, "l4").result()
     expected = estimate(config, world_size=1, sharding="none", precision="bf16")
     assert found.memory_gb == pytest.approx(expected.total - expected.workspace, rel=0.1)
-    assert found.tflop == pytest.approx(step_flops(config).step / 1e12, rel=0.03)
+    assert found.waits == {} and found.blocking_copies == {}
+    assert found.tflop == pytest.approx((1 + again) * step_flops(config).step / 1e12, rel=0.03)
     assert found.fits and found.card == "l4"
 
 
@@ -272,8 +277,10 @@ def _cost_of_a_compiled_chain() -> tuple[int, int, int]:
 
 
 @pytest.mark.usefixtures("ready_processes")
-def test_compiled_graphs_are_whole_and_made_once() -> None:
-    breaks, later = counted(graph_breaks, tiny("train.centering=sinkhorn_knopp"))
+@pytest.mark.parametrize("recomputed", ["false", pytest.param("selective", marks=pytest.mark.long)])
+def test_compiled_graphs_are_whole_and_made_once(recomputed: str) -> None:
+    words = "train.centering=sinkhorn_knopp", f"train.activation_checkpointing={recomputed}"
+    breaks, later = counted(graph_breaks, tiny(*words))
     assert breaks == {} and later == 0
 
 

@@ -154,13 +154,13 @@ class _Measured(NamedTuple):
 def _blocks(config: Config, precision: str) -> tuple[_Measured, _Measured, list[tuple[int, _Measured]]]:
     """Networks of one block and of two, all trained; and of further blocks how many there are, and what each adds.
 
-    Where activations are computed again, one block at a time, it is of two and of three. There are two kinds of further
-    ones where only the last are trained. Another library's backbone is measured whole.
+    Of three and four where activations are computed again: with fewer, the peak is elsewhere in the step. There are two
+    kinds of further ones where only the last are trained. Another library's backbone is measured whole.
     """
     if config.student.library():
         whole = _measure(config, None, precision)
         return whole, whole, []
-    few = 2 if config.train.activation_checkpointing else 1
+    few = 3 if config.train.activation_checkpointing else 1
     first, second = (_measure(config, depth, precision) for depth in (few, few + 1))
     part, depth = config.student.trained(), config.arch().depth
     kept = depth - part.number if part.kind == "last" else 0
