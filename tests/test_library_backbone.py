@@ -360,7 +360,9 @@ def test_a_file_that_tells_of_something_else(trained: Path, tmp_path: Path) -> N
     del state["backbone.model.embedder.embedder.convolution.weight"]
     torch.save({"teacher": state}, tmp_path / "odd.pth")
     (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
-    with pytest.raises(WeightsError, match=r"odd.pth: no weights of such a hf:resnet: .*convolution.weight is missing"):
+    with pytest.raises(
+        WeightsError, match=r"odd.pth: not the weights of such a hf:resnet; missing: .*convolution.weight"
+    ):
         load_model(tmp_path / "odd.pth")
     folder = tmp_path / "hf"
     run(ExportRequest(checkpoint=str(trained), format="hf", output=folder))

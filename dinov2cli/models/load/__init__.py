@@ -17,7 +17,6 @@ from dinov2cli.config.library import LibraryConfig
 from dinov2cli.config.vit import ARCHITECTURES, OF_DINOV3, RESIZING, Architecture, ViTConfig, ViTOptions
 from dinov2cli.console import logger
 from dinov2cli.errors import WeightsError
-from dinov2cli.files import parse_json
 from dinov2cli.models.adapt import (
     SIZE_POLICIES,
     AnySizeVisionTransformer,
@@ -25,7 +24,7 @@ from dinov2cli.models.adapt import (
     resize_patch_embedding,
 )
 from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
-from dinov2cli.models.load.infer import check_complete, infer_architecture
+from dinov2cli.models.load.infer import infer_architecture
 from dinov2cli.models.load.layouts import timm
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.load.library import (
@@ -36,12 +35,12 @@ from dinov2cli.models.load.library import (
     load_folder_into,
     load_library_into,
 )
-from dinov2cli.models.load.locate import Source, config_yaml_hints, locate
+from dinov2cli.models.load.locate import Source, config_yaml_hints, json_object, locate
 from dinov2cli.models.load.recognise import LoadReport, recognise
 from dinov2cli.models.load.released import BACKBONES, RELEASED
-from dinov2cli.models.load.tensor_files import read_tensors
+from dinov2cli.models.load.tensor_files import read_tensors, refuse_others
 from dinov2cli.models.positions import resize_positions, rope_periods
-from dinov2cli.models.vision_transformer import VisionTransformer
+from dinov2cli.models.vision_transformer import VisionTransformer, shapes_of
 
 __all__ = ["RecognisedWeights", "Source", "load_backbone_into", "load_model", "locate", "read_weights"]
 
@@ -202,7 +201,7 @@ def read_weights(
     architecture = infer_architecture(state, {**hints, **given}, source.name)
     if report.layout in ("transformers DINOv3", "timm DINOv3"):  # which make them anew
         state["rope_embed.periods"] = rope_periods(architecture)
-    check_complete(state, architecture, source.name)
+    refuse_others(state, shapes_of(architecture), architecture.describe(), source.name)
     images = _images(hints, architecture.in_chans, source.name, report)
     return RecognisedWeights(state, architecture, images, report, source, metadata, beside)
 
@@ -230,13 +229,7 @@ def said_in(metadata: Mapping[str, str], key: str, source: str) -> dict[str, Any
     Raises:
         WeightsError: it is something else.
     """
-    try:
-        said = parse_json(metadata.get(key, "{}"))
-    except ValueError:
-        said = None
-    if not isinstance(said, dict):
-        raise WeightsError(f"{source}: the metadata under {key!r} are damaged: no readable JSON object")
-    return said
+    return json_object(metadata.get(key, "{}"), f"{source}: the metadata under {key!r} are damaged:")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from dinov2cli.models.library_backbone import Backbone
 from dinov2cli.models.load import load_model, said_in
 from dinov2cli.models.load.fetch import fetch, is_url
 from dinov2cli.models.load.released import RELEASED, RELEASED_URL
-from dinov2cli.models.load.tensor_files import read_tensors, refuse_odd_tensors, write_tensors
+from dinov2cli.models.load.tensor_files import read_tensors, refuse_odd_tensors, refuse_others, write_tensors
 from dinov2cli.models.vision_transformer import VisionTransformer, shapes_of
 
 SAID = "dino2.head"
@@ -187,7 +187,9 @@ def read_head(source: str | Path) -> DenseHead:
     said = _said(content.get("meta"), metadata, str(file))
     head = _without_weights(state, str(file))
     head.config = _config(said, released, head, str(file))
-    _check(state, head, str(file))
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    state |= {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked") and name not in state}
+    refuse_others(state, shapes, f"a {head.config.task} head", str(file))
     head.to_empty(device="cpu").load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return head.eval().requires_grad_(False)
 
@@ -263,20 +265,3 @@ def _without_weights(state: Mapping[str, Tensor], file: str) -> DenseHead:
         if first and fused and len(first) == 2 and first[0] >= 8 and first[0] % 8 == 0 and fused[0] > 1:
             return DPTHead(8 * first[0], fused[0])
     raise WeightsError(f"{file}: no head that is known has the shapes of {', '.join(sorted(shapes)[:4])}")
-
-
-def _check(state: dict[str, Tensor], head: DenseHead, file: str) -> None:
-    """Raise WeightsError where tensors and those of the head, which is without data, are not the same."""
-    expected = head.state_dict()
-    state |= {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked") and name not in state}
-    if odd := sorted(state.keys() - expected.keys()):
-        raise WeightsError(f"{file}: '{odd[0]}' is no part of a {head.config.task} head ({len(odd)} such tensors)")
-    if missing := sorted(expected.keys() - state.keys()):
-        raise WeightsError(f"{file}: '{missing[0]}' of the {head.config.task} head is missing ({len(missing)} tensors)")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise WeightsError(
-                f"{file}: '{name}' is {tuple(tensor.shape)}; with the others it would be {tuple(expected[name].shape)}"
-            )
-        if tensor.is_complex() or not tensor.isfinite().all():
-            raise WeightsError(f"{file}: '{name}' holds values that are no finite real numbers")

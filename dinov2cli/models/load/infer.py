@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dinov2cli.config.vit import ARCHITECTURES, RESIZING, ROPE, ViTConfig
 from dinov2cli.errors import WeightsError
-from dinov2cli.models.vision_transformer import shapes_of
 
 Shape = tuple[int, ...]
 # Hints about what shapes cannot show: fields of ViTConfig, from a config.yaml, an HF config.json or file metadata.
@@ -80,26 +79,6 @@ def infer_architecture(state: Mapping[str, Tensor], hints: Hints, source: str) -
         return ViTConfig(**shown, num_heads=heads, norm_layer=norm, **resizing, **rope)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}") from None
-
-
-def check_complete(state: Mapping[str, Tensor], config: ViTConfig, source: str) -> None:
-    """Refuse weights that do not have exactly the keys and shapes of `config`, with finite numbers.
-
-    Raises:
-        WeightsError: naming the keys that are missing, too many or of another shape.
-    """
-    expected = shapes_of(config)
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    if missing or unknown:
-        parts = [f"missing: {_some(missing)}"] * bool(missing) + [f"unknown: {_some(unknown)}"] * bool(unknown)
-        raise WeightsError(f"{source}: not the weights of {config.describe()}; {'; '.join(parts)}")
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise WeightsError(f"{source}: '{name}' has shape {tuple(state[name].shape)}, expected {shape}")
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise WeightsError(f"{source}: weights that are not finite numbers (NaN or infinity): {_some(broken)}")
 
 
 DIMENSIONS = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "register_tokens": 3, "storage_tokens": 3,
@@ -186,7 +165,3 @@ def _heads(dim: int, hints: Hints, source: str, further: Mapping[int, int]) -> i
             f"{source}: {hints.get('from', 'its description')} says num_heads={heads!r}, which is no whole number"
         )
     return heads
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

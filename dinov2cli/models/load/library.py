@@ -16,7 +16,7 @@ from dinov2cli.models.library_backbone import Backbone, LibraryBackbone
 from dinov2cli.models.load.layouts.layout import State
 from dinov2cli.models.load.locate import Source
 from dinov2cli.models.load.recognise import LoadReport, taken_apart
-from dinov2cli.models.load.tensor_files import refuse_odd_tensors
+from dinov2cli.models.load.tensor_files import refuse_odd_tensors, refuse_others
 
 BACKBONE, MODEL = "backbone.", "model."
 
@@ -104,9 +104,5 @@ def check_state(state: Mapping[str, Tensor], config: LibraryConfig, source: str)
     """
     refuse_odd_tensors(state, source)
     with torch.device("meta"):
-        wanted = {name: list(tensor.shape) for name, tensor in LibraryBackbone(config).state_dict().items()}
-    there = {name: list(tensor.shape) for name, tensor in state.items()}
-    wrong = [name for name in sorted(wanted.keys() | there.keys()) if wanted.get(name) != there.get(name)]
-    if wrong:
-        said = (f"{name} is {there.get(name, 'missing')}, not {wanted.get(name, 'one of them')}" for name in wrong[:3])
-        raise WeightsError(f"{source}: no weights of such a {config.arch}: {'; '.join(said)}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in LibraryBackbone(config).state_dict().items()}
+    refuse_others(state, shapes, f"such a {config.arch}", source)

@@ -235,10 +235,15 @@ def _config_json_hints(path: Path) -> dict[str, Any]:
 
 def _mapping(path: Path) -> dict[str, Any]:
     """A JSON object that lies beside weights."""
+    return json_object(path.read_bytes(), f"{path}, which lies beside the weights:")
+
+
+def json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object that goes with weights. Raises WeightsError, which begins with `what`, where it is none."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(text)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: not a readable JSON object (it lies beside the weights)")
+        raise WeightsError(f"{what} no readable JSON object")
     return content

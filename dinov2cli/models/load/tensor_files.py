@@ -111,6 +111,29 @@ def refuse_odd_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
             raise WeightsError(f"{source}: '{name}' of shape {tuple(tensor.shape)} is larger than its data")
 
 
+def refuse_others(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str, source: str) -> None:
+    """Refuse tensors that do not have exactly these names and shapes, with finite numbers.
+
+    Args:
+        what: the model that has them, in words.
+
+    Raises:
+        WeightsError: naming those that are missing, too many or of another shape.
+    """
+    wrong = {"missing": shapes.keys() - tensors.keys(), "unknown": tensors.keys() - shapes.keys()}
+    if parts := [f"{kind}: {_some(sorted(names))}" for kind, names in wrong.items() if names]:
+        raise WeightsError(f"{source}: not the weights of {what}; {'; '.join(parts)}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise WeightsError(f"{source}: '{name}' has shape {tuple(tensors[name].shape)}, expected {shape}")
+    if broken := [name for name, tensor in tensors.items() if tensor.is_complex() or not tensor.isfinite().all()]:
+        raise WeightsError(f"{source}: weights that are not finite numbers (NaN or infinity): {_some(broken)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def is_complete(path: Path) -> bool:
     """Whether a file written by `torch.save` has its end: a cut zip archive has lost its directory."""
     return path.is_file() and zipfile.is_zipfile(path)
