@@ -198,49 +198,35 @@ def rows(now: Status) -> list[tuple[str, str]]:
     """Lines to print, as (name, text); what is not known is left out."""
     of = f" of {now.total} ({now.iteration / now.total:.0%})" if now.total else ""
     newest = f"newest checkpoint at {now.checkpoint}" if now.checkpoint else "no checkpoint yet"
-    found = [
+    learning = Judgement.of(now.learning).lines() if now.learning is not None else []
+    share = (now.data_time or 0) / now.iter_time if now.iter_time else 0.0
+    hosts = sorted({process["host"] for process in now.processes})
+    where = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    age = max((process["age"] for process in now.processes), default=0.0)
+    times = [process["iter_time"] for process in now.processes if process.get("iter_time")]
+    host_of = {process["rank"]: process["host"] for process in now.processes}
+    found: list[tuple[str, Any]] = [
         ("run", f"{now.run}: {now.state}"),
         ("iteration", f"{now.iteration}{of}, {newest}"),
-    ]
-    if now.seconds_left is not None:
-        found.append(("left", _duration(now.seconds_left)))
-    if now.loss is not None:
-        found.append(("loss", f"{now.loss:.4f}"))
-    if now.collapse is not None:
-        found.append(("collapse", str(Collapse(**now.collapse))))
-    if now.learning is not None:
-        said, *against = Judgement.of(now.learning).lines()
-        found += [("learning", said), *(("", line) for line in against)]
-    if now.images_per_s is not None and now.iter_time:
-        share = (now.data_time or 0) / now.iter_time
-        speed = f"{now.images_per_s:.1f} images/s, {now.iter_time:.3g} s an iteration"
-        found.append(("speed", f"{speed}, {share:.0%} of it waiting for data"))
-    if now.processes:
-        hosts = sorted({process["host"] for process in now.processes})
-        where = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
-        age = max(process["age"] for process in now.processes)
-        found.append(("processes", f"{len(now.processes)} on {where}; all heard from within {_duration(age)}"))
-    times = [process["iter_time"] for process in now.processes if process.get("iter_time")]
-    if len(times) > 1:
-        found.append(("step times", f"{min(times):.3g} to {max(times):.3g} s between the processes"))
-    if now.slowest is not None and now.slowest_by is not None:
-        host = next(process["host"] for process in now.processes if process["rank"] == now.slowest)
-        much = f"waits {now.slowest_by:.3g} s longer for its data than the median"
-        found.append(("slowest", f"process {now.slowest} on {host}: {much}"))
-    if now.silent:
-        found.append(("silent", "processes " + ", ".join(map(str, now.silent)) + ": no sign of life for over 90 s"))
-    if now.restarts or now.requeues:
-        found.append(("restarts", f"{now.restarts}, and {now.requeues} requeues; last: {now.last_restart}"))
-    found += [("hang", f"stacks of a process that hung: {path}") for path in now.hangs[:4]]
-    for job in now.jobs[-1:]:
-        found.append(
-            (
-                "job",
-                f"{job['job_id']} on {counted(job['nodes'], 'machine')}: {job['slurm_state'] or 'unknown to Slurm'}",
-            )
-        )
-    found += [("log", path) for path in now.logs]
-    return found
+        ("left", now.seconds_left is not None and _duration(now.seconds_left)),
+        ("loss", now.loss is not None and f"{now.loss:.4f}"),
+        ("collapse", now.collapse is not None and str(Collapse(**now.collapse))),
+        *zip(("learning", *[""] * len(learning)), learning, strict=False),
+        ("speed", now.images_per_s is not None and f"{now.images_per_s:.1f} images/s, {now.iter_time:.3g} s an "
+                  f"iteration, {share:.0%} of it waiting for data"),
+        ("processes", now.processes and f"{len(host_of)} on {where}; all heard from within {_duration(age)}"),
+        ("step times", times[1:] and f"{min(times):.3g} to {max(times):.3g} s between the processes"),
+        ("slowest", now.slowest_by is not None and f"process {now.slowest} on {host_of[now.slowest]}: waits "
+                    f"{now.slowest_by:.3g} s longer for its data than the median"),
+        ("silent", now.silent and f"processes {', '.join(map(str, now.silent))}: no sign of life for over 90 s"),
+        ("restarts", (now.restarts or now.requeues)
+                     and f"{now.restarts}, and {now.requeues} requeues; last: {now.last_restart}"),
+        *(("hang", f"stacks of a process that hung: {path}") for path in now.hangs[:4]),
+        *(("job", f"{job['job_id']} on {counted(job['nodes'], 'machine')}: {job['slurm_state'] or 'unknown to Slurm'}")
+          for job in now.jobs[-1:]),
+        *(("log", path) for path in now.logs),
+    ]  # fmt: skip
+    return [(name, text) for name, text in found if text]
 
 
 def _duration(seconds: float) -> str:
