@@ -1,12 +1,9 @@
 """Images in an array of an HDF5 or Zarr file."""
 
-import os
-from typing import Any
-
 import numpy as np
 
 from dinov2cli.console import counted
-from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images
+from dinov2cli.data.datasets.base import ImageDataset, PerProcess, classes_of, require_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, StoredImage
 from dinov2cli.data.formats.stacks import Stack, values_inside
 from dinov2cli.data.spelling import inside
@@ -27,8 +24,8 @@ class ArraysDataset(ImageDataset):
     """
 
     def __init__(self, file: str, path: str = "", label: str | None = None, axes: str | None = None) -> None:
-        self.file, self._where = str(user_path(file)), (path, axes)
-        stack = self._opened()
+        self.file, self._where, self._opened = str(user_path(file)), (path, axes), PerProcess(Stack)
+        stack = self._opened(self.file, *self._where)
         self.name, self.shape, self.axes, self.is_stack = stack.name, stack.array.shape, stack.axes, bool(stack.counts)
         self._length = len(stack)
         require_images(len(self), self.name)
@@ -40,18 +37,13 @@ class ArraysDataset(ImageDataset):
             names = [each.decode() if isinstance(each, bytes) else each for each in values.tolist()]
             self.class_names, self._classes = classes_of(names, where=label)
 
-    def _opened(self) -> Stack:
-        self._process = os.getpid()  # another process's file is not to be shared
-        self._stack: Stack | None = Stack(self.file, *self._where)
-        return self._stack
-
     def __len__(self) -> int:
         return self._length
 
     def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         self._check_index(index)
-        stack = self._stack if self._stack is not None and self._process == os.getpid() else self._opened()
-        return StoredImage(stack.stored(index, reading.max_image_gb), self.path(index), reading)
+        stored = self._opened(self.file, *self._where).stored(index, reading.max_image_gb)
+        return StoredImage(stored, self.path(index), reading)
 
     def encoded(self, index: int) -> bytes:
         """The image's samples."""
@@ -67,6 +59,3 @@ class ArraysDataset(ImageDataset):
     def describe(self) -> str:
         shape = f"{list(self.shape)} ({self.axes})"
         return f"array {self.name} {shape}: {counted(len(self), 'image')}, {self._classes_in_words}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stack": None}

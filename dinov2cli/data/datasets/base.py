@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage, 
 from dinov2cli.data.regions import open_image
 from dinov2cli.data.sampler import Order, SampleOrder
 from dinov2cli.errors import DataError
+
+Made = TypeVar("Made")
 
 UNLABELLED = -1
 OPEN_FILES = 16
@@ -134,6 +136,30 @@ def classes_of(
         raise DataError(f"{where} holds no labels of one number or word each, such as {labels[0]!r}") from None
     place = {label: i for i, label in enumerate(known)}
     return tuple(map(str, known)), np.array([place.get(label, UNLABELLED) for label in labels], np.int32)
+
+
+class PerProcess(Generic[Made]):
+    """The last things that `make` has given, by its arguments, in each process its own.
+
+    For files that are not to be shared with a forked process, nor sent to another one.
+    """
+
+    def __init__(self, make: Callable[..., Made], most: int = 1) -> None:
+        self._make, self._most = make, most
+        self._process, self._kept = os.getpid(), OrderedDict[tuple[Any, ...], Made]()
+
+    def __call__(self, *key: Any) -> Made:
+        if self._process != os.getpid():
+            self._process, self._kept = os.getpid(), OrderedDict()
+        if key not in self._kept:
+            self._kept[key] = self._make(*key)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict()}
 
 
 class OpenFiles:

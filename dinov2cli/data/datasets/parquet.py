@@ -3,14 +3,14 @@
 import json
 import os
 import re
-from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dinov2cli.console import counted, logger
-from dinov2cli.data.datasets.base import ImageDataset, classes_of, require_images
+from dinov2cli.data.datasets.base import ImageDataset, PerProcess, classes_of, require_images
 from dinov2cli.data.decoding import UnreadableImage, read_file
 from dinov2cli.errors import DataError, EnvironmentProblem
 from dinov2cli.files import user_path
@@ -48,9 +48,7 @@ class ParquetDataset(ImageDataset):
         self.root = user_path(root)
         self.files = _files_of(self.root, split)
         self.split = split or next(iter(splits_of(self.files)), "")
-        self._open_files: OrderedDict[int, Any] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        self._process = os.getpid()
+        self._rows = PerProcess(partial(_read_rows, PerProcess(open_parquet, GROUPS_KEPT)), GROUPS_KEPT)
         first = open_parquet(self.files[0])
         self.image_column = image or _image_column(self.files[0], first)
         self.label_column = label or _label_column(first)
@@ -85,31 +83,17 @@ class ParquetDataset(ImageDataset):
     def encoded(self, index: int) -> bytes:
         self._check_index(index)
         group = int(np.searchsorted(self._ends, index, side="right"))
-        value = self._rows(int(self._file[group]), int(self._group[group]), self.path(index))[
-            index - (int(self._ends[group - 1]) if group else 0)
-        ].as_py()
+        try:
+            rows = self._rows(self.files[int(self._file[group])], int(self._group[group]), self.image_column)
+        except (OSError, ValueError, DataError) as error:
+            raise UnreadableImage(self.path(index), f"cannot be read ({error})") from error
+        value = rows[index - (int(self._ends[group - 1]) if group else 0)].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None and isinstance(value, dict) and value.get("path"):
             return read_file(str(self.files[int(self._file[group])].parent / value["path"]))
         if not isinstance(content, bytes):
             raise UnreadableImage(self.path(index), "the row holds no image's bytes")
         return content
-
-    def _rows(self, file: int, group: int, path: str) -> Any:
-        if self._process != os.getpid():  # another process's files are not to be shared
-            self._process, self._open_files, self._groups = os.getpid(), OrderedDict(), OrderedDict()
-        if (file, group) not in self._groups:
-            try:
-                if file not in self._open_files:
-                    self._open_files[file] = open_parquet(self.files[file])
-                    _shorten(self._open_files)
-                read = self._open_files[file].read_row_group(group, [self.image_column], use_threads=False)
-            except (OSError, ValueError, DataError) as error:
-                raise UnreadableImage(path, f"cannot be read ({error})") from error
-            self._groups[file, group] = read[self.image_column].combine_chunks()
-            _shorten(self._groups)
-        self._groups.move_to_end((file, group))
-        return self._groups[file, group]
 
     def path(self, index: int) -> str:
         self._check_index(index)
@@ -130,9 +114,6 @@ class ParquetDataset(ImageDataset):
         what = f"{len(self.files)} Parquet file{'s' * (len(self.files) > 1)}{split} in {self.root}"
         return f"{what}: {counted(len(self), 'image')} in column {self.image_column!r}, {classes}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_files": OrderedDict(), "_groups": OrderedDict()}
-
 
 def open_parquet(file: Path) -> "pq.ParquetFile":
     """A Parquet file, read without threads of its own, which a forked process would wait for."""
@@ -145,6 +126,10 @@ def open_parquet(file: Path) -> "pq.ParquetFile":
         return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{file}: not a Parquet file ({error})") from error
+
+
+def _read_rows(opened: "PerProcess[pq.ParquetFile]", file: Path, group: int, column: str) -> Any:
+    return opened(file).read_row_group(group, [column], use_threads=False)[column].combine_chunks()
 
 
 def parquet_files(root: Path) -> list[Path]:
@@ -215,8 +200,3 @@ def _class_names(parquet: "pq.ParquetFile", column: str) -> list[str]:
         return list(json.loads(written)["info"]["features"][column]["names"])
     except (ValueError, KeyError, TypeError):
         return []
-
-
-def _shorten(kept: OrderedDict[Any, Any]) -> None:
-    if len(kept) > GROUPS_KEPT:
-        kept.popitem(last=False)

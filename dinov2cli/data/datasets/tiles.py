@@ -1,12 +1,10 @@
 """Images cut into tiles, each of which counts as an image."""
 
-import os
-
 import numpy as np
 
 from dinov2cli.console import progress
 from dinov2cli.data.crop_parameters import Box
-from dinov2cli.data.datasets.base import ImageDataset
+from dinov2cli.data.datasets.base import ImageDataset, PerProcess
 from dinov2cli.data.datasets.joined import RowsDataset
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, UnreadableImage
 from dinov2cli.data.regions import LargeImage
@@ -24,16 +22,14 @@ class TiledDataset(RowsDataset):
 
     def __init__(self, images: ImageDataset, size: int, overlap: int = 0, reading: Reading = USUAL) -> None:
         self.base, self.size, self.overlap = images, size, overlap
-        self._opened: tuple[int, int, Reading, LazyImage] | None = (
-            None  # process, image: tiles of one follow each other
-        )
+        self._opened = PerProcess(images.open)  # the last one: tiles of an image follow each other
         boxes: list[Box] = []
         counts = np.empty(len(images), np.int64)
         with progress() as bar:
             for i in bar.track(range(len(images)), description="Sizes of images"):
                 before = len(boxes)
                 try:
-                    height, width = self._open(i, reading).size
+                    height, width = self._opened(i, reading).size
                     boxes += [
                         Box(top, left, min(size, height), min(size, width))
                         for top in starts(height, size, overlap)
@@ -49,19 +45,13 @@ class TiledDataset(RowsDataset):
     def image(self, index: int, reading: Reading = USUAL) -> np.ndarray:
         self._check_index(index)
         box = Box(*self.boxes[index].tolist())
-        image = self._open(int(self.rows[index]), reading)
+        image = self._opened(int(self.rows[index]), reading)
         if isinstance(image, LargeImage):
             return image.region(box)
         return image.pixels()[box.top : box.top + box.height, box.left : box.left + box.width]
 
     def open(self, index: int, reading: Reading = USUAL) -> LazyImage:
         raise NotImplementedError("tiles are for features, not for training")
-
-    def _open(self, image: int, reading: Reading) -> LazyImage:
-        here = (os.getpid(), image, reading)  # an open file is not to be shared with another process
-        if self._opened is None or self._opened[:3] != here:
-            self._opened = (*here, self.base.open(image, reading))
-        return self._opened[3]
 
     def describe(self) -> str:
         shared = f" that share {self.overlap}" if self.overlap else ""
