@@ -7,12 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -31,6 +32,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dinov2cli.files import write_text, writing
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 out = Console()
 """Standard output: results."""
@@ -145,6 +149,12 @@ def clock(seconds: float) -> str:
 def progress() -> Progress:
     """A progress display on standard error with count, rate and remaining time."""
     return Bars()
+
+
+def in_threads(work: Callable[[Item], Made], items: Collection[Item], name: str, threads: int) -> list[Made]:
+    """What `work` makes of each item, in their order, under a bar of this name; several are in work at a time."""
+    with progress() as bar, ThreadPoolExecutor(threads) as pool:
+        return list(bar.track(pool.map(work, items), total=len(items), description=name))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from dinov2cli.console import plain_table
 from dinov2cli.data.datasets import make_dataset
-from dinov2cli.data.datasets.imagenet import ImageNet, Split
-from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.datasets.imagenet import ImageNet, ImageNet22k, Split
 from dinov2cli.data.decoding import USUAL
 from dinov2cli.data.look import look_at
 from dinov2cli.data.spelling import EXAMPLES, IMAGENETS, absolute, complete

@@ -13,11 +13,14 @@ from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG, TiffFile
 
 from dinov2cli.data.crop_parameters import Box
 from dinov2cli.data.decoding import USUAL, ImageSize, LazyImage, Reading, UnreadableImage, pixels_of
-from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES, opened_slide
 from dinov2cli.data.formats.stored import Stored, check_memory
 from dinov2cli.data.formats.tiff import REMEDY, named, orientation, refuse_what_is_not_read, stored_samples
 from dinov2cli.data.workers import warn_once
 
+SLIDES = (".svs", ".ndpi", ".scn", ".qptiff")
+"""TIFFs by other names, which tifffile reads."""
+OTHER_SLIDES = (".mrxs", ".czi", ".bif", ".svslide")
+"""What is no TIFF, or whose tiles are to be put together."""
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", *SLIDES)
 LARGE_FILE = 64 << 20
 """Bytes of a TIFF from which on it is read by region; smaller ones are read at once, which is faster. Slides are always
@@ -178,6 +181,18 @@ class SlideImage(LargeImage):
             area = cv2.resize(area, size, interpolation=cv2.INTER_AREA)
         is_opaque = bool((area[..., 3] == 255).all())
         return Stored(area[..., : 3 if is_opaque else 4], "slide", (0, 255), rgb=True, alpha=not is_opaque)
+
+
+def opened_slide(path: str) -> Any:
+    """An `openslide.OpenSlide`. Raises `UnreadableImage`: openslide is missing, or does not read it."""
+    try:
+        import openslide
+    except ImportError:
+        raise UnreadableImage(path, "a slide of this type needs openslide: pip install 'dinov2cli[slides]'") from None
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise UnreadableImage(path, f"not a slide that openslide reads ({error})") from error
 
 
 def power_of_two(limit: float) -> int:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dinov2cli.console import counted, progress
+from dinov2cli.console import counted, few, in_threads
 from dinov2cli.data.datasets.base import require_images
 from dinov2cli.data.datasets.listing import FilesDataset, PathTable, list_images
 from dinov2cli.data.decoding import USUAL, LazyImage, Reading, pixels_of, read_file, read_stored
@@ -23,8 +22,6 @@ from dinov2cli.files import user_path
 IGNORED = 255
 """In masks: a pixel without a class, which is neither learned nor counted."""
 MOST_CLASSES = 255
-SHOWN = 3
-"""Files that a message names."""
 
 
 class Pair(NamedTuple):
@@ -194,13 +191,7 @@ def over_labels(dataset: DenseDataset, measure: Callable[[np.ndarray], float], w
     def of(index: int) -> float:
         return measure(dataset.read_label(dataset.label_path(index), USUAL).array)
 
-    found = []
-    with progress() as bar, ThreadPoolExecutor(8) as pool:
-        task = bar.add_task(what, total=len(dataset))
-        for value in pool.map(of, range(len(dataset))):
-            found.append(value)
-            bar.advance(task)
-    return found
+    return in_threads(of, range(len(dataset)), what, 8)
 
 
 def largest_class(dataset: SegmentationDataset) -> int:
@@ -236,9 +227,8 @@ def pairs_by_stem(images: str | Path, labels: str | Path) -> list[Pair]:
         (by_label, by_image, image_root, "files of labels have no image"),
     ):
         if missing := [path for stem, path in stems.items() if stem not in others]:
-            few = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
             raise DataError(
-                f"{len(missing)} of {len(stems)} {lack} in {where}: {few}",
+                f"{len(missing)} of {len(stems)} {lack} in {where}: {few(missing, 3)}",
                 "An image and its labels have the same name but for the suffix: images/a.jpg, masks/a.png.",
             )
     return [

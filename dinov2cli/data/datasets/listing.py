@@ -16,7 +16,7 @@ import numpy as np
 
 from dinov2cli.console import logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset
-from dinov2cli.data.formats.slides import OTHER_SLIDES, SLIDES
+from dinov2cli.data.regions import OTHER_SLIDES, SLIDES
 from dinov2cli.files import digest, write_text
 from dinov2cli.site import cache_folder
 

@@ -73,26 +73,24 @@ def check_layout(path: Path) -> None:
         if not is_dataset_file(path):
             of_file(path)
         return
-    if holds_arrays(str(path)) or (seen := _content(path, MANY)) is None:
+    folders, files = _content(path, MANY)
+    if holds_arrays(str(path)) or len(folders) + len(files) > MANY:
         return
-    folders, files = seen
     _refuse_parts(path, folders)
     endings = (*image_extensions(), *FILES, *COMPRESSED, *HDF5_SUFFIXES)
     if any(name.lower().endswith(endings) for name in files):
         return
     if not folders:
         FolderDataset(path)
-    elif len(folders) == 1 and len(_folders_in(inner := path / folders[0])) > 1:
+    elif len(folders) == 1 and len(_content(inner := path / folders[0])[0]) > 1:
         check_layout(inner)
 
 
-def _content(folder: Path, at_most: int | None = None) -> tuple[list[str], list[str]] | None:
-    """The names of the folders and of the files in a folder, sorted; None where there are more than `at_most`."""
+def _content(folder: Path, at_most: int | None = None) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, sorted; not many more than `at_most`."""
     with os.scandir(folder) as entries:
         visible = (entry for entry in entries if not entry.name.startswith("."))
         found = {entry.name: is_folder(entry) for entry in islice(visible, None if at_most is None else at_most + 1)}
-    if at_most is not None and len(found) > at_most:
-        return None
     return sorted(name for name in found if found[name]), sorted(name for name in found if not found[name])
 
 
@@ -100,7 +98,7 @@ def of_folder(folder: Path) -> ImageDataset:
     """The dataset in a folder. What is found in it, if it is not simply images, is logged."""
     if holds_arrays(str(folder)):
         return ArraysDataset(str(folder))
-    folders, files = _content(folder) or ([], [])
+    folders, files = _content(folder)
     _refuse_parts(folder, folders)
     if any(os.path.splitext(name)[1].lower() in image_extensions() for name in files):
         return FolderDataset(folder)
@@ -108,7 +106,7 @@ def of_folder(folder: Path) -> ImageDataset:
         return ShardsDataset(folder)
     if parquet_files(folder) and set(folders) <= {"data"}:
         return ParquetDataset(folder)
-    if len(folders) == 1 and len(_folders_in(folder / folders[0])) > 1:
+    if len(folders) == 1 and len(_content(folder / folders[0])[0]) > 1:
         inner = folder / folders[0]
         logger.info(
             "%s holds one folder alone: the folders in %s are the classes (folder:%s: one class)", folder, inner, folder
@@ -134,7 +132,7 @@ def _refuse_parts(folder: Path, folders: list[str]) -> None:
     if not (parts := _parts_among(folders)):
         return
     train = folder / parts[0]
-    if any(name.startswith("n") and name[1:].isdigit() and len(name) == 9 for name in _folders_in(train)):
+    if any(name.startswith("n") and name[1:].isdigit() and len(name) == 9 for name in _content(train)[0]):
         raise DataError(
             f"{folder} is the root of an ImageNet: {' and '.join(parts)} are parts, not classes", _imagenet(folder)
         )
@@ -154,8 +152,3 @@ def _parts_among(names: Sequence[str]) -> list[str]:
 def _imagenet(root: Path) -> str:
     extra = f"dino2 prepare-imagenet --root {root}, and then ImageNet:split=TRAIN:root={root}"
     return f"{extra}; or folder:{data_root(root) / 'train'}"
-
-
-def _folders_in(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")]

@@ -8,14 +8,13 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dinov2cli.console import counted, logger, progress
+from dinov2cli.console import counted, in_threads, logger
 from dinov2cli.data.datasets.base import UNLABELLED, ImageDataset, OpenFiles, classes_of, require_images
 from dinov2cli.data.datasets.listing import PathTable, image_extensions, recall, remember
 from dinov2cli.data.decoding import UnreadableImage
@@ -128,8 +127,7 @@ def _load_or_make_index(root: Path, shards: list[str]) -> tuple[np.ndarray, Path
     started = time.time_ns()
     modified = {name: os.stat(root / name).st_mtime_ns for name in shards}
     logger.info("reading the headers of %s in %s, once", f"{len(shards)} files" if shards[1:] else shards[0], root)
-    with progress() as bar, ThreadPoolExecutor(INDEX_THREADS) as pool:
-        members = list(bar.track(pool.map(_images_in, [root / name for name in shards]), total=len(shards)))
+    members = in_threads(_images_in, [root / name for name in shards], "Working...", INDEX_THREADS)
     rows = [(number, *place) for number, in_shard in enumerate(members) for _, *place in in_shard]
     places, names = np.array(rows, np.int64).reshape(-1, 5), PathTable.of(name for each in members for name, *_ in each)
     remember(root, kind, {"places": places, "blob": names.blob, "ends": names.ends}, (), modified, started)

@@ -11,8 +11,7 @@ from dinov2cli.data.datasets.base import ImageDataset
 from dinov2cli.data.datasets.dense_layouts import ADE20k, Cityscapes, Depths, Kitti, Masks, NYUd, PascalVOC
 from dinov2cli.data.datasets.folder import FolderDataset
 from dinov2cli.data.datasets.image_list import ROWS_OF, PathsDataset, lines_of, rows_of
-from dinov2cli.data.datasets.imagenet import ImageNet
-from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.datasets.imagenet import ImageNet, ImageNet22k
 from dinov2cli.data.datasets.joined import JoinedDataset
 from dinov2cli.data.datasets.listing import image_extensions
 from dinov2cli.data.datasets.parquet import ParquetDataset

@@ -6,8 +6,7 @@ import numpy as np
 
 from dinov2cli.console import err, few, out
 from dinov2cli.data.datasets import UnreadableImage
-from dinov2cli.data.datasets.imagenet import ImageNet, Split, data_root
-from dinov2cli.data.datasets.imagenet22k import ImageNet22k
+from dinov2cli.data.datasets.imagenet import ImageNet, ImageNet22k, Split, data_root
 from dinov2cli.data.decoding import decode_image, read_file
 from dinov2cli.data.known import register
 from dinov2cli.data.prepare.imagenet import (
@@ -16,9 +15,9 @@ from dinov2cli.data.prepare.imagenet import (
     entries_of,
     list_split,
     metadata_files,
+    prepare_imagenet22k,
     write_metadata,
 )
-from dinov2cli.data.prepare.imagenet22k import prepare_imagenet22k
 from dinov2cli.data.prepare.labels import (
     SOLUTION,
     Labels,
