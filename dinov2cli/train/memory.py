@@ -64,25 +64,19 @@ class Need:
         ways: list[tuple[Any, list[int]]] = [(train.activation_checkpointing, sizes)]
         if not self.config.student.library():
             ways = [("selective", [whole]), *ways, ("selective", sizes), (True, [*sizes, whole])]
-        for recomputed, of_these in ways:
-            changes = {"activation_checkpointing": recomputed}
-            fitting = bisect.bisect_right(of_these, self.room, key=partial(self._total, changes=changes))
+        for again, of_these in ways:
+            fitting = bisect.bisect_right(of_these, self.room, key=partial(self._total, again=again))
             if fitting:
                 size = of_these[fitting - 1]
-                batches = {
-                    "batch_size_per_gpu": size,
-                    "gradient_accumulation": train.gradient_accumulation * whole // size,
-                }
-                words = (batches if size < whole else {}) | (
-                    changes if recomputed != train.activation_checkpointing else {}
-                )
-                return "This would fit: " + " ".join(
-                    f"train.{key}={str(value).lower()}" for key, value in words.items()
-                )
+                steps = train.gradient_accumulation * whole // size
+                words = [f"train.batch_size_per_gpu={size} train.gradient_accumulation={steps}"] * (size < whole)
+                words += [f"train.activation_checkpointing={again}".lower()] * (again != train.activation_checkpointing)
+                return f"This would fit: {' '.join(words)}"
         return "Choose a smaller student.arch or smaller heads, or more processes with train.sharding=fsdp."
 
-    def _total(self, batch: int, changes: dict[str, Any]) -> float:
-        train = self.config.train.model_copy(update={"batch_size_per_gpu": batch, **changes})
+    def _total(self, batch: int, again: Any) -> float:
+        changes = {"batch_size_per_gpu": batch, "activation_checkpointing": again}
+        train = self.config.train.model_copy(update=changes)
         return estimate(self.config.model_copy(update={"train": train}), **self.run).total
 
 
