@@ -82,8 +82,10 @@ def estimate(config: Config, *, world_size: int, sharding: str, precision: str) 
     shards, kept, gathered = 1, 0.0, 0.0
     if sharding == "fsdp":
         shards = world_size
-        # The student's stay whole from forward to backward; in half precision the measured copies are these.
-        kept = student if precision == "fp32" else 0.0
+        # The student's stay whole from forward to backward. In half precision the measured copies are these,
+        # unless those are made anew for the backward pass.
+        if precision == "fp32" or config.train.activation_checkpointing:
+            kept = DTYPES[precision].itemsize / FLOAT32 * student
         # Two blocks and a head: the one at work and the next, of the followers' weights and the student's gradients.
         gathered = DTYPES[precision].itemsize / FLOAT32 * (2 * block.student + first.head)
     weights, trained = student / shards, whole.trained / shards
