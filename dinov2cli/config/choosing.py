@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = (
-    Recipe("small_pictures", "patches of 4 and no blur, as there are so few pixels", side=64),
+    Recipe("small_pictures", "patches of 7 and no blur, as there are so few pixels", side=64),
     Recipe("small_1k", "up to 3,000 images", images=3_000),
     Recipe("small_10k", "up to 30,000 images", images=30_000),
     Recipe("small_100k", "up to 300,000 images, on a GPU", images=300_000, gpus=1, gb=13),
