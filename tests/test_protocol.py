@@ -42,18 +42,11 @@ class MeansRequest(EvalRequest):
 MEANS = '''
 """Nearest class mean of frozen features."""
 
-from dataclasses import dataclass
-
 import torch
 
 from dinov2cli.eval.metrics import AccuracyMeter
 from dinov2cli.eval.protocol import Trial, labelled
 from dinov2cli.eval.reports import Row
-
-
-@dataclass(frozen=True)
-class Settings:
-    shrink: float
 
 
 def run(request, subject=None):
@@ -66,7 +59,7 @@ def run(request, subject=None):
     meter = AccuracyMeter(len(means))
     meter.update(-torch.cdist(val.cls, means), val.targets)
     (accuracy,) = meter.compute()
-    return trial.report(extract, Settings(request.shrink), [Row.of("means", accuracy)], [{"top-1": accuracy.top1}])
+    return trial.report(extract, {"shrink": request.shrink}, [Row.of("means", accuracy)], [{"top-1": accuracy.top1}])
 '''
 
 
