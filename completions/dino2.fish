@@ -662,7 +662,7 @@ complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'single_gpu' -d 
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'small_100k' -d 'ViT-S/8 at 96 pixels on about 100,000 images of your own: hours on one GPU'
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'small_10k' -d 'A small ViT on about 10,000 images of your own: an hour or two on two CPU cores'
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'small_1k' -d 'A small ViT on about 1,000 images of your own: minutes on two CPU cores'
-complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'small_pictures' -d 'A small ViT on pictures of 28 to 64 pixels: 76 minutes of one CPU core'
+complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'small_pictures' -d 'A small ViT on pictures of 28 to 64 pixels: an hour or two of a CPU core'
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'vitb14' -d 'ViT-B/14 on ImageNet-1k: one machine with 8 GPUs'
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'vitb14_distilled' -d 'ViT-B/14 distilled from a frozen ViT-g/14: the recipe of the paper, 32 GPUs'
 complete -c dino2 -n '__dino2_at "dino2 presets show"' -f -k -a 'vitg14' -d 'ViT-g/14 (SwiGLU) on ImageNet-22k: the vitl14 run with the giant model'

@@ -55,13 +55,15 @@ def test_recipes_for_small_data_scale_with_their_length_and_batch(name: str) -> 
     config = load_config(preset=name)
     dino, teacher, optim, crops = config.dino, config.teacher, config.optim, config.crops
     class_tokens = crops.global_crops_number * config.train.batch_size_per_gpu
-    assert dino.head_n_prototypes <= 2 * class_tokens  # else Sinkhorn-Knopp's targets are nearly uniform
+    measured = name == "small_pictures"  # which learned beyond these rules: docs/recipes.md
+    assert dino.head_n_prototypes <= (1 + measured) * class_tokens  # else Sinkhorn-Knopp's targets are nearly uniform
     halved_in = math.log(0.5) / math.log(teacher.momentum_teacher)
-    assert 50 < halved_in < config.iterations() / 5
+    assert (50 if measured else config.iterations() / 20) < halved_in < config.iterations() / 5
     assert optim.warmup_epochs <= 0.1 * optim.epochs and teacher.warmup_teacher_temp_epochs <= 0.2 * optim.epochs
     if name.startswith("small_"):
         assert config.student.layerscale == 1.0 or config.arch().depth > 6
-        assert min(crops.global_crops_size, crops.local_crops_size) >= 2 * config.student.patch_size  # four patches
+        patches = min(crops.global_crops_size, crops.local_crops_size) // config.student.patch_size
+        assert patches >= 4 or (measured and patches**2 == 4)
         assert not forewarnings(config, config.effective_batch())
     if name == "small_pictures":
         assert not any(crops.blur_prob)

@@ -17,10 +17,9 @@ MOST_OF_START = 0.2
 HIGHEST_LR, USUAL_LR = 0.02, 0.002
 """The reference's runs reach 0.007 at most; networks of a few blocks learnt here with 0.0075."""
 COLDEST = 0.005
-"""Teacher temperature with which the demo still learns as well as with its own, twice that."""
+"""Teacher temperature with which the demo learns, within the spread of seeds, as with its own, twice that."""
 SPREAD = 2
-"""Prototypes for each class token with which a run learns, as in small_pictures; with 4, less was known after 800
-iterations than after 200."""
+"""Prototypes for each class token with which runs learn, as those of small_pictures do."""
 OPEN = 0.1
 """LayerScale from which a block counts as open."""
 

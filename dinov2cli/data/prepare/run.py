@@ -134,7 +134,7 @@ def _check(root: Path, listings: list[SplitListing], labels: Labels) -> None:
     for listing in listings:
         split, classes = listing.split, listing.classes
         files = [split.image_path(c, n, listing.layout) for c, numbers in classes.items() for n in numbers]
-        empty = [file for file in files if not ((path := root / file).is_file() and path.stat().st_size)]
+        empty = [file for file in files if not _size(root / file)]
         sample = sorted(np.random.default_rng(0).permutation(len(files))[:SAMPLE].tolist())
         counts = [len(numbers) for numbers in classes.values()] or [0]
         spread = f"{min(counts)} / {int(np.median(counts))} / {max(counts)} a class (least, median, most)"
@@ -181,3 +181,11 @@ def _say(line: str) -> None:
 
 def _warn(line: str) -> None:
     err.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none: asked once, as there are millions."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
